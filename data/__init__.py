@@ -1,0 +1,1 @@
+"""Pictures in: the project's own drawings, image folders, zip archives and Datasets."""
