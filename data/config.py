@@ -1,0 +1,61 @@
+"""What to train on: the data section of every configuration file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where pictures, captions and labels come from.
+
+    Attributes:
+        source: "drawings" (made by the project), "folder" (a local folder or zip archive), or "datasets" (a name that
+            the Datasets library loads).
+        path: the folder or zip archive of source "folder". Class folders give labels; a ``metadata.jsonl`` at the
+            root gives captions. Top folders ``train`` and ``val`` (or ``validation``, ``test``) are its splits.
+        name: the name of source "datasets": a hub id, a local data set, or a builder such as "parquet".
+        data_files: files for a builder name.
+        image_size: side of the square pictures in pixels; larger ones are resized and centre-cropped.
+        train_split, validation_split: names of the splits of source "datasets". Without the second, and for folders
+            without split folders, ``validation_fraction`` of the data is held out by a hash of caption or file name.
+        image_column, caption_column, label_column: names in ``metadata.jsonl`` or of the data set's columns; None
+            where there is none.
+        caption_template: how a caption is made of the columns, "{text}, {style} style"; None takes caption_column.
+        where: only rows whose column has one of these values, {"style": ["noto", "twemoji"]}.
+        class_names: readable names by class folder, or by position as a list; None takes the folders' names.
+        background: what transparent pictures are put on: "white", "black", or "random" (another one per picture).
+        flip: mirror half of the training pictures.
+        on_error: "raise" at an unreadable picture, or "skip": take the next one, count and report it.
+        seed: which drawings are made, and the colours of random backgrounds.
+    """
+
+    source: Literal["drawings", "folder", "datasets"] = "drawings"
+    path: str | None = None
+    name: str | None = None
+    data_files: Any = None
+    image_size: int = 64
+    train_split: str = "train"
+    validation_split: str | None = None
+    validation_fraction: float = 0.02
+    image_column: str = "image"
+    caption_column: str | None = None
+    label_column: str | None = None
+    caption_template: str | None = None
+    where: dict[str, list[str]] = field(default_factory=dict)
+    class_names: dict[str, str] | list[str] | None = None
+    background: Literal["white", "black", "random"] = "white"
+    flip: bool = False
+    on_error: Literal["raise", "skip"] = "raise"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.source == "folder" and not self.path:
+            raise ValueError("data.source is 'folder', so data.path must name a folder or a zip archive")
+        if self.source == "datasets" and not self.name:
+            raise ValueError("data.source is 'datasets', so data.name must name a data set")
+        if self.image_size < 1:
+            raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}")

@@ -1,0 +1,164 @@
+"""Pictures of a local folder or zip archive: class folders, captions in ``metadata.jsonl``, or neither."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from tarflow.data.config import DataConfig
+from tarflow.data.files import Files
+
+SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "test")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture: the file's name, and the caption and label that belong to it."""
+
+    name: str
+    caption: str | None = None
+    label: int | None = None
+
+
+class ImageFolder:
+    """Map-style data set of a folder's pictures: item i is ``{"image": PIL, "caption": str, "label": int}``.
+
+    ``caption`` and ``label`` are there only if the folder has them. See `DataConfig` for what the options mean.
+
+    Raises:
+        ValueError: if the folder is missing or has no pictures, if captions are missing for some of them, or (at an
+            item) if a picture cannot be read.
+    """
+
+    def __init__(self, config: DataConfig, split: str = "train"):
+        self.files = Files(config.path or "")
+        self.image_column = config.image_column
+        images = self.files.images()
+        if not images:
+            raise ValueError(f"no images found in {config.path!r}: expected files such as .png, .jpg or .webp")
+        self.class_names: tuple[str, ...] | None = None
+        if "metadata.jsonl" in self.files.names:
+            rows = self._captioned_rows(images, config)
+        else:
+            if config.caption_column or config.caption_template:
+                raise ValueError(f"captions are asked for, but {config.path!r} has no metadata.jsonl at its root")
+            rows = self._labelled_rows(images, config)
+        self.rows = self._split(rows, split, config.validation_fraction)
+        if not self.rows and split == "train":
+            raise ValueError(f"no images are left in {config.path!r} for the split {split!r} with where={config.where}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        item: dict[str, Any] = {"image": read_image(self.files.read(row.name), f"{self.files.path}/{row.name}")}
+        if row.caption is not None:
+            item["caption"] = row.caption
+        if row.label is not None:
+            item["label"] = row.label
+        return item
+
+    def _captioned_rows(self, images: list[str], config: DataConfig) -> list[Row]:
+        records = []
+        for number, line in enumerate(self.files.read("metadata.jsonl").decode("utf-8").splitlines(), start=1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                    records[-1]["file_name"]
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"line {number} of metadata.jsonl in {config.path!r} is no JSON object with a file_name"
+                    ) from error
+        unnamed = sorted(set(images) - {record["file_name"] for record in records})
+        absent = sorted({record["file_name"] for record in records} - set(images))
+        if unnamed:
+            raise ValueError(
+                f"captions are missing for {len(unnamed)} of {len(images)} images in {config.path!r}, first "
+                f"{unnamed[0]!r}: add them to metadata.jsonl or remove the images"
+            )
+        if absent:
+            raise ValueError(f"metadata.jsonl in {config.path!r} names {len(absent)} absent images, first {absent[0]!r}")
+        return [
+            Row(record["file_name"], caption=make_caption(record, config, record["file_name"]))
+            for record in records
+            if keep(record, config)
+        ]
+
+    def _labelled_rows(self, images: list[str], config: DataConfig) -> list[Row]:
+        splits = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
+        tops = {name.split("/")[0] for name in images if "/" in name}
+        depth = 1 if tops and tops <= splits else 0  # below the split folders
+        folders = [name.split("/")[depth] if name.count("/") > depth else "" for name in images]
+        if "" in folders:
+            if len(set(folders)) > 1:
+                raise ValueError(f"{config.path!r} mixes class folders with images outside of them, {images[0]!r}")
+            return [Row(name) for name in images]
+        classes = sorted(set(folders))
+        self.class_names = readable_names(classes, config.class_names)
+        return [Row(name, label=classes.index(folder)) for name, folder in zip(images, folders, strict=True)]
+
+    @staticmethod
+    def _split(rows: list[Row], split: str, fraction: float) -> list[Row]:
+        tops = {row.name.split("/")[0] for row in rows}
+        if any(tops & set(folders) for folders in SPLIT_FOLDERS.values()):
+            return [row for row in rows if row.name.split("/")[0] in SPLIT_FOLDERS[split]]
+        return [row for row in rows if is_held_out(row.caption or row.name, fraction) == (split == "validation")]
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether a caption or file name belongs to the held-out fraction: the same on every machine."""
+    return zlib.crc32(key.encode("utf-8")) < fraction * 2**32
+
+
+def keep(record: dict, config: DataConfig) -> bool:
+    """Whether a row has one of the wanted values in every column of ``where``."""
+    for column, values in config.where.items():
+        if column not in record:
+            raise ValueError(f"data.where names the column {column!r}, but the data has {', '.join(sorted(record))}")
+        if record[column] not in values:
+            return False
+    return True
+
+
+def make_caption(record: dict, config: DataConfig, name: str) -> str:
+    """The caption of one row, by template or column ("text" if neither is given)."""
+    try:
+        if config.caption_template:
+            caption = config.caption_template.format(**record)
+        else:
+            caption = record[config.caption_column or "text"]
+    except KeyError as error:
+        columns = ", ".join(sorted(record))
+        raise ValueError(f"the row of {name!r} has no column {error} for its caption; it has {columns}") from error
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError(f"the caption of {name!r} is {caption!r}, expected a text that is not empty")
+    return caption
+
+
+def readable_names(classes: list[str], names: dict[str, str] | list[str] | None) -> tuple[str, ...]:
+    """Names of the classes, from a mapping or a list of the same length."""
+    if names is None:
+        return tuple(classes)
+    if isinstance(names, dict):
+        if missing := [name for name in classes if name not in names]:
+            raise ValueError(f"data.class_names lacks the classes {', '.join(missing)}")
+        return tuple(names[name] for name in classes)
+    if len(names) != len(classes):
+        raise ValueError(f"data.class_names has {len(names)} names, but the data has {len(classes)} classes")
+    return tuple(names)
+
+
+def read_image(data: bytes, name: str) -> Image.Image:
+    """Decode a picture whole; an unreadable one is a ValueError with its name."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Exception as error:
+        raise ValueError(f"cannot read the image {name}: {error}") from error
+    return image

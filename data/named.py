@@ -1,0 +1,73 @@
+"""Data sets that the Datasets library loads by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+
+from tarflow.data.config import DataConfig
+from tarflow.data.folder import is_held_out, keep, make_caption, read_image, readable_names
+
+
+class NamedDataset:
+    """Map-style data set over named columns: item i is ``{"image": PIL, "caption": str, "label": int}``.
+
+    Raises:
+        ValueError: if the name cannot be loaded, a column is missing, or (at an item) a picture cannot be read or a
+            label is out of range.
+    """
+
+    def __init__(self, config: DataConfig, split: str = "train"):
+        self.config = config
+        own_split = split == "validation" and config.validation_split is not None
+        split_name = config.validation_split if own_split else config.train_split
+        try:
+            data = datasets.load_dataset(config.name, data_files=config.data_files, split=split_name)
+        except Exception as error:
+            raise ValueError(f"cannot load the data set {config.name!r}, split {split_name!r}: {error}") from error
+        wanted = {"image_column": config.image_column, "caption_column": config.caption_column}
+        wanted["label_column"] = config.label_column
+        for option, column in wanted.items():
+            if column is not None and column not in data.column_names:
+                columns = ", ".join(data.column_names)
+                raise ValueError(f"data.{option} is {column!r}, but {config.name!r} has the columns {columns}")
+        feature = data.features[config.label_column] if config.label_column else None
+        self.class_names: tuple[str, ...] | None = None
+        if config.label_column is not None:
+            classes = list(getattr(feature, "names", []))
+            if not classes:
+                classes = [str(i) for i in range(max(data[config.label_column]) + 1)]
+            self.class_names = readable_names(classes, config.class_names)
+        if isinstance(data.features[config.image_column], datasets.Image):
+            data = data.cast_column(config.image_column, datasets.Image(decode=False))
+        others = data.remove_columns([config.image_column])
+        self.has_captions = bool(config.caption_column or config.caption_template)
+        kept = [i for i, row in enumerate(others) if keep(row, config)] if config.where else list(range(len(data)))
+        if config.validation_split is None:
+            kept = [i for i in kept if is_held_out(str(i), config.validation_fraction) == (split == "validation")]
+        self.data = data.select(kept)
+        if not len(self.data) and split == "train":
+            raise ValueError(f"no rows are left in {config.name!r} for the split {split_name!r}")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, name = self.data[index], f"{self.config.name}[{index}]"
+        value = row[self.config.image_column]
+        if isinstance(value, dict):
+            data = value["bytes"]
+            if data is None:
+                with open(value["path"], "rb") as file:
+                    data = file.read()
+            value = read_image(data, value.get("path") or name)
+        item: dict[str, Any] = {"image": value}
+        if self.has_captions:
+            item["caption"] = make_caption(row, self.config, name)
+        if self.class_names is not None:
+            label = row[self.config.label_column]
+            if not 0 <= label < len(self.class_names):
+                raise ValueError(f"the label of {name} is {label}, expected 0 to {len(self.class_names) - 1}")
+            item["label"] = int(label)
+        return item
