@@ -1,0 +1,287 @@
+"""TARFlowModel: the whole flow. TARFlow and STARFlow are configurations of it.
+
+Shapes: B batch, C channels, H × W size of the latents, p patch size, T = H/p · W/p tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from tarflow.flows import sampling
+from tarflow.flows.block import FlowBlock
+from tarflow.flows.config import CONDITIONINGS, BlockConfig
+from tarflow.flows.guidance import Guidance
+from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, unpatchify
+
+
+class TARFlowModel(ModelMixin, ConfigMixin):
+    """Autoregressive flow blocks, listed from the data to the noise.
+
+    Args:
+        in_channels: C.
+        sample_size: H = W that the model is trained on; with rotary positions other sizes work at call time.
+        patch_size: p.
+        patch_layout: order of the numbers in a token: "channel_first" (TARFlow) or "channel_last" (STARFlow).
+        layers_per_block: Transformer layers of each block, the last one next to the noise; 0 leaves a block out, but
+            its place still counts for the orders.
+        width: of the Transformers; ``deep_width`` (None: the same) is that of the last block.
+        head_dim: size of a head; ``num_heads`` (None: width / head_dim), ``num_kv_heads`` (None: num_heads).
+        mlp: "gelu" or "geglu"; ``mlp_ratio`` is its expansion.
+        norm: "layer_norm" or "rms_norm"; ``final_norm`` before the output, ``qk_norm``, ``post_norm``, ``bias``.
+        start_token: a learned input before token 0, which is then transformed too; else outputs are shifted by one.
+        scale: "exp", "softplus" or "additive" (volume preserving).
+        soft_clip: bound s·tanh(·/s) of the affine parameters; 0 is off.
+        positions: "learned", "rotary" or "rotary_1d"; ``position_length`` (None: the grid's side) scales rotary ones.
+        conditioning: "none"; "class_vectors" (added to every token); "class_prefix" (one token before the image's);
+            "prefix" (a sequence of tokens of size ``cond_dim``, for example an encoded caption).
+        condition_blocks: which blocks see it, "all" or "deep" (the last one).
+        num_classes: for the class conditionings; the label num_classes means "no class".
+        first_order: order of block 0, "row_major" or "reversed"; they alternate.
+        learned_prior: keep a running prior variance per number (see `update_prior`).
+
+    Raises:
+        ValueError: for settings that do not fit together.
+    """
+
+    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 (the library's interface)
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 8,
+        sample_size: int = 8,
+        patch_size: int = 1,
+        patch_layout: str = "channel_last",
+        layers_per_block: tuple[int, ...] = (1, 1, 1, 4),
+        width: int = 192,
+        deep_width: int | None = None,
+        head_dim: int = 64,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        mlp: str = "gelu",
+        mlp_ratio: int = 4,
+        norm: str = "layer_norm",
+        final_norm: bool = True,
+        qk_norm: bool = False,
+        post_norm: bool = False,
+        bias: bool = True,
+        start_token: bool = True,
+        scale: str = "softplus",
+        soft_clip: float = 4.0,
+        positions: str = "rotary",
+        position_length: int | None = None,
+        conditioning: str = "none",
+        condition_blocks: str = "all",
+        num_classes: int = 0,
+        cond_dim: int = 0,
+        first_order: str = "reversed",
+        learned_prior: bool = False,
+    ):
+        super().__init__()
+        check_model(layers_per_block, sample_size, patch_size, patch_layout, conditioning, condition_blocks)
+        if conditioning.startswith("class") and num_classes < 1:
+            raise ValueError(f"conditioning {conditioning!r} needs num_classes of at least 1, got {num_classes}")
+        if conditioning == "prefix" and cond_dim < 1:
+            raise ValueError(f"conditioning 'prefix' needs cond_dim of at least 1, got {cond_dim}")
+        grid_size = sample_size // patch_size
+        self.blocks = nn.ModuleList()
+        last = len(layers_per_block) - 1
+        for index, layers in enumerate(layers_per_block):
+            block_width = deep_width if index == last and deep_width else width
+            if num_heads is None and block_width % head_dim:
+                raise ValueError(f"head_dim {head_dim} does not divide the width {block_width}; set num_heads, or other")
+            heads = num_heads or block_width // head_dim
+            sees = condition_blocks == "all" or index == last
+            if layers > 0:
+                config = BlockConfig(
+                    token_dim=in_channels * patch_size**2,
+                    grid_size=grid_size,
+                    layers=layers,
+                    width=block_width,
+                    head_dim=head_dim,
+                    num_heads=heads,
+                    num_kv_heads=num_kv_heads or heads,
+                    mlp_ratio=mlp_ratio,
+                    mlp=mlp,
+                    norm=norm,
+                    final_norm=final_norm,
+                    qk_norm=qk_norm,
+                    post_norm=post_norm,
+                    bias=bias,
+                    start_token=start_token,
+                    scale=scale,
+                    soft_clip=soft_clip,
+                    positions=positions,
+                    position_length=position_length or grid_size,
+                    text_axis=conditioning in ("class_prefix", "prefix"),
+                    conditioning=conditioning if sees else "none",
+                    num_classes=num_classes,
+                    cond_dim=num_classes + 1 if conditioning == "class_prefix" else cond_dim,
+                    order=block_order(index, first_order),
+                )
+                self.blocks.append(FlowBlock(config))
+        self.prior_variance: Tensor | None
+        variance = torch.ones(grid_size**2, in_channels * patch_size**2) if learned_prior else None
+        self.register_buffer("prior_variance", variance)
+
+    @property
+    def null_label(self) -> int:
+        """The class label that means "no class"."""
+        return self.config.num_classes
+
+    def forward(
+        self,
+        x: Tensor,
+        class_labels: Tensor | None = None,
+        cond: Tensor | None = None,
+        return_block_outputs: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Data to noise.
+
+        Args:
+            x: noisy latents or pixels (B, C, H, W).
+            class_labels: (B,) for the class conditionings; None is "no class" for all.
+            cond: prefix tokens (B, L, E) for the conditioning "prefix".
+            return_block_outputs: also return each block's output.
+
+        Returns:
+            z (B, C, H, W) and log|det dz/dx| (B,), summed over a sample; with ``return_block_outputs`` also a list of
+            (B, C, H, W). At least float32.
+        """
+        condition = self.condition(class_labels, cond, x.shape[0])
+        tokens, grid = self.patchify(x)
+        log_det: Tensor | float = 0.0
+        outputs = []
+        for block in self.blocks:
+            tokens, block_log_det = block(tokens, grid, condition)
+            log_det = log_det + block_log_det
+            outputs.append(tokens)
+        z = self.unpatchify(tokens, grid)
+        if return_block_outputs:
+            return z, log_det, [self.unpatchify(output, grid) for output in outputs]
+        return z, log_det
+
+    def inverse(
+        self,
+        z: Tensor,
+        class_labels: Tensor | None = None,
+        cond: Tensor | None = None,
+        null_cond: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Noise to data, sequentially.
+
+        Args:
+            z: (B, C, H, W).
+            class_labels, cond: as in `forward`.
+            null_cond: prefix tokens that mean "no condition" (the empty caption), (B or 1, L, E); needed for guidance
+                with the conditioning "prefix".
+            guidance: see `Guidance`.
+
+        Returns:
+            x (B, C, H, W) and the log|det dz/dx| (B,) of the (guided) map at x.
+        """
+        condition = self.condition(class_labels, cond, z.shape[0])
+        null = None
+        if guidance is not None and guidance.weight > 0:
+            null = self.condition(None, null_cond, z.shape[0])
+        return sampling.generate(self, z, condition, null, guidance)
+
+    def condition(self, class_labels: Tensor | None, cond: Tensor | None, batch: int) -> Tensor | None:
+        """Labels or prefix as the blocks take them: labels (B,), prefix (B, L, E), or None.
+
+        Raises:
+            ValueError: if the condition is of the wrong kind or shape, or a label is out of range.
+        """
+        kind = self.config.conditioning
+        if kind == "prefix":
+            if class_labels is not None:
+                raise ValueError("this model is conditioned on a prefix (cond), not on class labels")
+            if cond is None:
+                raise ValueError("this model needs cond, also for no condition: pass the encoded empty caption")
+            if cond.ndim != 3 or cond.shape[2] != self.config.cond_dim or cond.shape[0] not in (1, batch):
+                expected = f"({batch}, L, {self.config.cond_dim})"
+                raise ValueError(f"cond must have the shape {expected}, got {tuple(cond.shape)}")
+            return cond.expand(batch, -1, -1)
+        if cond is not None:
+            raise ValueError(f"this model has the conditioning {kind!r} and takes no cond")
+        if kind == "none":
+            if class_labels is not None:
+                raise ValueError("this model is unconditional and takes no class_labels")
+            return None
+        if class_labels is None:
+            class_labels = torch.full((batch,), self.null_label, device=self.device)
+        if class_labels.shape != (batch,):
+            raise ValueError(f"class_labels must have the shape ({batch},), got {tuple(class_labels.shape)}")
+        # On a GPU the check would wait for it; there the data set and the pipeline have checked already.
+        if class_labels.device.type == "cpu" and batch and not 0 <= class_labels.min() <= class_labels.max() <= self.null_label:
+            raise ValueError(f"class labels must be 0 to {self.null_label} ({self.null_label}: none), got {class_labels}")
+        if kind == "class_prefix":
+            dtype = self.blocks[-1].proj_in.weight.dtype
+            return F.one_hot(class_labels, self.config.num_classes + 1).to(dtype)[:, None]  # (B, 1, classes + 1)
+        return class_labels
+
+    def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, C, H, W) → row-major tokens (B, T, C·p·p) and the grid (H/p, W/p).
+
+        Raises:
+            ValueError: if the channels are not the model's, or H or W is no multiple of the patch size.
+        """
+        p = self.config.patch_size
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise ValueError(f"expected (B, {self.config.in_channels}, H, W), got {tuple(x.shape)}")
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"height and width must be multiples of the patch size {p}, got {tuple(x.shape[2:])}")
+        return patchify(x, p, self.config.patch_layout), (x.shape[2] // p, x.shape[3] // p)
+
+    def unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, T, C·p·p) → (B, C, H, W)."""
+        return unpatchify(tokens, self.config.patch_size, self.config.patch_layout, grid)
+
+    def prior_variance_image(self) -> Tensor | None:
+        """The learned prior variance in image layout (C, H, W), or None for the unit prior."""
+        if self.prior_variance is None:
+            return None
+        side = self.config.sample_size // self.config.patch_size
+        return self.unpatchify(self.prior_variance[None], (side, side))[0]
+
+    @torch.no_grad()
+    def update_prior(self, z: Tensor) -> None:
+        """variance ← 0.9·variance + 0.1·(batch mean of z²), from a training batch's z (B, C, H, W)."""
+        if self.prior_variance is not None:
+            tokens, _ = self.patchify(z)
+            self.prior_variance.lerp_(tokens.pow(2).mean(0).to(self.prior_variance.dtype), 0.1)
+
+    def scale_noise(self, noise: Tensor) -> Tensor:
+        """Standard normal noise (B, C, H, W) as a draw from the prior."""
+        variance = self.prior_variance_image()
+        return noise if variance is None else noise * variance.sqrt().to(noise.dtype)
+
+
+def check_model(
+    layers_per_block: tuple[int, ...],
+    sample_size: int,
+    patch_size: int,
+    patch_layout: str,
+    conditioning: str,
+    condition_blocks: str,
+) -> None:
+    """Errors of a model's settings that no single block can see."""
+    if not layers_per_block or layers_per_block[-1] < 1 or min(layers_per_block) < 0:
+        raise ValueError(
+            f"layers_per_block must list at least one block, none negative, the last one with layers; "
+            f"got {list(layers_per_block)}"
+        )
+    if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
+        raise ValueError(f"sample_size ({sample_size}) must be a positive multiple of patch_size ({patch_size})")
+    if patch_layout not in PATCH_LAYOUTS:
+        raise ValueError(f"patch_layout must be one of {', '.join(PATCH_LAYOUTS)}, got {patch_layout!r}")
+    if conditioning not in CONDITIONINGS:
+        raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {conditioning!r}")
+    if condition_blocks not in ("all", "deep"):
+        raise ValueError(f"condition_blocks must be 'all' or 'deep', got {condition_blocks!r}")

@@ -1,0 +1,72 @@
+"""Rotary positions on two spatial axes and a text axis.
+
+Angles follow STARFlow: an image's tokens lie on row and column axes whose lengths depend on the aspect ratio but span
+the same area at any size; prefix (condition) tokens lie on a third axis with eight frequencies. Positions belong to the
+slots of a sequence, so they are the same for every order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BASE = 10000.0
+TEXT_FREQUENCIES = 8
+
+
+def rotary_angles(
+    grid: tuple[int, int],
+    head_dim: int,
+    length: int,
+    prefix_length: int = 0,
+    text_axis: bool = False,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Angles (L + T, head_dim / 2) of the prefix slots, then of the image slots.
+
+    Args:
+        grid: rows and columns of tokens, T = rows·columns.
+        head_dim: even; head_dim/2, less 8 with a text axis, must be even and positive.
+        length: side of the square grid that positions are scaled to.
+        prefix_length: number L of prefix tokens; needs the text axis.
+        text_axis: whether the model has one, even if this sequence has no prefix.
+    """
+    options = {"device": device, "dtype": dtype}
+    rows, columns = grid
+    spatial = head_dim // 2 - (TEXT_FREQUENCIES if text_axis else 0)
+    frequencies = BASE ** (-2 * torch.arange(spatial // 2, **options) / spatial)
+    unit = length / math.sqrt(rows * columns)
+    row = torch.arange(rows, **options).repeat_interleave(columns) * unit
+    column = torch.arange(columns, **options).repeat(rows) * unit
+    image = torch.cat([row[:, None] * frequencies, column[:, None] * frequencies], dim=1)  # (T, spatial)
+    if not text_axis:
+        return image
+    image = torch.nn.functional.pad(image, (0, TEXT_FREQUENCIES))
+    text_frequencies = BASE ** (-torch.arange(TEXT_FREQUENCIES, **options) / TEXT_FREQUENCIES)
+    text = torch.arange(prefix_length, **options) / max(prefix_length, 1) * length
+    prefix = torch.nn.functional.pad(text[:, None] * text_frequencies, (spatial, 0))
+    return torch.cat([prefix, image])
+
+
+def rotary_angles_1d(
+    slots: int, head_dim: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Angles (slots, head_dim / 2) for a plain sequence, prefix included."""
+    options = {"device": device, "dtype": dtype}
+    frequencies = BASE ** (-2 * torch.arange(head_dim // 2, **options) / head_dim)
+    return torch.arange(slots, **options)[:, None] * frequencies
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (2i, 2i + 1) of the last axis.
+
+    Args:
+        x: (B, heads, S, head_dim).
+        rotation: cosines and sines of the angles, (S, head_dim / 2) each.
+    """
+    cos, sin = rotation
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
