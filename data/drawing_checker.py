@@ -17,7 +17,7 @@ from tarflow.data.drawings import BACKGROUNDS, COLOURS, MAX_TILT, SHAPES, Drawin
 
 TEMPLATE_SIDE = 40
 MASK_SPREAD = 2.2  # side of the normalised window in units of the square root of the area (a star spans 1.75)
-MIN_OVERLAP = 0.72  # below this no template fits, and the shape is "none"
+MIN_OVERLAP = 0.68  # below this no template fits, and the shape is "none"
 MIN_AREA = 0.01  # of the picture; a smaller mask is no shape
 MAX_COLOUR_DISTANCE = 110.0  # in RGB units; a colour farther from every named one is "none"
 

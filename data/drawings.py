@@ -23,7 +23,7 @@ COLOURS = {
     "orange": (244, 128, 26),
 }
 BACKGROUNDS = {"light": (244, 244, 240), "dark": (24, 24, 32), "grey": (140, 146, 152)}
-SIZES = {"small": (0.15, 0.2), "large": (0.28, 0.37)}  # radius as a fraction of the picture's side
+SIZES = {"small": (0.19, 0.23), "large": (0.3, 0.38)}  # radius as a fraction of the picture's side
 
 #: Labels of the class-conditional variant, "red circle" first; the label of a drawing is its position here.
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
