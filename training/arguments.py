@@ -1,0 +1,49 @@
+"""YAML file and command line → `RunConfig`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import jsonargparse
+
+from tarflow.flows.model import TARFlowModel
+from tarflow.training.config import RunConfig
+
+
+def parse_config(argv: list[str] | None = None, description: str | None = None) -> tuple[RunConfig, str]:
+    """Read ``--config FILE`` and ``--section.key value`` overrides.
+
+    Returns:
+        the configuration, and its resolved YAML.
+
+    Raises:
+        ValueError: with one sentence for an unknown key, a wrong type or a value out of range.
+    """
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    parser.add_class_arguments(RunConfig, None, sub_configs=False)
+    try:
+        namespace = parser.parse_args(argv)
+        resolved = parser.dump(namespace, skip_none=False)
+        arguments = vars(parser.instantiate(namespace))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    arguments.pop("config", None)
+    config = RunConfig(**arguments)
+    check_flow_keys(config.flow)
+    return config, resolved
+
+
+def check_flow_keys(flow: dict[str, Any]) -> None:
+    """An unknown key of the flow section is an error that lists the known ones."""
+    known = [name for name in inspect.signature(TARFlowModel.__init__).parameters if name != "self"]
+    if unknown := sorted(set(flow) - set(known)):
+        raise ValueError(f"unknown key flow.{unknown[0]}; the flow section has {', '.join(known)}")
+
+
+def fail(error: Exception) -> None:
+    """Print one sentence and leave with exit status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)

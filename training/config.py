@@ -1,0 +1,183 @@
+"""Settings of a training run: nested frozen dataclasses, filled from YAML and the command line, checked when built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tarflow.data.config import DataConfig
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig:
+    """The autoencoder.
+
+    Attributes:
+        name: a shipped one ("drawings_emoji_f8c8"), a folder, a hub id, or None to model pixels.
+        subfolder: where in the folder or hub id it lies, for example "vae".
+        measure_images: how many training pictures the latents' mean and standard deviation are measured on.
+    """
+
+    name: str | None = "drawings_emoji_f8c8"
+    subfolder: str | None = None
+    measure_images: int = 1024
+
+    def __post_init__(self) -> None:
+        check(self.measure_images >= 1, f"vae.measure_images must be at least 1, got {self.measure_images}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text encoder; ``kind`` "none" for class-conditional and unconditional models.
+
+    Attributes:
+        kind: "none"; "pretrained" (frozen, by ``name``: a folder or hub id of a T5 encoder); "small" (a T5 encoder of
+            the sizes below, trained from scratch with the flow, with a tokenizer made of the training captions).
+        max_length: captions are padded or cut to this many tokens.
+        vocab_size: of the small encoder's tokenizer.
+        vocab_captions: how many captions the tokenizer is made of.
+        unit: what a token of the small tokenizer is: "word", or "bpe" for open vocabularies.
+    """
+
+    kind: Literal["none", "small", "pretrained"] = "none"
+    name: str | None = None
+    subfolder: str | None = None
+    max_length: int = 16
+    vocab_size: int = 4000
+    vocab_captions: int = 4000
+    unit: Literal["word", "bpe"] = "word"
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind == "pretrained":
+            check(self.name is not None, "text.kind is 'pretrained', so text.name must be a folder or hub id")
+        for name in ("max_length", "vocab_size", "vocab_captions", "width", "layers", "heads"):
+            check(getattr(self, name) >= 1, f"text.{name} must be at least 1, got {getattr(self, name)}")
+        check(self.width % self.heads == 0, f"text.heads ({self.heads}) must divide text.width ({self.width})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine to ``min_lr_ratio``; gradients clipped by their norm."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 1e-4
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.01
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or positive, got {self.weight_decay}")
+        check(all(0 <= b < 1 for b in self.betas), f"optim.betas must be in [0, 1), got {self.betas}")
+        check(self.warmup_steps >= 0, f"optim.warmup_steps must be 0 or positive, got {self.warmup_steps}")
+        check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        check(self.max_grad_norm > 0, f"optim.max_grad_norm must be positive, got {self.max_grad_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        steps: optimizer steps; ``max_minutes`` lowers them once, after the first steps have been timed, so that the
+            training takes about as long (the schedule then ends there; resuming keeps the lowered number).
+        batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
+        noise_std: standard deviation σ of the noise added to latents.
+        drop_rate: share of conditions replaced by "none", which guidance needs.
+        latent_norm_weight: weight of a penalty on mean z² above 1; 0 is off.
+        mixed_precision: "no", "bf16" or "fp16".
+        ema_decay: of the averaged weights that are evaluated and saved.
+        max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
+        seed: of weights, noise and drops.
+    """
+
+    steps: int = 10000
+    max_minutes: float | None = None
+    batch_size: int = 64
+    accumulation: int = 1
+    noise_std: float = 0.3
+    drop_rate: float = 0.1
+    latent_norm_weight: float = 0.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    ema_decay: float = 0.9999
+    max_bad_steps: int = 5
+    num_workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "max_bad_steps"):
+            check(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_minutes is not None:
+            check(self.max_minutes > 0, f"train.max_minutes must be positive, got {self.max_minutes}")
+        check(self.noise_std >= 0, f"train.noise_std must be 0 or positive, got {self.noise_std}")
+        check(0 <= self.drop_rate <= 1, f"train.drop_rate must be in [0, 1], got {self.drop_rate}")
+        check(self.latent_norm_weight >= 0, "train.latent_norm_weight must be 0 or positive")
+        check(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        check(self.num_workers >= 0, f"train.num_workers must be 0 or positive, got {self.num_workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training; 0 turns an interval off.
+
+    Attributes:
+        trackers: names of Accelerate trackers.
+        log_every: steps between logged losses.
+        eval_every: steps between evaluations of held-out nats per dimension, on ``eval_images`` pictures.
+        sample_every: steps between grids of ``sample_images`` pictures from fixed noise, raw and denoised.
+        checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay.
+        save_pipeline_every: steps between pipeline folders; the last step always saves one.
+        prompts: captions of the grid; None takes held-out ones.
+        guidance_scale: of the grid, and the saved pipeline's default; 1 is off.
+    """
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    log_every: int = 10
+    eval_every: int = 1000
+    eval_images: int = 512
+    sample_every: int = 1000
+    sample_images: int = 36
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    save_pipeline_every: int = 0
+    prompts: list[str] | None = None
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "eval_images", "sample_images", "keep_checkpoints"):
+            check(getattr(self, name) >= 1, f"log.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "sample_every", "checkpoint_every", "save_pipeline_every"):
+            check(getattr(self, name) >= 0, f"log.{name} must be 0 (off) or positive, got {getattr(self, name)}")
+        check(self.guidance_scale >= 1, f"log.guidance_scale must be at least 1, got {self.guidance_scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything about one run.
+
+    Attributes:
+        output: folder of the run: resolved config, logs, grids, checkpoints, pipeline.
+        data, vae, text, optim, train, log: the sections.
+        flow: arguments of `TARFlowModel`. in_channels, sample_size, num_classes and cond_dim may be left out: they
+            follow from the autoencoder, the data and the text encoder.
+        resume: "latest", a checkpoint folder, or None to start anew.
+    """
+
+    output: str
+    data: DataConfig
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    flow: dict[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    resume: str | None = None
