@@ -22,7 +22,7 @@ from tarflow.flows.guidance import Guidance
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.order import reorder
 from tarflow.flows.positions import rotary_angles, rotary_angles_1d
-from tarflow.flows.transformer import TransformerLayer, make_norm
+from tarflow.flows.transformer import RMSNorm, TransformerLayer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FlowBlock(nn.Module):
         outputs = config.token_dim * (1 if config.scale == "additive" else 2)
         self.proj_in = nn.Linear(config.token_dim, config.width)
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
-        self.final_norm = make_norm(config, config.width) if config.final_norm else None
+        self.final_norm = RMSNorm(config.width) if config.final_norm else None
         self.proj_out = nn.Linear(config.width, outputs)  # [raw scale; shift]
         self.start_token = nn.Parameter(torch.randn(config.token_dim) * 0.02) if config.start_token else None
         self.pos_embed = None
