@@ -1,0 +1,81 @@
+"""Small models and their conditions, for many tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tarflow.flows.block import FlowBlock
+from tarflow.flows.model import TARFlowModel
+
+ROOT = Path(__file__).parents[1]
+#: Data that is not part of the repository; tests that need it are skipped without it.
+SHARED = ROOT.parent / "shared"
+
+NUM_CLASSES, COND_DIM, PREFIX_LENGTH = 3, 5, 3
+
+
+def perturb(model: nn.Module, std: float = 0.02) -> nn.Module:
+    """Add noise to all parameters: the output layers start at zero, so a fresh model is the identity."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+    return model
+
+
+def small_model(**changes: Any) -> TARFlowModel:
+    """A perturbed model of two blocks on 2 × 4 × 4 numbers, four tokens of eight."""
+    arguments: dict[str, Any] = {
+        "in_channels": 2,
+        "sample_size": 4,
+        "patch_size": 2,
+        "layers_per_block": (1, 2),
+        "width": 64,
+        "head_dim": 32,
+        "num_classes": NUM_CLASSES,
+        "cond_dim": COND_DIM,
+    }
+    model = TARFlowModel(**{**arguments, **changes})
+    perturb(model)
+    return model.eval()
+
+
+def condition_of(model: TARFlowModel, batch: int) -> dict[str, Tensor]:
+    """Random keyword arguments that the model's conditioning wants; the last of several labels is "no class"."""
+    weight = model.blocks[0].proj_in.weight
+    if model.config.conditioning.startswith("class"):
+        labels = torch.arange(batch) % model.config.num_classes
+        if batch > 1:
+            labels[-1] = model.null_label
+        return {"class_labels": labels}
+    if model.config.conditioning == "prefix":
+        return {"cond": torch.randn(batch, PREFIX_LENGTH, model.config.cond_dim, dtype=weight.dtype)}
+    return {}
+
+
+def random_images(model: TARFlowModel, batch: int, height: int = 0, width: int = 0) -> Tensor:
+    """Normal numbers (B, C, H, W) in the model's dtype; its own size unless another is given."""
+    size = model.config.sample_size
+    shape = (batch, model.config.in_channels, height or size, width or size)
+    return torch.randn(shape, dtype=model.blocks[0].proj_in.weight.dtype)
+
+
+def block_parameters(
+    block: FlowBlock, x: Tensor, grid: tuple[int, int], cond: Tensor | None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Shift and scale σ of all tokens in one parallel pass without a cache, (B, T, C) each, in the block's order.
+
+    ``x`` is in the block's order too. It is the definition that cached decoding is compared with.
+    """
+    divisor = None if temperature == 1 else torch.full((x.shape[0], 1, 1, 1), temperature, dtype=x.dtype)
+    context = block.context(cond, grid)
+    if block.start_token is not None:
+        start = block.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
+        shift, log_scale = block.affine_parameters(torch.cat([start, x[:, :-1]], 1), 0, context, None, divisor)
+        return shift, log_scale.exp()
+    shift, log_scale = block.affine_parameters(x[:, :-1], 0, context, None, divisor)
+    zero = torch.zeros_like(x[:, :1])
+    return torch.cat([zero, shift], 1), torch.cat([zero, log_scale], 1).exp()
