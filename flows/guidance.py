@@ -45,7 +45,7 @@ class Guidance:
         """Guided (shift, log_scale) of token ``token`` in the block's order, each (B, S, C)."""
         if self.method == "gaussian":
             return guide_gaussian(cond, uncond, self.weight)
-        weight = self.weight * token / (num_tokens - 1) if self.annealed else self.weight
+        weight = self.weight * token / max(num_tokens - 1, 1) if self.annealed else self.weight
         return guide_linear(cond, uncond, weight, self.parts)
 
 

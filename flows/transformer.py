@@ -79,7 +79,8 @@ class Attention(nn.Module):
             cache: earlier slots, which these S follow; this layer's row of it is ``layer``.
         """
         batch, slots, _ = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, slots, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, S, d)
+        heads = self.heads + 2 * self.kv_heads
+        qkv = self.qkv(self.norm(x)).view(batch, slots, heads, self.head_dim).transpose(1, 2)  # (B, H + 2K, S, d)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -100,7 +101,7 @@ class Attention(nn.Module):
             scale=1 / math.sqrt(self.head_dim),
             enable_gqa=self.heads != self.kv_heads,
         )  # (B, H, S, d)
-        y = self.proj(y.transpose(1, 2).reshape(batch, slots, -1))
+        y = self.proj(y.transpose(1, 2).flatten(2))
         return y if self.post_norm is None else self.post_norm(y)
 
 
