@@ -32,6 +32,7 @@ RING_HOLE = 0.58  # inner radius of a ring over its outer radius
 STAR_INNER = 0.45  # radius of a star's inner corners over that of its points
 CROSS_ARM = 0.34  # half the width of a cross's arm over its radius
 MAX_TILT = 12.0  # degrees
+MAX_OFFSET = 0.14  # of a shape's centre from the picture's, along each side
 SUPERSAMPLING = 4
 
 
@@ -80,7 +81,7 @@ def random_drawing(seed: int, index: int, split: str = "train") -> Drawing:
             break
     size = str(rng.choice(list(SIZES)))
     radius = rng.uniform(*SIZES[size])
-    margin = radius + 0.03
+    offset = min(MAX_OFFSET, 0.5 - radius - 0.03)  # the shape stays inside
 
     def jitter(rgb: tuple[int, int, int], amount: int) -> tuple[int, int, int]:
         r, g, b = (int(v) for v in np.clip(np.array(rgb) + rng.integers(-amount, amount + 1, 3), 0, 255))
@@ -91,7 +92,7 @@ def random_drawing(seed: int, index: int, split: str = "train") -> Drawing:
         colour=colour,
         background=background,
         size=size,
-        centre=(rng.uniform(margin, 1 - margin), rng.uniform(margin, 1 - margin)),
+        centre=(0.5 + rng.uniform(-offset, offset), 0.5 + rng.uniform(-offset, offset)),
         radius=radius,
         tilt=rng.uniform(-MAX_TILT, MAX_TILT),
         colour_rgb=jitter(COLOURS[colour], 10),
@@ -147,6 +148,7 @@ class Drawings:
     """
 
     class_names = CLASS_NAMES
+    has_captions = True
 
     def __init__(self, split: str = "train", image_size: int = 64, seed: int = 0, length: int | None = None):
         random_drawing(seed, 0, split)  # a wrong split fails here, not at the first item
@@ -155,6 +157,9 @@ class Drawings:
 
     def __len__(self) -> int:
         return self.length
+
+    def caption(self, index: int) -> str:
+        return random_drawing(self.seed, index, self.split).caption
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:

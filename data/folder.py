@@ -55,6 +55,13 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def has_captions(self) -> bool:
+        return bool(self.rows) and self.rows[0].caption is not None
+
+    def caption(self, index: int) -> str | None:
+        return self.rows[index].caption
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         item: dict[str, Any] = {"image": read_image(self.files.read(row.name), f"{self.files.path}/{row.name}")}

@@ -53,6 +53,10 @@ class NamedDataset:
     def __len__(self) -> int:
         return len(self.data)
 
+    def caption(self, index: int) -> str:
+        row = self.data.remove_columns([self.config.image_column])[index]
+        return make_caption(row, self.config, f"{self.config.name}[{index}]")
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, name = self.data[index], f"{self.config.name}[{index}]"
         value = row[self.config.image_column]

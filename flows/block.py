@@ -165,7 +165,8 @@ class FlowBlock(nn.Module):
             shift and log_scale (B, S, C), at least float32.
         """
         slots, skip = inputs.shape[1], context.prefix_length
-        hidden = self.proj_in(inputs.to(self.proj_in.weight.dtype))  # (B, S, D)
+        dtype = self.proj_in.weight.dtype
+        hidden = self.proj_in(inputs.to(dtype)).to(dtype)  # (B, S, D); float32 under autocast, as is what is added
         if context.added is not None:
             hidden = hidden + context.added[:, first_slot : first_slot + slots]
         rotation = context.rotation
