@@ -1,0 +1,208 @@
+"""Weights of the published TARFlow and STARFlow models as those of a `TARFlowModel`.
+
+``config`` always means the arguments of the published model class, by their published names. Only names and shapes
+change; no number does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.flows.model import TARFlowModel
+
+TARFLOW_KEYS = ("in_channels", "img_size", "patch_size", "channels", "num_blocks", "layers_per_block")
+TARFLOW_OPTIONS = ("nvp", "num_classes", "head_dim")
+STARFLOW_KEYS = (*TARFLOW_KEYS, "rope", "sos", "txt_size", "txt_dim", "seq_order")
+STARFLOW_OPTIONS = (
+    "nvp",
+    "head_dim",
+    "num_heads",
+    "num_kv_heads",
+    "cond_top_only",
+    "use_softplus",
+    "use_final_norm",
+    "soft_clip",
+    "norm_type",
+    "use_bias",
+    "use_qk_norm",
+    "use_post_norm",
+    "use_swiglu",
+    "top_block_channels",
+    "pt_seq_len",
+    "learnable_self_denoiser",
+    "conditional_denoiser",
+)
+
+#: Published names of what is inside one Transformer layer, and ours.
+LAYER_NAMES = {"mlp.main.0": "mlp.up", "mlp.main.2": "mlp.down", "mlp.down_proj": "mlp.down"}
+BLOCK_NAMES = {"proj_txt": "proj_cond", "sos_embed": "start_token"}
+#: Saved by the published code, but computed anew here.
+LEFT_OVERS = ("attn_mask", "freqs_cos", "freqs_sin")
+#: The learned denoiser is not part of `TARFlowModel`.
+DENOISER = "learnable_self_denoiser."
+
+
+def is_starflow(config: dict[str, Any]) -> bool:
+    """Whether the arguments are STARFlow's; TARFlow's model class knows no text."""
+    return "txt_size" in config
+
+
+def tarflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the `TARFlowModel` that equals a published TARFlow model.
+
+    Raises:
+        ValueError: if an argument is missing or unknown.
+    """
+    check_keys(config, TARFLOW_KEYS, TARFLOW_OPTIONS)
+    volume_preserving = not config.get("nvp", True)
+    num_classes = config.get("num_classes") or 0
+    return {
+        **common_arguments(config),
+        "patch_layout": "channel_first",
+        "final_norm": False,
+        "start_token": False,
+        "scale": "additive" if volume_preserving else "exp",
+        "soft_clip": 0.0,
+        "positions": "learned",
+        "conditioning": "class_vectors" if num_classes else "none",
+        "num_classes": num_classes,
+        "first_order": "row_major",
+        "learned_prior": volume_preserving,
+    }
+
+
+def starflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the `TARFlowModel` that equals a published STARFlow model, without its learned denoiser.
+
+    A condition of one token is a class label: ``txt_dim`` counts the classes and "no class".
+
+    Raises:
+        ValueError: if an argument is missing or unknown.
+    """
+    check_keys(config, STARFLOW_KEYS, STARFLOW_OPTIONS)
+    if config["seq_order"] not in ("R2L", "L2R"):
+        raise ValueError(f"seq_order must be 'R2L' or 'L2R', got {config['seq_order']!r}")
+    conditioning = {0: "none", 1: "class_prefix"}.get(config["txt_size"], "prefix")
+    scale = "softplus" if config.get("use_softplus") else "exp"
+    return {
+        **common_arguments(config),
+        "patch_layout": "channel_last",
+        "deep_width": config.get("top_block_channels") or None,
+        "num_heads": config.get("num_heads") or None,
+        "num_kv_heads": config.get("num_kv_heads") or None,
+        "mlp": "geglu" if config.get("use_swiglu") else "gelu",  # published under this name, but the gate is a GELU
+        "norm": config.get("norm_type", "layer_norm"),
+        "final_norm": bool(config.get("use_final_norm", False)),
+        "qk_norm": bool(config.get("use_qk_norm", False)),
+        "post_norm": bool(config.get("use_post_norm", False)),
+        "bias": bool(config.get("use_bias", True)),
+        "start_token": bool(config["sos"]),
+        "scale": scale if config.get("nvp", True) else "additive",
+        "soft_clip": float(config.get("soft_clip", 0)),
+        "positions": "rotary" if config["rope"] else "learned",
+        "position_length": config.get("pt_seq_len") or None,
+        "conditioning": conditioning,
+        "condition_blocks": "deep" if config.get("cond_top_only") else "all",
+        "num_classes": config["txt_dim"] - 1 if conditioning == "class_prefix" else 0,
+        "cond_dim": config["txt_dim"] if conditioning == "prefix" else 0,
+        "first_order": "row_major" if config["seq_order"] == "R2L" else "reversed",
+    }
+
+
+def common_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What both families call by the same names."""
+    return {
+        "in_channels": config["in_channels"],
+        "sample_size": config["img_size"],
+        "patch_size": config["patch_size"],
+        "layers_per_block": layers_of(config),
+        "width": config["channels"],
+        "head_dim": config.get("head_dim", 64),
+    }
+
+
+def layers_of(config: dict[str, Any]) -> tuple[int, ...]:
+    """Layers of each block, from one number for all or a list."""
+    layers, blocks = config["layers_per_block"], config["num_blocks"]
+    layers = (layers,) * blocks if isinstance(layers, int) else tuple(layers)
+    if len(layers) != blocks:
+        raise ValueError(f"layers_per_block lists {len(layers)} blocks, but num_blocks is {blocks}")
+    return layers
+
+
+def check_keys(config: dict[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    """Raise a ValueError that lists the missing and the unknown arguments."""
+    missing = [key for key in required if key not in config]
+    unknown = [key for key in config if key not in (*required, *optional)]
+    if missing or unknown:
+        raise ValueError(f"the published model's arguments lack {missing or 'nothing'} and have unknown {unknown}")
+
+
+def convert_state_dict(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict of the `TARFlowModel` with `tarflow_arguments` or `starflow_arguments` of ``config``.
+
+    Buffers that the published code saves but does not need are dropped, and so is the learned denoiser.
+
+    Raises:
+        ValueError: listing all tensors that are missing, unexpected or of another shape.
+    """
+    starflow = is_starflow(config)
+    arguments = starflow_arguments(config) if starflow else tarflow_arguments(config)
+    with torch.device("meta"):
+        wanted = TARFlowModel(**arguments).state_dict()
+    places = [index for index, layers in enumerate(arguments["layers_per_block"]) if layers]  # the others are left out
+    converted: dict[str, Tensor] = {}
+    gates: dict[str, dict[str, Tensor]] = {}
+    unexpected = []
+    for name, value in state.items():
+        if name.split(".")[-1] in LEFT_OVERS or name.startswith(DENOISER) or (name == "var" and starflow):
+            continue
+        new_name, part = convert_name(name, places)
+        if part:
+            gates.setdefault(new_name, {})[part] = value
+        elif new_name == "prior_variance" and not arguments["learned_prior"] and bool((value == 1).all()):
+            continue
+        elif new_name not in wanted:
+            unexpected.append(name)
+        else:
+            one_dim_less = new_name.endswith(("start_token", "class_embed"))
+            converted[new_name] = value.reshape(-1, *wanted[new_name].shape[1:]) if one_dim_less else value
+    for name, parts in gates.items():
+        if name not in wanted:
+            unexpected.append(name)
+        elif parts.keys() == {"gate", "up"}:
+            converted[name] = torch.cat([parts["gate"], parts["up"]])
+    missing = [name for name in wanted if name not in converted]
+    shapes = {name: (tuple(value.shape), tuple(wanted[name].shape)) for name, value in converted.items()}
+    wrong = [f"{name} {got} instead of {want}" for name, (got, want) in shapes.items() if got != want]
+    if missing or unexpected or wrong:
+        raise ValueError(f"missing tensors: {missing}; unexpected tensors: {unexpected}; wrong shapes: {wrong}")
+    return converted
+
+
+def convert_name(name: str, places: list[int]) -> tuple[str, str]:
+    """A published tensor's name as ours, and "gate" or "up" if it is that half of a gated MLP's first layer.
+
+    Args:
+        name: for example "blocks.0.attn_blocks.1.mlp.main.0.weight".
+        places: the published indices of the blocks that have layers.
+    """
+    if name == "var":
+        return "prior_variance", ""
+    head, _, rest = name.partition(".")
+    index, _, rest = rest.partition(".")
+    if head != "blocks" or not index.isdigit() or int(index) not in places:
+        return name, ""
+    block = f"blocks.{places.index(int(index))}."
+    if not rest.startswith("attn_blocks."):
+        stem, dot, leaf = rest.partition(".")
+        return block + BLOCK_NAMES.get(stem, stem) + dot + leaf, ""
+    _, layer, inner = rest.split(".", 2)
+    stem, _, leaf = inner.rpartition(".")
+    layer = f"{block}layers.{layer}."
+    if stem in ("mlp.gate_proj", "mlp.up_proj"):
+        return f"{layer}mlp.up.{leaf}", stem.removeprefix("mlp.").removesuffix("_proj")
+    return f"{layer}{LAYER_NAMES.get(stem, stem)}.{leaf}", ""
