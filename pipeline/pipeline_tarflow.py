@@ -1,0 +1,342 @@
+"""TARFlowPipeline: captions, class labels or nothing → images, in the habits of Diffusers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from tarflow.flows import sampling
+from tarflow.flows.denoising import score_denoise
+from tarflow.flows.guidance import Guidance
+from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.text import encode_captions
+from tarflow.vae.codec import LatentCodec
+
+Labels = int | str | list[int | str]
+
+
+class TARFlowPipeline(DiffusionPipeline):
+    """Draws images with a latent flow.
+
+    Args:
+        flow: the model.
+        vae: an autoencoder with Diffusers' ``encode`` and ``decode``, or None for a flow on pixels.
+        text_encoder, tokenizer: for captions, or None.
+        latents_mean, latents_std: per channel of the autoencoder's scaled latents; None is 0 and 1.
+        noise_std: standard deviation of the training noise, which one score step removes.
+        id2label: names of the classes.
+        max_sequence_length: captions are padded or cut to this many tokens.
+        guidance_scale: default of a call; 1 is off.
+    """
+
+    model_cpu_offload_seq = "text_encoder->flow->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (the library's interface)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        flow: TARFlowModel,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        noise_std: float = 0.0,
+        id2label: dict[int, str] | None = None,
+        max_sequence_length: int = 128,
+        guidance_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.register_modules(flow=flow, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            noise_std=noise_std,
+            id2label=id2label,
+            max_sequence_length=max_sequence_length,
+            guidance_scale=guidance_scale,
+        )
+        self.codec = LatentCodec(vae, latents_mean, latents_std)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)
+        self.labels = {name.lower(): int(index) for index, name in (id2label or {}).items()}
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Fetch a pipeline from the Hub; Diffusers' own way refuses components of other libraries."""
+        known = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+        return snapshot_download(pretrained_model_name, **{key: kwargs[key] for key in known if key in kwargs})
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save beside the place and move there, so that the folder is whole or as before.
+
+        Raises:
+            OSError: if writing fails, for example on a full disk.
+        """
+        target = Path(save_directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            super().save_pretrained(temporary, *args, **kwargs)
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"cannot save the pipeline to {str(target)!r}: {error}") from error
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: Labels | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        num_images: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_method: str = "gaussian",
+        guidance_parts: str = "ab",
+        guidance_annealed: bool = False,
+        attention_temperature: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        denoise: bool = True,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw images; one step is the inversion of one flow block.
+
+        Args:
+            prompt: captions, for a text-conditioned model.
+            class_labels: indices or names, for a class-conditioned one.
+            negative_prompt: what guidance leads away from; the empty caption if not given.
+            height, width: of the images; the training size if not given.
+            num_images_per_prompt: images of each caption or label; ``num_images``: of an unconditional model.
+            guidance_scale: 1 is off; the pipeline's own default if not given.
+            guidance_method: "gaussian" (STARFlow) or "linear" (TARFlow), with ``guidance_parts`` "ab", "a" or "b",
+                ``guidance_annealed`` and ``attention_temperature``: see `Guidance`.
+            generator: one, or a list with one for each image, which then does not depend on the others.
+            latents: the prior noise (B, C, h, w) instead of a draw.
+            prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts.
+            denoise: remove the training noise with one score step.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}); the dictionary
+                that it returns may replace the latents.
+
+        Raises:
+            ValueError: for arguments that do not fit the model or each other.
+        """
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        self.check_inputs(
+            prompt, class_labels, negative_prompt, prompt_embeds, scale, callback_on_step_end_tensor_inputs
+        )
+        shape = self.latent_shape(height, width)
+        device = self._execution_device
+        guidance = Guidance(
+            scale - 1, guidance_method, guidance_parts, guidance_annealed, attention_temperature
+        )
+        guided = guidance.weight > 0
+
+        # 1. Conditions
+        kind = self.flow.config.conditioning
+        labels = cond = null = None
+        if kind == "prefix":
+            cond, null = self.encode_prompt(
+                prompt,
+                negative_prompt,
+                device,
+                num_images_per_prompt,
+                guided,
+                prompt_embeds,
+                negative_prompt_embeds,
+                max_sequence_length,
+            )
+            batch = len(cond)
+        elif kind == "none":
+            batch = (num_images or 1) * num_images_per_prompt
+        else:
+            indices = self.label_indices(class_labels)
+            labels = torch.tensor(indices, device=device).repeat_interleave(num_images_per_prompt)
+            batch = len(labels)
+
+        # 2. Noise
+        noise = self.prepare_latents(batch, shape, device, generator, latents)
+
+        # 3. Noise to latents, block after block
+        self.run_offload_hook(self.flow)
+        condition = self.flow.condition(labels, cond, batch)
+        null_condition = self.flow.condition(None, null, batch) if guided else None
+        with self.progress_bar(total=len(self.flow.blocks)) as progress:
+
+            def after_block(index: int, block_latents: Tensor) -> Tensor | None:
+                progress.update()
+                if callback_on_step_end is None:
+                    return None
+                wanted = callback_on_step_end_tensor_inputs
+                tensors = {"latents": block_latents} if wanted is None or "latents" in wanted else {}
+                return (callback_on_step_end(self, index, index, tensors) or {}).get("latents")
+
+            x, _ = sampling.generate(self.flow, noise, condition, null_condition, guidance, after_block)
+
+        # 4. Training noise away, then pixels
+        if denoise and self.config.noise_std > 0:
+            x = score_denoise(self.flow, x, self.config.noise_std, class_labels=labels, cond=cond)
+        if output_type == "latent":
+            images: Any = x
+        else:
+            self.run_offload_hook(self.vae)
+            images = self.image_processor.postprocess(self.codec.decode(x).float(), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_inputs(
+        self,
+        prompt: Any,
+        class_labels: Any,
+        negative_prompt: Any,
+        prompt_embeds: Any,
+        guidance_scale: float,
+        callback_tensor_inputs: list[str] | None,
+    ) -> None:
+        """One sentence for each way in which arguments do not fit the model or each other."""
+        kind = self.flow.config.conditioning
+        if prompt is not None and class_labels is not None:
+            raise ValueError("give either prompt or class_labels, not both")
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError("give either prompt or prompt_embeds, not both")
+        if kind == "prefix" and prompt is None and prompt_embeds is None:
+            raise ValueError("this model draws from captions: give prompt (or prompt_embeds)")
+        if kind != "prefix" and not (prompt is None and negative_prompt is None and prompt_embeds is None):
+            raise ValueError(f"this model has the conditioning {kind!r} and takes neither prompt nor negative_prompt")
+        if kind in ("none", "prefix") and class_labels is not None:
+            raise ValueError(f"this model has the conditioning {kind!r} and takes no class_labels")
+        if kind.startswith("class") and class_labels is None:
+            raise ValueError(f"this model draws classes: give class_labels, 0 to {self.flow.config.num_classes - 1}")
+        if prompt is not None and not (
+            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+        ):
+            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
+        if not guidance_scale >= 1:
+            raise ValueError(f"guidance_scale must be at least 1 (off), got {guidance_scale}")
+        for name in callback_tensor_inputs or []:
+            if name not in self._callback_tensor_inputs:
+                allowed = ", ".join(self._callback_tensor_inputs)
+                raise ValueError(f"callback_on_step_end_tensor_inputs may name {allowed}, got {name!r}")
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Channels, height and width of the latents for an image size.
+
+        Raises:
+            ValueError: if the size does not fit the factor and patches, or learned positions.
+        """
+        config, factor = self.flow.config, self.codec.factor
+        sides = []
+        for name, side in (("height", height), ("width", width)):
+            side = config.sample_size * factor if side is None else side
+            unit = factor * config.patch_size
+            if side < unit or side % unit:
+                raise ValueError(f"{name} must be a positive multiple of {unit}, got {side}")
+            if config.positions == "learned" and side != config.sample_size * factor:
+                raise ValueError(f"{name} must be {config.sample_size * factor} with learned positions, got {side}")
+            sides.append(side // factor)
+        return config.in_channels, sides[0], sides[1]
+
+    def label_indices(self, class_labels: Labels) -> list[int]:
+        """Class labels, given by index or name, as indices."""
+        labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
+        if not labels:
+            raise ValueError("class_labels is empty; give at least one")
+        indices, count = [], self.flow.config.num_classes
+        for label in labels:
+            if isinstance(label, str):
+                if label.lower() not in self.labels:
+                    known = ", ".join(self.labels) or "none: this pipeline has no names"
+                    raise ValueError(f"unknown class name {label!r}; known are {known}")
+                label = self.labels[label.lower()]
+            if not 0 <= int(label) < count:
+                raise ValueError(f"class labels must be 0 to {count - 1}, got {label}")
+            indices.append(int(label))
+        return indices
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+        do_guidance: bool = True,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encoded captions and, with guidance, encoded negative ones, (B, L, E) each; B counts images."""
+        length = max_sequence_length or self.config.max_sequence_length
+        if self.text_encoder is not None:
+            self.run_offload_hook(self.text_encoder)
+
+        def encode(captions: list[str]) -> Tensor:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
+            return encode_captions(self.text_encoder, self.tokenizer, captions, length).to(device)
+
+        if prompt_embeds is None:
+            prompt_embeds = encode([prompt] if isinstance(prompt, str) else prompt)
+        prompt_embeds = prompt_embeds.to(device)
+        count = len(prompt_embeds)
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        if not do_guidance:
+            return prompt_embeds, None
+        if negative_prompt_embeds is None:
+            texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+            if len(texts) not in (1, count):
+                raise ValueError(f"negative_prompt has {len(texts)} texts for {count} prompts; give one or as many")
+            negative_prompt_embeds = encode(texts)
+        negative_prompt_embeds = negative_prompt_embeds.to(device)
+        if len(negative_prompt_embeds) not in (1, count):
+            raise ValueError(f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {count} prompts")
+        negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+        return prompt_embeds, negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+
+    def prepare_latents(
+        self,
+        batch: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """A draw from the flow's prior, (B, C, h, w), float32."""
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"got {len(generator)} generators for {batch} images; give one, or one for each image")
+        if latents is None:
+            noise = randn_tensor((batch, *shape), generator=generator, device=device, dtype=torch.float32)
+        else:
+            if tuple(latents.shape) != (batch, *shape):
+                raise ValueError(f"latents must have the shape {(batch, *shape)}, got {tuple(latents.shape)}")
+            noise = latents.to(device=device, dtype=torch.float32)
+        return self.flow.scale_noise(noise)
+
+    @staticmethod
+    def run_offload_hook(module: Any) -> None:
+        """Bring an offloaded module to its device: its hook waits for ``forward``, which is not what is called here."""
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(module)
