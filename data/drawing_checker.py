@@ -12,13 +12,12 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-
 from tarflow.data.drawings import BACKGROUNDS, COLOURS, MAX_TILT, SHAPES, Drawing, render
 
 TEMPLATE_SIDE = 40
 MASK_SPREAD = 2.2  # side of the normalised window in units of the square root of the area (a star spans 1.75)
 MIN_OVERLAP = 0.68  # below this no template fits, and the shape is "none"
-MIN_AREA = 0.01  # of the picture; a smaller mask is no shape
+MIN_AREA, MAX_AREA = 0.01, 0.6  # of the picture; a smaller or larger mask is no shape (the largest circle has 0.45)
 MAX_COLOUR_DISTANCE = 110.0  # in RGB units; a colour farther from every named one is "none"
 
 
@@ -45,7 +44,7 @@ def read_drawing(image: Image.Image | np.ndarray) -> Reading:
     # Half of the shape's own contrast, so that antialiased and blurred edges fall where the outline was.
     contrast = np.quantile(distance, 0.99)
     mask = distance > max(contrast / 2, 25.0)
-    if mask.mean() < MIN_AREA:
+    if not MIN_AREA <= mask.mean() <= MAX_AREA:
         return Reading("none", "none", background, 0.0)
     inner = erode(mask)
     colour = nearest_name(np.median(pixels[inner if inner.any() else mask], axis=0), COLOURS)

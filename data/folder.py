@@ -8,8 +8,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
+from PIL import Image, UnidentifiedImageError
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
 
@@ -90,7 +89,9 @@ class ImageFolder:
                 f"{unnamed[0]!r}: add them to metadata.jsonl or remove the images"
             )
         if absent:
-            raise ValueError(f"metadata.jsonl in {config.path!r} names {len(absent)} absent images, first {absent[0]!r}")
+            raise ValueError(
+                f"metadata.jsonl in {config.path!r} names {len(absent)} absent images, first {absent[0]!r}"
+            )
         return [
             Row(record["file_name"], caption=make_caption(record, config, record["file_name"]))
             for record in records
@@ -166,6 +167,8 @@ def read_image(data: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+    except UnidentifiedImageError as error:  # its own message names a buffer, not the file
+        raise ValueError(f"cannot read the image {name}: it is no picture of a known format") from error
     except Exception as error:
         raise ValueError(f"cannot read the image {name}: {error}") from error
     return image

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
-
 from tarflow.data.config import DataConfig
 from tarflow.data.folder import is_held_out, keep, make_caption, read_image, readable_names
 
@@ -25,7 +24,8 @@ class NamedDataset:
         try:
             data = datasets.load_dataset(config.name, data_files=config.data_files, split=split_name)
         except Exception as error:
-            raise ValueError(f"cannot load the data set {config.name!r}, split {split_name!r}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cannot load the data set {config.name!r}, split {split_name!r}: {reason}") from error
         wanted = {"image_column": config.image_column, "caption_column": config.caption_column}
         wanted["label_column"] = config.label_column
         for option, column in wanted.items():

@@ -31,7 +31,9 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
-            raise ValueError(f"the guidance weight must be 0 or positive (guidance_scale at least 1), got {self.weight}")
+            raise ValueError(
+                f"the guidance weight must be 0 or positive (guidance_scale at least 1), got {self.weight}"
+            )
         if self.method not in ("gaussian", "linear"):
             raise ValueError(f"the guidance method must be 'gaussian' or 'linear', got {self.method!r}")
         if self.parts not in ("a", "b", "ab"):
@@ -49,9 +51,7 @@ class Guidance:
         return guide_linear(cond, uncond, weight, self.parts)
 
 
-def guide_gaussian(
-    cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], weight: float
-) -> tuple[Tensor, Tensor]:
+def guide_gaussian(cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Tensor]:
     """The Gaussian proportional to N_c^(1+w) / N_u^w, with the variance ratio clipped at 1 (STARFlow, closed form).
 
     s = min(1, σc/σu)², σ = σc/√(1 + w − w·s), μ = ((1 + w)·μc − w·s·μu)/(1 + w − w·s), per element.

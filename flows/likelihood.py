@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
-
 from tarflow.flows.affine import at_least_float32
+from torch import Tensor
 
 
 def prior_log_prob(z: Tensor, variance: Tensor | None = None) -> Tensor:

@@ -6,17 +6,15 @@ Shapes: B batch, C channels, H Ã— W size of the latents, p patch size, T = H/p Â
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
-
 from tarflow.flows import sampling
 from tarflow.flows.block import FlowBlock
 from tarflow.flows.config import CONDITIONINGS, BlockConfig
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, unpatchify
+from torch import Tensor, nn
 
 
 class TARFlowModel(ModelMixin, ConfigMixin):
@@ -95,7 +93,9 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         for index, layers in enumerate(layers_per_block):
             block_width = deep_width if index == last and deep_width else width
             if num_heads is None and block_width % head_dim:
-                raise ValueError(f"head_dim {head_dim} does not divide the width {block_width}; set num_heads, or other")
+                raise ValueError(
+                    f"head_dim {head_dim} does not divide the width {block_width}; set num_heads, or other"
+                )
             heads = num_heads or block_width // head_dim
             sees = condition_blocks == "all" or index == last
             if layers > 0:
@@ -220,8 +220,14 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         if class_labels.shape != (batch,):
             raise ValueError(f"class_labels must have the shape ({batch},), got {tuple(class_labels.shape)}")
         # On a GPU the check would wait for it; there the data set and the pipeline have checked already.
-        if class_labels.device.type == "cpu" and batch and not 0 <= class_labels.min() <= class_labels.max() <= self.null_label:
-            raise ValueError(f"class labels must be 0 to {self.null_label} ({self.null_label}: none), got {class_labels}")
+        if (
+            class_labels.device.type == "cpu"
+            and batch
+            and not 0 <= class_labels.min() <= class_labels.max() <= self.null_label
+        ):
+            raise ValueError(
+                f"class labels must be 0 to {self.null_label} ({self.null_label}: none), got {class_labels}"
+            )
         if kind == "class_prefix":
             dtype = self.blocks[-1].proj_in.weight.dtype
             return F.one_hot(class_labels, self.config.num_classes + 1).to(dtype)[:, None]  # (B, 1, classes + 1)

@@ -18,17 +18,16 @@ from typing import Any
 import jsonargparse
 import numpy as np
 import torch
-import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, collate
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid, save_image
 from tqdm.auto import tqdm
-
-from tarflow.data.config import DataConfig
-from tarflow.data.images import Images, collate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +166,7 @@ def train(config: TrainVaeConfig) -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(
-            (step + 1) / config.warmup_steps, 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1)))
-        ),
+        lambda step: min((step + 1) / config.warmup_steps, 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1)))),
     )
     vae, optimizer, loader = accelerator.prepare(vae, optimizer, loader)
     ema.to(accelerator.device)

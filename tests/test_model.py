@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import condition_of, random_images, small_model
-from torch import Tensor
-
 from tarflow.flows.model import TARFlowModel
+from torch import Tensor
 
 CASES: dict[str, dict[str, Any]] = {
     f"{scale}-{positions}-{conditioning}-{'start' if start else 'shifted'}": {

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
-
 from tarflow.data.images import Images, collate
+from torch.utils.data import DataLoader, Sampler
 
 #: Data sets longer than this are endless ones, gone through in their own order.
 SHUFFLE_LIMIT = 2**30

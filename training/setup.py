@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from tarflow.data.images import Images
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.batches import fixed_batches
 from tarflow.training.config import RunConfig
 from tarflow.training.text import embedding_width, load_text
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
+from torch import Tensor
 
 
 @dataclass
@@ -48,7 +47,9 @@ def make_parts(config: RunConfig, statistics: tuple[list[float], list[float]] | 
     train, validation = Images(config.data, "train"), Images(config.data, "validation")
     conditioning = config.flow.get("conditioning", "none")
     if conditioning.startswith("class") and train.class_names is None:
-        raise ValueError(f"flow.conditioning is {conditioning!r}, but the data has no classes (folders or label column)")
+        raise ValueError(
+            f"flow.conditioning is {conditioning!r}, but the data has no classes (folders or label column)"
+        )
     if (conditioning == "prefix") != (config.text.kind != "none"):
         raise ValueError(
             f"flow.conditioning is {conditioning!r} and text.kind is {config.text.kind!r}: captions need 'prefix' and "
@@ -62,7 +63,9 @@ def make_parts(config: RunConfig, statistics: tuple[list[float], list[float]] | 
         vae.to(device)
     pixels = config.data.image_size
     if pixels % LatentCodec(vae).factor:
-        raise ValueError(f"data.image_size ({pixels}) must be a multiple of {LatentCodec(vae).factor}, the autoencoder's")
+        raise ValueError(
+            f"data.image_size ({pixels}) must be a multiple of {LatentCodec(vae).factor}, the autoencoder's"
+        )
     mean = std = None
     if vae is not None:
         if statistics is None:

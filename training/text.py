@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from tarflow.training.config import TextConfig
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-from tarflow.training.config import TextConfig
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -32,7 +31,8 @@ def load_text(config: TextConfig, captions: Iterable[str]) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(config.name)
             encoder = T5EncoderModel.from_pretrained(config.name, **subfolder)
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the text encoder {config.name!r}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cannot load the text encoder {config.name!r}: {reason}") from error
         return encoder.eval().requires_grad_(False), tokenizer
     tokenizer = train_tokenizer(captions, config)
     return T5EncoderModel(small_t5(config, len(tokenizer))), tokenizer

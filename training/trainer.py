@@ -13,8 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
-
 from tarflow.pipeline.text import encode_captions
 from tarflow.training.batches import StepSampler, fixed_batches, train_loader
 from tarflow.training.checkpoint import find_checkpoint, read_state, save_checkpoint
@@ -23,6 +21,7 @@ from tarflow.training.objective import FlowObjective, step_generator, trained_pa
 from tarflow.training.report import build_pipeline, held_out_nats, write_grids
 from tarflow.training.setup import make_parts, to_model
 from tarflow.training.text import token_ids
+from tqdm.auto import tqdm
 
 #: Steps that are timed for ``max_minutes``; the first few, slower ones are not.
 TIMED_STEPS = (5, 35)
@@ -116,9 +115,7 @@ class Trainer:
         )
         batches = iter(train_loader(self.parts.train, config.train.batch_size, config.train.num_workers, sampler))
         global_batch = config.train.batch_size * accumulation * accelerator.num_processes
-        progress = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process
-        )
+        progress = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process)
         started = timed = time.perf_counter()
         first, metrics = self.step, {}
         while self.step < self.total_steps:
@@ -247,7 +244,7 @@ class Trainer:
                 self.draw()
             self.save_pipeline("pipeline")
         if self.skipped and self.accelerator.is_main_process:
-            tqdm.write(f"{len(self.skipped)} unreadable images were skipped, for example: {sorted(self.skipped)[0]}")
+            tqdm.write(f"{len(self.skipped)} unreadable images were skipped, for example: {min(self.skipped)}")
         self.accelerator.end_training()
         return {**metrics, "steps": self.step}
 

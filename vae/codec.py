@@ -34,8 +34,9 @@ def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
         vae = getattr(diffusers, class_name).from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
     except (OSError, AttributeError, KeyError) as error:
         known = ", ".join(SHIPPED)
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"cannot load the autoencoder {name!r} (shipped: {known}; else a folder or hub id): {error}"
+            f"cannot load the autoencoder {name!r} (shipped: {known}; else a folder or hub id): {reason}"
         ) from error
     return vae.eval().requires_grad_(False)
 
@@ -48,9 +49,7 @@ class LatentCodec:
         latents_mean, latents_std: per channel of the scaled latents; None is 0 and 1. See `measure_latents`.
     """
 
-    def __init__(
-        self, vae: Any, latents_mean: list[float] | None = None, latents_std: list[float] | None = None
-    ):
+    def __init__(self, vae: Any, latents_mean: list[float] | None = None, latents_std: list[float] | None = None):
         if latents_std is not None and min(latents_std) <= 0:
             raise ValueError(f"latents_std must be positive, got {latents_std}")
         self.vae, self.latents_mean, self.latents_std = vae, latents_mean, latents_std

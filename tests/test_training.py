@@ -1,0 +1,180 @@
+"""The trainer: loss falls, weights change, resuming is bit-identical, bad input gives one sentence."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+from tarflow.training.arguments import parse_config
+from tarflow.training.batches import StepSampler
+from tarflow.training.config import OptimConfig
+from tarflow.training.trainer import Trainer, learning_rate
+
+from tarflow import TARFlowPipeline
+
+SMALL = [
+    *("--data.image_size", "32"),
+    *("--vae.measure_images", "16"),
+    *("--train.batch_size", "8", "--train.mixed_precision", "no", "--train.ema_decay", "0.9"),
+    *("--optim.warmup_steps", "2"),
+    *("--log.trackers", "[]", "--log.eval_every", "0", "--log.sample_every", "0", "--log.checkpoint_every", "0"),
+    *("--log.eval_images", "8"),
+]
+CLASS_FLOW = '{"layers_per_block": [1, 1], "width": 64, "head_dim": 32, "conditioning": "class_prefix"}'
+TEXT_FLOW = CLASS_FLOW.replace("class_prefix", "prefix")
+
+
+def train(folder, *arguments, flow=CLASS_FLOW):
+    """Run as a fresh process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    config, resolved = parse_config(["--data", "{}", "--flow", flow, *SMALL, "--output", str(folder), *arguments])
+    trainer = Trainer(config, resolved)
+    return trainer, trainer.run()
+
+
+def weights(folder):
+    return load_file(folder / "pipeline" / "flow" / "diffusion_pytorch_model.safetensors")
+
+
+def test_loss_falls_and_pipeline_works(tmp_path):
+    _, early = train(tmp_path / "a", "--train.steps", "1", "--log.sample_every", "1", "--log.sample_images", "4")
+    _, late = train(tmp_path / "b", "--train.steps", "30")
+    assert late["latent_nats_per_dim"] < early["latent_nats_per_dim"] - 0.05
+    assert (tmp_path / "a" / "samples" / "samples_00000001.png").is_file()
+    assert (tmp_path / "a" / "samples" / "samples_00000001_raw.png").is_file()
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "b" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels=["red circle", 3]).images[1].size == (32, 32)
+
+
+@pytest.mark.parametrize("kind", ["text", "folder"])
+def test_resume_is_bit_identical(tmp_path, kind):
+    if kind == "text":  # a trained text encoder, gradient accumulation
+        options = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1", "--train.accumulation", "2"]
+        flow = TEXT_FLOW
+    else:  # a shuffled folder, stopped in the middle of its second epoch
+        images = tmp_path / "images"
+        for i in range(20):
+            (images / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (i * 12, 255 - i * 12, 90)).save(images / f"class{i % 2}" / f"{i}.png")
+        options = ["--data.source", "folder", "--data.path", str(images), "--data.flip", "true"]
+        flow = CLASS_FLOW
+    options += ["--train.steps", "6"]
+    train(tmp_path / "whole", *options, flow=flow)
+    train(tmp_path / "parts", *options, "--log.checkpoint_every", "4", flow=flow)
+    resume = str(tmp_path / "parts" / "checkpoints" / "step_00000004")
+    trainer, _ = train(tmp_path / "again", *options, "--resume", resume, flow=flow)
+    assert trainer.step == 6
+    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_checkpoints_are_kept_and_checked(tmp_path, monkeypatch):
+    options = ["--train.steps", "4", "--log.checkpoint_every", "1", "--log.keep_checkpoints", "2"]
+    train(tmp_path, *options)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000003", "step_00000004"]
+    with pytest.raises(ValueError, match=r"another architecture: flow\.width is 64 there and 32 here"):
+        train(tmp_path, *options, "--resume", "latest", flow=CLASS_FLOW.replace("64", "32"))
+    with pytest.raises(ValueError, match="no checkpoint"):
+        train(tmp_path / "other", *options, "--resume", "latest")
+    assert not (tmp_path / "other").exists()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", full)
+    with pytest.raises(OSError, match=r"cannot write the checkpoint.*No space left"):
+        train(tmp_path / "full", *options)
+    assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
+
+
+def test_non_finite_loss_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "tarflow.training.objective.flow_loss", lambda z, log_det: (z * float("nan")).sum() + log_det.sum()
+    )
+    with pytest.raises(ValueError, match=r"not finite in 3 steps in a row; lower optim.lr"):
+        train(tmp_path, "--train.steps", "9", "--train.max_bad_steps", "3")
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_unreadable_image_is_skipped_and_counted(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for i in range(8):
+            Image.new("RGB", (40, 32), (i * 30, 0, 0)).save(tmp_path / "image.png")
+            archive.write(tmp_path / "image.png", f"a/{i}.png")
+        archive.writestr("a/broken.png", b"not a picture")
+    options = ["--data.source", "folder", "--data.path", str(tmp_path / "images.zip"), "--train.steps", "3"]
+    options += ["--data.validation_fraction", "0"]
+    with pytest.raises(ValueError, match=r"cannot read the image .*a/broken\.png"):
+        train(tmp_path / "run", *options)
+    trainer, _ = train(tmp_path / "run", *options, "--data.on_error", "skip")
+    assert len(trainer.skipped) == 1
+    assert "1 unreadable images were skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.max_minuts", "3"], "max_minuts"),
+        (["--train.batch_size", "many"], "batch_size"),
+        (["--train.noise_std", "-0.1"], r"train\.noise_std must be 0 or positive, got -0\.1"),
+        (["--train.drop_rate", "1.5"], r"train\.drop_rate must be in \[0, 1\], got 1\.5"),
+        (["--flow.widht", "64"], r"unknown key flow\.widht"),
+        (["--flow.layers_per_block", "[]"], "layers_per_block must list at least one block"),
+        (["--flow.head_dim", "48"], "head_dim 48 does not divide the width 64"),
+        (["--flow.in_channels", "3"], r"flow\.in_channels is 3, but data and encoders give 8"),
+        (["--data.source", "folder"], r"data\.path must name a folder"),
+        (["--data.source", "folder", "--data.path", "/does/not/exist"], "does not exist"),
+        (["--data.image_size", "36"], "must be a multiple of 8"),
+        (["--vae.name", "/does/not/exist"], "cannot load the autoencoder '/does/not/exist'"),
+        (["--text.kind", "small"], "captions need 'prefix'"),
+    ],
+)
+def test_bad_settings(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tmp_path / "run", "--train.steps", "1", *arguments)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_is_saved_and_reads_back(tmp_path):
+    train(tmp_path, "--train.steps", "1", "--optim.lr", "3e-4")
+    config, _ = parse_config(["--config", str(tmp_path / "config.yaml")])
+    assert config.optim.lr == 3e-4
+    assert config.train.steps == 1
+    assert json.loads((tmp_path / "pipeline" / "model_index.json").read_text())["noise_std"] == 0.3
+
+
+@pytest.mark.parametrize("name", ["quickstart_text", "quickstart_class", "emoji_text", "imagenette_class"])
+def test_shipped_configs_are_valid(name, pytestconfig):
+    config, _ = parse_config(["--config", str(pytestconfig.rootpath / "configs" / f"{name}.yaml")])
+    assert config.flow["layers_per_block"][-1] > 1
+
+
+def test_sampler_covers_every_epoch_on_any_number_of_processes():
+    def positions(processes, start, total):
+        samplers = [StepSampler(10, 12 // processes, rank, processes, 3, start, total) for rank in range(processes)]
+        return [[i for batch in batches for i in batch] for batches in zip(*samplers, strict=True)]
+
+    whole = positions(1, 0, 10)
+    assert whole == positions(2, 0, 10) == whole[:4] + positions(3, 4, 10)
+    flat = [i for batch in whole for i in batch]
+    assert all(sorted(flat[i : i + 10]) == list(range(10)) for i in range(0, 120, 10))
+    assert flat[:10] != flat[10:20]
+
+
+def test_learning_rate():
+    config = OptimConfig(lr=2.0, warmup_steps=4, min_lr_ratio=0.1)
+    values = [learning_rate(step, 14, config) for step in range(15)]
+    assert values[0] == 0.5
+    assert values[3] == values[4] == 2.0
+    assert values[9] == pytest.approx(1.1)
+    assert values[14] == pytest.approx(0.2)
