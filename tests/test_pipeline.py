@@ -1,0 +1,193 @@
+"""TARFlowPipeline as a user calls it: save, load, conditions, generators, output types, bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from transformers import T5EncoderModel
+
+from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.flows.model import TARFlowModel as DefiningClass
+from tarflow.training.config import TextConfig
+from tarflow.training.text import small_t5, train_tokenizer
+from tarflow.vae.codec import load_autoencoder
+
+CAPTIONS = ["a red ring", "a blue star on a dark background"]
+
+
+def make_pipeline(conditioning="class_prefix", vae=True, **options):
+    flow = TARFlowModel(
+        in_channels=8 if vae else 3,
+        sample_size=4,
+        layers_per_block=(1, 1),
+        width=64,
+        head_dim=32,
+        conditioning=conditioning,
+        num_classes=3 if conditioning.startswith("class") else 0,
+        cond_dim=16 if conditioning == "prefix" else 0,
+        **options,
+    )
+    with torch.no_grad():
+        for parameter in flow.parameters():  # a new flow is the identity
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    text_encoder = tokenizer = None
+    if conditioning == "prefix":
+        config = TextConfig(kind="small", width=16, heads=2, layers=1, max_length=8)
+        tokenizer = train_tokenizer(CAPTIONS, config)
+        text_encoder = T5EncoderModel(small_t5(config, len(tokenizer))).eval()
+    pipe = TARFlowPipeline(
+        flow.eval(),
+        load_autoencoder("drawings_emoji_f8c8") if vae else None,
+        text_encoder,
+        tokenizer,
+        latents_mean=[0.1] * 8 if vae else None,
+        latents_std=[1.2] * 8 if vae else None,
+        noise_std=0.3,
+        id2label={0: "Tench", 1: "church", 2: "gas pump"} if conditioning.startswith("class") else None,
+        max_sequence_length=8,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, *arguments, seeds=(1, 2), **options):
+    options.setdefault("output_type", "np")
+    return pipe(*arguments, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **options).images
+
+
+def test_save_and_load_give_the_same_images(tmp_path):
+    pipe = make_pipeline("prefix")
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.flow, DefiningClass)
+    assert isinstance(loaded.vae, AutoencoderKL)
+    assert np.array_equal(draw(pipe, CAPTIONS, guidance_scale=2.0), draw(loaded, CAPTIONS, guidance_scale=2.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_class_labels_by_index_and_name(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    by_index = draw(pipe, class_labels=[0, 2], guidance_scale=2.0)
+    assert np.array_equal(by_index, draw(loaded, class_labels=["tench", "Gas Pump"], guidance_scale=2.0))
+    assert not np.array_equal(by_index, draw(pipe, class_labels=[1, 1], guidance_scale=2.0))
+
+
+def test_image_i_does_not_depend_on_the_batch():
+    pipe = make_pipeline("prefix")
+    both = draw(pipe, CAPTIONS, guidance_scale=3.0)
+    alone = draw(pipe, CAPTIONS[1], seeds=(2,), guidance_scale=3.0)
+    assert np.abs(both[1] - alone[0]).max() < 1e-4
+    several = draw(pipe, CAPTIONS[1], seeds=(5, 2), num_images_per_prompt=2, guidance_scale=3.0)
+    assert np.abs(both[1] - several[1]).max() < 1e-4
+
+
+def test_guidance_and_negative_prompt():
+    pipe = make_pipeline("prefix")
+    plain = draw(pipe, CAPTIONS)
+    assert np.array_equal(plain, draw(pipe, CAPTIONS, guidance_scale=1.0, negative_prompt="a blue ring"))
+    guided = draw(pipe, CAPTIONS, guidance_scale=4.0)
+    assert not np.array_equal(plain, guided)
+    assert np.array_equal(guided, draw(pipe, CAPTIONS, guidance_scale=4.0, negative_prompt=""))
+    assert not np.array_equal(guided, draw(pipe, CAPTIONS, guidance_scale=4.0, negative_prompt="a blue ring"))
+    assert not np.array_equal(guided, draw(pipe, CAPTIONS, guidance_scale=4.0, guidance_method="linear"))
+
+
+def test_embeddings_and_given_noise():
+    pipe = make_pipeline("prefix")
+    embeds, null = pipe.encode_prompt(CAPTIONS, None, torch.device("cpu"))
+    assert embeds.shape == null.shape == (2, 8, 16)
+    assert (embeds[0, 4:] == 0).all()  # "a red ring" and the end token, then padding
+    noise = torch.randn(2, 8, 4, 4)
+    options = {"latents": noise, "guidance_scale": 2.0, "output_type": "latent"}
+    by_text = pipe(CAPTIONS, **options).images
+    by_embeds = pipe(prompt_embeds=embeds, negative_prompt_embeds=null, **options).images
+    assert torch.allclose(by_text, by_embeds, atol=1e-5)
+
+
+def test_output_types_and_other_sizes():
+    pipe = make_pipeline("none")
+    assert draw(pipe, num_images=2, output_type="pil")[1].size == (32, 32)
+    assert draw(pipe, num_images=2, output_type="pt").shape == (2, 3, 32, 32)
+    assert draw(pipe, num_images=2, output_type="latent").shape == (2, 8, 4, 4)
+    assert draw(pipe, num_images=2, height=16, width=64).shape == (2, 16, 64, 3)
+    assert isinstance(pipe(return_dict=False), tuple)
+    raw, denoised = (draw(pipe, num_images=2, denoise=flag, output_type="latent") for flag in (False, True))
+    assert not torch.equal(raw, denoised)
+
+
+def test_pixel_model_and_bfloat16():
+    assert draw(make_pipeline("none", vae=False), num_images=2).shape == (2, 4, 4, 3)
+    pipe = make_pipeline("prefix").to(torch.bfloat16)
+    images = draw(pipe, CAPTIONS, guidance_scale=2.0)
+    assert np.isfinite(images).all()
+
+
+def test_callback_and_offload():
+    pipe, seen = make_pipeline(), []
+
+    def callback(pipeline, index, step, tensors):
+        seen.append((index, tuple(tensors["latents"].shape)))
+        return {"latents": tensors["latents"] * 0} if index == 1 else {}
+
+    changed = draw(pipe, class_labels=[0, 1], callback_on_step_end=callback, output_type="latent", denoise=False)
+    assert seen == [(0, (2, 8, 4, 4)), (1, (2, 8, 4, 4))]
+    assert (changed == 0).all()
+    images = draw(pipe, class_labels=[0, 1])
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.array_equal(images, draw(pipe, class_labels=[0, 1]))
+
+
+def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "old")
+    before = sorted(path.name for path in (tmp_path / "old").rglob("*"))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(AutoencoderKL, "save_pretrained", full)
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="cannot save the pipeline.*No space left"):
+            pipe.save_pretrained(tmp_path / name)
+    assert sorted(path.name for path in (tmp_path / "old").rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+GENERATORS = [torch.Generator().manual_seed(0)] * 3
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "arguments", "message"),
+    [
+        ("prefix", {}, "draws from captions: give prompt"),
+        ("prefix", {"prompt": "a", "class_labels": 1}, "either prompt or class_labels"),
+        ("prefix", {"class_labels": 1}, "draws from captions"),
+        ("prefix", {"prompt": 3}, "must be a text or a list of texts, got 3"),
+        ("prefix", {"prompt": "a", "prompt_embeds": torch.zeros(1, 8, 16)}, "either prompt or prompt_embeds"),
+        ("prefix", {"prompt": "a", "negative_prompt": ["a", "b"], "guidance_scale": 2.0}, "2 texts for 1 prompts"),
+        ("prefix", {"prompt": ["a", "b"], "generator": GENERATORS}, "got 3 generators for 2 images"),
+        ("prefix", {"prompt": "a", "guidance_scale": 0.5}, r"guidance_scale must be at least 1 \(off\), got 0\.5"),
+        ("prefix", {"prompt": "a", "guidance_method": "x"}, "must be 'gaussian' or 'linear', got 'x'"),
+        ("class_prefix", {}, "give class_labels, 0 to 2"),
+        ("class_prefix", {"class_labels": 3}, "class labels must be 0 to 2, got 3"),
+        ("class_prefix", {"class_labels": "cat"}, "unknown class name 'cat'; known are tench, church, gas pump"),
+        ("class_prefix", {"prompt": "a"}, "takes neither prompt nor"),
+        ("none", {"class_labels": 1}, "takes no class_labels"),
+        ("none", {"height": 30}, "height must be a positive multiple of 8, got 30"),
+        ("none", {"latents": torch.zeros(1, 8, 3, 4)}, "latents must have the shape"),
+        ("none", {"callback_on_step_end_tensor_inputs": ["z"]}, "may name latents, got 'z'"),
+    ],
+)
+def test_bad_input(conditioning, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(conditioning)(**arguments)
+
+
+def test_learned_positions_have_one_size():
+    with pytest.raises(ValueError, match="width must be 32 with learned positions, got 64"):
+        make_pipeline("none", positions="learned")(width=64)
