@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        item: dict[str, Any] = {"image": read_image(self.files.read(row.name), f"{self.files.path}/{row.name}")}
+        item: dict[str, Any] = {"image": read_image(lambda: self.files.read(row.name), f"{self.files.path}/{row.name}")}
         if row.caption is not None:
             item["caption"] = row.caption
         if row.label is not None:
@@ -162,10 +163,10 @@ def readable_names(classes: list[str], names: dict[str, str] | list[str] | None)
     return tuple(names)
 
 
-def read_image(data: bytes, name: str) -> Image.Image:
-    """Decode a picture whole; an unreadable one is a ValueError with its name."""
+def read_image(read: Callable[[], bytes], name: str) -> Image.Image:
+    """Read and decode a picture whole; an unreadable one is a ValueError with its name."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(read()))
         image.load()
     except UnidentifiedImageError as error:  # its own message names a buffer, not the file
         raise ValueError(f"cannot read the image {name}: it is no picture of a known format") from error

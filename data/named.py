@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -61,11 +62,10 @@ class NamedDataset:
         row, name = self.data[index], f"{self.config.name}[{index}]"
         value = row[self.config.image_column]
         if isinstance(value, dict):
-            data = value["bytes"]
-            if data is None:
-                with open(value["path"], "rb") as file:
-                    data = file.read()
-            value = read_image(data, value.get("path") or name)
+            data, path = value["bytes"], value.get("path")
+            value = read_image(lambda: Path(path).read_bytes() if data is None else data, path or name)
+        if value is None:
+            raise ValueError(f"{name} has no image")
         item: dict[str, Any] = {"image": value}
         if self.has_captions:
             item["caption"] = make_caption(row, self.config, name)
