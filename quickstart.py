@@ -12,6 +12,8 @@ import sys
 import time
 
 import torch
+
+from tarflow import TARFlowPipeline
 from tarflow.data.drawings import CLASS_NAMES
 from tarflow.evaluation.match import (
     all_captions,
@@ -23,8 +25,6 @@ from tarflow.evaluation.match import (
 )
 from tarflow.training.arguments import fail, parse_config
 from tarflow.training.trainer import Trainer
-
-from tarflow import TARFlowPipeline
 
 
 def main(argv: list[str]) -> None:

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+
 from tarflow.data.drawings import BACKGROUNDS, COLOURS, MAX_TILT, SHAPES, Drawing, render
 
 TEMPLATE_SIDE = 40
@@ -77,8 +78,8 @@ def match_shares(images: list[Image.Image], captions: list[str]) -> dict[str, fl
     hits: dict[str, list[bool]] = {"shape": [], "colour": [], "background": []}
     for image, caption in zip(images, captions, strict=True):
         reading, wanted = read_drawing(image), caption_attributes(caption)
-        for name in hits:
-            hits[name].append(getattr(reading, name) == wanted[name])
+        for name, values in hits.items():
+            values.append(getattr(reading, name) == wanted[name])
     shares = {name: float(np.mean(values)) for name, values in hits.items()}
     shares["all"] = float(np.mean(np.all(list(hits.values()), axis=0)))
     return shares

@@ -23,7 +23,7 @@ COLOURS = {
     "orange": (244, 128, 26),
 }
 BACKGROUNDS = {"light": (244, 244, 240), "dark": (24, 24, 32), "grey": (140, 146, 152)}
-SIZES = {"small": (0.19, 0.23), "large": (0.3, 0.38)}  # radius as a fraction of the picture's side
+SIZES = {"small": (0.25, 0.28), "large": (0.36, 0.4)}  # radius as a fraction of the picture's side
 
 #: Labels of the class-conditional variant, "red circle" first; the label of a drawing is its position here.
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
@@ -31,8 +31,8 @@ CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOUR
 RING_HOLE = 0.58  # inner radius of a ring over its outer radius
 STAR_INNER = 0.45  # radius of a star's inner corners over that of its points
 CROSS_ARM = 0.34  # half the width of a cross's arm over its radius
-MAX_TILT = 12.0  # degrees
-MAX_OFFSET = 0.14  # of a shape's centre from the picture's, along each side
+MAX_TILT = 8.0  # degrees
+MAX_OFFSET = 0.06  # of a shape's centre from the picture's, along each side
 SUPERSAMPLING = 4
 
 
@@ -95,8 +95,8 @@ def random_drawing(seed: int, index: int, split: str = "train") -> Drawing:
         centre=(0.5 + rng.uniform(-offset, offset), 0.5 + rng.uniform(-offset, offset)),
         radius=radius,
         tilt=rng.uniform(-MAX_TILT, MAX_TILT),
-        colour_rgb=jitter(COLOURS[colour], 10),
-        background_rgb=jitter(BACKGROUNDS[background], 6),
+        colour_rgb=jitter(COLOURS[colour], 5),
+        background_rgb=jitter(BACKGROUNDS[background], 3),
     )
 
 

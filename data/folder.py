@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
 

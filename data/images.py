@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
+
 from tarflow.data.config import DataConfig
 from tarflow.data.drawings import Drawings
-from torch.utils.data import Dataset
 
 #: How many unreadable pictures in a row are skipped before giving up.
 MAX_SKIPS = 100

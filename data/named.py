@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+
 from tarflow.data.config import DataConfig
 from tarflow.data.folder import is_held_out, keep, make_caption, read_image, readable_names
 

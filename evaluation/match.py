@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
 from tarflow.data.drawing_checker import match_shares, read_drawing
 from tarflow.data.drawings import BACKGROUNDS, CLASS_NAMES, COLOURS, SHAPES, SIZES
 from tarflow.flows import sampling

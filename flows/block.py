@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from tarflow.flows import sampling
 from tarflow.flows.affine import affine_forward, at_least_float32, log_scale_of, soft_clip
 from tarflow.flows.config import BlockConfig
@@ -20,7 +22,6 @@ from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.order import reorder
 from tarflow.flows.positions import rotary_angles, rotary_angles_1d
 from tarflow.flows.transformer import RMSNorm, TransformerLayer
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tarflow.flows.model import TARFlowModel
 from torch import Tensor
+
+from tarflow.flows.model import TARFlowModel
 
 TARFLOW_KEYS = ("in_channels", "img_size", "patch_size", "channels", "num_blocks", "layers_per_block")
 TARFLOW_OPTIONS = ("nvp", "num_classes", "head_dim")

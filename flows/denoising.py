@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tarflow.flows.affine import at_least_float32
 from tarflow.flows.likelihood import prior_log_prob
-from torch import Tensor
 
 
 def score_denoise(

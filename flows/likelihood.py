@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tarflow.flows.affine import at_least_float32
 from torch import Tensor
+
+from tarflow.flows.affine import at_least_float32
 
 
 def prior_log_prob(z: Tensor, variance: Tensor | None = None) -> Tensor:

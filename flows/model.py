@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
 from tarflow.flows import sampling
 from tarflow.flows.block import FlowBlock
 from tarflow.flows.config import CONDITIONINGS, BlockConfig
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, unpatchify
-from torch import Tensor, nn
 
 
 class TARFlowModel(ModelMixin, ConfigMixin):

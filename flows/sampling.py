@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tarflow.flows.affine import affine_inverse, at_least_float32
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.order import reorder
-from torch import Tensor
 
 
 @torch.no_grad()

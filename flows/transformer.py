@@ -9,11 +9,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from tarflow.flows.affine import at_least_float32
 from tarflow.flows.config import BlockConfig
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.positions import rotate
-from torch import Tensor, nn
 
 
 class LayerNorm(nn.Module):

@@ -12,13 +12,14 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
+from torch import Tensor
+
 from tarflow.flows import sampling
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import encode_captions
 from tarflow.vae.codec import LatentCodec
-from torch import Tensor
 
 Labels = int | str | list[int | str]
 

@@ -22,12 +22,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from tarflow.data.config import DataConfig
-from tarflow.data.images import Images, collate
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid, save_image
 from tqdm.auto import tqdm
+
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, collate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +171,8 @@ def train(config: TrainVaeConfig) -> None:
     )
     vae, optimizer, loader = accelerator.prepare(vae, optimizer, loader)
     ema.to(accelerator.device)
-    step, progress = 0, tqdm(total=config.steps, disable=not accelerator.is_main_process)
-    for batch in loader:
+    progress = tqdm(total=config.steps, disable=not accelerator.is_main_process)
+    for step, batch in enumerate(loader, start=1):
         images = to_model(batch["image"])
         with accelerator.autocast():
             posterior, decoded = vae(images)
@@ -184,7 +185,6 @@ def train(config: TrainVaeConfig) -> None:
         optimizer.zero_grad()
         schedule.step()
         ema.step(vae.parameters())
-        step += 1
         progress.update()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}", kl=f"{kl.item():.2f}", l1=f"{error.abs().mean():.4f}")

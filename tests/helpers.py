@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from tarflow.flows.block import FlowBlock
 from tarflow.flows.model import TARFlowModel
-from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 #: Data that is not part of the repository; tests that need it are skipped without it.

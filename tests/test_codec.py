@@ -16,8 +16,9 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from helpers import SHARED
 from PIL import Image
-from tarflow.vae.codec import SHIPPED, LatentCodec, load_autoencoder, measure_latents
 from torch import Tensor
+
+from tarflow.vae.codec import SHIPPED, LatentCodec, load_autoencoder, measure_latents
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import condition_of, random_images, small_model
+
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.likelihood import flow_loss, log_prob
 from tarflow.flows.model import TARFlowModel

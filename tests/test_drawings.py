@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from tarflow.data.drawing_checker import caption_attributes, match_shares, read_drawing
 from tarflow.data.drawings import (
     BACKGROUNDS,

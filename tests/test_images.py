@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder, is_held_out

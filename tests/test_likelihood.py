@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers import condition_of, perturb, random_images, small_model
+
 from tarflow.flows.likelihood import flow_loss, log_prob, nats_per_dim, prior_log_prob
 from tarflow.flows.model import TARFlowModel
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import condition_of, random_images, small_model
-from tarflow.flows.model import TARFlowModel
 from torch import Tensor
+
+from tarflow.flows.model import TARFlowModel
 
 CASES: dict[str, dict[str, Any]] = {
     f"{scale}-{positions}-{conditioning}-{'start' if start else 'shifted'}": {

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, reorder, unpatchify
 
 

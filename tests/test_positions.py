@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from tarflow.flows.positions import rotary_angles, rotary_angles_1d, rotate
 
 

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from helpers import SHARED
 from safetensors.torch import load_file
+from torch import Tensor
+
 from tarflow.flows.conversion import convert_state_dict, is_starflow, starflow_arguments, tarflow_arguments
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.likelihood import flow_loss, log_prob, nats_per_dim
 from tarflow.flows.model import TARFlowModel
-from torch import Tensor
 
 HERE = Path(__file__).parent / "reference"
 TARFLOW = ("tarflow_class", "tarflow_uncond", "tarflow_volume_preserving")

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import block_parameters, condition_of, random_images, small_model
+from torch import Tensor
+
 from tarflow.flows.block import FlowBlock
 from tarflow.flows.guidance import Guidance, guide_gaussian, guide_linear
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.order import reorder
 from tarflow.flows.sampling import decode_sequential, generate
-from torch import Tensor
 
 MODELS: dict[str, dict[str, Any]] = {
     "learned-vectors": {

@@ -10,12 +10,12 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
+
+from tarflow import TARFlowPipeline
 from tarflow.training.arguments import parse_config
 from tarflow.training.batches import StepSampler
 from tarflow.training.config import OptimConfig
 from tarflow.training.trainer import Trainer, learning_rate
-
-from tarflow import TARFlowPipeline
 
 SMALL = [
     *("--data.image_size", "32"),

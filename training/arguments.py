@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jsonargparse
+
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.config import RunConfig
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tarflow.data.images import Images, collate
 from torch.utils.data import DataLoader, Sampler
+
+from tarflow.data.images import Images, collate
 
 #: Data sets longer than this are endless ones, gone through in their own order.
 SHUFFLE_LIMIT = 2**30

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from tarflow.flows.likelihood import flow_loss, nats_per_dim, prior_log_prob
 from tarflow.flows.model import TARFlowModel
-from torch import Tensor, nn
 
 
 class FlowObjective(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+
 from tarflow.flows.likelihood import log_prob, nats_per_dim
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.text import encode_captions

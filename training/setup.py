@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tarflow.data.images import Images
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.batches import fixed_batches
 from tarflow.training.config import RunConfig
 from tarflow.training.text import embedding_width, load_text
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
-from torch import Tensor
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
 from tarflow.pipeline.text import encode_captions
 from tarflow.training.batches import StepSampler, fixed_batches, train_loader
 from tarflow.training.checkpoint import find_checkpoint, read_state, save_checkpoint
@@ -21,10 +24,9 @@ from tarflow.training.objective import FlowObjective, step_generator, trained_pa
 from tarflow.training.report import build_pipeline, held_out_nats, write_grids
 from tarflow.training.setup import make_parts, to_model
 from tarflow.training.text import token_ids
-from tqdm.auto import tqdm
 
-#: Steps that are timed for ``max_minutes``; the first few, slower ones are not.
-TIMED_STEPS = (5, 35)
+#: Steps that are timed for ``max_minutes``; the first ones are slower and not counted.
+TIMED_STEPS = (10, 70)
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
@@ -116,17 +118,17 @@ class Trainer:
         batches = iter(train_loader(self.parts.train, config.train.batch_size, config.train.num_workers, sampler))
         global_batch = config.train.batch_size * accumulation * accelerator.num_processes
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process)
-        started = timed = time.perf_counter()
+        started = last = time.perf_counter()
+        seconds: list[float] = []
         first, metrics = self.step, {}
         while self.step < self.total_steps:
             loss, nats, norm = self.train_step(batches)
             self.step += 1
             progress.update()
             done = self.step - first
-            if done == TIMED_STEPS[0]:
-                timed = time.perf_counter()
+            seconds.append(time.perf_counter() - last)
             if done == TIMED_STEPS[1] and config.train.max_minutes is not None and not self.lowered:
-                self.lower_steps(started, timed)
+                self.lower_steps(time.perf_counter() - started, statistics.median(seconds[TIMED_STEPS[0] :]))
                 progress.total = self.total_steps
             if self.step % config.log.log_every == 0:
                 speed = done * global_batch / (time.perf_counter() - started)
@@ -135,6 +137,7 @@ class Trainer:
                 accelerator.log({f"train/{key}": value for key, value in values.items()}, self.step)
                 progress.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.0f}"})
             metrics = self.at_intervals() or metrics
+            last = time.perf_counter()
         progress.close()
         return self.finish(metrics)
 
@@ -206,11 +209,10 @@ class Trainer:
                 )
         return inputs
 
-    def lower_steps(self, started: float, timed: float) -> None:
+    def lower_steps(self, passed: float, seconds_per_step: float) -> None:
         """Set the last step so that training ends about when ``max_minutes`` are over."""
-        seconds = (time.perf_counter() - timed) / (TIMED_STEPS[1] - TIMED_STEPS[0])
-        left = self.config.train.max_minutes * 60 - (time.perf_counter() - started)
-        total = min(self.total_steps, self.step + max(1, int(left / seconds)))
+        left = self.config.train.max_minutes * 60 - passed
+        total = min(self.total_steps, self.step + max(1, int(left / seconds_per_step)))
         self.total_steps = broadcast_object_list([total])[0]
         self.lowered = True
 
