@@ -84,7 +84,7 @@ class Trainer:
             self.step, self.total_steps = state["step"], state["total_steps"]
             if train.max_minutes is None:
                 self.total_steps = train.steps
-        self.lowered = state is not None
+        self.lowered = state is not None and state["lowered"]
         self.held_out = []
         if self.parts.validation is not None:
             self.held_out = fixed_batches(self.parts.validation, config.log.eval_images, train.batch_size)
@@ -290,6 +290,7 @@ class Trainer:
         state = {
             "step": self.step,
             "total_steps": self.total_steps,
+            "lowered": self.lowered,
             "flow": self.config.flow,
             "statistics": None if mean is None else [mean, std],
         }
