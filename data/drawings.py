@@ -23,7 +23,7 @@ COLOURS = {
     "orange": (244, 128, 26),
 }
 BACKGROUNDS = {"light": (244, 244, 240), "dark": (24, 24, 32), "grey": (140, 146, 152)}
-SIZES = {"small": (0.25, 0.28), "large": (0.36, 0.4)}  # radius as a fraction of the picture's side
+SIZES = {"small": (0.26, 0.29), "large": (0.36, 0.4)}  # radius as a fraction of the picture's side
 
 #: Labels of the class-conditional variant, "red circle" first; the label of a drawing is its position here.
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)

@@ -16,6 +16,9 @@ from tarflow.flows.config import BlockConfig
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.positions import rotate
 
+#: Longest sequence for which plain matrix products train faster on a CPU than the fused attention kernel.
+PLAIN_ATTENTION_SLOTS = 256
+
 
 class LayerNorm(nn.Module):
     """Layer normalisation (eps 1e-5), computed in at least float32."""
@@ -91,15 +94,8 @@ class Attention(nn.Module):
         if cache is not None:
             earlier = cache.length
             k, v = cache.write(layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=later_slots_mask(slots, earlier, x.device) if earlier and slots > 1 else None,
-            is_causal=not earlier and slots > 1,
-            scale=1 / math.sqrt(self.head_dim),
-            enable_gqa=self.heads != self.kv_heads,
-        )  # (B, H, S, d)
+        mask = later_slots_mask(slots, earlier, x.device) if slots > 1 else None
+        y = attend(q, k, v, mask, causal=not earlier)
         y = self.proj(y.transpose(1, 2).flatten(2))
         return y if self.post_norm is None else self.post_norm(y)
 
@@ -107,6 +103,29 @@ class Attention(nn.Module):
 def later_slots_mask(slots: int, earlier: int, device: torch.device) -> Tensor:
     """Which keys (earlier + S) each of S new slots may see, (S, earlier + S) booleans."""
     return torch.ones(slots, earlier + slots, dtype=torch.bool, device=device).tril(earlier)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention of queries (B, H, S, d) to keys and values (B, K, N, d); returns (B, H, S, d).
+
+    Args:
+        mask: which of the N keys each query may see, (S, N) booleans; None for all.
+        causal: that the mask is the plain lower triangle, for which there are faster kernels.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and k.shape[2] <= PLAIN_ATTENTION_SLOTS:
+        # The backward pass of the fused CPU kernel takes several times as long as plain products of short sequences.
+        if grouped:
+            k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+        logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        return logits.softmax(-1, dtype=at_least_float32(logits).dtype).to(v.dtype) @ v
+    if causal:
+        mask = None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and q.shape[2] > 1, enable_gqa=grouped
+    )
 
 
 class MLP(nn.Module):

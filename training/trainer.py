@@ -69,10 +69,14 @@ class Trainer:
         self.objective = FlowObjective(self.parts.flow, self.parts.text_encoder if self.trains_text else None)
         if self.parts.text_encoder is not None and not self.trains_text:
             self.parts.text_encoder.to(device)
-        self.ema = EMAModel(trained_parameters(self.objective), decay=train.ema_decay)
+        self.ema = EMAModel(trained_parameters(self.objective), decay=train.ema_decay, foreach=True)
         optim = config.optim
         optimizer = torch.optim.AdamW(
-            trained_parameters(self.objective), optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+            trained_parameters(self.objective),
+            optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            fused=True,
         )
         self.model, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.ema.to(device)
