@@ -96,6 +96,20 @@ def test_checkpoints_are_kept_and_checked(tmp_path, monkeypatch):
     assert list((tmp_path / "full" / "checkpoints").iterdir()) == []
 
 
+def test_max_minutes_follows_a_changing_speed(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def slower_later(trainer, batches):
+        now[0] += 1.0 if trainer.step < 100 else 3.0
+        return 0.0, 0.0, 0.0
+
+    monkeypatch.setattr("tarflow.training.trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "train_step", slower_later)
+    _, metrics = train(tmp_path, "--train.max_minutes", "20", "--train.steps", "5000")
+    assert metrics["steps"] == pytest.approx(100 + (20 * 60 - 100) / 3, rel=0.05)
+    assert now[0] == pytest.approx(20 * 60, rel=0.05)
+
+
 def test_non_finite_loss_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "tarflow.training.objective.flow_loss", lambda z, log_det: (z * float("nan")).sum() + log_det.sum()

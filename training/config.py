@@ -88,8 +88,8 @@ class TrainConfig:
     """The loop.
 
     Attributes:
-        steps: optimizer steps; ``max_minutes`` lowers them once, after the first steps have been timed, so that the
-            training takes about as long (the schedule then ends there; resuming keeps the lowered number).
+        steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
+            as long (the schedule then ends there; resuming keeps the checkpoint's number).
         batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
         noise_std: standard deviation σ of the noise added to latents.
         drop_rate: share of conditions replaced by "none", which guidance needs.

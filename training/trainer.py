@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from tarflow.training.report import build_pipeline, held_out_nats, write_grids
 from tarflow.training.setup import make_parts, to_model
 from tarflow.training.text import token_ids
 
-#: Steps that are timed for ``max_minutes``; the first ones are slower and not counted.
+#: For ``max_minutes``, the speed is first measured between these steps; the first ones are slower and not counted.
 TIMED_STEPS = (10, 70)
 
 
@@ -88,7 +87,7 @@ class Trainer:
             self.step, self.total_steps = state["step"], state["total_steps"]
             if train.max_minutes is None:
                 self.total_steps = train.steps
-        self.lowered = state is not None and state["lowered"]
+        self.lowered = self.resumed_schedule = state is not None and state["lowered"]
         self.held_out = []
         if self.parts.validation is not None:
             self.held_out = fixed_batches(self.parts.validation, config.log.eval_images, train.batch_size)
@@ -122,18 +121,23 @@ class Trainer:
         batches = iter(train_loader(self.parts.train, config.train.batch_size, config.train.num_workers, sampler))
         global_batch = config.train.batch_size * accumulation * accelerator.num_processes
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process)
-        started = last = time.perf_counter()
-        seconds: list[float] = []
+        started = measured_from = time.perf_counter()
+        measured_step, next_estimate = 0, TIMED_STEPS[1]
         first, metrics = self.step, {}
         while self.step < self.total_steps:
             loss, nats, norm = self.train_step(batches)
             self.step += 1
             progress.update()
             done = self.step - first
-            seconds.append(time.perf_counter() - last)
-            if done == TIMED_STEPS[1] and config.train.max_minutes is not None and not self.lowered:
-                self.lower_steps(time.perf_counter() - started, statistics.median(seconds[TIMED_STEPS[0] :]))
+            if done == TIMED_STEPS[0]:
+                measured_step, measured_from = done, time.perf_counter()
+            if done == next_estimate and config.train.max_minutes is not None and not self.resumed_schedule:
+                now = time.perf_counter()
+                self.lower_steps(now - started, (now - measured_from) / (done - measured_step))
                 progress.total = self.total_steps
+                # Again and again, as a machine's speed changes.
+                measured_step, measured_from = done, now
+                next_estimate = done + max(TIMED_STEPS[0], min(done, self.total_steps - self.step) // 2)
             if self.step % config.log.log_every == 0:
                 speed = done * global_batch / (time.perf_counter() - started)
                 values = {"loss": loss, "nats_per_dim": nats, "grad_norm": norm, "images_per_second": speed}
@@ -141,7 +145,6 @@ class Trainer:
                 accelerator.log({f"train/{key}": value for key, value in values.items()}, self.step)
                 progress.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.0f}"})
             metrics = self.at_intervals() or metrics
-            last = time.perf_counter()
         progress.close()
         return self.finish(metrics)
 
@@ -216,7 +219,7 @@ class Trainer:
     def lower_steps(self, passed: float, seconds_per_step: float) -> None:
         """Set the last step so that training ends about when ``max_minutes`` are over."""
         left = self.config.train.max_minutes * 60 - passed
-        total = min(self.total_steps, self.step + max(1, int(left / seconds_per_step)))
+        total = min(self.config.train.steps, self.step + max(1, int(left / seconds_per_step)))
         self.total_steps = broadcast_object_list([total])[0]
         self.lowered = True
 
