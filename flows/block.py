@@ -1,49 +1,27 @@
 """One autoregressive flow block.
 
-Shapes: B batch, T tokens, C channels of a token, S slots of a sequence, L prefix tokens, D width.
-A *slot* is a place in the sequence that the Transformer reads. With a start token, slot t holds token t − 1 (the start
-token in slot 0) and its output belongs to token t; without one, slot t holds token t and its output belongs to token
-t + 1, so token 0 passes unchanged and the last slot is not needed.
+Shapes: B batch, T tokens, C channels of a token, S slots of a sequence, L prefix tokens.
+With a start token, slot t holds token t − 1 (the start token in slot 0) and its output belongs to token t; without
+one, slot t holds token t and its output belongs to token t + 1, so token 0 passes unchanged and the last slot is not
+needed.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflow.flows import sampling
-from tarflow.flows.affine import affine_forward, at_least_float32, log_scale_of, soft_clip
+from tarflow.flows.affine import affine_forward, log_scale_of, soft_clip
 from tarflow.flows.config import BlockConfig
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.kv_cache import KVCache
+from tarflow.flows.network import BlockContext, TokenNetwork
 from tarflow.flows.order import reorder
-from tarflow.flows.positions import rotary_angles, rotary_angles_1d
-from tarflow.flows.transformer import RMSNorm, TransformerLayer
 
 
-@dataclass(frozen=True)
-class BlockContext:
-    """What stays the same over all slots of one sequence.
-
-    Attributes:
-        prefix: projected condition tokens (B, L, D), or None.
-        added: what is added to every slot's embedding: positions and class vectors, (B or 1, S, D), or None.
-        rotation: cosines and sines of the L + T slots, or None.
-    """
-
-    prefix: Tensor | None
-    added: Tensor | None
-    rotation: tuple[Tensor, Tensor] | None
-
-    @property
-    def prefix_length(self) -> int:
-        return 0 if self.prefix is None else self.prefix.shape[1]
-
-
-class FlowBlock(nn.Module):
+class FlowBlock(TokenNetwork):
     """Invertible map of T tokens: each is shifted and scaled by numbers that depend on the tokens before it.
 
     Args:
@@ -51,28 +29,9 @@ class FlowBlock(nn.Module):
     """
 
     def __init__(self, config: BlockConfig):
-        super().__init__()
-        self.config = config
-        outputs = config.token_dim * (1 if config.scale == "additive" else 2)
-        self.proj_in = nn.Linear(config.token_dim, config.width)
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
-        self.final_norm = RMSNorm(config.width) if config.final_norm else None
-        self.proj_out = nn.Linear(config.width, outputs)  # [raw scale; shift]
+        # [raw scale; shift]; zeros, so an untrained block is the identity
+        super().__init__(config, outputs=config.token_dim * (1 if config.scale == "additive" else 2))
         self.start_token = nn.Parameter(torch.randn(config.token_dim) * 0.02) if config.start_token else None
-        self.pos_embed = None
-        if config.positions == "learned":
-            self.pos_embed = nn.Parameter(torch.randn(config.grid_size**2, config.width) * 0.01)
-        self.class_embed = self.proj_cond = None
-        if config.conditioning == "class_vectors":
-            self.class_embed = nn.Parameter(torch.randn(config.num_classes, config.width) * 0.01)
-        elif config.conditioning != "none":
-            self.proj_cond = nn.Linear(config.cond_dim, config.width)
-        nn.init.zeros_(self.proj_out.weight)  # an untrained block is the identity
-        nn.init.zeros_(self.proj_out.bias)
-
-    @property
-    def sees_condition(self) -> bool:
-        return self.config.conditioning != "none"
 
     def forward(self, x: Tensor, grid: tuple[int, int], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to noise, in one parallel pass.
@@ -114,35 +73,6 @@ class FlowBlock(nn.Module):
         """
         return sampling.decode_sequential(self, z, grid, cond, null_cond, guidance)
 
-    def context(self, cond: Tensor | None, grid: tuple[int, int]) -> BlockContext:
-        """What the sequence's slots share, from the condition and the grid."""
-        config, weight = self.config, self.proj_in.weight
-        prefix = added = rotation = None
-        if self.proj_cond is not None:
-            prefix = self.proj_cond(cond.to(weight.dtype))
-        if self.pos_embed is not None:
-            if grid != (config.grid_size, config.grid_size):
-                raise ValueError(
-                    f"learned positions fit a grid of {config.grid_size} × {config.grid_size} tokens only, "
-                    f"got {grid[0]} × {grid[1]}"
-                )
-            added = reorder(self.pos_embed, config.order, dim=0)[None]  # (1, T, D)
-        if self.class_embed is not None:
-            table = torch.cat([self.class_embed, self.class_embed.mean(0, keepdim=True)])  # the last row: no class
-            vector = table[cond][:, None] if cond is not None else table[-1:][None]  # (B or 1, 1, D)
-            added = vector.expand(-1, grid[0] * grid[1], -1) if added is None else added + vector
-        if config.positions != "learned":
-            length = 0 if prefix is None else prefix.shape[1]
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            if config.positions == "rotary":
-                angles = rotary_angles(
-                    grid, config.head_dim, config.position_length, length, config.text_axis, weight.device, dtype
-                )
-            else:
-                angles = rotary_angles_1d(length + grid[0] * grid[1], config.head_dim, weight.device, dtype)
-            rotation = (angles.cos(), angles.sin())
-        return BlockContext(prefix, added, rotation)
-
     def affine_parameters(
         self,
         inputs: Tensor,
@@ -151,51 +81,9 @@ class FlowBlock(nn.Module):
         cache: KVCache | None = None,
         temperature: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Shift and log-scale from the tokens in a run of slots.
-
-        Args:
-            inputs: what sits in slots first_slot … first_slot + S − 1, in the block's order, (B, S, C).
-            first_slot: 0 without a cache; with one, as many slots as it holds of image tokens.
-            context: what `context` gave for this sequence.
-            cache: the slots before; the new ones are written to it.
-            temperature: divides the attention logits, (B, 1, 1, 1).
-
-        Returns:
-            shift and log_scale (B, S, C), at least float32.
-        """
-        slots, skip = inputs.shape[1], context.prefix_length
-        dtype = self.proj_in.weight.dtype
-        hidden = self.proj_in(inputs.to(dtype)).to(dtype)  # (B, S, D); float32 under autocast, as is what is added
-        if context.added is not None:
-            hidden = hidden + context.added[:, first_slot : first_slot + slots]
-        rotation = context.rotation
-        if first_slot == 0 and context.prefix is not None:
-            hidden = torch.cat([context.prefix.to(hidden.dtype), hidden], dim=1)  # (B, L + S, D)
-        else:
-            skip = 0
-        if rotation is not None:
-            start = context.prefix_length - skip + first_slot
-            rotation = tuple(part[start : start + hidden.shape[1]] for part in rotation)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotation, temperature, cache, index)
-        if cache is not None:
-            cache.advance(hidden.shape[1])
-        return self.read_out(hidden[:, skip:])
-
-    def read_out(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, S, D) to shift and log-scale (B, S, C); float32 whatever the network's dtype."""
-        if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
-        hidden = at_least_float32(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            out = F.linear(hidden, self.proj_out.weight.to(hidden.dtype), self.proj_out.bias.to(hidden.dtype))
-        out = soft_clip(out, self.config.soft_clip)
+        """Shift and log-scale (B, S, C) from the tokens in a run of slots, in the block's order; see `run`."""
+        out = soft_clip(self.run(inputs, first_slot, context, cache, temperature), self.config.soft_clip)
         if self.config.scale == "additive":
             return out, torch.zeros_like(out)
         raw, shift = out.chunk(2, dim=-1)
         return shift, log_scale_of(raw, self.config.scale)
-
-    def new_cache(self, batch_size: int, slots: int, dtype: torch.dtype) -> KVCache:
-        """An empty cache for ``slots`` slots, prefix included."""
-        config, device = self.config, self.proj_in.weight.device
-        return KVCache(config.layers, batch_size, config.num_kv_heads, slots, config.head_dim, device, dtype)

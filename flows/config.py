@@ -9,6 +9,7 @@ from tarflow.flows.order import ORDERS
 from tarflow.flows.positions import TEXT_FREQUENCIES
 
 CONDITIONINGS = ("none", "class_vectors", "class_prefix", "prefix")
+DENOISERS = ("none", "unconditional", "conditional")
 POSITIONS = ("learned", "rotary", "rotary_1d")
 CHOICES = {
     "mlp": ("gelu", "geglu"),
@@ -25,7 +26,7 @@ class BlockConfig:
     """Settings of one block; those that `TARFlowModel` has too mean the same there.
 
     ``conditioning`` is "none" for a block that does not see the condition; ``text_axis`` says whether rotary positions
-    keep room for a prefix, which they do in all blocks of a model with one.
+    keep room for a prefix, which they do in all blocks of a model with one. ``causal`` is False for the denoiser only.
     """
 
     token_dim: int
@@ -52,6 +53,7 @@ class BlockConfig:
     num_classes: int
     cond_dim: int
     order: str
+    causal: bool
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

@@ -6,6 +6,7 @@ change; no number does.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -41,13 +42,19 @@ LAYER_NAMES = {"mlp.main.0": "mlp.up", "mlp.main.2": "mlp.down", "mlp.down_proj"
 BLOCK_NAMES = {"proj_txt": "proj_cond", "sos_embed": "start_token"}
 #: Saved by the published code, but computed anew here.
 LEFT_OVERS = ("attn_mask", "freqs_cos", "freqs_sin")
-#: The learned denoiser is not part of `TARFlowModel`.
-DENOISER = "learnable_self_denoiser."
+#: Published names of the parts beside the blocks.
+PARTS = {"learnable_self_denoiser": "denoiser"}
+DENOISER_LAYERS = 8  # fixed in the published code
 
 
 def is_starflow(config: dict[str, Any]) -> bool:
     """Whether the arguments are STARFlow's; TARFlow's model class knows no text."""
     return "txt_size" in config
+
+
+def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the `TARFlowModel` that equals the published model, of either family."""
+    return starflow_arguments(config) if is_starflow(config) else tarflow_arguments(config)
 
 
 def tarflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def tarflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def starflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the `TARFlowModel` that equals a published STARFlow model, without its learned denoiser.
+    """Arguments of the `TARFlowModel` that equals a published STARFlow model.
 
     A condition of one token is a class label: ``txt_dim`` counts the classes and "no class".
 
@@ -87,6 +94,7 @@ def starflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"seq_order must be 'R2L' or 'L2R', got {config['seq_order']!r}")
     conditioning = {0: "none", 1: "class_prefix"}.get(config["txt_size"], "prefix")
     scale = "softplus" if config.get("use_softplus") else "exp"
+    denoiser = "conditional" if config.get("conditional_denoiser") else "unconditional"
     return {
         **common_arguments(config),
         "patch_layout": "channel_last",
@@ -109,6 +117,8 @@ def starflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
         "num_classes": config["txt_dim"] - 1 if conditioning == "class_prefix" else 0,
         "cond_dim": config["txt_dim"] if conditioning == "prefix" else 0,
         "first_order": "row_major" if config["seq_order"] == "R2L" else "reversed",
+        "learned_denoiser": denoiser if config.get("learnable_self_denoiser") else "none",
+        "denoiser_layers": DENOISER_LAYERS,
     }
 
 
@@ -141,46 +151,59 @@ def check_keys(config: dict[str, Any], required: tuple[str, ...], optional: tupl
         raise ValueError(f"the published model's arguments lack {missing or 'nothing'} and have unknown {unknown}")
 
 
-def convert_state_dict(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+def convert_state_dict(
+    state: dict[str, Tensor], config: dict[str, Any], only: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """The state dict of the `TARFlowModel` with `tarflow_arguments` or `starflow_arguments` of ``config``.
 
-    Buffers that the published code saves but does not need are dropped, and so is the learned denoiser.
+    Buffers that the published code saves but does not need are dropped. No tensor is copied, but for the first layers
+    of gated MLPs, which are two tensors there and one here.
+
+    Args:
+        state: the published state dict.
+        config: the arguments of the published model class.
+        only: make only these of the tensors; all are checked.
 
     Raises:
         ValueError: listing all tensors that are missing, unexpected or of another shape.
     """
-    starflow = is_starflow(config)
-    arguments = starflow_arguments(config) if starflow else tarflow_arguments(config)
+    arguments = model_arguments(config)
     with torch.device("meta"):
-        wanted = TARFlowModel(**arguments).state_dict()
+        wanted = {name: tuple(value.shape) for name, value in TARFlowModel(**arguments).state_dict().items()}
     places = [index for index, layers in enumerate(arguments["layers_per_block"]) if layers]  # the others are left out
-    converted: dict[str, Tensor] = {}
-    gates: dict[str, dict[str, Tensor]] = {}
+    sources: dict[str, dict[str, Tensor]] = {}  # by our name; gated layers have two sources, "gate" and "up"
     unexpected = []
     for name, value in state.items():
-        if name.split(".")[-1] in LEFT_OVERS or name.startswith(DENOISER) or (name == "var" and starflow):
+        if name.split(".")[-1] in LEFT_OVERS or (name == "var" and is_starflow(config)):
             continue
         new_name, part = convert_name(name, places)
-        if part:
-            gates.setdefault(new_name, {})[part] = value
-        elif new_name == "prior_variance" and not arguments["learned_prior"] and bool((value == 1).all()):
-            continue
-        elif new_name not in wanted:
+        if new_name in wanted:
+            sources.setdefault(new_name, {})[part] = value
+        elif not (new_name == "prior_variance" and bool((value == 1).all())):  # a unit prior's variance says nothing
             unexpected.append(name)
-        else:
-            one_dim_less = new_name.endswith(("start_token", "class_embed"))
-            converted[new_name] = value.reshape(-1, *wanted[new_name].shape[1:]) if one_dim_less else value
-    for name, parts in gates.items():
-        if name not in wanted:
-            unexpected.append(name)
-        elif parts.keys() == {"gate", "up"}:
-            converted[name] = torch.cat([parts["gate"], parts["up"]])
-    missing = [name for name in wanted if name not in converted]
-    shapes = {name: (tuple(value.shape), tuple(wanted[name].shape)) for name, value in converted.items()}
-    wrong = [f"{name} {got} instead of {want}" for name, (got, want) in shapes.items() if got != want]
+    for name, parts in list(sources.items()):
+        if parts.keys() & {"gate", "up"} and parts.keys() != {"gate", "up"}:
+            del sources[name]  # one half alone is no layer
+    missing = [name for name in wanted if name not in sources]
+    shapes = {name: joined_shape(parts, len(wanted[name])) for name, parts in sources.items()}
+    wrong = [f"{name} {got} instead of {wanted[name]}" for name, got in shapes.items() if got != wanted[name]]
     if missing or unexpected or wrong:
         raise ValueError(f"missing tensors: {missing}; unexpected tensors: {unexpected}; wrong shapes: {wrong}")
+    converted = {}
+    for name, parts in sources.items():
+        if only is None or name in only:
+            joined = parts[""] if "" in parts else torch.cat([parts["gate"], parts["up"]])
+            converted[name] = joined.reshape(wanted[name])
     return converted
+
+
+def joined_shape(parts: dict[str, Tensor], dims: int) -> tuple[int, ...]:
+    """Shape of one tensor, or of gate and up one after the other; extra axes of size 1 do not count."""
+    shapes = [tuple(value.shape) for value in parts.values()]
+    shape = (sum(part[0] for part in shapes), *shapes[0][1:])
+    while len(shape) > dims and 1 in shape:
+        shape = shape[: shape.index(1)] + shape[shape.index(1) + 1 :]
+    return shape
 
 
 def convert_name(name: str, places: list[int]) -> tuple[str, str]:
@@ -192,17 +215,22 @@ def convert_name(name: str, places: list[int]) -> tuple[str, str]:
     """
     if name == "var":
         return "prior_variance", ""
-    head, _, rest = name.partition(".")
-    index, _, rest = rest.partition(".")
-    if head != "blocks" or not index.isdigit() or int(index) not in places:
+    part, _, rest = name.partition(".")
+    if part == "blocks":
+        index, _, rest = rest.partition(".")
+        if not index.isdigit() or int(index) not in places:
+            return name, ""
+        part = f"blocks.{places.index(int(index))}"
+    elif part in PARTS:
+        part = PARTS[part]
+    else:
         return name, ""
-    block = f"blocks.{places.index(int(index))}."
     if not rest.startswith("attn_blocks."):
         stem, dot, leaf = rest.partition(".")
-        return block + BLOCK_NAMES.get(stem, stem) + dot + leaf, ""
+        return f"{part}.{BLOCK_NAMES.get(stem, stem)}{dot}{leaf}", ""
     _, layer, inner = rest.split(".", 2)
     stem, _, leaf = inner.rpartition(".")
-    layer = f"{block}layers.{layer}."
+    layer = f"{part}.layers.{layer}."
     if stem in ("mlp.gate_proj", "mlp.up_proj"):
         return f"{layer}mlp.up.{leaf}", stem.removeprefix("mlp.").removesuffix("_proj")
     return f"{layer}{LAYER_NAMES.get(stem, stem)}.{leaf}", ""

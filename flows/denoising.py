@@ -39,3 +39,23 @@ def score_denoise(
         # The unit prior here is the published models' choice, also with a learned prior variance.
         (score,) = torch.autograd.grad((prior_log_prob(z) + log_det).sum(), y)
     return (y + noise_std**2 * score).detach()
+
+
+@torch.no_grad()
+def learned_denoise(
+    model: Any,
+    y: Tensor,
+    noise_std: float,
+    class_labels: Tensor | None = None,
+    cond: Tensor | None = None,
+) -> Tensor:
+    """y − σ·net(y): the same with the score that the model's learned denoiser predicts; one forward pass.
+
+    Args, returns: as of `score_denoise`.
+
+    Raises:
+        ValueError: if σ < 0, or the model has no learned denoiser.
+    """
+    if noise_std < 0:
+        raise ValueError(f"noise_std must be 0 or positive, got {noise_std}")
+    return at_least_float32(y) - noise_std * model.scaled_score(y, class_labels=class_labels, cond=cond)

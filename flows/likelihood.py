@@ -34,3 +34,14 @@ def flow_loss(z: Tensor, log_det: Tensor) -> Tensor:
     """Training loss: mean ½z² − mean log|det| per dimension, a scalar. It lacks the constant ½·log 2π and always has a
     unit prior, as the published models do."""
     return 0.5 * at_least_float32(z).pow(2).mean() - log_det.mean() / z[0].numel()
+
+
+def dequantize(images: Tensor, noise: Tensor) -> Tensor:
+    """8-bit numbers and uniform noise in [0, 1), of one shape, as real numbers: (u8 + noise)/256·2 − 1."""
+    return (images.to(noise.dtype) + noise) / 256 * 2 - 1
+
+
+def bits_per_dim(nats_per_dim: Tensor) -> Tensor:
+    """Bits per dimension of 8-bit images from the nats per dimension of `dequantize`d ones: each of the 256 values is
+    2/256 wide there."""
+    return (nats_per_dim + math.log(128)) / math.log(2)

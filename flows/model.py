@@ -5,6 +5,8 @@ Shapes: B batch, C channels, H × W size of the latents, p patch size, T = H/p �
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from tarflow.flows import sampling
 from tarflow.flows.block import FlowBlock
-from tarflow.flows.config import CONDITIONINGS, BlockConfig
+from tarflow.flows.config import CONDITIONINGS, DENOISERS, BlockConfig
+from tarflow.flows.denoiser import Denoiser
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, unpatchify
 
@@ -43,6 +46,8 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         num_classes: for the class conditionings; the label num_classes means "no class".
         first_order: order of block 0, "row_major" or "reversed"; they alternate.
         learned_prior: keep a running prior variance per number (see `update_prior`).
+        learned_denoiser: also a network that predicts the score, "none", "unconditional" or "conditional" (it sees the
+            condition); of ``denoiser_layers`` layers of the shallow blocks' width.
 
     Raises:
         ValueError: for settings that do not fit together.
@@ -81,52 +86,67 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         cond_dim: int = 0,
         first_order: str = "reversed",
         learned_prior: bool = False,
+        learned_denoiser: str = "none",
+        denoiser_layers: int = 8,
     ):
         super().__init__()
-        check_model(layers_per_block, sample_size, patch_size, patch_layout, conditioning, condition_blocks)
+        check_model(
+            layers_per_block, sample_size, patch_size, patch_layout, conditioning, condition_blocks, learned_denoiser
+        )
         if conditioning.startswith("class") and num_classes < 1:
             raise ValueError(f"conditioning {conditioning!r} needs num_classes of at least 1, got {num_classes}")
         if conditioning == "prefix" and cond_dim < 1:
             raise ValueError(f"conditioning 'prefix' needs cond_dim of at least 1, got {cond_dim}")
         grid_size = sample_size // patch_size
-        self.blocks = nn.ModuleList()
         last = len(layers_per_block) - 1
-        for index, layers in enumerate(layers_per_block):
-            block_width = deep_width if index == last and deep_width else width
-            if num_heads is None and block_width % head_dim:
+
+        def network_config(layers: int, network_width: int, sees: bool, order: str) -> BlockConfig:
+            if num_heads is None and network_width % head_dim:
                 raise ValueError(
-                    f"head_dim {head_dim} does not divide the width {block_width}; set num_heads, or other"
+                    f"head_dim {head_dim} does not divide the width {network_width}; set num_heads, or other"
                 )
-            heads = num_heads or block_width // head_dim
-            sees = condition_blocks == "all" or index == last
+            heads = num_heads or network_width // head_dim
+            return BlockConfig(
+                token_dim=in_channels * patch_size**2,
+                grid_size=grid_size,
+                layers=layers,
+                width=network_width,
+                head_dim=head_dim,
+                num_heads=heads,
+                num_kv_heads=num_kv_heads or heads,
+                mlp_ratio=mlp_ratio,
+                mlp=mlp,
+                norm=norm,
+                final_norm=final_norm,
+                qk_norm=qk_norm,
+                post_norm=post_norm,
+                bias=bias,
+                start_token=start_token,
+                scale=scale,
+                soft_clip=soft_clip,
+                positions=positions,
+                position_length=position_length or grid_size,
+                text_axis=conditioning in ("class_prefix", "prefix"),
+                conditioning=conditioning if sees else "none",
+                num_classes=num_classes,
+                cond_dim=num_classes + 1 if conditioning == "class_prefix" else cond_dim,
+                order=order,
+                causal=True,
+            )
+
+        self.blocks = nn.ModuleList()
+        for index, layers in enumerate(layers_per_block):
             if layers > 0:
-                config = BlockConfig(
-                    token_dim=in_channels * patch_size**2,
-                    grid_size=grid_size,
-                    layers=layers,
-                    width=block_width,
-                    head_dim=head_dim,
-                    num_heads=heads,
-                    num_kv_heads=num_kv_heads or heads,
-                    mlp_ratio=mlp_ratio,
-                    mlp=mlp,
-                    norm=norm,
-                    final_norm=final_norm,
-                    qk_norm=qk_norm,
-                    post_norm=post_norm,
-                    bias=bias,
-                    start_token=start_token,
-                    scale=scale,
-                    soft_clip=soft_clip,
-                    positions=positions,
-                    position_length=position_length or grid_size,
-                    text_axis=conditioning in ("class_prefix", "prefix"),
-                    conditioning=conditioning if sees else "none",
-                    num_classes=num_classes,
-                    cond_dim=num_classes + 1 if conditioning == "class_prefix" else cond_dim,
-                    order=block_order(index, first_order),
+                block_width = deep_width if index == last and deep_width else width
+                sees = condition_blocks == "all" or index == last
+                self.blocks.append(
+                    FlowBlock(network_config(layers, block_width, sees, block_order(index, first_order)))
                 )
-                self.blocks.append(FlowBlock(config))
+        self.denoiser: Denoiser | None = None
+        if learned_denoiser != "none":
+            config = network_config(denoiser_layers, width, learned_denoiser == "conditional", "row_major")
+            config = replace(config, causal=False, final_norm=True)
+            self.denoiser = Denoiser(config, outputs=config.token_dim)
         self.prior_variance: Tensor | None
         variance = torch.ones(grid_size**2, in_channels * patch_size**2) if learned_prior else None
         self.register_buffer("prior_variance", variance)
@@ -193,6 +213,21 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         if guidance is not None and guidance.weight > 0:
             null = self.condition(None, null_cond, z.shape[0])
         return sampling.generate(self, z, condition, null, guidance)
+
+    def scaled_score(self, y: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """σ·∇(−log p(y)) as the learned denoiser predicts it, (B, C, H, W), at least float32.
+
+        Args:
+            y: noisy samples (B, C, H, W); class_labels, cond: as in `forward`.
+
+        Raises:
+            ValueError: if the model has no learned denoiser.
+        """
+        if self.denoiser is None:
+            raise ValueError("this model has no learned denoiser (learned_denoiser is 'none'); use the score step")
+        condition = self.condition(class_labels, cond, y.shape[0])
+        tokens, grid = self.patchify(y)
+        return self.unpatchify(self.denoiser(tokens, grid, condition), grid)
 
     def condition(self, class_labels: Tensor | None, cond: Tensor | None, batch: int) -> Tensor | None:
         """Labels or prefix as the blocks take them: labels (B,), prefix (B, L, E), or None.
@@ -278,6 +313,7 @@ def check_model(
     patch_layout: str,
     conditioning: str,
     condition_blocks: str,
+    learned_denoiser: str,
 ) -> None:
     """Errors of a model's settings that no single block can see."""
     if not layers_per_block or layers_per_block[-1] < 1 or min(layers_per_block) < 0:
@@ -293,3 +329,7 @@ def check_model(
         raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {conditioning!r}")
     if condition_blocks not in ("all", "deep"):
         raise ValueError(f"condition_blocks must be 'all' or 'deep', got {condition_blocks!r}")
+    if learned_denoiser not in DENOISERS:
+        raise ValueError(f"learned_denoiser must be one of {', '.join(DENOISERS)}, got {learned_denoiser!r}")
+    if learned_denoiser == "conditional" and conditioning == "none":
+        raise ValueError("learned_denoiser is 'conditional', but conditioning is 'none'")

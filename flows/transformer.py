@@ -52,11 +52,12 @@ def make_norm(config: BlockConfig, width: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with optional grouped heads, QK-norm, rotary positions and post-norm."""
+    """Self-attention, causal or full, with optional grouped heads, QK-norm, rotary positions and post-norm."""
 
     def __init__(self, config: BlockConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.causal = config.causal
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.norm = make_norm(config, config.width)
         self.qkv = nn.Linear(config.width, rows, bias=config.bias)
@@ -94,8 +95,8 @@ class Attention(nn.Module):
         if cache is not None:
             earlier = cache.length
             k, v = cache.write(layer, k, v)
-        mask = later_slots_mask(slots, earlier, x.device) if slots > 1 else None
-        y = attend(q, k, v, mask, causal=not earlier)
+        mask = later_slots_mask(slots, earlier, x.device) if self.causal and slots > 1 else None
+        y = attend(q, k, v, mask, causal=mask is not None and not earlier)
         y = self.proj(y.transpose(1, 2).flatten(2))
         return y if self.post_norm is None else self.post_norm(y)
 
@@ -123,9 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
         return logits.softmax(-1, dtype=at_least_float32(logits).dtype).to(v.dtype) @ v
     if causal:
         mask = None
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and q.shape[2] > 1, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class MLP(nn.Module):

@@ -15,9 +15,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from tarflow.flows import sampling
-from tarflow.flows.denoising import score_denoise
+from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
 from tarflow.pipeline.text import encode_captions
 from tarflow.vae.codec import LatentCodec
 
@@ -35,7 +36,9 @@ class TARFlowPipeline(DiffusionPipeline):
         noise_std: standard deviation of the training noise, which one score step removes.
         id2label: names of the classes.
         max_sequence_length: captions are padded or cut to this many tokens.
-        guidance_scale: default of a call; 1 is off.
+        guidance_scale, guidance_method: defaults of a call; a scale of 1 is off.
+        caption_template: what captions are put into, with the places {prompt} and {aspect_ratio}; None is the caption
+            alone.
     """
 
     model_cpu_offload_seq = "text_encoder->flow->vae"
@@ -54,6 +57,8 @@ class TARFlowPipeline(DiffusionPipeline):
         id2label: dict[int, str] | None = None,
         max_sequence_length: int = 128,
         guidance_scale: float = 1.0,
+        guidance_method: str = "gaussian",
+        caption_template: str | None = None,
     ):
         super().__init__()
         self.register_modules(flow=flow, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -64,6 +69,8 @@ class TARFlowPipeline(DiffusionPipeline):
             id2label=id2label,
             max_sequence_length=max_sequence_length,
             guidance_scale=guidance_scale,
+            guidance_method=guidance_method,
+            caption_template=caption_template,
         )
         self.codec = LatentCodec(vae, latents_mean, latents_std)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)
@@ -104,10 +111,11 @@ class TARFlowPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        aspect_ratio: str | None = None,
         num_images_per_prompt: int = 1,
         num_images: int | None = None,
         guidance_scale: float | None = None,
-        guidance_method: str = "gaussian",
+        guidance_method: str | None = None,
         guidance_parts: str = "ab",
         guidance_annealed: bool = False,
         attention_temperature: float = 1.0,
@@ -115,7 +123,7 @@ class TARFlowPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        denoise: bool = True,
+        denoise: bool | str = True,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
@@ -128,15 +136,16 @@ class TARFlowPipeline(DiffusionPipeline):
             prompt: captions, for a text-conditioned model.
             class_labels: indices or names, for a class-conditioned one.
             negative_prompt: what guidance leads away from; the empty caption if not given.
-            height, width: of the images; the training size if not given.
+            height, width: of the images; the training size if not given. ``aspect_ratio`` instead, for example
+                "16:9" (see `ASPECT_RATIOS`), keeps the training size's area.
             num_images_per_prompt: images of each caption or label; ``num_images``: of an unconditional model.
             guidance_scale: 1 is off; the pipeline's own default if not given.
-            guidance_method: "gaussian" (STARFlow) or "linear" (TARFlow), with ``guidance_parts`` "ab", "a" or "b",
+            guidance_method: "gaussian" (STARFlow) or "linear" (TARFlow); the pipeline's own default if not given; with ``guidance_parts`` "ab", "a" or "b",
                 ``guidance_annealed`` and ``attention_temperature``: see `Guidance`.
             generator: one, or a list with one for each image, which then does not depend on the others.
             latents: the prior noise (B, C, h, w) instead of a draw.
             prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts.
-            denoise: remove the training noise with one score step.
+            denoise: remove the training noise with one score step; "learned": by the model's learned denoiser.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}); the dictionary
                 that it returns may replace the latents.
@@ -148,9 +157,20 @@ class TARFlowPipeline(DiffusionPipeline):
         self.check_inputs(
             prompt, class_labels, negative_prompt, prompt_embeds, scale, callback_on_step_end_tensor_inputs
         )
+        self.check_outputs(denoise, output_type)
+        if aspect_ratio is not None:
+            if height is not None or width is not None:
+                raise ValueError("give either aspect_ratio or height and width, not both")
+            side, unit = (
+                self.flow.config.sample_size * self.codec.factor,
+                self.codec.factor * self.flow.config.patch_size,
+            )
+            height, width = aspect_size(aspect_ratio, side, unit)
         shape = self.latent_shape(height, width)
+        aspect_ratio = aspect_ratio or nearest_aspect_ratio(*shape[1:])
         device = self._execution_device
-        guidance = Guidance(scale - 1, guidance_method, guidance_parts, guidance_annealed, attention_temperature)
+        method = guidance_method or self.config.guidance_method
+        guidance = Guidance(scale - 1, method, guidance_parts, guidance_annealed, attention_temperature)
         guided = guidance.weight > 0
 
         # 1. Conditions
@@ -166,6 +186,7 @@ class TARFlowPipeline(DiffusionPipeline):
                 prompt_embeds,
                 negative_prompt_embeds,
                 max_sequence_length,
+                aspect_ratio,
             )
             batch = len(cond)
         elif kind == "none":
@@ -196,7 +217,8 @@ class TARFlowPipeline(DiffusionPipeline):
 
         # 4. Training noise away, then pixels
         if denoise and self.config.noise_std > 0:
-            x = score_denoise(self.flow, x, self.config.noise_std, class_labels=labels, cond=cond)
+            remove_noise = learned_denoise if denoise == "learned" else score_denoise
+            x = remove_noise(self.flow, x, self.config.noise_std, class_labels=labels, cond=cond)
         if output_type == "latent":
             images: Any = x
         else:
@@ -238,6 +260,20 @@ class TARFlowPipeline(DiffusionPipeline):
             if name not in self._callback_tensor_inputs:
                 allowed = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"callback_on_step_end_tensor_inputs may name {allowed}, got {name!r}")
+
+    def check_outputs(self, denoise: bool | str, output_type: str) -> None:
+        """Whether the model can do what is asked of its samples."""
+        if denoise not in (True, False, "score", "learned"):
+            raise ValueError(f"denoise must be True, False, 'score' or 'learned', got {denoise!r}")
+        if denoise == "learned" and self.flow.config.learned_denoiser == "none":
+            raise ValueError("this model has no learned denoiser; denoise=True is the score step")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+        if self.vae is None and output_type != "latent" and self.flow.config.in_channels not in (1, 3):
+            raise ValueError(
+                f"this pipeline has no autoencoder to decode {self.flow.config.in_channels} channels: load it with "
+                "from_pretrained(…, vae=…), or ask for output_type='latent'"
+            )
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Channels, height and width of the latents for an image size.
@@ -284,6 +320,7 @@ class TARFlowPipeline(DiffusionPipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         max_sequence_length: int | None = None,
+        aspect_ratio: str = "1:1",
     ) -> tuple[Tensor, Tensor | None]:
         """Encoded captions and, with guidance, encoded negative ones, (B, L, E) each; B counts images."""
         length = max_sequence_length or self.config.max_sequence_length
@@ -293,6 +330,7 @@ class TARFlowPipeline(DiffusionPipeline):
         def encode(captions: list[str]) -> Tensor:
             if self.text_encoder is None or self.tokenizer is None:
                 raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
+            captions = fill_template(self.config.caption_template, captions, aspect_ratio)
             return encode_captions(self.text_encoder, self.tokenizer, captions, length).to(device)
 
         if prompt_embeds is None:

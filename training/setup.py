@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tarflow.data.images import Images
 from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.text import embedding_width
 from tarflow.training.batches import fixed_batches
 from tarflow.training.config import RunConfig
-from tarflow.training.text import embedding_width, load_text
+from tarflow.training.text import load_text
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
 

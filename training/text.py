@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from tarflow.pipeline.text import load_text_encoder
 from tarflow.training.config import TextConfig
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -27,14 +28,7 @@ def load_text(config: TextConfig, captions: Iterable[str]) -> tuple[Any, Any]:
     if config.kind == "none":
         return None, None
     if config.kind == "pretrained":
-        try:
-            subfolder = {"subfolder": config.subfolder} if config.subfolder else {}
-            tokenizer = AutoTokenizer.from_pretrained(config.name)
-            encoder = T5EncoderModel.from_pretrained(config.name, **subfolder)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"cannot load the text encoder {config.name!r}: {reason}") from error
-        return encoder.eval().requires_grad_(False), tokenizer
+        return load_text_encoder(config.name, config.subfolder)
     tokenizer = train_tokenizer(captions, config)
     return T5EncoderModel(small_t5(config, len(tokenizer))), tokenizer
 
@@ -74,11 +68,6 @@ def train_tokenizer(captions: Iterable[str], config: TextConfig) -> PreTrainedTo
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=config.max_length, clean_up_tokenization_spaces=False, **SPECIAL
     )
-
-
-def embedding_width(encoder: Any) -> int:
-    """Size of the encoder's hidden states."""
-    return int(encoder.config.d_model if hasattr(encoder.config, "d_model") else encoder.config.hidden_size)
 
 
 def token_ids(tokenizer: Any, captions: list[str], max_length: int, device: torch.device) -> tuple[Any, Any]:

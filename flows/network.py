@@ -1,0 +1,148 @@
+"""The causal or full Transformer over the tokens of one image, with its positions and conditions.
+
+Shapes: B batch, C channels of a token, S slots of a sequence, T tokens of an image, L prefix tokens, D width.
+A *slot* is a place in the sequence that the Transformer reads; a prefix comes before the image's slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tarflow.flows.affine import at_least_float32
+from tarflow.flows.config import BlockConfig
+from tarflow.flows.kv_cache import KVCache
+from tarflow.flows.order import reorder
+from tarflow.flows.positions import rotary_angles, rotary_angles_1d
+from tarflow.flows.transformer import RMSNorm, TransformerLayer
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What stays the same over all slots of one sequence.
+
+    Attributes:
+        prefix: projected condition tokens (B, L, D), or None.
+        added: what is added to every slot's embedding: positions and class vectors, (B or 1, S, D), or None.
+        rotation: cosines and sines of the L + T slots, or None.
+    """
+
+    prefix: Tensor | None
+    added: Tensor | None
+    rotation: tuple[Tensor, Tensor] | None
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.prefix is None else self.prefix.shape[1]
+
+
+class TokenNetwork(nn.Module):
+    """Tokens in, numbers for each token out: embedding, positions, condition, Transformer layers, output layer.
+
+    Args:
+        config: what the network is made of.
+        outputs: how many numbers each slot gives.
+    """
+
+    def __init__(self, config: BlockConfig, outputs: int):
+        super().__init__()
+        self.config = config
+        self.proj_in = nn.Linear(config.token_dim, config.width)
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
+        self.final_norm = RMSNorm(config.width) if config.final_norm else None
+        self.proj_out = nn.Linear(config.width, outputs)
+        self.pos_embed = None
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.randn(config.grid_size**2, config.width) * 0.01)
+        self.class_embed = self.proj_cond = None
+        if config.conditioning == "class_vectors":
+            self.class_embed = nn.Parameter(torch.randn(config.num_classes, config.width) * 0.01)
+        elif config.conditioning != "none":
+            self.proj_cond = nn.Linear(config.cond_dim, config.width)
+        nn.init.zeros_(self.proj_out.weight)  # an untrained network gives zeros
+        nn.init.zeros_(self.proj_out.bias)
+
+    @property
+    def sees_condition(self) -> bool:
+        return self.config.conditioning != "none"
+
+    def context(self, cond: Tensor | None, grid: tuple[int, int]) -> BlockContext:
+        """What the sequence's slots share, from the condition and the grid."""
+        config, weight = self.config, self.proj_in.weight
+        prefix = added = rotation = None
+        if self.proj_cond is not None:
+            prefix = self.proj_cond(cond.to(weight.dtype))
+        if self.pos_embed is not None:
+            if grid != (config.grid_size, config.grid_size):
+                raise ValueError(
+                    f"learned positions fit a grid of {config.grid_size} × {config.grid_size} tokens only, "
+                    f"got {grid[0]} × {grid[1]}"
+                )
+            added = reorder(self.pos_embed, config.order, dim=0)[None]  # (1, T, D)
+        if self.class_embed is not None:
+            table = torch.cat([self.class_embed, self.class_embed.mean(0, keepdim=True)])  # the last row: no class
+            vector = table[cond][:, None] if cond is not None else table[-1:][None]  # (B or 1, 1, D)
+            added = vector.expand(-1, grid[0] * grid[1], -1) if added is None else added + vector
+        if config.positions != "learned":
+            length = 0 if prefix is None else prefix.shape[1]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            if config.positions == "rotary":
+                angles = rotary_angles(
+                    grid, config.head_dim, config.position_length, length, config.text_axis, weight.device, dtype
+                )
+            else:
+                angles = rotary_angles_1d(length + grid[0] * grid[1], config.head_dim, weight.device, dtype)
+            rotation = (angles.cos(), angles.sin())
+        return BlockContext(prefix, added, rotation)
+
+    def run(
+        self,
+        inputs: Tensor,
+        first_slot: int,
+        context: BlockContext,
+        cache: KVCache | None = None,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs of a run of image slots.
+
+        Args:
+            inputs: what sits in slots first_slot … first_slot + S − 1, (B, S, C).
+            first_slot: 0 without a cache; with one, as many slots as it holds of image tokens.
+            context: what `context` gave for this sequence.
+            cache: the slots before; the new ones are written to it.
+            temperature: divides the attention logits, (B, 1, 1, 1).
+
+        Returns:
+            (B, S, outputs), at least float32 whatever the network's dtype.
+        """
+        slots, skip = inputs.shape[1], context.prefix_length
+        dtype = self.proj_in.weight.dtype
+        hidden = self.proj_in(inputs.to(dtype)).to(dtype)  # (B, S, D); float32 under autocast, as is what is added
+        if context.added is not None:
+            hidden = hidden + context.added[:, first_slot : first_slot + slots]
+        rotation = context.rotation
+        if first_slot == 0 and context.prefix is not None:
+            hidden = torch.cat([context.prefix.to(hidden.dtype), hidden], dim=1)  # (B, L + S, D)
+        else:
+            skip = 0
+        if rotation is not None:
+            start = context.prefix_length - skip + first_slot
+            rotation = tuple(part[start : start + hidden.shape[1]] for part in rotation)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotation, temperature, cache, index)
+        if cache is not None:
+            cache.advance(hidden.shape[1])
+        hidden = hidden[:, skip:]
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        hidden = at_least_float32(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden, self.proj_out.weight.to(hidden.dtype), self.proj_out.bias.to(hidden.dtype))
+
+    def new_cache(self, batch_size: int, slots: int, dtype: torch.dtype) -> KVCache:
+        """An empty cache for ``slots`` slots, prefix included."""
+        config, device = self.config, self.proj_in.weight.device
+        return KVCache(config.layers, batch_size, config.num_kv_heads, slots, config.head_dim, device, dtype)
