@@ -23,6 +23,7 @@ from tarflow.evaluation.match import (
     generate,
     round_trip_error,
 )
+from tarflow.pipeline.device import best_device
 from tarflow.training.arguments import fail, parse_config
 from tarflow.training.trainer import Trainer
 
@@ -65,12 +66,6 @@ def main(argv: list[str]) -> None:
     for name, share in shares.items():
         print(f"samples that match, {name:<10} {share:.1%}")
     print(f"time                           {trained - started:.0f} s training, {finished - trained:.0f} s drawing")
-
-
-def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 if __name__ == "__main__":

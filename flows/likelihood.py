@@ -41,7 +41,7 @@ def dequantize(images: Tensor, noise: Tensor) -> Tensor:
     return (images.to(noise.dtype) + noise) / 256 * 2 - 1
 
 
-def bits_per_dim(nats_per_dim: Tensor) -> Tensor:
-    """Bits per dimension of 8-bit images from the nats per dimension of `dequantize`d ones: each of the 256 values is
-    2/256 wide there."""
+def bits_per_dim(nats_per_dim: Any) -> Any:
+    """Bits per dimension of 8-bit images from the nats per dimension (number or tensor) of `dequantize`d ones, where
+    each of the 256 values is 2/256 wide."""
     return (nats_per_dim + math.log(128)) / math.log(2)

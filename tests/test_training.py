@@ -101,7 +101,7 @@ def test_max_minutes_follows_a_changing_speed(tmp_path, monkeypatch):
 
     def slower_later(trainer, batches):
         now[0] += 1.0 if trainer.step < 100 else 3.0
-        return 0.0, 0.0, 0.0
+        return {"loss": 0.0}
 
     monkeypatch.setattr("tarflow.training.trainer.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Trainer, "train_step", slower_later)

@@ -18,7 +18,7 @@ class VaeConfig:
     """The autoencoder.
 
     Attributes:
-        name: a shipped one ("drawings_emoji_f8c8"), a folder, a hub id, or None to model pixels.
+        name: a shipped one ("drawings_emoji_f8c8"), a folder, a hub id, or "none" (or null) to model pixels.
         subfolder: where in the folder or hub id it lies, for example "vae".
         measure_images: how many training pictures the latents' mean and standard deviation are measured on.
     """
@@ -29,6 +29,11 @@ class VaeConfig:
 
     def __post_init__(self) -> None:
         check(self.measure_images >= 1, f"vae.measure_images must be at least 1, got {self.measure_images}")
+
+    @property
+    def pixels(self) -> bool:
+        """Whether the flow models pixels."""
+        return self.name in (None, "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +70,13 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine to ``min_lr_ratio``; gradients clipped by their norm."""
+    """AdamW with linear warm-up and a cosine to ``min_lr_ratio``; gradients clipped by their norm.
+
+    ``denoiser_lr`` is the peak of a learned denoiser, an optimizer group of its own, clipped by itself.
+    """
 
     lr: float = 1e-3
+    denoiser_lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 1e-4
     warmup_steps: int = 100
@@ -75,7 +84,8 @@ class OptimConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        for name in ("lr", "denoiser_lr"):
+            check(getattr(self, name) > 0, f"optim.{name} must be positive, got {getattr(self, name)}")
         check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or positive, got {self.weight_decay}")
         check(all(0 <= b < 1 for b in self.betas), f"optim.betas must be in [0, 1), got {self.betas}")
         check(self.warmup_steps >= 0, f"optim.warmup_steps must be 0 or positive, got {self.warmup_steps}")
@@ -91,9 +101,11 @@ class TrainConfig:
         steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
             as long (the schedule then ends there; resuming keeps the checkpoint's number).
         batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
-        noise_std: standard deviation σ of the noise added to latents.
+        noise: "gaussian", added with standard deviation ``noise_std`` (σ), or "uniform", which makes real numbers of
+            8-bit pixels for likelihoods in bits per dimension, and leaves σ unused.
         drop_rate: share of conditions replaced by "none", which guidance needs.
-        latent_norm_weight: weight of a penalty on mean z² above 1; 0 is off.
+        latent_norm_weight: weight of a penalty, the sum of the mean squares of all blocks' outputs but the last's;
+            0 is off.
         mixed_precision: "no", "bf16" or "fp16".
         ema_decay: of the averaged weights that are evaluated and saved.
         max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
@@ -104,6 +116,7 @@ class TrainConfig:
     max_minutes: float | None = None
     batch_size: int = 64
     accumulation: int = 1
+    noise: Literal["gaussian", "uniform"] = "gaussian"
     noise_std: float = 0.3
     drop_rate: float = 0.1
     latent_norm_weight: float = 0.0
@@ -181,3 +194,17 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
     resume: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.train.noise == "uniform":
+            check(self.vae.pixels, "train.noise is 'uniform', which is for pixels: set vae.name to none")
+        if self.flow.get("learned_denoiser", "none") != "none":
+            check(
+                self.train.noise == "gaussian" and self.train.noise_std > 0,
+                "flow.learned_denoiser needs gaussian noise: train.noise 'gaussian' and train.noise_std above 0",
+            )
+            check(
+                self.train.latent_norm_weight == 0,
+                "flow.learned_denoiser learns from the gradient of the likelihood alone: set train.latent_norm_weight "
+                "to 0",
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflow.flows.likelihood import flow_loss, nats_per_dim, prior_log_prob
@@ -31,33 +32,63 @@ class FlowObjective(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         latent_norm_weight: float = 0.0,
+        score_target: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of a batch.
+        """The loss of a batch: the flow's, or with ``score_target`` the learned denoiser's.
 
         Args:
             latents: noisy latents (B, C, H, W).
             class_labels: (B,), dropped ones replaced by the null label.
             cond: encoded captions (B, L, E) of a frozen encoder, or
             input_ids, attention_mask: captions (B, L) for the trained one; dropped ones are the empty caption.
-            latent_norm_weight: weight of the penalty relu(mean z² − 1)² per sample.
+            latent_norm_weight: weight of the sum of mean squares of all blocks' outputs but the last's (STARFlow).
+            score_target: σ·∇(−log p) at ``latents``, (B, C, H, W), see `score_target`.
 
         Returns:
-            ``loss`` (scalar), ``nats_per_dim`` (B,) with the model's own prior, ``z``.
+            ``loss`` (scalar); of the flow also ``nats_per_dim`` (B,) with the model's own prior, and ``z``.
         """
         if input_ids is not None:
             hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             cond = hidden * attention_mask[..., None].to(hidden.dtype)
-        z, log_det = self.flow(latents, class_labels=class_labels, cond=cond)
+        if score_target is not None:
+            cond = None if cond is None else cond.detach()  # the text encoder learns from the flow alone
+            predicted = self.flow.scaled_score(latents, class_labels=class_labels, cond=cond)
+            return {"loss": F.mse_loss(predicted, score_target)}
+        penalised = latent_norm_weight > 0
+        z, log_det, *outputs = self.flow(latents, class_labels, cond, return_block_outputs=penalised)
         loss = flow_loss(z, log_det)
-        if latent_norm_weight > 0:
-            loss = loss + latent_norm_weight * (z.pow(2).mean(dim=(1, 2, 3)) - 1).relu().pow(2).mean()
+        if penalised:
+            loss = loss + latent_norm_weight * sum(output.pow(2).mean() for output in outputs[0][:-1])
         log_prob = prior_log_prob(z, self.flow.prior_variance_image()) + log_det
         return {"loss": loss, "nats_per_dim": nats_per_dim(log_prob.detach(), z[0].numel()), "z": z.detach()}
+
+
+def score_target(gradient: Tensor, noise_std: float, loss_scale: float) -> Tensor:
+    """What the learned denoiser is to give, from the gradient that the flow's backward pass leaves at its input.
+
+    Args:
+        gradient: of the batch's mean loss per dimension with respect to the noisy latents (B, C, H, W).
+        noise_std: σ of the noise.
+        loss_scale: what the loss was multiplied by before the backward pass.
+
+    Returns:
+        σ·∇(−log p), of the same shape; its size is about 1 whatever σ.
+    """
+    return noise_std * gradient.numel() / loss_scale * gradient
 
 
 def trained_parameters(objective: nn.Module) -> list[Any]:
     """Parameters that the optimizer changes."""
     return [parameter for parameter in objective.parameters() if parameter.requires_grad]
+
+
+def parameter_groups(objective: FlowObjective, lr: float, denoiser_lr: float) -> list[dict[str, Any]]:
+    """Groups for the optimizer with their peak learning rates: everything but the learned denoiser, and it."""
+    denoiser = [] if objective.flow.denoiser is None else list(objective.flow.denoiser.parameters())
+    ours = {id(parameter) for parameter in denoiser}
+    others = [parameter for parameter in trained_parameters(objective) if id(parameter) not in ours]
+    groups = [{"params": others, "lr": lr, "peak_lr": lr}]
+    return [*groups, {"params": denoiser, "lr": denoiser_lr, "peak_lr": denoiser_lr}] if denoiser else groups
 
 
 def step_generator(seed: int, step: int, part: int, process: int, device: torch.device) -> torch.Generator:

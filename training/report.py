@@ -9,32 +9,39 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tarflow.flows.likelihood import log_prob, nats_per_dim
+from tarflow.flows.likelihood import bits_per_dim, log_prob, nats_per_dim
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.text import encode_captions
 from tarflow.training.config import RunConfig
-from tarflow.training.setup import Parts, to_model
+from tarflow.training.setup import Parts, noisy_latents
 
 
 @torch.no_grad()
-def held_out_nats(
+def held_out_metrics(
     flow: Any, text_encoder: Any, parts: Parts, config: RunConfig, batches: list[dict[str, Any]], device: torch.device
-) -> float:
-    """Mean nats per dimension of held-out latents with the training noise, which is the same at every call."""
+) -> dict[str, float]:
+    """Mean nats per dimension of held-out pictures with the training noise, which is the same at every call.
+
+    The name tells what the dimensions are: ``latent_nats_per_dim`` or ``pixel_nats_per_dim`` (pixels in [−1, 1]); with
+    uniform noise also ``bits_per_dim`` of the 8-bit pictures.
+    """
     total, count = 0.0, 0
     generator = torch.Generator().manual_seed(config.train.seed + 1)
     for batch in batches:
-        latents = parts.codec.encode(to_model(batch["image"]).to(device)).float()
-        noise = torch.randn(latents.shape, generator=generator).to(device)
+        latents = noisy_latents(parts.codec, batch["image"].to(device), config.train, generator, sample=False)
         labels = cond = None
         if parts.flow_arguments.get("num_classes"):
             labels = batch["label"].to(device)
         if text_encoder is not None:
             cond = encode_captions(text_encoder, parts.tokenizer, batch["caption"], config.text.max_length)
-        value = log_prob(flow, latents + config.train.noise_std * noise, labels, cond)
-        total += float(nats_per_dim(value, latents[0].numel()).sum())
+        total += float(nats_per_dim(log_prob(flow, latents, labels, cond), latents[0].numel()).sum())
         count += len(latents)
-    return total / count
+    nats = total / count
+    if not config.vae.pixels:
+        return {"latent_nats_per_dim": nats}
+    if config.train.noise == "uniform":
+        return {"pixel_nats_per_dim": nats, "bits_per_dim": bits_per_dim(nats)}
+    return {"pixel_nats_per_dim": nats}
 
 
 def build_pipeline(flow: Any, text_encoder: Any, parts: Parts, config: RunConfig) -> TARFlowPipeline:
@@ -47,7 +54,7 @@ def build_pipeline(flow: Any, text_encoder: Any, parts: Parts, config: RunConfig
         tokenizer=parts.tokenizer,
         latents_mean=parts.codec.latents_mean,
         latents_std=parts.codec.latents_std,
-        noise_std=config.train.noise_std,
+        noise_std=config.train.noise_std if config.train.noise == "gaussian" else 0.0,
         id2label=dict(enumerate(names)) if names else None,
         max_sequence_length=config.text.max_length,
         guidance_scale=config.log.guidance_scale,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tarflow.data.images import Images
+from tarflow.flows.likelihood import dequantize
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import embedding_width
 from tarflow.training.batches import fixed_batches
-from tarflow.training.config import RunConfig
+from tarflow.training.config import RunConfig, TrainConfig
 from tarflow.training.text import load_text
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
@@ -38,6 +39,24 @@ class Parts:
 def to_model(images: Tensor) -> Tensor:
     """uint8 pictures (B, 3, S, S) as floats in [−1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def noisy_latents(
+    codec: LatentCodec, images: Tensor, train: TrainConfig, generator: torch.Generator | None, sample: bool
+) -> Tensor:
+    """What the flow is trained on: latents (or pixels) with noise, (B, C, h, w) float32.
+
+    Args:
+        images: uint8 pictures (B, 3, S, S).
+        generator: of the noise and the posterior draw, on the images' device or the CPU.
+        sample: draw from the autoencoder's posterior; else take its mode.
+    """
+    device = generator.device if generator is not None else images.device
+    if train.noise == "uniform":
+        return dequantize(images, torch.rand(images.shape, generator=generator, device=device).to(images.device))
+    latents = codec.encode(to_model(images), sample=sample, generator=generator).float()
+    noise = torch.randn(latents.shape, generator=generator, device=device).to(images.device)
+    return latents + train.noise_std * noise
 
 
 def make_parts(config: RunConfig, statistics: tuple[list[float], list[float]] | None, device: torch.device) -> Parts:

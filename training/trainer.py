@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -19,9 +20,15 @@ from tarflow.pipeline.text import encode_captions
 from tarflow.training.batches import StepSampler, fixed_batches, train_loader
 from tarflow.training.checkpoint import find_checkpoint, read_state, save_checkpoint
 from tarflow.training.config import OptimConfig, RunConfig
-from tarflow.training.objective import FlowObjective, step_generator, trained_parameters
-from tarflow.training.report import build_pipeline, held_out_nats, write_grids
-from tarflow.training.setup import make_parts, to_model
+from tarflow.training.objective import (
+    FlowObjective,
+    parameter_groups,
+    score_target,
+    step_generator,
+    trained_parameters,
+)
+from tarflow.training.report import build_pipeline, held_out_metrics, write_grids
+from tarflow.training.setup import make_parts, noisy_latents
 from tarflow.training.text import token_ids
 
 #: For ``max_minutes``, the speed is first measured between these steps; the first ones are slower and not counted.
@@ -55,6 +62,7 @@ class Trainer:
             gradient_accumulation_steps=train.accumulation,
             log_with=config.log.trackers or None,
             project_dir=str(self.folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=self.has_denoiser)],
         )
         set_seed(train.seed)
         device = self.accelerator.device
@@ -71,8 +79,7 @@ class Trainer:
         self.ema = EMAModel(trained_parameters(self.objective), decay=train.ema_decay, foreach=True)
         optim = config.optim
         optimizer = torch.optim.AdamW(
-            trained_parameters(self.objective),
-            optim.lr,
+            parameter_groups(self.objective, optim.lr, optim.denoiser_lr),
             betas=optim.betas,
             weight_decay=optim.weight_decay,
             fused=True,
@@ -96,6 +103,10 @@ class Trainer:
             (self.folder / "config.yaml").write_text(resolved)
         if config.log.trackers:
             self.accelerator.init_trackers("logs")
+
+    @property
+    def has_denoiser(self) -> bool:
+        return self.config.flow.get("learned_denoiser", "none") != "none"
 
     @property
     def flow(self) -> Any:
@@ -125,7 +136,7 @@ class Trainer:
         measured_step, next_estimate = 0, TIMED_STEPS[1]
         first, metrics = self.step, {}
         while self.step < self.total_steps:
-            loss, nats, norm = self.train_step(batches)
+            values = self.train_step(batches)
             self.step += 1
             progress.update()
             done = self.step - first
@@ -140,39 +151,64 @@ class Trainer:
                 next_estimate = done + max(TIMED_STEPS[0], min(done, self.total_steps - self.step) // 2)
             if self.step % config.log.log_every == 0:
                 speed = done * global_batch / (time.perf_counter() - started)
-                values = {"loss": loss, "nats_per_dim": nats, "grad_norm": norm, "images_per_second": speed}
-                values["lr"] = self.optimizer.param_groups[0]["lr"]
+                values |= {"images_per_second": speed, "lr": self.optimizer.param_groups[0]["lr"]}
                 accelerator.log({f"train/{key}": value for key, value in values.items()}, self.step)
-                progress.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.0f}"})
+                progress.set_postfix({"loss": f"{values['loss']:.4f}", "images/s": f"{speed:.0f}"})
             metrics = self.at_intervals() or metrics
         progress.close()
         return self.finish(metrics)
 
-    def train_step(self, batches: Iterator[dict[str, Any]]) -> tuple[float, float, float]:
-        """One optimizer step; returns loss, nats per dimension and gradient norm."""
+    def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+        """One optimizer step; returns loss, nats per dimension, gradient norm, and the learned denoiser's loss."""
         config, accelerator = self.config, self.accelerator
+        progress = learning_rate(self.step, self.total_steps, config.optim) / config.optim.lr
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total_steps, config.optim)
+            group["lr"] = group["peak_lr"] * progress
         self.model.train()
-        loss_sum = nats_sum = 0.0
+        sums: dict[str, float] = defaultdict(float)
+        norm = torch.tensor(0.0)
         for part in range(config.train.accumulation):
             batch = next(batches)
             self.skipped.update(batch["skipped"])
             with accelerator.accumulate(self.model):
-                output = self.model(**self.model_inputs(batch, part))
+                inputs = self.model_inputs(batch, part)
+                inputs["latents"].requires_grad_(self.has_denoiser)
+                output = self.model(**inputs)
                 accelerator.backward(output["loss"])
+                if self.has_denoiser:
+                    sums["denoiser_loss"] += self.backward_denoiser(inputs)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm)
+                    norm = self.clip_gradients()
                     finite = bool(torch.isfinite(norm)) or config.train.mixed_precision == "fp16"
                     if finite:
                         self.optimizer.step()
                         self.ema.step(trained_parameters(self.objective))
-                        self.flow.update_prior(output["z"])
+                        if self.flow.prior_variance is not None:
+                            self.flow.update_prior(accelerator.gather(output["z"]))
                     self.count_bad_step(finite, float(output["loss"].detach()))
                     self.optimizer.zero_grad()
-                loss_sum += float(output["loss"].detach())
-                nats_sum += float(output["nats_per_dim"].mean())
-        return loss_sum / config.train.accumulation, nats_sum / config.train.accumulation, float(norm)
+                sums["loss"] += float(output["loss"].detach())
+                sums["nats_per_dim"] += float(output["nats_per_dim"].mean())
+        values = {name: value / config.train.accumulation for name, value in sums.items()}
+        return {**values, "grad_norm": float(norm)}
+
+    def backward_denoiser(self, inputs: dict[str, Any]) -> float:
+        """Backward pass of the learned denoiser, with the score that the flow's one has left; returns its loss."""
+        accelerator, latents = self.accelerator, inputs["latents"]
+        loss_scale = 1 / self.config.train.accumulation
+        if accelerator.scaler is not None:
+            loss_scale *= accelerator.scaler.get_scale()
+        target = score_target(latents.grad, self.config.train.noise_std, loss_scale)
+        loss = self.model(**{**inputs, "latents": latents.detach(), "score_target": target})["loss"]
+        accelerator.backward(loss)
+        return float(loss.detach())
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip each optimizer group by itself; returns the largest norm."""
+        limit, groups = self.config.optim.max_grad_norm, self.optimizer.param_groups
+        if len(groups) == 1:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        return torch.stack([self.accelerator.clip_grad_norm_(group["params"], limit) for group in groups]).max()
 
     def count_bad_step(self, finite: bool, loss: float) -> None:
         """Stop after too many losses or gradients in a row that are not finite."""
@@ -188,18 +224,14 @@ class Trainer:
         """Noisy latents and conditions, some of them dropped, of one forward pass."""
         config, device, train = self.config, self.accelerator.device, self.config.train
         generator = step_generator(train.seed, self.step, part, self.accelerator.process_index, device)
-        images = to_model(batch["image"].to(device))
+        images = batch["image"].to(device)
         count = len(images)
         if config.data.flip:
             flipped = torch.rand(count, generator=generator, device=device) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         with self.accelerator.autocast():
-            latents = self.parts.codec.encode(images, sample=True, generator=generator).float()
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        inputs: dict[str, Any] = {
-            "latents": latents + train.noise_std * noise,
-            "latent_norm_weight": train.latent_norm_weight,
-        }
+            latents = noisy_latents(self.parts.codec, images, train, generator, sample=True)
+        inputs: dict[str, Any] = {"latents": latents, "latent_norm_weight": train.latent_norm_weight}
         dropped = torch.rand(count, generator=generator, device=device) < train.drop_rate
         if self.parts.flow_arguments.get("num_classes"):
             labels = batch["label"].to(device)
@@ -272,13 +304,13 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         if not self.held_out:
             return {}
-        nats = held_out_nats(
+        metrics = held_out_metrics(
             self.flow, self.text_encoder, self.parts, self.config, self.held_out, self.accelerator.device
         )
-        self.accelerator.log({"held_out/latent_nats_per_dim": nats}, self.step)
+        self.accelerator.log({f"held_out/{name}": value for name, value in metrics.items()}, self.step)
         if self.accelerator.is_main_process:
-            tqdm.write(f"step {self.step}: held-out nats per dimension {nats:.4f}")
-        return {"latent_nats_per_dim": nats}
+            tqdm.write(f"step {self.step}: held-out " + ", ".join(f"{n} {v:.4f}" for n, v in metrics.items()))
+        return metrics
 
     def draw(self) -> None:
         if self.accelerator.is_main_process:

@@ -18,12 +18,12 @@ SHIPPED = {"drawings_emoji_f8c8": Path(__file__).parent / "drawings_emoji_f8c8"}
 
 
 def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
-    """A frozen autoencoder by shipped name, folder or hub id; None for None (the flow works on pixels).
+    """A frozen autoencoder by shipped name, folder or hub id; None for None or "none" (the flow works on pixels).
 
     Raises:
         ValueError: if there is no such autoencoder.
     """
-    if name is None:
+    if name in (None, "none"):
         return None
     import diffusers  # imported here: only training and the shipped autoencoder need it
 

@@ -1,0 +1,143 @@
+"""Likelihood of held-out pictures under a trained pipeline's flow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tarflow.data.images import Images, collate
+from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Means over pictures, each with the standard error of that mean.
+
+    Attributes:
+        name: "bits_per_dim" of 8-bit pictures, or "latent_nats_per_dim". The two cannot be compared.
+        mean, standard_error: over pictures, each the mean of its draws.
+        draws: how many draws of noise each picture had.
+        draw_error: standard error of ``mean`` from the noise alone; None with a single draw.
+        bound: of pixel models, the importance-weighted bound (lower is tighter), None if not asked for.
+        bound_error: its standard error over pictures.
+        images: how many pictures.
+    """
+
+    name: str
+    mean: float
+    standard_error: float
+    draws: int
+    draw_error: float | None
+    bound: float | None
+    bound_error: float | None
+    images: int
+
+
+@torch.no_grad()
+def evaluate_likelihood(
+    pipe: Any,
+    images: Images,
+    count: int | None = None,
+    draws: int = 4,
+    importance: int = 0,
+    with_condition: bool = True,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Likelihood:
+    """Likelihood of the first ``count`` pictures.
+
+    Pixel models: bits per dimension of the 8-bit pictures, −log₂ p(x) / dims, bounded from above by the mean over
+    uniform dequantisation noise u of −log₂ p(x + u); ``importance`` draws K give the tighter bound
+    −log₂ (1/K)·Σ p(x + u_k) (Burda et al., 2015). Latent models: nats per dimension of the latents (posterior modes)
+    with the training noise. The noise of picture i depends on ``seed`` and i alone.
+
+    Args:
+        pipe: a `TARFlowPipeline`.
+        images: the data.
+        count: how many pictures; None takes all.
+        draws: of noise for each picture.
+        importance: K, or 0 for no such bound.
+        with_condition: use the data's labels or captions, if the model takes them; else "no condition".
+
+    Raises:
+        ValueError: if data and model do not fit, or a number is out of range.
+    """
+    count = len(images) if count is None else min(count, len(images))
+    pixels = pipe.vae is None
+    for name, value, least in (("count", count, 1), ("draws", draws, 1), ("importance", importance, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if importance and not pixels:
+        raise ValueError("the importance-weighted bound is for models of pixels; this one models latents")
+    size = pipe.flow.config.sample_size * pipe.codec.factor
+    if images.config.image_size != size:
+        raise ValueError(f"the model has pictures of {size} pixels, but data.image_size is {images.config.image_size}")
+    if pixels and pipe.flow.config.in_channels != 3:
+        raise ValueError(f"the model has {pipe.flow.config.in_channels} channels; pictures have 3")
+
+    nats: list[Tensor] = []  # (B, draws) each
+    bounds: list[Tensor] = []  # (B,) each
+    for indices, batch in batches(images, count, batch_size):
+        uint8 = batch["image"].to(pipe.flow.device)
+        condition = condition_of(pipe, batch, len(indices), with_condition)
+        dims = None
+        log_probs = []
+        for draw in range(max(draws, importance)):
+            x = noisy(pipe, uint8, seed, indices, draw)
+            dims = x[0].numel()
+            log_probs.append(log_prob(pipe.flow, x, **condition).double().cpu())
+        stacked = torch.stack(log_probs, dim=1)  # (B, draws)
+        nats.append(nats_per_dim(stacked[:, :draws], dims))
+        if importance:
+            bounds.append(nats_per_dim(stacked[:, :importance].logsumexp(1) - math.log(importance), dims))
+    values = torch.cat(nats)
+    if pixels:
+        values = bits_per_dim(values)
+    bound, bound_error = mean_and_error(bits_per_dim(torch.cat(bounds))) if importance else (None, None)
+    mean, standard_error = mean_and_error(values.mean(1))
+    draw_error = float(values.std(1).pow(2).mean().div(draws * count).sqrt()) if draws > 1 else None
+    name = "bits_per_dim" if pixels else "latent_nats_per_dim"
+    return Likelihood(name, mean, standard_error, draws, draw_error, bound, bound_error, count)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of (N,) numbers and its standard error; not a number for a single one."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def batches(images: Images, count: int, batch_size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    firsts: Iterable[int] = range(0, count, batch_size)
+    for first in tqdm(firsts, desc="likelihood", unit="batch"):
+        indices = list(range(first, min(first + batch_size, count)))
+        yield indices, collate([images[i] for i in indices])
+
+
+def noisy(pipe: Any, images: Tensor, seed: int, indices: list[int], draw: int) -> Tensor:
+    """Dequantised pixels, or latents with the training noise, (B, C, h, w)."""
+    latents = None if pipe.vae is None else pipe.codec.encode(images.float() / 127.5 - 1).float()
+    shape = images.shape[1:] if latents is None else latents.shape[1:]
+    draw_noise = torch.rand if latents is None else torch.randn
+    generators = (torch.Generator().manual_seed((seed * 1_000_003 + index) * 1_009 + draw) for index in indices)
+    noise = torch.stack([draw_noise(shape, generator=generator) for generator in generators]).to(images.device)
+    return dequantize(images, noise) if latents is None else latents + pipe.config.noise_std * noise
+
+
+def condition_of(pipe: Any, batch: dict[str, Any], count: int, with_condition: bool) -> dict[str, Any]:
+    """Keyword arguments of the flow for the data's labels or captions, or for none."""
+    kind = pipe.flow.config.conditioning
+    if kind == "prefix":
+        if with_condition and "caption" not in batch:
+            raise ValueError("the model takes captions, but the data has none; ask for no condition")
+        captions = batch["caption"] if with_condition else [""] * count
+        return {"cond": pipe.encode_prompt(captions, None, pipe.flow.device, do_guidance=False)[0]}
+    if kind == "none" or not with_condition:
+        return {}
+    if "label" not in batch:
+        raise ValueError("the model takes class labels, but the data has none; ask for no condition")
+    return {"class_labels": batch["label"].to(pipe.flow.device)}
