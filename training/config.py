@@ -20,7 +20,8 @@ class VaeConfig:
     Attributes:
         name: a shipped one ("drawings_emoji_f8c8"), a folder, a hub id, or "none" (or null) to model pixels.
         subfolder: where in the folder or hub id it lies, for example "vae".
-        measure_images: how many training pictures the latents' mean and standard deviation are measured on.
+        measure_images: how many training pictures the latents' mean and standard deviation are measured on; 0 leaves
+            latents as the autoencoder's own scaling factor makes them.
     """
 
     name: str | None = "drawings_emoji_f8c8"
@@ -28,7 +29,7 @@ class VaeConfig:
     measure_images: int = 1024
 
     def __post_init__(self) -> None:
-        check(self.measure_images >= 1, f"vae.measure_images must be at least 1, got {self.measure_images}")
+        check(self.measure_images >= 0, f"vae.measure_images must be 0 (off) or positive, got {self.measure_images}")
 
     @property
     def pixels(self) -> bool:
@@ -150,7 +151,7 @@ class LogConfig:
         checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay.
         save_pipeline_every: steps between pipeline folders; the last step always saves one.
         prompts: captions of the grid; None takes held-out ones.
-        guidance_scale: of the grid, and the saved pipeline's default; 1 is off.
+        guidance_scale, guidance_method: of the grid, and the saved pipeline's defaults; a scale of 1 is off.
     """
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -164,6 +165,7 @@ class LogConfig:
     save_pipeline_every: int = 0
     prompts: list[str] | None = None
     guidance_scale: float = 1.0
+    guidance_method: Literal["gaussian", "linear"] = "gaussian"
 
     def __post_init__(self) -> None:
         for name in ("log_every", "eval_images", "sample_images", "keep_checkpoints"):

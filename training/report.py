@@ -58,6 +58,7 @@ def build_pipeline(flow: Any, text_encoder: Any, parts: Parts, config: RunConfig
         id2label=dict(enumerate(names)) if names else None,
         max_sequence_length=config.text.max_length,
         guidance_scale=config.log.guidance_scale,
+        guidance_method=config.log.guidance_method,
     )
 
 

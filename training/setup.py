@@ -88,7 +88,7 @@ def make_parts(config: RunConfig, statistics: tuple[list[float], list[float]] | 
             f"data.image_size ({pixels}) must be a multiple of {LatentCodec(vae).factor}, the autoencoder's"
         )
     mean = std = None
-    if vae is not None:
+    if vae is not None and config.vae.measure_images:
         if statistics is None:
             batches = fixed_batches(train, config.vae.measure_images, 64)
             statistics = measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))
