@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tarflow import TARFlowPipeline
+from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.training.arguments import parse_config
-from tarflow.training.batches import StepSampler
+from tarflow.training.batches import StepSampler, train_loader
 from tarflow.training.config import OptimConfig
+from tarflow.training.objective import score_target
 from tarflow.training.trainer import Trainer, learning_rate
 
 SMALL = [
@@ -74,6 +76,79 @@ def test_resume_is_bit_identical(tmp_path, kind):
     whole, again = weights(tmp_path / "whole"), weights(tmp_path / "again")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+PIXEL_FLOW = (
+    '{"layers_per_block": [1, 1], "width": 64, "head_dim": 32, "patch_size": 4, "patch_layout": "channel_first", '
+    '"start_token": false, "scale": "exp", "soft_clip": 0, "positions": "learned", "final_norm": false, '
+    '"first_order": "row_major", "conditioning": "class_vectors"}'
+)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "uniform", "volume_preserving"])
+def test_pixels(tmp_path, kind):
+    flow = PIXEL_FLOW
+    options = ["--vae.name", "none", "--data.image_size", "16", "--log.guidance_method", "linear"]
+    if kind == "uniform":
+        flow = flow.replace("class_vectors", "none")
+        options += ["--train.noise", "uniform"]
+    if kind == "volume_preserving":
+        flow = flow.replace('"exp"', '"additive", "learned_prior": true')
+    _, early = train(tmp_path / "a", *options, "--train.steps", "1", flow=flow)
+    trainer, late = train(tmp_path / "b", *options, "--train.steps", "30", flow=flow)
+    name = "bits_per_dim" if kind == "uniform" else "pixel_nats_per_dim"
+    assert late[name] < early[name] - 0.1
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "b" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.noise_std == (0.0 if kind == "uniform" else 0.3)
+    if kind == "uniform":
+        images = pipe(num_images=2, guidance_scale=1.5, attention_temperature=1.2).images
+    else:
+        images = pipe(class_labels=["red circle", 3], guidance_scale=2.0, guidance_annealed=True).images
+    assert [image.size for image in images] == [(16, 16)] * 2
+    if kind == "volume_preserving":
+        assert not torch.equal(pipe.flow.prior_variance, torch.ones_like(pipe.flow.prior_variance))
+        assert torch.equal(pipe.flow.prior_variance, trainer.flow.prior_variance)
+
+
+def test_learned_denoiser_learns_the_score(tmp_path):
+    flow = CLASS_FLOW[:-1] + ', "learned_denoiser": "conditional", "denoiser_layers": 1}'
+    options = ["--optim.denoiser_lr", "3e-3", "--train.accumulation", "2"]
+    trainer, _ = train(tmp_path / "run", *options, "--train.steps", "1", flow=flow)
+    assert [group["peak_lr"] for group in trainer.optimizer.param_groups] == [1e-3, 3e-3]
+    trainer.total_steps = 1000
+    sampler = StepSampler(len(trainer.parts.train), 8, 0, 1, 0, 0, 200)
+    batches = iter(train_loader(trainer.parts.train, 8, 0, sampler))
+    losses = [trainer.train_step(batches)["denoiser_loss"] for _ in range(60)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+    # The target is the score that `score_denoise` uses.
+    latents = torch.randn(3, 8, 4, 4, requires_grad=True)
+    labels = torch.tensor([0, 1, 2])
+    (4 * trainer.objective(latents, class_labels=labels)["loss"]).backward()
+    target = score_target(latents.grad, noise_std=0.3, loss_scale=4)
+    denoised = score_denoise(trainer.flow, latents, 0.3, class_labels=labels)
+    torch.testing.assert_close(latents.detach() - 0.3 * target, denoised)
+
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 8, 4, 4)
+    raw, score, learned = (
+        pipe(class_labels=1, latents=noise, denoise=denoise, output_type="latent").images
+        for denoise in (False, True, "learned")
+    )
+    torch.testing.assert_close(learned, learned_denoise(pipe.flow, raw, 0.3, class_labels=torch.tensor([1])))
+    assert not torch.equal(score, learned)
+
+
+def test_latent_norm_penalty(tmp_path):
+    trainer, _ = train(tmp_path, "--train.steps", "2")
+    latents, labels = torch.randn(3, 8, 4, 4), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        plain = trainer.objective(latents, class_labels=labels)["loss"]
+        penalised = trainer.objective(latents, class_labels=labels, latent_norm_weight=0.5)["loss"]
+        _, _, outputs = trainer.flow(latents, labels, return_block_outputs=True)
+    torch.testing.assert_close(penalised - plain, 0.5 * outputs[0].pow(2).mean())
 
 
 def test_checkpoints_are_kept_and_checked(tmp_path, monkeypatch):
@@ -150,6 +225,9 @@ def test_unreadable_image_is_skipped_and_counted(tmp_path, capsys):
         (["--data.image_size", "36"], "must be a multiple of 8"),
         (["--vae.name", "/does/not/exist"], "cannot load the autoencoder '/does/not/exist'"),
         (["--text.kind", "small"], "captions need 'prefix'"),
+        (["--train.noise", "uniform"], "'uniform', which is for pixels: set vae.name to none"),
+        (["--flow.learned_denoiser", "both"], "learned_denoiser must be one of none, unconditional, conditional"),
+        (["--flow.learned_denoiser", "conditional", "--train.noise_std", "0"], "learned_denoiser needs gaussian noise"),
     ],
 )
 def test_bad_settings(tmp_path, arguments, message):
