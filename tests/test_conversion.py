@@ -76,7 +76,7 @@ def test_converted_pipeline_samples_as_the_published_code(published: Path, capsy
     assert (sample - expected[key]).abs().max() < 1e-4
     with pytest.raises(ValueError, match="no autoencoder to decode 4 channels"):
         pipe("a red ring")
-    assert pipe("a red ring", output_type="latent", aspect_ratio="2:3").images.shape == (1, 4, 10, 6)
+    assert pipe("a red ring", output_type="latent", aspect_ratio="2:3").images.shape == (1, 4, 10, 7)
 
 
 @pytest.mark.parametrize("name", ["starflow_text", "starflow_gqa_swiglu", "tarflow_volume_preserving"])
