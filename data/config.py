@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 
@@ -23,7 +23,7 @@ class DataConfig:
         image_column, caption_column, label_column: names in ``metadata.jsonl`` or of the data set's columns; None
             where there is none.
         caption_template: how a caption is made of the columns, "{text}, {style} style"; None takes caption_column.
-        where: only rows whose column has one of these values, {"style": ["noto", "twemoji"]}.
+        where: only rows whose column has one of these values, {"style": ["noto", "twemoji"]}; None takes all.
         class_names: readable names by class folder, or by position as a list; None takes the folders' names.
         background: what transparent pictures are put on: "white", "black", or "random" (another one per picture).
         flip: mirror half of the training pictures.
@@ -43,7 +43,7 @@ class DataConfig:
     caption_column: str | None = None
     label_column: str | None = None
     caption_template: str | None = None
-    where: dict[str, list[str]] = field(default_factory=dict)
+    where: dict[str, list[str]] | None = None
     class_names: dict[str, str] | list[str] | None = None
     background: Literal["white", "black", "random"] = "white"
     flip: bool = False

@@ -128,7 +128,7 @@ def is_held_out(key: str, fraction: float) -> bool:
 
 def keep(record: dict, config: DataConfig) -> bool:
     """Whether a row has one of the wanted values in every column of ``where``."""
-    for column, values in config.where.items():
+    for column, values in (config.where or {}).items():
         if column not in record:
             raise ValueError(f"data.where names the column {column!r}, but the data has {', '.join(sorted(record))}")
         if record[column] not in values:
