@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from tarflow.data.config import DataConfig
@@ -96,7 +96,10 @@ def background_colour(background: str, seed: int, index: int) -> tuple[int, int,
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """An RGB picture; transparency is put on the background colour."""
+    """An upright RGB picture of 8 bits; transparency is put on the background colour."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits in all picture formats; converting would cut off, not scale
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) // 256).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*background, 255))

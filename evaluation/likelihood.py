@@ -68,6 +68,8 @@ def evaluate_likelihood(
     Raises:
         ValueError: if data and model do not fit, or a number is out of range.
     """
+    if not len(images):
+        raise ValueError(f"the data's split {images.split!r} is empty; raise data.validation_fraction or take another")
     count = len(images) if count is None else min(count, len(images))
     pixels = pipe.vae is None
     for name, value, least in (("count", count, 1), ("draws", draws, 1), ("importance", importance, 0)):

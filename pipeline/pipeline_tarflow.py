@@ -111,14 +111,8 @@ class TARFlowPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        aspect_ratio: str | None = None,
         num_images_per_prompt: int = 1,
-        num_images: int | None = None,
         guidance_scale: float | None = None,
-        guidance_method: str | None = None,
-        guidance_parts: str = "ab",
-        guidance_annealed: bool = False,
-        attention_temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -129,6 +123,12 @@ class TARFlowPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int | None = None,
+        num_images: int | None = None,
+        aspect_ratio: str | None = None,
+        guidance_method: str | None = None,
+        guidance_parts: str = "ab",
+        guidance_annealed: bool = False,
+        attention_temperature: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Draw images; one step is the inversion of one flow block.
 

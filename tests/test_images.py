@@ -478,3 +478,14 @@ def test_unreadable_pictures_of_named_data_sets(tmp_path: Path, monkeypatch: pyt
         images[3]
     skipping = Images(DataConfig(**options, validation_fraction=0.0, on_error="skip"))
     assert len(skipping[1]["skipped"]) == 3
+
+
+def test_rotated_and_16_bit_pictures():
+    picture = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    assert flatten(Image.open(file), (0, 0, 0)).size == (2, 3)
+    deep = Image.fromarray(np.array([[0, 256 * 7, 2**16 - 1]], dtype=np.uint16))
+    assert np.asarray(flatten(deep, (0, 0, 0)))[0, :, 0].tolist() == [0, 7, 255]
