@@ -34,8 +34,8 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         width: of the Transformers; ``deep_width`` (None: the same) is that of the last block.
         head_dim: size of a head; ``num_heads`` (None: width / head_dim), ``num_kv_heads`` (None: num_heads).
         mlp: "gelu" or "geglu"; ``mlp_ratio`` is its expansion.
-        norm: "layer_norm" or "rms_norm", also of ``post_norm``; ``final_norm`` before the output and ``qk_norm`` are
-            RMSNorm with either; ``bias`` of attention and MLP.
+        norm: "layer_norm" or "rms_norm", before attention and MLP; ``post_norm`` after them, ``final_norm`` before the
+            output and ``qk_norm`` are RMSNorm with either; ``bias`` of attention and MLP.
         start_token: a learned input before token 0, which is then transformed too; else outputs are shifted by one.
         scale: "exp", "softplus" or "additive" (volume preserving).
         soft_clip: bound s·tanh(·/s) of the affine parameters; 0 is off.

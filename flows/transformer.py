@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim) if config.qk_norm else None
         self.proj = nn.Linear(self.heads * self.head_dim, config.width, bias=config.bias)
-        self.post_norm = make_norm(config, config.width) if config.post_norm else None
+        self.post_norm = RMSNorm(config.width) if config.post_norm else None
 
     def forward(
         self,
@@ -137,7 +137,7 @@ class MLP(nn.Module):
         self.norm = make_norm(config, config.width)
         self.up = nn.Linear(config.width, hidden * (2 if self.gated else 1), bias=config.bias)  # [gate; up] if gated
         self.down = nn.Linear(hidden, config.width, bias=config.bias)
-        self.post_norm = make_norm(config, config.width) if config.post_norm else None
+        self.post_norm = RMSNorm(config.width) if config.post_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(self.norm(x))

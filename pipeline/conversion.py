@@ -46,7 +46,6 @@ YAML_MODEL = {
     "sos": ("sos", 0),
     "txt_size": ("txt_size", 0),
     "seq_order": ("seq_order", "R2L"),
-    "nvp": ("nvp", 1),
     "head_dim": ("head_dim", 64),
     "num_heads": ("num_heads", None),
     "num_kv_heads": ("num_kv_heads", None),
@@ -71,6 +70,7 @@ YAML_READ = (
 )
 #: Keys that change neither the weights nor the images.
 YAML_TRAINING = (
+    "nvp",  # the published script does not pass it on
     *("train_seed", "data", "logdir", "dataset", "wds", "no_flip", "caption_column", "text", "vae_decoder_factor"),
     *("finetuned_vae", "noise_type", "batch_size", "acc", "fp8", "use_8bit_adam", "epochs", "epoch_length", "lr"),
     *("min_lr", "drop_label", "drop_image", "resume_path", "resume_epoch", "warmup_steps", "fsdp", "fsdp_text_encoder"),
