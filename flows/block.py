@@ -71,7 +71,7 @@ class FlowBlock(TokenNetwork):
             null_cond: the condition of the second, unconditional pass that guidance compares with.
             guidance: how strongly and by which formula.
         """
-        return sampling.decode_sequential(self, z, grid, cond, null_cond, guidance)
+        return sampling.decode(self, z, grid, cond, null_cond, guidance)
 
     def affine_parameters(
         self,

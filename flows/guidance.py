@@ -42,9 +42,9 @@ class Guidance:
             raise ValueError(f"the attention temperature must be positive, got {self.temperature}")
 
     def __call__(
-        self, cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], token: int, num_tokens: int
+        self, cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], token: int | Tensor, num_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """Guided (shift, log_scale) of token ``token`` in the block's order, each (B, S, C)."""
+        """Guided (shift, log_scale), each (B, …, C); ``token`` is the place in the block's order, one or (S, 1)."""
         if self.method == "gaussian":
             return guide_gaussian(cond, uncond, self.weight)
         weight = self.weight * token / max(num_tokens - 1, 1) if self.annealed else self.weight

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Preallocated keys and values of all layers, (layers, B, kv heads, capacity, head_dim) each; keys are rotated.
+    """Preallocated keys and values of all layers, (layers, B, 2, kv heads, capacity, head_dim); keys are rotated.
 
     The cache is an argument of a forward pass, which writes new slots behind the ``length`` old ones of each layer;
     `advance` then counts them.
@@ -23,23 +25,27 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        shape = (layers, batch_size, kv_heads, capacity, head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        shape = (layers, batch_size, 2, kv_heads, capacity, head_dim)
+        self.keys_values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.keys_values.shape[4]
+
+    def both(self, layer: int) -> Tensor:
+        """Keys and values of one layer, all slots: (B, 2, kv heads, capacity, head_dim), not copied."""
+        return self.keys_values[layer]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new slots (B, kv heads, S, head_dim) of one layer; returns all its keys and values, old and new."""
         end = self.length + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots, cannot hold {end}")
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        all_keys, all_values = self.keys_values[layer].unbind(1)
+        all_keys[:, :, self.length : end] = keys
+        all_values[:, :, self.length : end] = values
+        return all_keys[:, :, :end], all_values[:, :, :end]
 
     def advance(self, slots: int) -> None:
         self.length += slots
@@ -47,3 +53,9 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget all slots from ``length`` on."""
         self.length = length
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A copy with some of the B rows."""
+        other = copy.copy(self)
+        other.keys_values = self.keys_values[:, rows]
+        return other

@@ -38,6 +38,14 @@ class BlockContext:
     def prefix_length(self) -> int:
         return 0 if self.prefix is None else self.prefix.shape[1]
 
+    def select(self, rows: Tensor) -> BlockContext:
+        """The context of some of the B rows."""
+
+        def rows_of(part: Tensor | None) -> Tensor | None:
+            return part if part is None or part.shape[0] == 1 else part[rows]
+
+        return BlockContext(rows_of(self.prefix), rows_of(self.added), self.rotation)
+
 
 class TokenNetwork(nn.Module):
     """Tokens in, numbers for each token out: embedding, positions, condition, Transformer layers, output layer.
@@ -98,6 +106,27 @@ class TokenNetwork(nn.Module):
             rotation = (angles.cos(), angles.sin())
         return BlockContext(prefix, added, rotation)
 
+    def prefill(self, context: BlockContext, cache: KVCache, temperature: Tensor | None = None) -> None:
+        """Write the prefix's keys and values to an empty cache; ``temperature`` as in `run`. Equal rows, such as the
+        null condition's, go through the network once."""
+        if context.prefix is None:
+            return
+        hidden, slots = context.prefix, context.prefix_length
+        rows = (
+            hidden
+            if temperature is None
+            else torch.cat([hidden, temperature[:, 0].to(hidden).expand(-1, slots, 1)], dim=2)
+        )
+        first, place = first_of_equals(rows.flatten(1))
+        part = cache if len(first) == len(hidden) else cache.select(first)
+        hidden, temperature = hidden[first], None if temperature is None else temperature[first]
+        rotation = None if context.rotation is None else tuple(table[:slots] for table in context.rotation)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotation, temperature, part, index)
+        if part is not cache:
+            cache.keys_values[..., :slots, :] = part.keys_values[..., :slots, :][:, place]
+        cache.advance(slots)
+
     def run(
         self,
         inputs: Tensor,
@@ -112,7 +141,7 @@ class TokenNetwork(nn.Module):
             inputs: what sits in slots first_slot … first_slot + S − 1, (B, S, C).
             first_slot: 0 without a cache; with one, as many slots as it holds of image tokens.
             context: what `context` gave for this sequence.
-            cache: the slots before; the new ones are written to it.
+            cache: the slots before; the new ones are written to it, and the prefix if it is empty.
             temperature: divides the attention logits, (B, 1, 1, 1).
 
         Returns:
@@ -124,7 +153,7 @@ class TokenNetwork(nn.Module):
         if context.added is not None:
             hidden = hidden + context.added[:, first_slot : first_slot + slots]
         rotation = context.rotation
-        if first_slot == 0 and context.prefix is not None:
+        if context.prefix is not None and (cache is None or cache.length == 0):
             hidden = torch.cat([context.prefix.to(hidden.dtype), hidden], dim=1)  # (B, L + S, D)
         else:
             skip = 0
@@ -146,3 +175,13 @@ class TokenNetwork(nn.Module):
         """An empty cache for ``slots`` slots, prefix included."""
         config, device = self.config, self.proj_in.weight.device
         return KVCache(config.layers, batch_size, config.num_kv_heads, slots, config.head_dim, device, dtype)
+
+
+def first_of_equals(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows (R, N): the places of the first of each group of equal rows, (G,), and each row's group, (R,)."""
+    every = torch.arange(len(rows), device=rows.device)
+    _, group = rows.double().sum(1).unique(return_inverse=True)  # equal rows have equal sums; few others do
+    first = torch.full_like(every, len(rows)).scatter_reduce(0, group, every, "amin")[: int(group.max()) + 1]
+    if len(first) == len(rows) or not torch.equal(rows, rows[first[group]]):
+        return every, every
+    return first, group

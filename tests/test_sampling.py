@@ -15,7 +15,7 @@ from tarflow.flows.guidance import Guidance, guide_gaussian, guide_linear
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.order import reorder
-from tarflow.flows.sampling import decode_sequential, generate
+from tarflow.flows.sampling import decode, generate
 
 MODELS: dict[str, dict[str, Any]] = {
     "learned-vectors": {
@@ -117,7 +117,7 @@ def test_cached_decoding_is_decoding_without_a_cache(model: TARFlowModel, name: 
     cond, null = conditions(model, 2)
     z, _ = model.patchify(random_images(model, 2))
     for block in model.blocks:
-        x, log_det = decode_sequential(block, z, GRID, cond, null, guidance)
+        x, log_det = decode(block, z, GRID, cond, null, guidance)
         expected, expected_log_det = decode_naively(block, z, cond, null, guidance)
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-10)
         torch.testing.assert_close(log_det, expected_log_det, rtol=0, atol=1e-10)
@@ -186,8 +186,8 @@ def test_guidance_leaves_blocks_that_do_not_see_the_condition(method: str) -> No
     z, _ = model.patchify(random_images(model, 2))
     shallow, deep = model.blocks
     for block, changes in ((shallow, False), (deep, True)):
-        plain, _ = decode_sequential(block, z, GRID, cond)
-        guided, _ = decode_sequential(block, z, GRID, cond, null, Guidance(2.0, method))
+        plain, _ = decode(block, z, GRID, cond)
+        guided, _ = decode(block, z, GRID, cond, null, Guidance(2.0, method))
         assert torch.equal(plain, guided) != changes
 
 

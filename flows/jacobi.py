@@ -1,0 +1,77 @@
+"""Jacobi and Gauss–Seidel–Jacobi decoding: all tokens of a segment at once, swept until they stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tarflow.flows.affine import affine_inverse
+from tarflow.flows.decoding import BlockRun, Decoding
+
+#: On an accelerator, how many sweeps run before the host waits for it to ask which samples are done.
+SWEEPS_BETWEEN_CHECKS = 4
+
+
+def decode_jacobi(run: BlockRun, z: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor, int]:
+    """Invert a block segment by segment.
+
+    x ← z·σ(x) + μ(x) from x = z on; after k sweeps the first k tokens of a segment are exact. When no sample of the
+    segment changes any more, a last pass writes the keys and values of its final tokens for the segments behind.
+
+    Args:
+        run: the block with an empty cache but for the prefix.
+        z: tokens in the block's order (B, T, C), at least float32.
+        decoding: tolerance and segment; method "jacobi" has one segment.
+
+    Returns:
+        x (B, T, C) and the log-scales (B, T, C) in the block's order, and the number of sweeps, last passes included.
+    """
+    tokens = run.num_tokens
+    length = tokens if decoding.method == "jacobi" else min(decoding.segment or tokens, tokens)
+    x, log_scales, sweeps = z.clone(), torch.zeros_like(z), 0
+    for start in range(run.first, tokens, length):
+        end = min(start + length, tokens)
+        base = run.cache.length
+        sweeps += sweep_segment(run, z, x, log_scales, start, end, decoding.tolerance)
+        if end < tokens:
+            run.cache.truncate(base)
+            run.parameters(x, start, end)
+            sweeps += 1
+    return x, log_scales, sweeps
+
+
+def sweep_segment(
+    run: BlockRun, z: Tensor, x: Tensor, log_scales: Tensor, start: int, end: int, tolerance: float
+) -> int:
+    """Sweep tokens start … end − 1 of ``x`` and ``log_scales`` in place; returns the number of sweeps.
+
+    Samples that are done stop costing: when half of the batch is, the sweeps go on with the others alone.
+    """
+    every = 1 if z.device.type == "cpu" else SWEEPS_BETWEEN_CHECKS
+    base, sweeps, length = run.cache.length, 0, end - start
+    samples = None  # indices of the samples that are swept; None: all
+    part, current, target = run, x, z
+    change = z.new_full((len(z),), torch.inf)
+    while sweeps < length:
+        for _ in range(min(every, length - sweeps)):
+            part.cache.truncate(base)
+            shift, log_scale = part.parameters(current, start, end)
+            new = affine_inverse(target[:, start:end], shift, log_scale)
+            # Far from the solution numbers may overflow; tokens behind exact ones recover from any finite value.
+            new = torch.nan_to_num(new, posinf=0.0, neginf=0.0) if sweeps + 1 < length else new
+            change = (new - current[:, start:end]).abs().flatten(1).amax(1)  # (samples,)
+            current[:, start:end] = new
+            sweeps += 1
+        if samples is None:
+            log_scales[:, start:end] = log_scale
+        else:
+            x[samples, start:end], log_scales[samples, start:end] = current[:, start:end], log_scale
+        active = change > tolerance
+        left = int(active.sum())
+        if left == 0:
+            break
+        if left <= len(change) // 2:
+            samples = active.nonzero()[:, 0] if samples is None else samples[active]
+            part, current, target = part.select(active), current[active], target[active]
+    run.cache.truncate(base)
+    return sweeps

@@ -1,0 +1,172 @@
+"""One token through a block's Transformer: the same numbers as `TokenNetwork.run`, with as few operations as possible.
+
+A step of a small batch takes as long as its operations are many and its weights are large, not as its arithmetic is
+much. So everything that all steps share is made once before the first, and the loop touches plain tensors, no modules.
+
+Shapes: R rows (samples, twice as many under guidance), D width, H query heads, K key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarflow.flows.affine import at_least_float32, log_scale_of, soft_clip
+from tarflow.flows.kv_cache import KVCache
+from tarflow.flows.transformer import LayerNorm, RMSNorm
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What a step needs of one layer; matrices are transposed, as `torch.addmm` takes them."""
+
+    attention_norm: Any
+    qkv: tuple[Tensor, Tensor]
+    query_norm: Any
+    key_norm: Any
+    proj: tuple[Tensor, Tensor]
+    attention_post_norm: Any
+    mlp_norm: Any
+    up: tuple[Tensor, Tensor]
+    gated: bool
+    down: tuple[Tensor, Tensor]
+    mlp_post_norm: Any
+    keys_values: Tensor  # of the cache: (R, 2, K, capacity, d)
+
+
+class DecodeStep:
+    """Shift and log-scale of one token after another.
+
+    Args:
+        block: a `FlowBlock`; its weights must not change while the step is used.
+        context: what `block.context` gave.
+        cache: keys and values of R rows; it holds the prefix, if there is one, and grows by one slot at each call.
+        temperature: divides the attention logits, (R, 1, 1, 1), or None.
+    """
+
+    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+        self.cache, self.config = cache, block.config
+        self.prefix_length = context.prefix_length
+        self.added = None if context.added is None else context.added.unbind(1)  # a (B or 1, D) for each slot
+        self.inverse_temperature = None if temperature is None else 1 / temperature.view(-1, 1)
+        self.heads, self.kv_heads, self.head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        self.rotated = (self.heads + self.kv_heads) * self.head_dim  # columns of queries and keys
+        dtype = block.proj_in.weight.dtype
+        self.cos = self.sin = None
+        if context.rotation is not None:  # a (rotated,) for each slot
+            repeats = self.heads + self.kv_heads
+            cos, sin = context.rotation
+            self.cos = cos.repeat_interleave(2, dim=1).repeat(1, repeats).to(dtype).unbind(0)
+            self.sin = torch.stack([-sin, sin], dim=-1).flatten(1).repeat(1, repeats).to(dtype).unbind(0)
+        self.proj_in, self.dtype = transposed(block.proj_in), dtype
+        self.final_norm = None if block.final_norm is None else norm_function(block.final_norm, dtype)
+        weight, bias = transposed(block.proj_out)
+        self.proj_out = at_least_float32(weight), at_least_float32(bias)
+        self.layers = [self.layer_weights(layer, index, dtype) for index, layer in enumerate(block.layers)]
+
+    def layer_weights(self, layer: Any, index: int, dtype: torch.dtype) -> LayerWeights:
+        attention, mlp = layer.attention, layer.mlp
+        return LayerWeights(
+            norm_function(attention.norm, dtype),
+            transposed(attention.qkv),
+            attention.query_norm,
+            attention.key_norm,
+            transposed(attention.proj),
+            norm_function(attention.post_norm, dtype),
+            norm_function(mlp.norm, dtype),
+            transposed(mlp.up),
+            mlp.gated,
+            transposed(mlp.down),
+            norm_function(mlp.post_norm, dtype),
+            self.cache.both(index),
+        )
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token's parameters.
+
+        Args:
+            inputs: what sits in the next slot, (R, C).
+
+        Returns:
+            shift and log_scale (R, C), at least float32.
+        """
+        position = self.cache.length  # of the prefix and the image together
+        weight, bias = self.proj_in
+        hidden = torch.addmm(bias, inputs.to(self.dtype), weight)
+        if self.added is not None:
+            hidden = hidden + self.added[position - self.prefix_length]
+        for layer in self.layers:
+            y = self.attend(layer, hidden, position)
+            hidden = hidden + y
+            weight, bias = layer.up
+            y = torch.addmm(bias, layer.mlp_norm(hidden), weight)
+            if layer.gated:
+                gate, y = y.chunk(2, dim=-1)
+                y = F.gelu(gate, approximate="tanh").mul_(y)
+            else:
+                y = F.gelu(y)
+            weight, bias = layer.down
+            y = torch.addmm(bias, y, weight)
+            hidden += y if layer.mlp_post_norm is None else layer.mlp_post_norm(y)
+        self.cache.advance(1)
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        weight, bias = self.proj_out
+        out = soft_clip(torch.addmm(bias, hidden.to(weight.dtype), weight), self.config.soft_clip)
+        if self.config.scale == "additive":
+            return out, torch.zeros_like(out)
+        raw, shift = out.chunk(2, dim=-1)
+        return shift, log_scale_of(raw, self.config.scale)
+
+    def attend(self, layer: LayerWeights, hidden: Tensor, position: int) -> Tensor:
+        """One layer's attention, (R, D); writes the slot's keys and values to the cache."""
+        rows, head_dim = hidden.shape[0], self.head_dim
+        weight, bias = layer.qkv
+        qkv = torch.addmm(bias, layer.attention_norm(hidden), weight)
+        qk = qkv.narrow(1, 0, self.rotated)
+        if layer.query_norm is not None:
+            q, k = qk.view(rows, -1, head_dim).split([self.heads, self.kv_heads], dim=1)
+            qk.copy_(torch.cat([layer.query_norm(q), layer.key_norm(k)], dim=1).view(rows, -1))
+        if self.cos is not None:  # (x₀, x₁) → (x₀·cos − x₁·sin, x₁·cos + x₀·sin) for all pairs
+            swapped = qk.view(rows, -1, 2).flip(-1).view(rows, -1)
+            qk.mul_(self.cos[position]).addcmul_(swapped, self.sin[position])
+        q = qkv.narrow(1, 0, self.heads * head_dim)
+        if self.inverse_temperature is not None:
+            q = q * self.inverse_temperature
+        keys_values = layer.keys_values
+        new = qkv.narrow(1, self.heads * head_dim, 2 * self.kv_heads * head_dim)
+        keys_values.select(3, position).copy_(new.view(rows, 2, self.kv_heads, head_dim))
+        keys, values = keys_values.narrow(3, 0, position + 1).unbind(1)
+        # The heads of a group are queries of one key/value head.
+        y = F.scaled_dot_product_attention(
+            q.view(rows, self.kv_heads, -1, head_dim), keys, values, scale=1 / math.sqrt(head_dim)
+        )
+        weight, bias = layer.proj
+        y = torch.addmm(bias, y.reshape(rows, -1), weight)
+        return y if layer.attention_post_norm is None else layer.attention_post_norm(y)
+
+
+def transposed(linear: Any) -> tuple[Tensor, Tensor]:
+    """Weight (in, out), a view, and bias (out,), zeros if there is none."""
+    weight = linear.weight.detach().t()
+    return weight, weight.new_zeros(weight.shape[1]) if linear.bias is None else linear.bias.detach()
+
+
+def norm_function(module: Any, dtype: torch.dtype) -> Any:
+    """A norm as a function; where no conversion is needed, in one operation. None for None."""
+    if module is None or dtype not in (torch.float32, torch.float64):
+        return module
+    shape, eps = module.weight.shape, module.eps
+    if isinstance(module, LayerNorm):
+        weight, bias = module.weight.detach(), module.bias.detach()
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    if isinstance(module, RMSNorm):
+        weight = 1 + module.weight.detach()
+        # torch.rms_norm is several times slower than these on a CPU, and the same elsewhere.
+        return lambda x: x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_() * weight
+    return module
