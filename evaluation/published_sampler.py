@@ -1,7 +1,7 @@
 """How the published code samples, as a baseline for speed: every block token by token, in eager mode.
 
-At each step STARFlow's code rotates the cached keys of all slots again and makes two rows of everything in guided
-blocks; TARFlow's code, which has no rotation, appends to its cache by concatenation. The numbers are those of
+At each step STARFlow's code rotates the cached keys of all slots again, makes an attention mask, and keeps two rows of
+everything in guided blocks; TARFlow's code, which has no rotation, appends to its cache by concatenation. The numbers are those of
 `tarflow.flows.sampling.decode`.
 """
 
@@ -18,7 +18,6 @@ from tarflow.flows.affine import log_scale_of, soft_clip
 from tarflow.flows.decoding import expand_rows
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.order import reorder
-from tarflow.flows.positions import rotate
 
 
 class PublishedCache:
@@ -58,18 +57,26 @@ def attention(module: Any, x: Tensor, rotation: Any, cache: PublishedCache, laye
     if rotation is not None:
         end = k.shape[2]
         q, k = (
-            rotate(part, tuple(table[first:end] for table in rotation)) for part, first in ((q, end - slots), (k, 0))
+            rotate_pairs(part, tuple(table[first:end] for table in rotation))
+            for part, first in ((q, end - slots), (k, 0))
         )
     if module.heads != module.kv_heads:
         k, v = (part.repeat_interleave(module.heads // module.kv_heads, dim=1) for part in (k, v))
     if temperature is not None:
         q = q / temperature
     mask = None
-    if slots > 1:
+    if rotation is not None:  # STARFlow's code makes a causal mask at each step, also for a single query
         mask = torch.ones(slots, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - slots)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1 / math.sqrt(module.head_dim))
     y = module.proj(y.transpose(1, 2).reshape(rows, slots, -1))
     return y if module.post_norm is None else module.post_norm(y)
+
+
+def rotate_pairs(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs of the last axis; tables of the cosines and sines of each pair, (S, d/2)."""
+    cos, sin = tables
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 @torch.no_grad()
@@ -95,11 +102,12 @@ def decode_as_published(
             temperature = z.new_ones(2 * batch, 1, 1, 1)
             temperature[batch:] = guidance.temperature
     context = block.context(cond if block.sees_condition else None, grid)
+    rotation = None if context.rotation is None else tuple(table[:, 1::2] for table in context.rotation)
     cache = PublishedCache(block, len(z), context.prefix_length + tokens, block.proj_in.weight.dtype)
 
     def layers(hidden: Tensor) -> Tensor:
         for index, layer in enumerate(block.layers):
-            hidden = hidden + attention(layer.attention, hidden, context.rotation, cache, index, temperature)
+            hidden = hidden + attention(layer.attention, hidden, rotation, cache, index, temperature)
             hidden = hidden + layer.mlp(hidden)
         return hidden
 

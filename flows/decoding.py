@@ -29,8 +29,9 @@ class Decoding:
         method: "sequential", token after token, exact to rounding; "jacobi", all tokens at once, again and again until
             nothing changes; "gs_jacobi" (Gauss–Seidel–Jacobi), segment after segment, Jacobi within; "auto", what
             `calibrate` found to be the fastest on this device.
-        tolerance: sweeps over a segment end for a sample when no number of it changed by more than this. After as many
-            sweeps as the segment has tokens it is exact anyway.
+        tolerance: sweeps over a segment end for a sample when no number of it changed by more than this, or is
+            expected to, by how fast the changes shrink. After as many sweeps as the segment has tokens it is exact
+            anyway.
         segment: tokens of a segment, for "gs_jacobi".
     """
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from tarflow.flows.affine import affine_inverse
 from tarflow.flows.decoding import BlockRun, Decoding
 
-#: On an accelerator, how many sweeps run before the host waits for it to ask which samples are done.
-SWEEPS_BETWEEN_CHECKS = 4
+
+def sweeps_between_checks(device: torch.device) -> int:
+    """How many sweeps run before asking which samples are done; asking makes the host wait for an accelerator."""
+    return 1 if device.type == "cpu" else 4
 
 
 def decode_jacobi(run: BlockRun, z: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor, int]:
@@ -47,7 +49,7 @@ def sweep_segment(
 
     Samples that are done stop costing: when half of the batch is, the sweeps go on with the others alone.
     """
-    every = 1 if z.device.type == "cpu" else SWEEPS_BETWEEN_CHECKS
+    every = sweeps_between_checks(z.device)
     base, sweeps, length = run.cache.length, 0, end - start
     samples = None  # indices of the samples that are swept; None: all
     part, current, target = run, x, z
@@ -57,21 +59,34 @@ def sweep_segment(
             part.cache.truncate(base)
             shift, log_scale = part.parameters(current, start, end)
             new = affine_inverse(target[:, start:end], shift, log_scale)
-            # Far from the solution numbers may overflow; tokens behind exact ones recover from any finite value.
-            new = torch.nan_to_num(new, posinf=0.0, neginf=0.0) if sweeps + 1 < length else new
-            change = (new - current[:, start:end]).abs().flatten(1).amax(1)  # (samples,)
+            before, change = change, (new - current[:, start:end]).abs().flatten(1).amax(1)  # (samples,)
+            change = torch.where(change.isfinite(), change, torch.inf)
+            if sweeps + 1 < length:
+                # Far from the solution numbers may overflow; tokens behind exact ones recover from any finite value.
+                new = torch.nan_to_num(new, posinf=0.0, neginf=0.0)
             current[:, start:end] = new
             sweeps += 1
         if samples is None:
             log_scales[:, start:end] = log_scale
         else:
             x[samples, start:end], log_scales[samples, start:end] = current[:, start:end], log_scale
-        active = change > tolerance
+        active = (change > tolerance) & (expected_change(before, change) > tolerance)
         left = int(active.sum())
         if left == 0:
             break
         if left <= len(change) // 2:
             samples = active.nonzero()[:, 0] if samples is None else samples[active]
-            part, current, target = part.select(active), current[active], target[active]
+            part, current, target, change = part.select(active), current[active], target[active], change[active]
     run.cache.truncate(base)
     return sweeps
+
+
+def expected_change(before: Tensor, change: Tensor) -> Tensor:
+    """The sum of all changes still to come, if they go on to shrink as in the last sweep; infinite if they do not
+    shrink by half, or if there was no sweep before.
+
+    Args:
+        before, change: the largest change of each sample in the last sweep but one, and in the last, (B,).
+    """
+    rate = change / before
+    return torch.where((rate < 0.5) & before.isfinite(), change * rate / (1 - rate), torch.inf)

@@ -42,10 +42,9 @@ class KVCache:
         end = self.length + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots, cannot hold {end}")
-        all_keys, all_values = self.keys_values[layer].unbind(1)
-        all_keys[:, :, self.length : end] = keys
-        all_values[:, :, self.length : end] = values
-        return all_keys[:, :, :end], all_values[:, :, :end]
+        self.keys_values[layer, :, 0, :, self.length : end] = keys
+        self.keys_values[layer, :, 1, :, self.length : end] = values
+        return self.keys_values[layer, :, 0, :, :end], self.keys_values[layer, :, 1, :, :end]
 
     def advance(self, slots: int) -> None:
         self.length += slots

@@ -16,7 +16,7 @@ from tarflow.flows.affine import at_least_float32
 from tarflow.flows.config import BlockConfig
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.order import reorder
-from tarflow.flows.positions import rotary_angles, rotary_angles_1d
+from tarflow.flows.positions import rotary_angles, rotary_angles_1d, rotation_tables
 from tarflow.flows.transformer import RMSNorm, TransformerLayer
 
 
@@ -27,7 +27,7 @@ class BlockContext:
     Attributes:
         prefix: projected condition tokens (B, L, D), or None.
         added: what is added to every slot's embedding: positions and class vectors, (B or 1, S, D), or None.
-        rotation: cosines and sines of the L + T slots, or None.
+        rotation: tables of the L + T slots, see `rotation_tables`, or None.
     """
 
     prefix: Tensor | None
@@ -103,7 +103,7 @@ class TokenNetwork(nn.Module):
                 )
             else:
                 angles = rotary_angles_1d(length + grid[0] * grid[1], config.head_dim, weight.device, dtype)
-            rotation = (angles.cos(), angles.sin())
+            rotation = rotation_tables(angles)
         return BlockContext(prefix, added, rotation)
 
     def prefill(self, context: BlockContext, cache: KVCache, temperature: Tensor | None = None) -> None:

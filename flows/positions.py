@@ -60,13 +60,19 @@ def rotary_angles_1d(
     return torch.arange(slots, **options)[:, None] * frequencies
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (2i, 2i + 1) of the last axis.
+def rotation_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotate` takes, from angles (S, d/2): cosines and signed sines of each number of a head, (S, d) both."""
+    cos, sin = angles.cos(), angles.sin()
+    return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (2i, 2i + 1) of the last axis: (x₀, x₁) → (x₀·cos − x₁·sin, x₁·cos + x₀·sin).
 
     Args:
-        x: (B, heads, S, head_dim).
-        rotation: cosines and sines of the angles, (S, head_dim / 2) each.
+        x: (B, heads, S, d).
+        tables: of the S slots, see `rotation_tables`.
     """
-    cos, sin = rotation
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    cos, sin = tables
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from tarflow.flows.affine import affine_inverse
 from tarflow.flows.decoding import BlockRun
 from tarflow.flows.step import DecodeStep
+
+#: With fewer rows than this, a CPU's threads wait for each other longer than they compute.
+ROWS_FOR_THREADS = 4
+
+
+@contextmanager
+def fitting_threads(rows: int, device: torch.device) -> Iterator[None]:
+    """One thread for steps of few rows on a CPU; as before afterwards."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or rows >= ROWS_FOR_THREADS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def decode_sequential(run: BlockRun, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,9 +47,10 @@ def decode_sequential(run: BlockRun, z: Tensor) -> tuple[Tensor, Tensor]:
     else:
         previous = targets[0]
         made, log_scales = [previous], [torch.zeros_like(previous)]
-    for token in range(run.first, run.num_tokens):
-        shift, log_scale = run.combined(step(run.doubled(previous)), token)
-        previous = affine_inverse(targets[token], shift, log_scale)
-        made.append(previous)
-        log_scales.append(log_scale)
+    with fitting_threads(len(run.doubled(previous)), z.device):
+        for token in range(run.first, run.num_tokens):
+            shift, log_scale = run.combined(step(run.doubled(previous)), token)
+            previous = affine_inverse(targets[token], shift, log_scale)
+            made.append(previous)
+            log_scales.append(log_scale)
     return torch.stack(made, dim=1), torch.stack(log_scales, dim=1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow.flows.affine import at_least_float32, log_scale_of, soft_clip
+from tarflow.flows.affine import at_least_float32, log_scale_of
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.transformer import LayerNorm, RMSNorm
 
@@ -60,13 +60,14 @@ class DecodeStep:
         self.cos = self.sin = None
         if context.rotation is not None:  # a (rotated,) for each slot
             repeats = self.heads + self.kv_heads
-            cos, sin = context.rotation
-            self.cos = cos.repeat_interleave(2, dim=1).repeat(1, repeats).to(dtype).unbind(0)
-            self.sin = torch.stack([-sin, sin], dim=-1).flatten(1).repeat(1, repeats).to(dtype).unbind(0)
+            tables = (table.repeat(1, repeats).to(dtype) for table in context.rotation)
+            self.cos, self.sin = (table.unbind(0) for table in tables)
         self.proj_in, self.dtype = transposed(block.proj_in), dtype
         self.final_norm = None if block.final_norm is None else norm_function(block.final_norm, dtype)
-        weight, bias = transposed(block.proj_out)
-        self.proj_out = at_least_float32(weight), at_least_float32(bias)
+        self.proj_out = tuple(at_least_float32(part) for part in transposed(block.proj_out))
+        self.soft_clip = self.config.soft_clip
+        if self.soft_clip:  # limit·tanh(x / limit), with the division done once
+            self.proj_out = tuple(part / self.soft_clip for part in self.proj_out)
         self.layers = [self.layer_weights(layer, index, dtype) for index, layer in enumerate(block.layers)]
 
     def layer_weights(self, layer: Any, index: int, dtype: torch.dtype) -> LayerWeights:
@@ -117,7 +118,9 @@ class DecodeStep:
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         weight, bias = self.proj_out
-        out = soft_clip(torch.addmm(bias, hidden.to(weight.dtype), weight), self.config.soft_clip)
+        out = torch.addmm(bias, hidden.to(weight.dtype), weight)
+        if self.soft_clip:
+            out = out.tanh_().mul_(self.soft_clip)
         if self.config.scale == "additive":
             return out, torch.zeros_like(out)
         raw, shift = out.chunk(2, dim=-1)

@@ -77,18 +77,20 @@ class Attention(nn.Module):
         """x (B, S, D) → (B, S, D), to be added to x.
 
         Args:
-            rotation: cosines and sines of these S slots, (S, d/2) each; None without rotary positions.
+            rotation: tables of these S slots, see `rotation_tables`; None without rotary positions.
             temperature: divides the attention logits, (B, 1, 1, 1).
             cache: earlier slots, which these S follow; this layer's row of it is ``layer``.
         """
         batch, slots, _ = x.shape
         heads = self.heads + 2 * self.kv_heads
         qkv = self.qkv(self.norm(x)).view(batch, slots, heads, self.head_dim).transpose(1, 2)  # (B, H + 2K, S, d)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+            q, k = qk.split([self.heads, self.kv_heads], dim=1)
+            qk = torch.cat([self.query_norm(q), self.key_norm(k)], dim=1)
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            qk = rotate(qk, rotation)
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if temperature is not None:
             q = q / temperature.to(q.dtype)
         earlier = 0

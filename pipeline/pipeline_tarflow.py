@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from tarflow.flows import sampling
+from tarflow.flows.calibration import BlockChoice, CalibrationStore, calibrate, conditions_key, fingerprint
+from tarflow.flows.calibration import decodings as calibrated_decodings
+from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, residual
 from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
@@ -23,6 +28,25 @@ from tarflow.pipeline.text import encode_captions
 from tarflow.vae.codec import LatentCodec
 
 Labels = int | str | list[int | str]
+
+#: So many tokens are denoised at once, and so many pixels decoded, whatever the batch: memory stays bounded.
+DENOISED_TOKENS = 2**14
+DECODED_PIXELS = 2**23
+
+
+@dataclass
+class TARFlowPipelineOutput(BaseOutput):
+    """Samples.
+
+    Attributes:
+        images: as ``output_type`` says.
+        residual_max, residual_mean: |f(x) − z| of each sample before denoising, (B,), if asked for: how exactly the
+            flow maps it back to its noise.
+    """
+
+    images: Any
+    residual_max: Tensor | None = None
+    residual_mean: Tensor | None = None
 
 
 class TARFlowPipeline(DiffusionPipeline):
@@ -74,6 +98,8 @@ class TARFlowPipeline(DiffusionPipeline):
         )
         self.codec = LatentCodec(vae, latents_mean, latents_std)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)
+        self._calibration_store: CalibrationStore | None = None
+        self._calibrated_state: tuple[int, int] | None = None
         self.labels = {name.lower(): int(index) for index, name in (id2label or {}).items()}
 
     @classmethod
@@ -129,7 +155,11 @@ class TARFlowPipeline(DiffusionPipeline):
         guidance_parts: str = "ab",
         guidance_annealed: bool = False,
         attention_temperature: float = 1.0,
-    ) -> ImagePipelineOutput | tuple:
+        decoding: str | Decoding | list[Decoding] = "auto",
+        tolerance: float = DEFAULT_TOLERANCE,
+        segment: int | None = None,
+        return_residual: bool = False,
+    ) -> TARFlowPipelineOutput | tuple:
         """Draw images; one step is the inversion of one flow block.
 
         Args:
@@ -150,14 +180,29 @@ class TARFlowPipeline(DiffusionPipeline):
             callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}); the dictionary
                 that it returns may replace the latents.
 
+            decoding: how blocks are inverted: "auto" (the fastest on this device, found by a short calibration at the
+                first call with a batch size, see `calibrations`), "sequential" (exact to rounding), "jacobi",
+                "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of `FAST_TOLERANCE`); or a
+                `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents agree with
+                sequential ones to 1e-3; ``return_residual`` tells.
+            return_residual: also return how exact each sample is, at the cost of one parallel pass.
+
+        Returns:
+            `TARFlowPipelineOutput`, or with ``return_dict=False`` a tuple of its fields that are not None.
+
         Raises:
             ValueError: for arguments that do not fit the model or each other.
+            FloatingPointError: for numbers that are not finite.
         """
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         self.check_inputs(
             prompt, class_labels, negative_prompt, prompt_embeds, scale, callback_on_step_end_tensor_inputs
         )
         self.check_outputs(denoise, output_type)
+        if decoding == "fast":
+            decoding, tolerance = "auto", FAST_TOLERANCE
+        if isinstance(decoding, str):
+            decoding = Decoding(decoding, tolerance, segment)
         if aspect_ratio is not None:
             if height is not None or width is not None:
                 raise ValueError("give either aspect_ratio or height and width, not both")
@@ -213,19 +258,61 @@ class TARFlowPipeline(DiffusionPipeline):
                 tensors = {"latents": block_latents} if wanted is None or "latents" in wanted else {}
                 return (callback_on_step_end(self, index, index, tensors) or {}).get("latents")
 
-            x, _ = sampling.generate(self.flow, noise, condition, null_condition, guidance, after_block)
+            methods = self.resolve_decoding(decoding, noise, condition, null_condition, guidance)
+            x, _ = sampling.generate(self.flow, noise, condition, null_condition, guidance, after_block, methods)
+        errors = (None, None)
+        if return_residual:
+            errors = residual(self.flow, x, noise, condition, null_condition, guidance)
 
         # 4. Training noise away, then pixels
         if denoise and self.config.noise_std > 0:
             remove_noise = learned_denoise if denoise == "learned" else score_denoise
-            x = remove_noise(self.flow, x, self.config.noise_std, class_labels=labels, cond=cond)
+            x = in_parts(
+                lambda part, part_labels, part_cond: remove_noise(
+                    self.flow, part, self.config.noise_std, class_labels=part_labels, cond=part_cond
+                ),
+                max(1, DENOISED_TOKENS // (x.shape[2] * x.shape[3] // self.flow.config.patch_size**2)),
+                (x, labels, cond),
+            )
         if output_type == "latent":
             images: Any = x
         else:
             self.run_offload_hook(self.vae)
-            images = self.image_processor.postprocess(self.codec.decode(x).float(), output_type=output_type)
+            pixels = x.shape[2] * x.shape[3] * self.codec.factor**2
+            decoded = in_parts(lambda part: self.codec.decode(part).float(), max(1, DECODED_PIXELS // pixels), (x,))
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        output = TARFlowPipelineOutput(images=images, residual_max=errors[0], residual_mean=errors[1])
+        return output if return_dict else output.to_tuple()
+
+    @property
+    def calibrations(self) -> dict[str, list[BlockChoice]]:
+        """What "auto" has found so far, by device, dtype, batch and so on: method and times for each block."""
+        return self.calibration_store().choices
+
+    def calibration_store(self) -> CalibrationStore:
+        """Calibrations of the flow as it is now; kept in the pipeline's folder if it was loaded from one."""
+        state = (id(self.flow), sum(parameter._version for parameter in self.flow.parameters()))
+        if self._calibration_store is None or self._calibrated_state != state:
+            self._calibrated_state = state
+            self._calibration_store = CalibrationStore(self.config.get("_name_or_path") or None, fingerprint(self.flow))
+        return self._calibration_store
+
+    def resolve_decoding(
+        self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
+    ) -> list[Decoding]:
+        """One decoding for each block; "auto" ones by calibration, on this very noise if there is none yet."""
+        decodings = list(decoding) if isinstance(decoding, list | tuple) else [decoding] * len(self.flow.blocks)
+        automatic = [one for one in decodings if one.method == "auto"]
+        if not automatic:
+            return decodings
+        store, tolerance = self.calibration_store(), automatic[0].tolerance
+        grid = self.flow.patchify(noise)[1]
+        key = conditions_key(self.flow, len(noise), grid, guidance, tolerance)
+        if len(store.choices.get(key, ())) != len(self.flow.blocks):
+            store.put(key, calibrate(self.flow, noise, cond, null_cond, guidance, tolerance))
+        found = calibrated_decodings(store.choices[key], tolerance)
+        return [best if one.method == "auto" else one for one, best in zip(decodings, found, strict=True)]
 
     def check_inputs(
         self,
@@ -376,3 +463,12 @@ class TARFlowPipeline(DiffusionPipeline):
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(module)
+
+
+def in_parts(function: Callable[..., Tensor], size: int, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """``function`` of tensors (B, …), ``size`` rows at a time, put together again; None stays None."""
+    batch = len(tensors[0])
+    if batch <= size:
+        return function(*tensors)
+    parts = ((None if tensor is None else tensor[i : i + size] for tensor in tensors) for i in range(0, batch, size))
+    return torch.cat([function(*part) for part in parts])

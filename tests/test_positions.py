@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tarflow.flows.positions import rotary_angles, rotary_angles_1d, rotate
+from tarflow.flows.positions import rotary_angles, rotary_angles_1d, rotate, rotation_tables
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 3), (4, 1)])
@@ -48,7 +48,7 @@ def test_every_aspect_ratio_spans_the_same_area() -> None:
 def test_rotation_turns_pairs() -> None:
     angles = torch.randn(3, 2, dtype=torch.float64)
     x = torch.randn(2, 1, 3, 4, dtype=torch.float64)
-    y = rotate(x, (angles.cos(), angles.sin()))
+    y = rotate(x, rotation_tables(angles))
     as_complex = torch.view_as_complex(x.reshape(2, 1, 3, 2, 2)) * torch.polar(torch.ones_like(angles), angles)
     torch.testing.assert_close(y, torch.view_as_real(as_complex).reshape(x.shape))
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
@@ -57,7 +57,7 @@ def test_rotation_turns_pairs() -> None:
 def test_products_depend_on_differences_of_positions() -> None:
     angles = rotary_angles((3, 3), 32, 3, dtype=torch.float64)
     q, k = torch.randn(2, 1, 1, 1, 32, dtype=torch.float64)
-    rotation = (angles.cos(), angles.sin())
+    rotation = rotation_tables(angles)
     products = rotate(q.expand(1, 1, 9, 32), rotation)[0, 0] @ rotate(k.expand(1, 1, 9, 32), rotation)[0, 0].T
     torch.testing.assert_close(products[0, 4], products[4, 8])  # one row and one column on
     torch.testing.assert_close(products[0, 1], products[7, 8])  # one column on
@@ -67,4 +67,4 @@ def test_products_depend_on_differences_of_positions() -> None:
 def test_the_dtype_of_what_is_rotated_stays() -> None:
     angles = rotary_angles_1d(3, 4)
     x = torch.randn(1, 1, 3, 4, dtype=torch.bfloat16)
-    assert rotate(x, (angles.cos(), angles.sin())).dtype == torch.bfloat16
+    assert rotate(x, rotation_tables(angles)).dtype == torch.bfloat16

@@ -84,6 +84,7 @@ def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: 
         images = pipe(
             **grid_conditions(parts, config),
             denoise=denoise,
+            decoding="sequential",  # the same at every step and on every machine
             generator=[torch.Generator().manual_seed(1000 + i) for i in range(config.log.sample_images)],
         ).images
         make_grid(images).save(folder / f"samples_{step:08d}{suffix}.png")

@@ -1,0 +1,238 @@
+"""How fast each decoding method samples, how exactly, and how near to what the machine can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.evaluation.published_sampler import generate_as_published
+from tarflow.flows.calibration import calibrate, clock, decodings
+from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, BlockRun, Decoding, residual
+from tarflow.flows.guidance import Guidance
+from tarflow.flows.jacobi import decode_jacobi
+from tarflow.flows.order import reorder
+from tarflow.flows.sampling import generate
+
+METHODS = ("published", "sequential", "jacobi", "auto", "fast")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One method at one batch size; times are medians over interleaved repeats.
+
+    Attributes:
+        seconds: of one batch; images_per_second follows.
+        ratio: how many times faster than the published algorithm, the median over repeats of one after the other.
+        step_ms: of one token in one block, on average.
+        methods: what was used for each block, the one next to the data first.
+        sweeps: of each block; None where it is decoded sequentially.
+        residual_max, residual_mean: |f(x) − z| over the batch.
+        difference: the largest difference to sequential decoding.
+        cache_mb: the largest block's keys and values; peak_mb: of the device's memory, CUDA only.
+    """
+
+    method: str
+    batch: int
+    seconds: float
+    images_per_second: float
+    ratio: float
+    step_ms: float
+    methods: list[str]
+    sweeps: list[int | None]
+    residual_max: float
+    residual_mean: float
+    difference: float
+    cache_mb: float
+    peak_mb: float | None
+
+
+@torch.no_grad()
+def compare(
+    model: Any, batch: int, cond: Tensor | None, null: Tensor | None, guidance: Guidance | None, repeats: int = 5
+) -> list[Speed]:
+    """All methods on the same noise, one after the other, ``repeats`` times.
+
+    Args:
+        model: a `TARFlowModel`.
+        cond, null: conditions as the blocks take them.
+        guidance: None for none.
+    """
+    size = model.config.sample_size
+    noise = torch.randn(batch, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    z = model.scale_noise(noise.to(model.device))
+    grid = model.patchify(z)[1]
+    plans: dict[str, list[Decoding]] = {
+        "sequential": [Decoding()] * len(model.blocks),
+        "jacobi": [Decoding("jacobi")] * len(model.blocks),
+    }
+    for name, tolerance in (("auto", DEFAULT_TOLERANCE), ("fast", FAST_TOLERANCE)):
+        plans[name] = decodings(calibrate(model, z, cond, null, guidance, tolerance), tolerance)
+    functions: dict[str, Callable[[], Tensor]] = {
+        "published": lambda: generate_as_published(model, z, cond, null, guidance)
+    }
+    for name, plan in plans.items():
+        functions[name] = lambda plan=plan: generate(model, z, cond, null, guidance, decoding=plan)[0]
+
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    samples, peaks = {}, {}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            if model.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = clock(model.device)
+            samples[name] = function()
+            times[name].append(clock(model.device) - start)
+            if model.device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+    speeds = []
+    for name in functions:
+        seconds = statistics.median(times[name])
+        pairs = zip(times["published"], times[name], strict=True)
+        worst, mean = residual(model, samples[name], z, cond, null, guidance)
+        plan = plans.get(name, plans["sequential"])
+        speeds.append(
+            Speed(
+                name,
+                batch,
+                seconds,
+                batch / seconds,
+                statistics.median(published / ours for published, ours in pairs),
+                1e3 * seconds / (grid[0] * grid[1] * len(model.blocks)),
+                [f"{one.method} {one.segment}" if one.segment else one.method for one in plan],
+                count_sweeps(model, z, plan, cond, null, guidance),
+                float(worst.max()),
+                float(mean.mean()),
+                float((samples[name] - samples["sequential"]).abs().max()),
+                largest_cache(model, batch, grid, cond, guidance) / 2**20,
+                peaks.get(name),
+            )
+        )
+    return speeds
+
+
+def count_sweeps(
+    model: Any, z: Tensor, plan: list[Decoding], cond: Tensor | None, null: Tensor | None, guidance: Guidance | None
+) -> list[int | None]:
+    """Parallel passes of each block of ``model.blocks``; None where it is decoded sequentially."""
+    tokens, grid = model.patchify(z)
+    sweeps: list[int | None] = []
+    for block, decoding in zip(reversed(model.blocks), reversed(plan), strict=True):
+        image = model.unpatchify(tokens, grid)
+        if decoding.method == "sequential":
+            sweeps.append(None)
+            x, _ = block.inverse(model.patchify(image)[0], grid, cond, null, guidance)
+        else:
+            run = BlockRun(block, len(tokens), grid, cond, null, guidance)
+            x, _, count = decode_jacobi(run, reorder(tokens, block.config.order).float(), decoding)
+            x = reorder(x, block.config.order)
+            sweeps.append(count)
+        tokens = x
+    return sweeps[::-1]
+
+
+def rows_of(block: Any, batch: int, guidance: Guidance | None) -> int:
+    guided = guidance is not None and guidance.weight > 0 and block.sees_condition
+    return 2 * batch if guided else batch
+
+
+def cache_bytes(block: Any, batch: int, slots: int, guidance: Guidance | None) -> int:
+    """Keys and values of one block's layers for a number of slots."""
+    config = block.config
+    numbers = 2 * config.layers * rows_of(block, batch, guidance) * config.num_kv_heads * config.head_dim * slots
+    return numbers * block.proj_in.weight.element_size()
+
+
+def largest_cache(
+    model: Any, batch: int, grid: tuple[int, int], cond: Tensor | None, guidance: Guidance | None
+) -> float:
+    prefix = cond.shape[1] if cond is not None and cond.ndim == 3 else 0
+    return max(cache_bytes(block, batch, grid[0] * grid[1] + prefix, guidance) for block in model.blocks)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What bounds a sequential step of one block.
+
+    Attributes:
+        step_ms: measured, the median of steps in the middle of the sequence.
+        bytes_ms: reading weights and cache once, at the measured bandwidth of a copy.
+        flops_ms: the arithmetic, at the measured speed of a large matrix product.
+        share: the larger of the two over the measured time; 1 is the roof.
+        bound: which of the two, "bandwidth" or "arithmetic".
+    """
+
+    block: int
+    batch: int
+    step_ms: float
+    bytes_ms: float
+    flops_ms: float
+    share: float
+    bound: str
+
+
+@torch.no_grad()
+def roofline(
+    model: Any, batch: int, cond: Tensor | None, null: Tensor | None, guidance: Guidance | None, steps: int = 32
+) -> list[Roofline]:
+    """For each block, a step in the middle of the sequence against what it must read and compute."""
+    from tarflow.flows.step import DecodeStep
+
+    device, dtype = model.device, model.dtype
+    bandwidth, speed = copy_bandwidth(device), product_speed(device, dtype)
+    side = model.config.sample_size // model.config.patch_size
+    results = []
+    for index, block in enumerate(model.blocks):
+        run = BlockRun(block, batch, (side, side), cond, null, guidance)
+        step = DecodeStep(block, run.context, run.cache, run.temperature)
+        middle = run.cache.length + run.num_tokens // 2
+        inputs = run.doubled(torch.randn(batch, block.config.token_dim, device=device))
+        times = []
+        for _ in range(steps):
+            run.cache.truncate(middle)
+            start = clock(device)
+            step(inputs)
+            times.append(clock(device) - start)
+        weights = sum(
+            p.numel() for name, p in block.named_parameters() if not name.startswith(("pos", "class", "proj_c"))
+        )
+        rows = len(inputs)
+        read = weights * block.proj_in.weight.element_size() + cache_bytes(block, batch, middle, guidance)
+        attention = 4 * rows * block.config.layers * block.config.num_heads * block.config.head_dim * middle
+        bytes_ms, flops_ms = 1e3 * read / bandwidth, 1e3 * (2 * rows * weights + attention) / speed
+        step_ms = 1e3 * statistics.median(times)
+        bound = "bandwidth" if bytes_ms > flops_ms else "arithmetic"
+        results.append(Roofline(index, batch, step_ms, bytes_ms, flops_ms, max(bytes_ms, flops_ms) / step_ms, bound))
+    return results
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
+    """Bytes read per second by a large copy; it reads and writes at once, so twice its size is moved."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / best_of(lambda: target.copy_(source), device)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / best_of(lambda: a @ b, device)
+
+
+def best_of(function: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+    """The shortest time in seconds, after one call that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = clock(device)
+        function()
+        times.append(clock(device) - start)
+    return min(times[1:])
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d")

@@ -1,0 +1,177 @@
+"""Jacobi decoding, segments, calibration and residuals against sequential decoding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import condition_of, random_images, small_model
+from test_pipeline import draw, make_pipeline
+from test_sampling import GUIDANCES, MODELS, conditions
+from torch import Tensor
+
+from tarflow import TARFlowPipeline
+from tarflow.evaluation.published_sampler import generate_as_published
+from tarflow.flows import jacobi
+from tarflow.flows.calibration import FILE_NAME, CalibrationStore, calibrate, decodings, fingerprint
+from tarflow.flows.decoding import BlockRun, Decoding, residual
+from tarflow.flows.guidance import Guidance
+from tarflow.flows.jacobi import decode_jacobi
+from tarflow.flows.model import TARFlowModel
+from tarflow.flows.order import reorder
+from tarflow.flows.sampling import decode, generate
+
+
+def grid_model(name: str) -> TARFlowModel:
+    """A model of 16 tokens, float64."""
+    return small_model(**{**MODELS[name], "sample_size": 8}).double()
+
+
+@pytest.mark.parametrize("guidance", ["none", "gaussian", "linear_annealed", "temperature"])
+@pytest.mark.parametrize("name", MODELS)
+def test_all_methods_agree(name: str, guidance: str) -> None:
+    model = grid_model(name)
+    cond, null = conditions(model, 3)
+    z, how = random_images(model, 3), GUIDANCES[guidance]
+    expected, log_det = generate(model, z, cond, null, how)
+    for decoding in (Decoding("jacobi", 1e-12), Decoding("gs_jacobi", 1e-12, 5), Decoding("gs_jacobi", 1e-12, 16)):
+        x, x_log_det = generate(model, z, cond, null, how, decoding=decoding)
+        torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(x_log_det, log_det, rtol=1e-6, atol=1e-7)
+    worst, mean = residual(model, expected, z, cond, null, how)
+    assert worst.shape == mean.shape == (3,)
+    assert worst.max() < 1e-7
+    assert residual(model, expected + 0.01, z, cond, null, how)[0].min() > 1e-4
+    published = generate_as_published(model.float(), z.float(), *floats(cond, null), how)
+    torch.testing.assert_close(published, expected.float(), rtol=0, atol=1e-3)
+
+
+def floats(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def test_default_tolerance_keeps_its_promise() -> None:
+    model = small_model(sample_size=16, conditioning="class_prefix").float()
+    z, cond = random_images(model, 4), model.condition(torch.tensor([0, 1, 2, 1]), None, 4)
+    expected, _ = generate(model, z, cond)
+    for decoding in (Decoding("jacobi"), Decoding("gs_jacobi", segment=16)):
+        assert (generate(model, z, cond, decoding=decoding)[0] - expected).abs().max() < 1e-3
+
+
+def test_finished_samples_are_left_out(monkeypatch) -> None:
+    model = grid_model("rotary-prefix")
+    cond, null = conditions(model, 4)
+    z = random_images(model, 4)
+    z[:3] = 0.01 * z[:3]  # nearly done after a sweep
+    tokens, grid = model.patchify(z)
+    block, how = model.blocks[-1], Guidance(1.0)
+    batches = []
+    whole = BlockRun.parameters
+
+    def watched(run: BlockRun, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        batches.append(len(x))
+        return whole(run, x, start, end)
+
+    monkeypatch.setattr(BlockRun, "parameters", watched)
+    ordered = reorder(tokens, block.config.order)
+    x, _, sweeps = decode_jacobi(BlockRun(block, 4, grid, cond, null, how), ordered, Decoding("gs_jacobi", 1e-6, 8))
+    assert sweeps == len(batches)
+    assert set(batches) > {4}
+    assert min(batches) < 4
+    expected, _ = decode(block, tokens, grid, cond, null, how)
+    torch.testing.assert_close(reorder(x, block.config.order), expected, rtol=0, atol=1e-4)
+
+
+def test_sweeps_between_checks_change_nothing(monkeypatch) -> None:
+    model = grid_model("unconditional")
+    z = random_images(model, 2)
+    first, _ = generate(model, z, decoding=Decoding("jacobi", 1e-10))
+    check = jacobi.sweeps_between_checks
+    monkeypatch.setattr(jacobi, "sweeps_between_checks", lambda device: 3 if check(device) == 1 else 1)
+    second, _ = generate(model, z, decoding=Decoding("jacobi", 1e-10))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-8)
+
+
+def test_calibration_is_kept_for_its_model_only(tmp_path: Path) -> None:
+    model = grid_model("deep-prefix").float()
+    cond, null = floats(*conditions(model.double(), 2))
+    model = model.float()
+    choices = calibrate(model, random_images(model, 2), cond, null, Guidance(1.0), 1e-4)
+    assert len(choices) == len(model.blocks)
+    assert all(choice.step_ms > 0 and choice.sequential_ms > 0 for choice in choices)
+    store = CalibrationStore(tmp_path, fingerprint(model))
+    store.put("here", choices)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    again = CalibrationStore(tmp_path, fingerprint(model))
+    assert again.choices == {"here": choices}
+    assert decodings(choices, 0.5)[0].tolerance == 0.5
+    with torch.no_grad():
+        model.blocks[0].proj_out.weight += 1
+    assert CalibrationStore(tmp_path, fingerprint(model)).choices == {}
+    content = json.loads((tmp_path / FILE_NAME).read_text())
+    content["calibrations"]["here"][0]["method"] = "magic"
+    for text in (json.dumps(content), "{", "[]"):
+        (tmp_path / FILE_NAME).write_text(text)
+        assert CalibrationStore(tmp_path, content["model"]).choices == {}
+
+
+def test_pipeline_decodings(tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    options = {"class_labels": [0, 1], "output_type": "latent", "guidance_scale": 2.0}
+    exact = draw(pipe, decoding="sequential", **options)
+    assert not (tmp_path / "pipeline" / FILE_NAME).exists()
+    for choice in ({}, {"decoding": "jacobi"}, {"decoding": "gs_jacobi", "segment": 3}, {"decoding": "fast"}):
+        assert (draw(pipe, **choice, **options) - exact).abs().max() < (0.1 if "fast" in choice.values() else 1e-3)
+    per_block = [Decoding("jacobi"), Decoding("auto")]
+    assert (draw(pipe, decoding=per_block, **options) - exact).abs().max() < 1e-3
+    assert len(pipe.calibrations) == 2  # the default tolerance, and the fast one
+    assert (tmp_path / "pipeline" / FILE_NAME).is_file()
+    assert TARFlowPipeline.from_pretrained(tmp_path / "pipeline").calibrations == pipe.calibrations
+    output = pipe(class_labels=[0, 1], return_residual=True, decoding="sequential")
+    assert output.residual_max.shape == (2,)
+    assert output.residual_mean.max() <= output.residual_max.max() < 1e-4
+    assert len(pipe(class_labels=0, return_residual=True, return_dict=False)) == 3
+    assert len(pipe(class_labels=0, return_dict=False)) == 1
+
+
+def test_parts_of_a_batch_are_the_batch(monkeypatch) -> None:
+    pipe = make_pipeline()
+    whole = draw(pipe, class_labels=[0, 1], decoding="sequential")
+    monkeypatch.setattr("tarflow.pipeline.pipeline_tarflow.DENOISED_TOKENS", 1)
+    monkeypatch.setattr("tarflow.pipeline.pipeline_tarflow.DECODED_PIXELS", 1)
+    parts = draw(pipe, class_labels=[0, 1], decoding="sequential")
+    assert abs(whole - parts).max() < 1e-4
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="must be one of auto, sequential, jacobi, gs_jacobi, got 'magic'"):
+        Decoding("magic")
+    with pytest.raises(ValueError, match=r"tolerance must be positive, got 0"):
+        Decoding("jacobi", 0)
+    with pytest.raises(ValueError, match="'gs_jacobi' needs a segment"):
+        Decoding("gs_jacobi")
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        Decoding("gs_jacobi", segment=0)
+    model = small_model()
+    z = random_images(model, 1)
+    with pytest.raises(ValueError, match="segment has 5 tokens, but the sequence only 4"):
+        generate(model, z, decoding=Decoding("gs_jacobi", segment=5))
+    with pytest.raises(ValueError, match="got 1 decodings for 2 blocks"):
+        generate(model, z, decoding=[Decoding()])
+    with pytest.raises(ValueError, match="got 'quick'"):
+        make_pipeline()(class_labels=0, decoding="quick")
+
+
+@pytest.mark.parametrize("method", ["sequential", "jacobi"])
+def test_numbers_that_are_not_finite_are_named(method: str) -> None:
+    model = small_model(conditioning="class_prefix")
+    z = random_images(model, 2)
+    given = condition_of(model, 2)["class_labels"]
+    with torch.no_grad():
+        model.blocks[0].proj_out.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"first in block 0 \(0 is next to the data\) at token 0 of 4"):
+        generate(model, z, model.condition(given, None, 2), decoding=Decoding(method))
