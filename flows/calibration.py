@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tarflow.flows.affine import at_least_float32
 from tarflow.flows.decoding import BlockRun, Decoding
+from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.order import reorder
@@ -66,6 +67,7 @@ def calibrate(
     null_cond: Tensor | None,
     guidance: Guidance | None,
     tolerance: float,
+    fast: FastSteps | None = None,
 ) -> list[BlockChoice]:
     """Try the methods on given noise, block after block from the deep one on; one choice for each of model.blocks.
 
@@ -76,7 +78,7 @@ def calibrate(
     with torch.autocast(z.device.type, enabled=False):
         for block in reversed(model.blocks):
             ordered = at_least_float32(reorder(tokens, block.config.order))
-            choice, ordered = calibrate_block(block, ordered, grid, cond, null_cond, guidance, tolerance)
+            choice, ordered = calibrate_block(block, ordered, grid, cond, null_cond, guidance, tolerance, fast)
             choices.append(choice)
             tokens = reorder(ordered, block.config.order)
     return choices[::-1]
@@ -90,6 +92,7 @@ def calibrate_block(
     null_cond: Tensor | None,
     guidance: Guidance | None,
     tolerance: float,
+    fast: FastSteps | None = None,
 ) -> tuple[BlockChoice, Tensor]:
     """The choice for one block, and its inverse of ``z`` (B, T, C), in the block's order."""
 
@@ -103,7 +106,7 @@ def calibrate_block(
 
     run, count = new_run(), min(TIMED_STEPS, z.shape[1])
     base = run.cache.length
-    step = min(timed(lambda: first_steps(run, z, count, base))[0] for _ in range(2)) / max(count - run.first, 1)
+    step = min(timed(lambda: first_steps(run, z, count, base, fast))[0] for _ in range(2)) / max(count - run.first, 1)
     sequential = step * (run.num_tokens - run.first)
 
     def sweep_once() -> None:
@@ -125,18 +128,18 @@ def calibrate_block(
         if seconds > 2 * sequential:
             break
     if x is None:
-        x, _ = decode_sequential(new_run(), z)
+        x, _ = decode_sequential(new_run(), z, fast)
     milliseconds = (round(1e3 * value, 4) for value in (step, sweep, sequential, best_time))
     step_ms, sweep_ms, sequential_ms, best_ms = milliseconds
     return BlockChoice(best.method, best.segment, step_ms, sweep_ms, best_sweeps, sequential_ms, best_ms), x
 
 
-def first_steps(run: BlockRun, z: Tensor, count: int, base: int) -> None:
+def first_steps(run: BlockRun, z: Tensor, count: int, base: int, fast: FastSteps | None) -> None:
     """The first tokens, sequentially."""
     run.cache.truncate(base)
     whole, run.num_tokens = run.num_tokens, count
     try:
-        decode_sequential(run, z[:, :count])
+        decode_sequential(run, z[:, :count], fast)
     finally:
         run.num_tokens = whole
 
@@ -155,15 +158,21 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def conditions_key(model: Any, batch: int, grid: tuple[int, int], guidance: Guidance | None, tolerance: float) -> str:
-    """What a calibration holds for: device, dtype, batch (to the next power of two), grid, guidance, tolerance."""
+def conditions_key(
+    model: Any, batch: int, grid: tuple[int, int], guidance: Guidance | None, tolerance: float, fast: bool = False
+) -> str:
+    """What a calibration holds for: device, dtype, batch (to the next power of two), grid, guidance, tolerance, and
+    whether steps are compiled."""
     device, dtype = model.device, str(model.dtype).removeprefix("torch.")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
         name = f"cpu, {torch.get_num_threads()} threads"
     guided = guidance is not None and guidance.weight > 0
     bucket = 1 << max(0, batch - 1).bit_length()
-    return f"{name} | {dtype} | batch {bucket} | grid {grid[0]}x{grid[1]} | guided {guided} | tolerance {tolerance:g}"
+    return (
+        f"{name} | {dtype} | batch {bucket} | grid {grid[0]}x{grid[1]} | guided {guided} | tolerance {tolerance:g}"
+        + (" | compiled" if fast else "")
+    )
 
 
 class CalibrationStore:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tarflow.flows.affine import at_least_float32
 from tarflow.flows.decoding import BlockRun, Decoding, check_finite
+from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.order import reorder
@@ -29,6 +30,7 @@ def decode(
     guidance: Guidance | None = None,
     decoding: Decoding | None = None,
     name: str = "the block",
+    fast: FastSteps | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Invert one `FlowBlock`; the network runs in its weights' dtype, also under autocast.
 
@@ -39,6 +41,7 @@ def decode(
         cond, null_cond, guidance: see `BlockRun`.
         decoding: how; sequentially if not given. "auto" must have been resolved.
         name: of the block, for errors.
+        fast: compiled steps for sequential decoding, if any.
 
     Returns:
         x (B, T, C), row-major, and the log|det dz/dx| (B,) of the (guided) map at x.
@@ -56,7 +59,7 @@ def decode(
         run = BlockRun(block, z.shape[0], grid, cond, null_cond, guidance)
         z = at_least_float32(reorder(z, block.config.order))
         if decoding.method == "sequential":
-            x, log_scales = decode_sequential(run, z)
+            x, log_scales = decode_sequential(run, z, fast)
         else:
             x, log_scales, _ = decode_jacobi(run, z, decoding)
     check_finite(x, name)
@@ -72,6 +75,7 @@ def generate(
     guidance: Guidance | None = None,
     callback: Callable[[int, Tensor], Tensor | None] | None = None,
     decoding: Decoding | Sequence[Decoding] | None = None,
+    fast: FastSteps | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Invert all blocks of a `TARFlowModel`, the deep one first.
 
@@ -83,6 +87,7 @@ def generate(
         callback: called after each block with its place (0 for the first one inverted) and the tokens in image
             layout; what it returns, if not None, goes on instead.
         decoding: how, for all blocks or one for each in the order of ``model.blocks``; sequentially if not given.
+        fast: see `decode`.
 
     Returns:
         x (B, C, H, W) and the sum of the blocks' log_det (B,).
@@ -94,7 +99,7 @@ def generate(
     log_det = z.new_zeros(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32))
     for place, block, method in zip(range(len(methods)), reversed(model.blocks), reversed(methods), strict=True):
         name = f"block {len(methods) - 1 - place} (0 is next to the data)"
-        tokens, block_log_det = decode(block, tokens, grid, cond, null_cond, guidance, method, name)
+        tokens, block_log_det = decode(block, tokens, grid, cond, null_cond, guidance, method, name, fast)
         log_det = log_det + block_log_det
         if callback is not None:
             changed = callback(place, model.unpatchify(tokens, grid))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tarflow.flows.affine import affine_inverse
 from tarflow.flows.decoding import BlockRun
+from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.step import DecodeStep
 
 #: With fewer rows than this, a CPU's threads wait for each other longer than they compute.
@@ -30,17 +32,20 @@ def fitting_threads(rows: int, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def decode_sequential(run: BlockRun, z: Tensor) -> tuple[Tensor, Tensor]:
+def decode_sequential(run: BlockRun, z: Tensor, fast: FastSteps | None = None) -> tuple[Tensor, Tensor]:
     """Invert a block.
 
     Args:
         run: the block with an empty cache but for the prefix.
         z: tokens in the block's order (B, T, C), at least float32.
+        fast: compiled steps to use, if any.
 
     Returns:
         x (B, T, C) and the log-scales (B, T, C) in the block's order.
     """
-    step = DecodeStep(run.block, run.context, run.cache, run.temperature)
+    step: Any = DecodeStep(run.block, run.context, run.cache, run.temperature)
+    if fast is not None:
+        step = fast.get(step, run.block, run.context, run.temperature)
     targets, made, log_scales = z.unbind(1), [], []
     if run.first == 0:
         previous = run.block.start_token.to(z.dtype).expand(z.shape[0], -1)

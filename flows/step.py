@@ -96,11 +96,16 @@ class DecodeStep:
         Returns:
             shift and log_scale (R, C), at least float32.
         """
-        position = self.cache.length  # of the prefix and the image together
+        parameters = self.parameters(inputs, self.cache.length)
+        self.cache.advance(1)
+        return parameters
+
+    def parameters(self, inputs: Tensor, position: Any) -> tuple[Tensor, Tensor]:
+        """The parameters of the token whose input sits at a position of the cache, which counts the prefix too."""
         weight, bias = self.proj_in
         hidden = torch.addmm(bias, inputs.to(self.dtype), weight)
         if self.added is not None:
-            hidden = hidden + self.added[position - self.prefix_length]
+            hidden = hidden + self.row(self.added, position - self.prefix_length)
         for layer in self.layers:
             y = self.attend(layer, hidden, position)
             hidden = hidden + y
@@ -114,7 +119,6 @@ class DecodeStep:
             weight, bias = layer.down
             y = torch.addmm(bias, y, weight)
             hidden += y if layer.mlp_post_norm is None else layer.mlp_post_norm(y)
-        self.cache.advance(1)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         weight, bias = self.proj_out
@@ -126,7 +130,18 @@ class DecodeStep:
         raw, shift = out.chunk(2, dim=-1)
         return shift, log_scale_of(raw, self.config.scale)
 
-    def attend(self, layer: LayerWeights, hidden: Tensor, position: int) -> Tensor:
+    @staticmethod
+    def row(rows: Any, position: Any) -> Tensor:
+        """One slot's row of a table."""
+        return rows[position]
+
+    def remember(self, keys_values: Tensor, new: Tensor, position: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write a slot's keys and values (R, 2, K, d); returns the keys and values to attend to, and a mask of them."""
+        keys_values.select(3, position).copy_(new)
+        keys, values = keys_values.narrow(3, 0, position + 1).unbind(1)
+        return keys, values, None
+
+    def attend(self, layer: LayerWeights, hidden: Tensor, position: Any) -> Tensor:
         """One layer's attention, (R, D); writes the slot's keys and values to the cache."""
         rows, head_dim = hidden.shape[0], self.head_dim
         weight, bias = layer.qkv
@@ -137,21 +152,55 @@ class DecodeStep:
             qk.copy_(torch.cat([layer.query_norm(q), layer.key_norm(k)], dim=1).view(rows, -1))
         if self.cos is not None:  # (x₀, x₁) → (x₀·cos − x₁·sin, x₁·cos + x₀·sin) for all pairs
             swapped = qk.view(rows, -1, 2).flip(-1).view(rows, -1)
-            qk.mul_(self.cos[position]).addcmul_(swapped, self.sin[position])
+            qk.mul_(self.row(self.cos, position)).addcmul_(swapped, self.row(self.sin, position))
         q = qkv.narrow(1, 0, self.heads * head_dim)
         if self.inverse_temperature is not None:
             q = q * self.inverse_temperature
-        keys_values = layer.keys_values
         new = qkv.narrow(1, self.heads * head_dim, 2 * self.kv_heads * head_dim)
-        keys_values.select(3, position).copy_(new.view(rows, 2, self.kv_heads, head_dim))
-        keys, values = keys_values.narrow(3, 0, position + 1).unbind(1)
+        keys, values, mask = self.remember(layer.keys_values, new.view(rows, 2, self.kv_heads, head_dim), position)
         # The heads of a group are queries of one key/value head.
         y = F.scaled_dot_product_attention(
-            q.view(rows, self.kv_heads, -1, head_dim), keys, values, scale=1 / math.sqrt(head_dim)
+            q.view(rows, self.kv_heads, -1, head_dim), keys, values, attn_mask=mask, scale=1 / math.sqrt(head_dim)
         )
         weight, bias = layer.proj
         y = torch.addmm(bias, y.reshape(rows, -1), weight)
         return y if layer.attention_post_norm is None else layer.attention_post_norm(y)
+
+
+class StaticStep(DecodeStep):
+    """The same with shapes that never change, for compilers and CUDA graphs: the position is a tensor, and attention
+    goes over the whole cache behind a mask.
+
+    The tensors of one sequence (prefix, positions, class vectors, temperature) are buffers that `load` fills, so that
+    what was compiled or captured for one sequence serves the next.
+    """
+
+    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+        super().__init__(block, context, cache, temperature)
+        for name in ("cos", "sin", "added"):
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, torch.stack(rows))
+        self.slots = torch.arange(cache.capacity, device=cache.keys_values.device)
+
+    def load(self, other: DecodeStep) -> None:
+        """Take over another sequence of the same shapes: its prefix in the cache, positions, vectors, temperature."""
+        prefix = other.cache.length
+        self.cache.keys_values[..., :prefix, :].copy_(other.cache.keys_values[..., :prefix, :])
+        for name in ("cos", "sin", "added"):
+            if (buffer := getattr(self, name)) is not None:
+                buffer.copy_(torch.stack(getattr(other, name)))
+        if self.inverse_temperature is not None:
+            self.inverse_temperature.copy_(other.inverse_temperature)
+        self.cache.length = prefix
+
+    @staticmethod
+    def row(rows: Tensor, position: Tensor) -> Tensor:
+        """One slot's row of a table (S, …)."""
+        return rows.index_select(0, position.view(1)).squeeze(0)
+
+    def remember(self, keys_values: Tensor, new: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys_values.index_copy_(3, position.view(1), new.unsqueeze(3))
+        return keys_values[:, 0], keys_values[:, 1], (self.slots <= position).view(1, 1, 1, -1)
 
 
 def transposed(linear: Any) -> tuple[Tensor, Tensor]:

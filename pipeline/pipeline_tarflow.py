@@ -21,6 +21,7 @@ from tarflow.flows.calibration import BlockChoice, CalibrationStore, calibrate, 
 from tarflow.flows.calibration import decodings as calibrated_decodings
 from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, residual
 from tarflow.flows.denoising import learned_denoise, score_denoise
+from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
@@ -98,6 +99,7 @@ class TARFlowPipeline(DiffusionPipeline):
         )
         self.codec = LatentCodec(vae, latents_mean, latents_std)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)
+        self._fast_steps: FastSteps | None = None
         self._calibration_store: CalibrationStore | None = None
         self._calibrated_state: tuple[int, int] | None = None
         self.labels = {name.lower(): int(index) for index, name in (id2label or {}).items()}
@@ -259,7 +261,9 @@ class TARFlowPipeline(DiffusionPipeline):
                 return (callback_on_step_end(self, index, index, tensors) or {}).get("latents")
 
             methods = self.resolve_decoding(decoding, noise, condition, null_condition, guidance)
-            x, _ = sampling.generate(self.flow, noise, condition, null_condition, guidance, after_block, methods)
+            x, _ = sampling.generate(
+                self.flow, noise, condition, null_condition, guidance, after_block, methods, self._fast_steps
+            )
         errors = (None, None)
         if return_residual:
             errors = residual(self.flow, x, noise, condition, null_condition, guidance)
@@ -285,6 +289,19 @@ class TARFlowPipeline(DiffusionPipeline):
         output = TARFlowPipelineOutput(images=images, residual_max=errors[0], residual_mean=errors[1])
         return output if return_dict else output.to_tuple()
 
+    def enable_fast_decoding(self, backend: str | None = "inductor") -> None:
+        """Compile the sequential decode step (`torch.compile`, about half a minute for each block and shape at the
+        first call with it) and, on CUDA devices, replay it as a CUDA graph. Worth it for large models and many calls.
+
+        Args:
+            backend: of `torch.compile`; None only makes CUDA graphs.
+        """
+        self._fast_steps = FastSteps(backend)
+
+    def disable_fast_decoding(self) -> None:
+        """Go back to eager steps, and free what was compiled."""
+        self._fast_steps = None
+
     @property
     def calibrations(self) -> dict[str, list[BlockChoice]]:
         """What "auto" has found so far, by device, dtype, batch and so on: method and times for each block."""
@@ -308,9 +325,10 @@ class TARFlowPipeline(DiffusionPipeline):
             return decodings
         store, tolerance = self.calibration_store(), automatic[0].tolerance
         grid = self.flow.patchify(noise)[1]
-        key = conditions_key(self.flow, len(noise), grid, guidance, tolerance)
+        fast = self._fast_steps
+        key = conditions_key(self.flow, len(noise), grid, guidance, tolerance, fast is not None)
         if len(store.choices.get(key, ())) != len(self.flow.blocks):
-            store.put(key, calibrate(self.flow, noise, cond, null_cond, guidance, tolerance))
+            store.put(key, calibrate(self.flow, noise, cond, null_cond, guidance, tolerance, fast))
         found = calibrated_decodings(store.choices[key], tolerance)
         return [best if one.method == "auto" else one for one, best in zip(decodings, found, strict=True)]
 

@@ -17,6 +17,7 @@ from tarflow.evaluation.published_sampler import generate_as_published
 from tarflow.flows import jacobi
 from tarflow.flows.calibration import FILE_NAME, CalibrationStore, calibrate, decodings, fingerprint
 from tarflow.flows.decoding import BlockRun, Decoding, residual
+from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.model import TARFlowModel
@@ -145,6 +146,47 @@ def test_parts_of_a_batch_are_the_batch(monkeypatch) -> None:
     monkeypatch.setattr("tarflow.pipeline.pipeline_tarflow.DECODED_PIXELS", 1)
     parts = draw(pipe, class_labels=[0, 1], decoding="sequential")
     assert abs(whole - parts).max() < 1e-4
+
+
+@pytest.mark.parametrize("guidance", ["none", "gaussian", "temperature"])
+@pytest.mark.parametrize("name", MODELS)
+def test_static_steps_are_the_same_steps(name: str, guidance: str) -> None:
+    model, how = grid_model(name), GUIDANCES[guidance]
+    steps = FastSteps(None)
+    for _ in range(2):  # the second time with what was kept from the first
+        cond, null = conditions(model, 2)
+        z = random_images(model, 2)
+        expected, _ = generate(model, z, cond, null, how)
+        x, _ = generate(model, z, cond, null, how, fast=steps)
+        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+    assert len(steps.steps) == len(model.blocks)
+    with torch.no_grad():
+        model.blocks[0].layers[0].mlp.up.weight *= 1.5
+    assert not torch.allclose(generate(model, z, cond, null, how)[0], expected)
+    torch.testing.assert_close(
+        generate(model, z, cond, null, how, fast=steps)[0], generate(model, z, cond, null, how)[0], rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", ["rotary-prefix", "rich-prefix", "learned-vectors"])
+def test_static_steps_compile_to_one_graph(name: str) -> None:
+    model = grid_model(name)
+    cond, null = conditions(model, 2)
+    z = random_images(model, 2)
+    expected, _ = generate(model, z, cond, null, Guidance(1.0))
+    x, _ = generate(model, z, cond, null, Guidance(1.0), fast=FastSteps("eager"))  # captured whole, run as it is
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_pipeline_with_fast_steps() -> None:
+    pipe = make_pipeline()
+    options = {"class_labels": [0, 1], "output_type": "latent", "decoding": "sequential"}
+    expected = draw(pipe, **options)
+    pipe.enable_fast_decoding(None)
+    torch.testing.assert_close(draw(pipe, **options), expected)
+    assert pipe._fast_steps.steps
+    pipe.disable_fast_decoding()
+    assert torch.equal(draw(pipe, **options), expected)
 
 
 def test_bad_input() -> None:

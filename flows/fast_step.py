@@ -1,0 +1,96 @@
+"""Decode steps that are compiled, and on CUDA devices captured as graphs, once and for all batches of one shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.flows.kv_cache import KVCache
+from tarflow.flows.step import DecodeStep, StaticStep
+
+#: Calls before a CUDA graph is captured: compilation and the libraries' own warm-up are then over.
+WARM_UP_CALLS = 3
+
+
+class FastStep:
+    """A `StaticStep` whose arithmetic is compiled, and on a CUDA device replayed as one graph.
+
+    Args:
+        step: the step; its cache becomes this one's own.
+        backend: of `torch.compile`; None does not compile.
+    """
+
+    def __init__(self, step: StaticStep, backend: str | None = "inductor"):
+        self.step, self.graph = step, None
+        device = step.cache.keys_values.device
+        rows, channels = step.cache.keys_values.shape[1], step.config.token_dim
+        weights = step.proj_out[0].dtype
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.inputs = torch.zeros(rows, channels, dtype=weights, device=device)
+        self.function = step.parameters
+        if backend is not None:
+            self.function = torch.compile(step.parameters, backend=backend, dynamic=False, fullgraph=True)
+        self.captures = device.type == "cuda"
+        self.outputs: tuple[Tensor, Tensor] | None = None
+
+    def start(self, other: DecodeStep) -> None:
+        """Begin a sequence whose prefix is in another step's cache."""
+        self.step.load(other)
+        self.position.fill_(self.step.cache.length)
+        if self.captures and self.graph is None:
+            self.capture()
+
+    def capture(self) -> None:
+        """Warm up on a side stream, as CUDA graphs want it, then capture one call."""
+        position = self.position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                self.function(self.inputs, self.position)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.function(self.inputs, self.position)
+            self.position.add_(1)
+        self.position.copy_(position)  # what the capture wrote to the cache is written again at the first step
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `DecodeStep`; the results must be used before the next call."""
+        self.inputs.copy_(inputs)
+        if self.graph is not None:
+            self.graph.replay()
+            return self.outputs
+        parameters = self.function(self.inputs, self.position)
+        self.position.add_(1)
+        return parameters
+
+
+class FastSteps:
+    """Fast steps by block and shape, made when they are first needed and kept.
+
+    Args:
+        backend: see `FastStep`.
+    """
+
+    def __init__(self, backend: str | None = "inductor"):
+        self.backend = backend
+        self.steps: dict[tuple, tuple[tuple, FastStep]] = {}
+
+    def get(self, step: DecodeStep, block: Any, context: Any, temperature: Tensor | None) -> FastStep:
+        """The fast form of a step, ready for its sequence. Made anew if the block's weights have changed."""
+        shape = tuple(step.cache.keys_values.shape)
+        key = (id(block), shape, step.prefix_length, step.dtype, temperature is None)
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in block.parameters())
+        if key not in self.steps or self.steps[key][0] != weights:
+            layers, rows, _, kv_heads, capacity, head_dim = shape
+            device = step.cache.keys_values.device
+            cache = KVCache(layers, rows, kv_heads, capacity, head_dim, device, step.cache.keys_values.dtype)
+            cache.keys_values.zero_()  # slots behind the mask must be finite
+            fast = FastStep(StaticStep(block, context, cache, temperature), self.backend)
+            self.steps[key] = (weights, fast)
+        fast = self.steps[key][1]
+        fast.start(step)
+        return fast
