@@ -14,12 +14,13 @@ from torch import Tensor
 from tarflow.evaluation.published_sampler import generate_as_published
 from tarflow.flows.calibration import calibrate, clock, decodings
 from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, BlockRun, Decoding, residual
+from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.order import reorder
 from tarflow.flows.sampling import generate
 
-METHODS = ("published", "sequential", "jacobi", "auto", "fast")
+METHODS = ("published", "sequential", "jacobi", "auto", "fast", "compiled")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,13 @@ class Speed:
 
 @torch.no_grad()
 def compare(
-    model: Any, batch: int, cond: Tensor | None, null: Tensor | None, guidance: Guidance | None, repeats: int = 5
+    model: Any,
+    batch: int,
+    cond: Tensor | None,
+    null: Tensor | None,
+    guidance: Guidance | None,
+    repeats: int = 5,
+    compiled: bool = False,
 ) -> list[Speed]:
     """All methods on the same noise, one after the other, ``repeats`` times.
 
@@ -62,6 +69,7 @@ def compare(
         model: a `TARFlowModel`.
         cond, null: conditions as the blocks take them.
         guidance: None for none.
+        compiled: also "auto" with compiled steps; they are compiled before the clock starts.
     """
     size = model.config.sample_size
     noise = torch.randn(batch, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
@@ -78,6 +86,12 @@ def compare(
     }
     for name, plan in plans.items():
         functions[name] = lambda plan=plan: generate(model, z, cond, null, guidance, decoding=plan)[0]
+
+    if compiled:
+        steps = FastSteps()
+        choices = calibrate(model, z, cond, null, guidance, DEFAULT_TOLERANCE, steps)
+        plan = plans["compiled"] = decodings(choices, DEFAULT_TOLERANCE)
+        functions["compiled"] = lambda: generate(model, z, cond, null, guidance, decoding=plan, fast=steps)[0]
 
     times: dict[str, list[float]] = {name: [] for name in functions}
     samples, peaks = {}, {}

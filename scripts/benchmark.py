@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling.add_argument("--guidance-scale", type=float, default=2.0)
     sampling.add_argument("--repeats", type=int, default=5)
     sampling.add_argument("--dtype", choices=DTYPES, default="float32")
+    sampling.add_argument("--compile", action="store_true", help="also with compiled steps (and CUDA graphs)")
     sampling.add_argument("--device", default=best_device())
     sampling.add_argument("--output", default="runs/benchmark", help="folder of sampling.json and sampling.png")
     arguments = parser.parse_args(argv)
@@ -67,7 +68,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
     }
     for batch in arguments.batches:
         cond, null = conditions(model, text, batch)
-        speeds = compare(model, batch, cond, null, guidance, arguments.repeats)
+        speeds = compare(model, batch, cond, null, guidance, arguments.repeats, arguments.compile)
         print(f"\nbatch {batch}        images/s  × published  ms/step  max residual  max difference  methods (sweeps)")
         for speed in speeds:
             methods = ", ".join(
@@ -144,8 +145,9 @@ def chart(speeds: list[Speed], title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 3.2), squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
         rows = {speed.method: speed for speed in speeds if speed.batch == batch}
-        bars = axis.bar(METHODS, [rows[name].images_per_second for name in METHODS])
-        axis.bar_label(bars, [f"{rows[name].ratio:.1f}×" for name in METHODS])
+        names = [name for name in METHODS if name in rows]
+        bars = axis.bar(names, [rows[name].images_per_second for name in names])
+        axis.bar_label(bars, [f"{rows[name].ratio:.1f}×" for name in names])
         axis.set(title=f"batch {batch}", ylabel="images per second")
         axis.tick_params(axis="x", rotation=30)
     figure.suptitle(title, fontsize=8)
