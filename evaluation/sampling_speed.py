@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.order import reorder
 from tarflow.flows.sampling import generate
+from tarflow.flows.step import DecodeStep
 
 METHODS = ("published", "sequential", "jacobi", "auto", "fast", "compiled")
 
@@ -195,8 +195,6 @@ def roofline(
     model: Any, batch: int, cond: Tensor | None, null: Tensor | None, guidance: Guidance | None, steps: int = 32
 ) -> list[Roofline]:
     """For each block, a step in the middle of the sequence against what it must read and compute."""
-    from tarflow.flows.step import DecodeStep
-
     device, dtype = model.device, model.dtype
     bandwidth, speed = copy_bandwidth(device), product_speed(device, dtype)
     side = model.config.sample_size // model.config.patch_size
@@ -246,7 +244,3 @@ def best_of(function: Callable[[], Any], device: torch.device, repeats: int = 5)
         function()
         times.append(clock(device) - start)
     return min(times[1:])
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%d")

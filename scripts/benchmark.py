@@ -15,13 +15,14 @@ import dataclasses
 import json
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tarflow import TARFlowModel, TARFlowPipeline
-from tarflow.evaluation.sampling_speed import METHODS, Speed, compare, now, roofline
+from tarflow.evaluation.sampling_speed import METHODS, Speed, compare, roofline
 from tarflow.flows.guidance import Guidance
 from tarflow.pipeline.device import best_device
 from tarflow.training.arguments import parse_config
@@ -62,7 +63,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
         "repeats": arguments.repeats,
         "machine": machine(torch.device(arguments.device)),
         "dtype": arguments.dtype,
-        "date": now(),
+        "date": time.strftime("%Y-%m-%d"),
         "speeds": [],
         "roofline": [],
     }
@@ -150,6 +151,7 @@ def chart(speeds: list[Speed], title: str, path: Path) -> None:
         axis.bar_label(bars, [f"{rows[name].ratio:.1f}×" for name in names])
         axis.set(title=f"batch {batch}", ylabel="images per second")
         axis.tick_params(axis="x", rotation=30)
+        axis.margins(y=0.12)  # room for the labels
     figure.suptitle(title, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
