@@ -35,9 +35,9 @@ class FastStep:
         self.captures = device.type == "cuda"
         self.outputs: tuple[Tensor, Tensor] | None = None
 
-    def start(self, other: DecodeStep) -> None:
+    def start(self, other: DecodeStep, context: Any) -> None:
         """Begin a sequence whose prefix is in another step's cache."""
-        self.step.load(other)
+        self.step.load(other, context)
         self.position.fill_(self.step.cache.length)
         if self.captures and self.graph is None:
             self.capture()
@@ -92,5 +92,5 @@ class FastSteps:
             fast = FastStep(StaticStep(block, context, cache, temperature), self.backend)
             self.steps[key] = (weights, fast)
         fast = self.steps[key][1]
-        fast.start(step)
+        fast.start(step, context)
         return fast

@@ -49,6 +49,9 @@ class DecodeStep:
         temperature: divides the attention logits, (R, 1, 1, 1), or None.
     """
 
+    #: Whether pairs may be rotated as complex numbers, which compilers do not take.
+    complex_rotation = True
+
     def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
         self.cache, self.config = cache, block.config
         self.prefix_length = context.prefix_length
@@ -57,11 +60,14 @@ class DecodeStep:
         self.heads, self.kv_heads, self.head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         self.rotated = (self.heads + self.kv_heads) * self.head_dim  # columns of queries and keys
         dtype = block.proj_in.weight.dtype
-        self.cos = self.sin = None
-        if context.rotation is not None:  # a (rotated,) for each slot
+        self.cos = self.sin = self.turns = None
+        if context.rotation is not None:  # a row for each slot, of all heads' queries and keys
             repeats = self.heads + self.kv_heads
-            tables = (table.repeat(1, repeats).to(dtype) for table in context.rotation)
-            self.cos, self.sin = (table.unbind(0) for table in tables)
+            cos, sin = (table.repeat(1, repeats).to(dtype) for table in context.rotation)
+            if self.complex_rotation and dtype in (torch.float32, torch.float64):
+                self.turns = torch.complex(cos[:, 0::2].contiguous(), sin[:, 1::2].contiguous()).unbind(0)
+            else:
+                self.cos, self.sin = cos.unbind(0), sin.unbind(0)
         self.proj_in, self.dtype = transposed(block.proj_in), dtype
         self.final_norm = None if block.final_norm is None else norm_function(block.final_norm, dtype)
         self.proj_out = tuple(at_least_float32(part) for part in transposed(block.proj_out))
@@ -150,7 +156,9 @@ class DecodeStep:
         if layer.query_norm is not None:
             q, k = qk.view(rows, -1, head_dim).split([self.heads, self.kv_heads], dim=1)
             qk.copy_(torch.cat([layer.query_norm(q), layer.key_norm(k)], dim=1).view(rows, -1))
-        if self.cos is not None:  # (x₀, x₁) → (x₀·cos − x₁·sin, x₁·cos + x₀·sin) for all pairs
+        if self.turns is not None:  # the pairs (x₀, x₁) as x₀ + i·x₁, in one operation
+            torch.view_as_complex(qk.view(rows, -1, 2)).mul_(self.row(self.turns, position))
+        elif self.cos is not None:  # (x₀, x₁) → (x₀·cos − x₁·sin, x₁·cos + x₀·sin) for all pairs
             swapped = qk.view(rows, -1, 2).flip(-1).view(rows, -1)
             qk.mul_(self.row(self.cos, position)).addcmul_(swapped, self.row(self.sin, position))
         q = qkv.narrow(1, 0, self.heads * head_dim)
@@ -175,6 +183,8 @@ class StaticStep(DecodeStep):
     what was compiled or captured for one sequence serves the next.
     """
 
+    complex_rotation = False
+
     def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
         super().__init__(block, context, cache, temperature)
         for name in ("cos", "sin", "added"):
@@ -182,13 +192,15 @@ class StaticStep(DecodeStep):
                 setattr(self, name, torch.stack(rows))
         self.slots = torch.arange(cache.capacity, device=cache.keys_values.device)
 
-    def load(self, other: DecodeStep) -> None:
+    def load(self, other: DecodeStep, context: Any) -> None:
         """Take over another sequence of the same shapes: its prefix in the cache, positions, vectors, temperature."""
         prefix = other.cache.length
         self.cache.keys_values[..., :prefix, :].copy_(other.cache.keys_values[..., :prefix, :])
-        for name in ("cos", "sin", "added"):
-            if (buffer := getattr(self, name)) is not None:
-                buffer.copy_(torch.stack(getattr(other, name)))
+        if self.cos is not None:
+            for buffer, table in zip((self.cos, self.sin), context.rotation, strict=True):
+                buffer.copy_(table.repeat(1, self.heads + self.kv_heads))
+        if self.added is not None:
+            self.added.copy_(torch.stack(other.added))
         if self.inverse_temperature is not None:
             self.inverse_temperature.copy_(other.inverse_temperature)
         self.cache.length = prefix

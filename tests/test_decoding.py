@@ -168,6 +168,15 @@ def test_static_steps_are_the_same_steps(name: str, guidance: str) -> None:
     )
 
 
+def test_static_steps_know_the_grid() -> None:
+    model, steps = small_model(sample_size=8).double(), FastSteps(None)
+    for height, width in ((8, 8), (4, 16), (16, 4)):  # 16 tokens all
+        z = random_images(model, 1, height, width)
+        x, _ = generate(model, z, fast=steps)
+        torch.testing.assert_close(x, generate(model, z)[0], rtol=1e-9, atol=1e-9)
+    assert len(steps.steps) == len(model.blocks)
+
+
 @pytest.mark.parametrize("name", ["rotary-prefix", "rich-prefix", "learned-vectors"])
 def test_static_steps_compile_to_one_graph(name: str) -> None:
     model = grid_model(name)
