@@ -13,14 +13,12 @@ import json
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
-
 from tarflow import TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.evaluation.likelihood import Likelihood, evaluate_likelihood
 from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import fail
+from tarflow.training.arguments import fail, parse_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,13 +49,8 @@ class BpdConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(BpdConfig, None, sub_configs=False)
     try:
-        arguments = vars(parser.instantiate(parser.parse_args(argv)))
-        arguments.pop("config", None)
-        config = BpdConfig(**arguments)
+        config, _ = parse_dataclass(BpdConfig, argv, __doc__)
         pipe = TARFlowPipeline.from_pretrained(config.pipeline).to(best_device())
         result = evaluate_likelihood(
             pipe,
@@ -71,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if config.output:
             Path(config.output).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    except (jsonargparse.ArgumentError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         fail(ValueError(" ".join(str(error).split())))
     print(report(result, pipe.config.noise_std))
 

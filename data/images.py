@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from tarflow.data.config import DataConfig
@@ -80,6 +81,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         batch["label"] = torch.tensor([item["label"] for item in items])
     batch["skipped"] = [message for item in items for message in item["skipped"]]
     return batch
+
+
+def to_model(images: Tensor) -> Tensor:
+    """uint8 pictures (B, 3, S, S) as floats in [−1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def background_colour(background: str, seed: int, index: int) -> tuple[int, int, int]:

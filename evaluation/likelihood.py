@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tarflow.data.images import Images, collate
+from tarflow.data.images import Images, collate, to_model
 from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
 
 
@@ -122,7 +122,7 @@ def batches(images: Images, count: int, batch_size: int) -> Iterator[tuple[list[
 
 def noisy(pipe: Any, images: Tensor, seed: int, indices: list[int], draw: int) -> Tensor:
     """Dequantised pixels, or latents with the training noise, (B, C, h, w)."""
-    latents = None if pipe.vae is None else pipe.codec.encode(images.float() / 127.5 - 1).float()
+    latents = None if pipe.vae is None else pipe.codec.encode(to_model(images)).float()
     shape = images.shape[1:] if latents is None else latents.shape[1:]
     draw_noise = torch.rand if latents is None else torch.randn
     generators = (torch.Generator().manual_seed((seed * 1_000_003 + index) * 1_009 + draw) for index in indices)

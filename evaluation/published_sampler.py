@@ -1,8 +1,8 @@
 """How the published code samples, as a baseline for speed: every block token by token, in eager mode.
 
 At each step STARFlow's code rotates the cached keys of all slots again, makes an attention mask, and keeps two rows of
-everything in guided blocks; TARFlow's code, which has no rotation, appends to its cache by concatenation. The numbers are those of
-`tarflow.flows.sampling.decode`.
+everything in guided blocks; TARFlow's code, which has no rotation, appends to its cache by concatenation. The numbers
+are those of `tarflow.flows.sampling.decode`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflow.flows.affine import log_scale_of, soft_clip
-from tarflow.flows.decoding import expand_rows
+from tarflow.flows.decoding import BlockRun
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.order import reorder
 
@@ -89,45 +89,33 @@ def decode_as_published(
     guidance: Guidance | None = None,
 ) -> Tensor:
     """Invert one block; arguments as of `tarflow.flows.sampling.decode`; returns x (B, T, C), row-major."""
-    guided = guidance is not None and guidance.weight > 0
-    guided = guided and (block.sees_condition or guidance.temperature != 1)
-    z = reorder(z, block.config.order).clone()
-    batch, tokens, _ = z.shape
-    temperature = None
-    if guided:
-        if cond is not None or null_cond is not None:
-            cond = torch.cat([expand_rows(cond, block, batch), expand_rows(null_cond, block, batch)])
-        z = torch.cat([z, z])
-        if guidance.temperature != 1:
-            temperature = z.new_ones(2 * batch, 1, 1, 1)
-            temperature[batch:] = guidance.temperature
-    context = block.context(cond if block.sees_condition else None, grid)
+    run = BlockRun(block, len(z), grid, cond, null_cond, guidance, cached=False)
+    context, batch, tokens = run.context, run.batch, run.num_tokens
+    z = run.doubled(reorder(z, block.config.order))
     rotation = None if context.rotation is None else tuple(table[:, 1::2] for table in context.rotation)
     cache = PublishedCache(block, len(z), context.prefix_length + tokens, block.proj_in.weight.dtype)
 
     def layers(hidden: Tensor) -> Tensor:
         for index, layer in enumerate(block.layers):
-            hidden = hidden + attention(layer.attention, hidden, rotation, cache, index, temperature)
+            hidden = hidden + attention(layer.attention, hidden, rotation, cache, index, run.temperature)
             hidden = hidden + layer.mlp(hidden)
         return hidden
 
     if context.prefix is not None:
         layers(context.prefix)
-    x, first = z.clone(), 0 if block.start_token is not None else 1
-    for token in range(first, tokens):
+    x = z.clone()
+    for token in range(run.first, tokens):
         inputs = x[:, token - 1 : token] if token else block.start_token.expand(len(z), 1, -1)
         hidden = block.proj_in(inputs.to(block.proj_in.weight.dtype))
         if context.added is not None:
-            hidden = hidden + context.added[:, token - first : token - first + 1]
+            hidden = hidden + context.added[:, token - run.first : token - run.first + 1]
         hidden = layers(hidden)
         if block.final_norm is not None:
             hidden = block.final_norm(hidden)
         out = soft_clip(block.proj_out(hidden).float(), block.config.soft_clip)
         raw, shift = (torch.zeros_like(out), out) if block.config.scale == "additive" else out.chunk(2, dim=-1)
         log_scale = log_scale_of(raw, "exp" if block.config.scale == "additive" else block.config.scale)
-        if guided:
-            pairs = zip(shift.chunk(2), log_scale.chunk(2), strict=True)
-            shift, log_scale = (torch.cat([part, part]) for part in guidance(*pairs, token, tokens))
+        shift, log_scale = (run.doubled(part) for part in run.combined((shift, log_scale), token))
         x[:, token] = z[:, token] * log_scale.exp().squeeze(1) + shift.squeeze(1)
     return reorder(x[:batch], block.config.order)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from tarflow.evaluation.published_sampler import generate_as_published
@@ -16,6 +18,7 @@ from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, BlockRun, 
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
+from tarflow.flows.model import TARFlowModel
 from tarflow.flows.order import reorder
 from tarflow.flows.sampling import generate
 from tarflow.flows.step import DecodeStep
@@ -104,6 +107,9 @@ def compare(
             times[name].append(clock(model.device) - start)
             if model.device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+    caches = [BlockRun(block, batch, grid, cond, null, guidance).cache for block in model.blocks]
+    cache_mb = max(cache.keys_values.nbytes for cache in caches) / 2**20
+    del caches
     speeds = []
     for name in functions:
         seconds = statistics.median(times[name])
@@ -123,7 +129,7 @@ def compare(
                 float(worst.max()),
                 float(mean.mean()),
                 float((samples[name] - samples["sequential"]).abs().max()),
-                largest_cache(model, batch, grid, cond, guidance) / 2**20,
+                cache_mb,
                 peaks.get(name),
             )
         )
@@ -134,39 +140,41 @@ def count_sweeps(
     model: Any, z: Tensor, plan: list[Decoding], cond: Tensor | None, null: Tensor | None, guidance: Guidance | None
 ) -> list[int | None]:
     """Parallel passes of each block of ``model.blocks``; None where it is decoded sequentially."""
+    if all(decoding.method == "sequential" for decoding in plan):
+        return [None] * len(plan)
     tokens, grid = model.patchify(z)
     sweeps: list[int | None] = []
     for block, decoding in zip(reversed(model.blocks), reversed(plan), strict=True):
-        image = model.unpatchify(tokens, grid)
         if decoding.method == "sequential":
             sweeps.append(None)
-            x, _ = block.inverse(model.patchify(image)[0], grid, cond, null, guidance)
+            tokens, _ = block.inverse(tokens, grid, cond, null, guidance)
         else:
             run = BlockRun(block, len(tokens), grid, cond, null, guidance)
             x, _, count = decode_jacobi(run, reorder(tokens, block.config.order).float(), decoding)
-            x = reorder(x, block.config.order)
+            tokens = reorder(x, block.config.order)
             sweeps.append(count)
-        tokens = x
     return sweeps[::-1]
 
 
-def rows_of(block: Any, batch: int, guidance: Guidance | None) -> int:
-    guided = guidance is not None and guidance.weight > 0 and block.sees_condition
-    return 2 * batch if guided else batch
+def random_model(name: str, device: str, dtype: torch.dtype, **changes: Any) -> TARFlowModel:
+    """The shape of a configuration in configs/ with random weights, neither the identity nor wild.
 
+    Args:
+        changes: arguments of the model to replace.
 
-def cache_bytes(block: Any, batch: int, slots: int, guidance: Guidance | None) -> int:
-    """Keys and values of one block's layers for a number of slots."""
-    config = block.config
-    numbers = 2 * config.layers * rows_of(block, batch, guidance) * config.num_kv_heads * config.head_dim * slots
-    return numbers * block.proj_in.weight.element_size()
-
-
-def largest_cache(
-    model: Any, batch: int, grid: tuple[int, int], cond: Tensor | None, guidance: Guidance | None
-) -> float:
-    prefix = cond.shape[1] if cond is not None and cond.ndim == 3 else 0
-    return max(cache_bytes(block, batch, grid[0] * grid[1] + prefix, guidance) for block in model.blocks)
+    Raises:
+        ValueError: if there is no such configuration.
+    """
+    path = Path("configs") / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no configuration {str(path)!r}")
+    flow = yaml.safe_load(path.read_text(encoding="utf-8"))["flow"]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = TARFlowModel(**{**flow, **changes}).to(dtype)
+        for block in model.blocks:
+            torch.nn.init.normal_(block.proj_out.weight, std=0.02)
+    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -214,7 +222,8 @@ def roofline(
             p.numel() for name, p in block.named_parameters() if not name.startswith(("pos", "class", "proj_c"))
         )
         rows = len(inputs)
-        read = weights * block.proj_in.weight.element_size() + cache_bytes(block, batch, middle, guidance)
+        cached = run.cache.keys_values.nbytes * middle // run.cache.capacity
+        read = weights * block.proj_in.weight.element_size() + cached
         attention = 4 * rows * block.config.layers * block.config.num_heads * block.config.head_dim * middle
         bytes_ms, flops_ms = 1e3 * read / bandwidth, 1e3 * (2 * rows * weights + attention) / speed
         step_ms = 1e3 * statistics.median(times)

@@ -106,7 +106,12 @@ def calibrate_block(
 
     run, count = new_run(), min(TIMED_STEPS, z.shape[1])
     base = run.cache.length
-    step = min(timed(lambda: first_steps(run, z, count, base, fast))[0] for _ in range(2)) / max(count - run.first, 1)
+
+    def first_steps() -> None:
+        run.cache.truncate(base)
+        decode_sequential(run, z[:, :count], fast)
+
+    step = min(timed(first_steps)[0] for _ in range(2)) / max(count - run.first, 1)
     sequential = step * (run.num_tokens - run.first)
 
     def sweep_once() -> None:
@@ -132,16 +137,6 @@ def calibrate_block(
     milliseconds = (round(1e3 * value, 4) for value in (step, sweep, sequential, best_time))
     step_ms, sweep_ms, sequential_ms, best_ms = milliseconds
     return BlockChoice(best.method, best.segment, step_ms, sweep_ms, best_sweeps, sequential_ms, best_ms), x
-
-
-def first_steps(run: BlockRun, z: Tensor, count: int, base: int, fast: FastSteps | None) -> None:
-    """The first tokens, sequentially."""
-    run.cache.truncate(base)
-    whole, run.num_tokens = run.num_tokens, count
-    try:
-        decode_sequential(run, z[:, :count], fast)
-    finally:
-        run.num_tokens = whole
 
 
 def decodings(choices: list[BlockChoice], tolerance: float) -> list[Decoding]:

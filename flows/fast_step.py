@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tarflow.flows.kv_cache import KVCache
-from tarflow.flows.step import DecodeStep, StaticStep
+from tarflow.flows.decoding import BlockRun
+from tarflow.flows.step import StaticStep
 
 #: Calls before a CUDA graph is captured: compilation and the libraries' own warm-up are then over.
 WARM_UP_CALLS = 3
@@ -35,9 +33,9 @@ class FastStep:
         self.captures = device.type == "cuda"
         self.outputs: tuple[Tensor, Tensor] | None = None
 
-    def start(self, other: DecodeStep, context: Any) -> None:
-        """Begin a sequence whose prefix is in another step's cache."""
-        self.step.load(other, context)
+    def start(self, run: BlockRun) -> None:
+        """Begin a sequence whose prefix is in the run's cache."""
+        self.step.load(run.context, run.cache, run.temperature)
         self.position.fill_(self.step.cache.length)
         if self.captures and self.graph is None:
             self.capture()
@@ -79,18 +77,16 @@ class FastSteps:
         self.backend = backend
         self.steps: dict[tuple, tuple[tuple, FastStep]] = {}
 
-    def get(self, step: DecodeStep, block: Any, context: Any, temperature: Tensor | None) -> FastStep:
-        """The fast form of a step, ready for its sequence. Made anew if the block's weights have changed."""
-        shape = tuple(step.cache.keys_values.shape)
-        key = (id(block), shape, step.prefix_length, step.dtype, temperature is None)
+    def get(self, run: BlockRun) -> FastStep:
+        """The step of a run's block and shape, ready for its sequence. Made anew if the block's weights have changed."""
+        block, shape = run.block, tuple(run.cache.keys_values.shape)
+        key = (id(block), shape, run.context.prefix_length, run.cache.keys_values.dtype, run.temperature is None)
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in block.parameters())
         if key not in self.steps or self.steps[key][0] != weights:
-            layers, rows, _, kv_heads, capacity, head_dim = shape
-            device = step.cache.keys_values.device
-            cache = KVCache(layers, rows, kv_heads, capacity, head_dim, device, step.cache.keys_values.dtype)
+            cache = block.new_cache(shape[1], run.cache.capacity, run.cache.keys_values.dtype)
             cache.keys_values.zero_()  # slots behind the mask must be finite
-            fast = FastStep(StaticStep(block, context, cache, temperature), self.backend)
-            self.steps[key] = (weights, fast)
+            step = StaticStep(block, run.context, cache, run.temperature)
+            self.steps[key] = (weights, FastStep(step, self.backend))
         fast = self.steps[key][1]
-        fast.start(step, context)
+        fast.start(run)
         return fast

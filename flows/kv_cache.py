@@ -33,10 +33,6 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys_values.shape[4]
 
-    def both(self, layer: int) -> Tensor:
-        """Keys and values of one layer, all slots: (B, 2, kv heads, capacity, head_dim), not copied."""
-        return self.keys_values[layer]
-
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new slots (B, kv heads, S, head_dim) of one layer; returns all its keys and values, old and new."""
         end = self.length + keys.shape[2]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +36,13 @@ def decode_sequential(run: BlockRun, z: Tensor, fast: FastSteps | None = None) -
 
     Args:
         run: the block with an empty cache but for the prefix.
-        z: tokens in the block's order (B, T, C), at least float32.
+        z: tokens in the block's order (B, T, C), at least float32; fewer than all give the first tokens alone.
         fast: compiled steps to use, if any.
 
     Returns:
         x (B, T, C) and the log-scales (B, T, C) in the block's order.
     """
-    step: Any = DecodeStep(run.block, run.context, run.cache, run.temperature)
-    if fast is not None:
-        step = fast.get(step, run.block, run.context, run.temperature)
+    step = DecodeStep(run.block, run.context, run.cache, run.temperature) if fast is None else fast.get(run)
     targets, made, log_scales = z.unbind(1), [], []
     if run.first == 0:
         previous = run.block.start_token.to(z.dtype).expand(z.shape[0], -1)
@@ -53,7 +50,7 @@ def decode_sequential(run: BlockRun, z: Tensor, fast: FastSteps | None = None) -
         previous = targets[0]
         made, log_scales = [previous], [torch.zeros_like(previous)]
     with fitting_threads(len(run.doubled(previous)), z.device):
-        for token in range(run.first, run.num_tokens):
+        for token in range(run.first, z.shape[1]):
             shift, log_scale = run.combined(step(run.doubled(previous)), token)
             previous = affine_inverse(targets[token], shift, log_scale)
             made.append(previous)

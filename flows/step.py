@@ -90,7 +90,7 @@ class DecodeStep:
             mlp.gated,
             transposed(mlp.down),
             norm_function(mlp.post_norm, dtype),
-            self.cache.both(index),
+            self.cache.keys_values[index],
         )
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,17 +192,17 @@ class StaticStep(DecodeStep):
                 setattr(self, name, torch.stack(rows))
         self.slots = torch.arange(cache.capacity, device=cache.keys_values.device)
 
-    def load(self, other: DecodeStep, context: Any) -> None:
-        """Take over another sequence of the same shapes: its prefix in the cache, positions, vectors, temperature."""
-        prefix = other.cache.length
-        self.cache.keys_values[..., :prefix, :].copy_(other.cache.keys_values[..., :prefix, :])
+    def load(self, context: Any, cache: KVCache, temperature: Tensor | None) -> None:
+        """Take over another sequence of the same shapes: its prefix in a cache, positions, vectors, temperature."""
+        prefix = cache.length
+        self.cache.keys_values[..., :prefix, :].copy_(cache.keys_values[..., :prefix, :])
         if self.cos is not None:
             for buffer, table in zip((self.cos, self.sin), context.rotation, strict=True):
                 buffer.copy_(table.repeat(1, self.heads + self.kv_heads))
         if self.added is not None:
-            self.added.copy_(torch.stack(other.added))
+            self.added.copy_(context.added.transpose(0, 1))
         if self.inverse_temperature is not None:
-            self.inverse_temperature.copy_(other.inverse_temperature)
+            self.inverse_temperature.copy_(1 / temperature.view(-1, 1))
         self.cache.length = prefix
 
     @staticmethod

@@ -128,10 +128,8 @@ def read_published_config(path: str | Path, vae_factor: int = 8) -> Published:
     if content.get("family", family) != family:
         raise ValueError(f"the config says family {content['family']!r}, but has the arguments of {family!r}")
     model = {key: value for key, value in model.items() if key != "noise_std"}
-    if is_starflow(model) and "txt_dim" in model:
+    if not is_starflow(model) or "txt_dim" in model:
         model_arguments(model)  # unknown or missing arguments are an error here, not later
-    elif not is_starflow(model):
-        model_arguments(model)
     noise_std = content.get("noise_std")
     return Published(model, None if noise_std is None else float(noise_std))
 

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from typing import Any
 import torch
 
 from tarflow import TARFlowModel, TARFlowPipeline
-from tarflow.evaluation.sampling_speed import METHODS, Speed, compare, roofline
+from tarflow.evaluation.sampling_speed import METHODS, Speed, compare, random_model, roofline
 from tarflow.flows.guidance import Guidance
+from tarflow.pipeline.conversion import DTYPES
 from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import parse_config
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from tarflow.training.arguments import fail
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_sampling(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
 
 
 def run_sampling(arguments: argparse.Namespace) -> None:
@@ -99,16 +96,7 @@ def load(arguments: argparse.Namespace) -> tuple[TARFlowModel, Any]:
         pipe = TARFlowPipeline.from_pretrained(arguments.pipeline).to(arguments.device)
         pipe.flow.to(dtype)
         return pipe.flow, pipe if pipe.text_encoder is not None else None
-    path = Path("configs") / f"{arguments.model}.yaml"
-    if not path.is_file():
-        raise ValueError(f"there is no configuration {str(path)!r}")
-    config, _ = parse_config(["--config", str(path)])
-    torch.manual_seed(0)
-    with torch.device(arguments.device):
-        model = TARFlowModel(**config.flow).to(dtype)
-        for block in model.blocks:  # not the identity, and not wild
-            torch.nn.init.normal_(block.proj_out.weight, std=0.02)
-    return model.eval(), None
+    return random_model(arguments.model, arguments.device, dtype), None
 
 
 def conditions(model: TARFlowModel, text: Any, batch: int) -> tuple[Any, Any]:

@@ -10,9 +10,9 @@ a sample is off by more than 1e-4, or anything else by more than 1e-5 of its lar
 from __future__ import annotations
 
 import argparse
-import sys
 
 from tarflow.evaluation.reference import check_folder
+from tarflow.training.arguments import fail
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,8 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             comparisons = check_folder(folder)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            fail(error)
         for comparison in comparisons:
             verdict = "ok" if comparison.passed else "FAILED"
             print(f"  {comparison.name:<44} {comparison.error:.1e}  (limit {comparison.limit:.1e})  {verdict}")

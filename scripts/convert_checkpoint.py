@@ -12,9 +12,9 @@ example {"in_channels": 3, "img_size": 256, "patch_size": 8, "channels": 768, "n
 from __future__ import annotations
 
 import argparse
-import sys
 
 from tarflow.pipeline.conversion import DTYPES, LICENCE_NOTE, convert_checkpoint
+from tarflow.training.arguments import fail
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         output = convert_checkpoint(**vars(parser.parse_args(argv)))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     print(f"{output}\n\n{LICENCE_NOTE}")
 
 

@@ -28,7 +28,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm.auto import tqdm
 
 from tarflow.data.config import DataConfig
-from tarflow.data.images import Images, collate
+from tarflow.data.images import Images, collate, to_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +105,6 @@ class Reconstruction(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[Any, torch.Tensor]:
         posterior = self.vae.encode(images).latent_dist
         return posterior, self.vae.decode(posterior.sample()).sample.float()
-
-
-def to_model(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as floats in [−1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 @torch.no_grad()

@@ -13,7 +13,14 @@ from tarflow.training.config import RunConfig
 
 
 def parse_config(argv: list[str] | None = None, description: str | None = None) -> tuple[RunConfig, str]:
-    """Read ``--config FILE`` and ``--section.key value`` overrides.
+    """The configuration of a training run, see `parse_dataclass`; unknown keys of the flow are an error too."""
+    config, resolved = parse_dataclass(RunConfig, argv, description)
+    check_flow_keys(config.flow)
+    return config, resolved
+
+
+def parse_dataclass(kind: type, argv: list[str] | None = None, description: str | None = None) -> tuple[Any, str]:
+    """Read ``--config FILE`` and ``--section.key value`` overrides of a dataclass.
 
     Returns:
         the configuration, and its resolved YAML.
@@ -23,7 +30,7 @@ def parse_config(argv: list[str] | None = None, description: str | None = None) 
     """
     parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
-    parser.add_class_arguments(RunConfig, None, sub_configs=False)
+    parser.add_class_arguments(kind, None, sub_configs=False)
     try:
         namespace = parser.parse_args(argv)
         resolved = parser.dump(namespace, skip_none=False)
@@ -31,9 +38,7 @@ def parse_config(argv: list[str] | None = None, description: str | None = None) 
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     arguments.pop("config", None)
-    config = RunConfig(**arguments)
-    check_flow_keys(config.flow)
-    return config, resolved
+    return kind(**arguments), resolved
 
 
 def check_flow_keys(flow: dict[str, Any]) -> None:

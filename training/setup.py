@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow.data.images import Images
+from tarflow.data.images import Images, to_model
 from tarflow.flows.likelihood import dequantize
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import embedding_width
@@ -34,11 +34,6 @@ class Parts:
     tokenizer: Any
     flow: TARFlowModel
     flow_arguments: dict[str, Any]
-
-
-def to_model(images: Tensor) -> Tensor:
-    """uint8 pictures (B, 3, S, S) as floats in [−1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def noisy_latents(
