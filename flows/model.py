@@ -18,7 +18,12 @@ from tarflow.flows.block import FlowBlock
 from tarflow.flows.config import CONDITIONINGS, DENOISERS, BlockConfig
 from tarflow.flows.denoiser import Denoiser
 from tarflow.flows.guidance import Guidance
+from tarflow.flows.network import recomputed
 from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, unpatchify
+
+
+#: What `TARFlowModel.set_checkpointing` takes.
+CHECKPOINTED = ("none", "block", "layer", "both")
 
 
 class TARFlowModel(ModelMixin, ConfigMixin):
@@ -54,6 +59,7 @@ class TARFlowModel(ModelMixin, ConfigMixin):
     """
 
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 (the library's interface)
+    _repeated_blocks = ["TransformerLayer"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
 
     @register_to_config
     def __init__(
@@ -150,6 +156,26 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         self.prior_variance: Tensor | None
         variance = torch.ones(grid_size**2, in_channels * patch_size**2) if learned_prior else None
         self.register_buffer("prior_variance", variance)
+        self.checkpoint_blocks = False
+
+    def set_checkpointing(self, unit: str, every: int = 1) -> None:
+        """Which activations the backward pass computes again instead of keeping them, to save memory.
+
+        Args:
+            unit: "none"; "block", of which only the input tokens stay, (B, T, C) for each block; "layer", of which only
+                the input (B, T, D) stays; "both", layers while a block is computed again.
+            every: with "layer" and "both", of every so many layers only; of the others all activations stay.
+
+        Raises:
+            ValueError: for another unit, or ``every`` below 1.
+        """
+        if unit not in CHECKPOINTED:
+            raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTED)}, got {unit!r}")
+        if every < 1:
+            raise ValueError(f"checkpointing needs a layer distance of at least 1, got {every}")
+        self.checkpoint_blocks = unit in ("block", "both")
+        for network in [*self.blocks, *([] if self.denoiser is None else [self.denoiser])]:
+            network.checkpoint_every = every if unit in ("layer", "both") else 0
 
     @property
     def null_label(self) -> int:
@@ -180,9 +206,13 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         log_det: Tensor | float = 0.0
         outputs = []
         for block in self.blocks:
-            tokens, block_log_det = block(tokens, grid, condition)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                tokens, block_log_det = recomputed(block, tokens, grid, condition)
+            else:
+                tokens, block_log_det = block(tokens, grid, condition)
             log_det = log_det + block_log_det
-            outputs.append(tokens)
+            if return_block_outputs:
+                outputs.append(tokens)
         z = self.unpatchify(tokens, grid)
         if return_block_outputs:
             return z, log_det, [self.unpatchify(output, grid) for output in outputs]

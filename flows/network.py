@@ -7,10 +7,12 @@ A *slot* is a place in the sequence that the Transformer reads; a prefix comes b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tarflow.flows.affine import at_least_float32
 from tarflow.flows.config import BlockConfig
@@ -70,6 +72,8 @@ class TokenNetwork(nn.Module):
             self.class_embed = nn.Parameter(torch.randn(config.num_classes, config.width) * 0.01)
         elif config.conditioning != "none":
             self.proj_cond = nn.Linear(config.cond_dim, config.width)
+        #: Every so many layers' activations are computed again in the backward pass instead of kept; 0 keeps all.
+        self.checkpoint_every = 0
         nn.init.zeros_(self.proj_out.weight)  # an untrained network gives zeros
         nn.init.zeros_(self.proj_out.bias)
 
@@ -161,7 +165,10 @@ class TokenNetwork(nn.Module):
             start = context.prefix_length - skip + first_slot
             rotation = tuple(part[start : start + hidden.shape[1]] for part in rotation)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotation, temperature, cache, index)
+            if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+                hidden = recomputed(layer, hidden, rotation, temperature, cache, index)
+            else:
+                hidden = layer(hidden, rotation, temperature, cache, index)
         if cache is not None:
             cache.advance(hidden.shape[1])
         hidden = hidden[:, skip:]
@@ -175,6 +182,11 @@ class TokenNetwork(nn.Module):
         """An empty cache for ``slots`` slots, prefix included."""
         config, device = self.config, self.proj_in.weight.device
         return KVCache(config.layers, batch_size, config.num_kv_heads, slots, config.head_dim, device, dtype)
+
+
+def recomputed(module: nn.Module, *inputs: Any) -> Any:
+    """``module(*inputs)``, of which only the inputs are kept for the backward pass; nothing in it is random."""
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def first_of_equals(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -369,3 +369,40 @@ def test_wrong_conditions_are_errors(conditioning: str, arguments: dict[str, Ten
 def test_wrong_shapes_are_errors(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_model()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("unit", "every"), [("block", 1), ("layer", 1), ("layer", 2), ("both", 1)])
+def test_checkpointing_changes_no_gradient(unit: str, every: int) -> None:
+    model = small_model(conditioning="prefix", layers_per_block=(2, 3)).double()
+    x, condition = random_images(model, 3), condition_of(model, 3)
+
+    def gradients() -> tuple[dict[str, Tensor], int]:
+        saved = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            z, log_det = model(x, **condition)
+        (z.pow(2).sum() - log_det.sum()).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}, saved
+
+    expected, all_saved = gradients()
+    model.set_checkpointing(unit, every)
+    found, saved = gradients()
+    assert saved < all_saved
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+    model.set_checkpointing("none")
+    assert gradients()[1] == all_saved
+
+
+def test_bad_checkpointing() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match="checkpointing must be one of none, block, layer, both, got 'all'"):
+        model.set_checkpointing("all")
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        model.set_checkpointing("layer", 0)
