@@ -1,1 +1,1 @@
-"""Pictures in: the project's own drawings, image folders, zip archives and Datasets."""
+"""Pictures in: the project's own drawings, image folders, zip archives, Datasets; and caches of their latents."""

@@ -11,10 +11,12 @@ class DataConfig:
     """Where pictures, captions and labels come from.
 
     Attributes:
-        source: "drawings" (made by the project), "folder" (a local folder or zip archive), or "datasets" (a name that
-            the Datasets library loads).
+        source: "drawings" (made by the project), "folder" (a local folder or zip archive), "datasets" (a name that
+            the Datasets library loads), or "latents" (a folder that ``scripts/cache_latents.py`` wrote).
         path: the folder or zip archive of source "folder". Class folders give labels; a ``metadata.jsonl`` at the
-            root gives captions. Top folders ``train`` and ``val`` (or ``validation``, ``test``) are its splits.
+            root gives captions. Top folders ``train`` and ``val`` (or ``validation``, ``test``) are its splits. Of
+            source "latents", the cache: splits, columns, captions, names, background, ``on_error`` and ``seed`` were
+            settled when it was made and have no effect here.
         name: the name of source "datasets": a hub id, a local data set, or a builder such as "parquet".
         data_files: files for a builder name.
         image_size: side of the square pictures in pixels; larger ones are resized and centre-cropped.
@@ -31,7 +33,7 @@ class DataConfig:
         seed: which drawings are made, and the colours of random backgrounds.
     """
 
-    source: Literal["drawings", "folder", "datasets"] = "drawings"
+    source: Literal["drawings", "folder", "datasets", "latents"] = "drawings"
     path: str | None = None
     name: str | None = None
     data_files: Any = None
@@ -53,6 +55,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.source == "folder" and not self.path:
             raise ValueError("data.source is 'folder', so data.path must name a folder or a zip archive")
+        if self.source == "latents" and not self.path:
+            raise ValueError(
+                "data.source is 'latents', so data.path must name a folder made by scripts/cache_latents.py"
+            )
         if self.source == "datasets" and not self.name:
             raise ValueError("data.source is 'datasets', so data.name must name a data set")
         if self.image_size < 1:

@@ -161,6 +161,9 @@ class Drawings:
     def caption(self, index: int) -> str:
         return random_drawing(self.seed, index, self.split).caption
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.image_size, self.image_size
+
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:
             raise IndexError(index)

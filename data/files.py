@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from typing import IO
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -34,12 +35,17 @@ class Files:
         return [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)]
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file; each process opens the archive for itself."""
+        """The bytes of one file."""
+        with self.open(name) as file:
+            return file.read()
+
+    def open(self, name: str) -> IO[bytes]:
+        """One file, opened for reading; each process opens the archive for itself."""
         if self.path.is_dir():
-            return (self.path / name).read_bytes()
+            return (self.path / name).open("rb")
         if self._archive is None or self._archive[0] != os.getpid():
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._archive[1].read(name)
+        return self._archive[1].open(name)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_archive": None}

@@ -7,9 +7,9 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
@@ -62,6 +62,11 @@ class ImageFolder:
 
     def caption(self, index: int) -> str | None:
         return self.rows[index].caption
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of a picture, from the head of its file."""
+        name = self.rows[index].name
+        return read_size(lambda: self.files.open(name), f"{self.files.path}/{name}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
@@ -169,8 +174,25 @@ def read_image(read: Callable[[], bytes], name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(read()))
         image.load()
-    except UnidentifiedImageError as error:  # its own message names a buffer, not the file
-        raise ValueError(f"cannot read the image {name}: it is no picture of a known format") from error
     except Exception as error:
-        raise ValueError(f"cannot read the image {name}: {error}") from error
+        raise unreadable(name, error) from error
     return image
+
+
+def read_size(open_file: Callable[[], IO[bytes]], name: str) -> tuple[int, int]:
+    """Height and width of a picture when upright, without decoding it; an unreadable one is a ValueError."""
+    try:
+        with open_file() as file, Image.open(file) as image:
+            width, height = image.size
+            # The base class's method, as that of PNG decodes the picture. TIFF has turned the size by itself.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            return (width, height) if orientation >= 5 and image.format != "TIFF" else (height, width)
+    except Exception as error:
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> ValueError:
+    """The error of a picture that cannot be read."""
+    # This class's own message names a buffer, not the file.
+    known = not isinstance(error, UnidentifiedImageError)
+    return ValueError(f"cannot read the image {name}: {error if known else 'it is no picture of a known format'}")

@@ -1,4 +1,4 @@
-"""Any source of pictures as a torch data set of square RGB tensors."""
+"""Any source of pictures as a torch data set of RGB tensors of a wanted size."""
 
 from __future__ import annotations
 
@@ -37,10 +37,22 @@ class Images(Dataset):
     def class_names(self) -> tuple[str, ...] | None:
         return self.source.class_names
 
+    @property
+    def has_captions(self) -> bool:
+        return self.source.has_captions
+
+    def caption(self, index: int) -> str | None:
+        """The caption alone, without reading the picture."""
+        return self.source.caption(index)
+
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.fitted(index, self.config.image_size, self.config.image_size)
+
+    def fitted(self, index: int, height: int, width: int) -> dict[str, Any]:
+        """Item ``index`` with a picture (3, height, width)."""
         skipped: list[str] = []
         while True:
             try:
@@ -52,13 +64,19 @@ class Images(Dataset):
                     raise
                 index = (index + 1) % len(self)
         background = background_colour(self.config.background, self.config.seed, index)
-        image = square(flatten(item.pop("image"), background), self.config.image_size)
-        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, S, S)
+        image = fit(flatten(item.pop("image"), background), height, width)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W)
         return {"image": tensor, **item, "skipped": skipped}
 
 
 def open_source(config: DataConfig, split: str) -> Any:
-    """The map-style data set that a configuration names."""
+    """The map-style data set of pictures that a configuration names.
+
+    Its items are dicts with a PIL ``image``; ``caption(i)`` and ``size(i)`` (height and width of the upright picture)
+    do without decoding it.
+    """
+    if config.source == "latents":
+        raise ValueError("data.source is 'latents', but pictures are needed here: name what the cache was made of")
     if split not in ("train", "validation"):
         raise ValueError(f"the split must be 'train' or 'validation', got {split!r}")
     if config.source == "drawings":
@@ -73,13 +91,16 @@ def open_source(config: DataConfig, split: str) -> Any:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: images (B, 3, S, S) uint8, captions and skipped as lists, labels (B,) int64."""
-    batch: dict[str, Any] = {"image": torch.stack([item["image"] for item in items])}
-    if "caption" in items[0]:
-        batch["caption"] = [item["caption"] for item in items]
-    if "label" in items[0]:
-        batch["label"] = torch.tensor([item["label"] for item in items])
-    batch["skipped"] = [message for item in items for message in item["skipped"]]
+    """A batch of `Images` or `CachedLatents`: tensors stacked, captions and skipped as lists, labels (B,) int64."""
+    batch: dict[str, Any] = {}
+    for key, first in items[0].items():
+        values = [item[key] for item in items]
+        if key == "skipped":
+            batch[key] = [message for messages in values for message in messages]
+        elif isinstance(first, Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = torch.tensor(values) if key == "label" else values
     return batch
 
 
@@ -115,11 +136,15 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """Resized so that the shorter side is ``size``, then centre-cropped to ``size`` × ``size``."""
-    if image.size != (size, size):
-        width, height = image.size
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+    return fit(image, size, size)
+
+
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resized so that it just covers ``height`` × ``width``, then centre-cropped to that."""
+    if image.size != (width, height):
+        scale = max(height / image.height, width / image.width)
+        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        image = image.resize(covering, Image.Resampling.LANCZOS)
+        left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     return image

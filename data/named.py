@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from tarflow.data.config import DataConfig
-from tarflow.data.folder import is_held_out, keep, make_caption, read_image, readable_names
+from tarflow.data.folder import is_held_out, keep, make_caption, read_image, read_size, readable_names
 
 
 class NamedDataset:
@@ -59,14 +60,19 @@ class NamedDataset:
         row = self.data.remove_columns([self.config.image_column])[index]
         return make_caption(row, self.config, f"{self.config.name}[{index}]")
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of a picture, from the head of its file."""
+        name = f"{self.config.name}[{index}]"
+        value = self._value(self.data.select_columns([self.config.image_column])[index], name)
+        if isinstance(value, dict):
+            return read_size(lambda: io.BytesIO(file_bytes(value)), value.get("path") or name)
+        return value.height, value.width
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, name = self.data[index], f"{self.config.name}[{index}]"
-        value = row[self.config.image_column]
+        value = self._value(row, name)
         if isinstance(value, dict):
-            data, path = value["bytes"], value.get("path")
-            value = read_image(lambda: Path(path).read_bytes() if data is None else data, path or name)
-        if value is None:
-            raise ValueError(f"{name} has no image")
+            value = read_image(lambda: file_bytes(value), value.get("path") or name)
         item: dict[str, Any] = {"image": value}
         if self.has_captions:
             item["caption"] = make_caption(row, self.config, name)
@@ -76,3 +82,15 @@ class NamedDataset:
                 raise ValueError(f"the label of {name} is {label}, expected 0 to {len(self.class_names) - 1}")
             item["label"] = int(label)
         return item
+
+    def _value(self, row: dict[str, Any], name: str) -> Any:
+        """The picture of a row: a dict with its file's bytes or path, or a decoded picture."""
+        value = row[self.config.image_column]
+        if value is None:
+            raise ValueError(f"{name} has no image")
+        return value
+
+
+def file_bytes(value: dict[str, Any]) -> bytes:
+    """A picture file's bytes, from where Datasets keeps them."""
+    return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]

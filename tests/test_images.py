@@ -16,8 +16,8 @@ from PIL import Image
 
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
-from tarflow.data.folder import ImageFolder, is_held_out
-from tarflow.data.images import Images, background_colour, collate, flatten, open_source, square
+from tarflow.data.folder import ImageFolder, is_held_out, read_size
+from tarflow.data.images import Images, background_colour, collate, fit, flatten, open_source, square
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -123,8 +123,9 @@ def test_a_fraction_is_held_out(tmp_path: Path) -> None:
 def test_captions(captioned: Path, zipped: bool) -> None:
     images = Images(folder_config(to_zip(captioned) if zipped else captioned))
     assert [images[i]["caption"] for i in range(3)] == ["picture x", "picture .", "picture z"]
-    assert [images.source.caption(i) for i in range(3)] == [images[i]["caption"] for i in range(3)]
-    assert images.source.has_captions
+    assert [images.caption(i) for i in range(3)] == [images[i]["caption"] for i in range(3)]
+    assert images.has_captions
+    assert [images.source.size(i) for i in range(3)] == [(8, 10)] * 3
     assert images.class_names is None
     assert "label" not in images[0]
     assert images[1]["image"][:, 4, 4].tolist() == pytest.approx(list(GREEN), abs=2)
@@ -326,6 +327,21 @@ def test_pictures_become_square_about_the_centre(size: tuple[int, int]) -> None:
     assert square(result, 8) is result
 
 
+@pytest.mark.parametrize("size", [(8, 6), (31, 8), (8, 30), (3, 5), (100, 99)])
+def test_pictures_cover_other_shapes_without_distortion(size: tuple[int, int]) -> None:
+    """Of a ramp whose steps are the same in both directions, the result's steps are too."""
+    x, y = np.arange(size[0]), np.arange(size[1])
+    ramps = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    ramps[:, :, 0], ramps[:, :, 1] = x[None] * 2, y[:, None] * 2
+    result = np.asarray(fit(Image.fromarray(ramps), 6, 8)).astype(float)
+    assert result.shape == (6, 8, 3)
+    scale = max(6 / size[1], 8 / size[0])
+    for channel, axis in ((0, 1), (1, 0)):
+        assert np.ptp(result[:, :, channel].mean(1 - axis)) <= 2 * (result.shape[axis] / scale)
+    assert result[:, :, 0].mean() == pytest.approx(size[0] - 1, abs=1.5 / scale)
+    assert result[:, :, 1].mean() == pytest.approx(size[1] - 1, abs=1.5 / scale)
+
+
 def test_files_are_named_alike_in_folders_and_archives(captioned: Path) -> None:
     folder, archive = Files(str(captioned)), Files(str(to_zip(captioned)))
     assert folder.names == archive.names == ["deep/y.webp", "metadata.jsonl", "x.png", "z.jpg"]
@@ -402,7 +418,8 @@ def test_named_data_sets(parquet: dict[str, Any]) -> None:
     assert [item["label"] for item in items] == [0, 1, 0, 1, 0, 1]
     assert [int(item["image"][0, 2, 2]) for item in items[:5]] == [0, 40, 80, 120, 160]
     assert items[5]["image"].unique().tolist() == [255]
-    assert images.source.caption(3) == "number 3"
+    assert images.caption(3) == "number 3"
+    assert images.source.size(3) == (4, 6)
 
 
 def test_named_data_sets_without_captions_or_labels(parquet: dict[str, Any]) -> None:
@@ -487,5 +504,11 @@ def test_rotated_and_16_bit_pictures():
     file = io.BytesIO()
     picture.save(file, "PNG", exif=exif)
     assert flatten(Image.open(file), (0, 0, 0)).size == (2, 3)
+    for kind in ("PNG", "JPEG", "TIFF", "WEBP"):
+        file = io.BytesIO()
+        picture.save(file, kind, exif=exif)
+        data = file.getvalue()
+        upright = flatten(Image.open(io.BytesIO(data)), (0, 0, 0))
+        assert read_size(lambda data=data: io.BytesIO(data), kind) == (upright.height, upright.width) == (3, 2), kind
     deep = Image.fromarray(np.array([[0, 256 * 7, 2**16 - 1]], dtype=np.uint16))
     assert np.asarray(flatten(deep, (0, 0, 0)))[0, :, 0].tolist() == [0, 7, 255]

@@ -6,6 +6,7 @@ mean and unit variance per channel, which the flow models.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,26 +80,39 @@ class LatentCodec:
         Raises:
             ValueError: if H or W is no multiple of the factor.
         """
+        self.check_size(images)
+        return self.normalise(self.scale_raw(self.encode_raw(images, sample, generator)))
+
+    def encode_posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (B, 3, H, W) in [−1, 1] → mean and standard deviation of the *scaled* latents, (B, C, H/f, W/f) each.
+
+        ``normalise(mean + std · ε)`` with normal ε is what `encode` draws. The second is None if the autoencoder has
+        no posterior.
+
+        Raises:
+            ValueError: if H or W is no multiple of the factor.
+        """
+        self.check_size(images)
+        output = self._encoded(images)
+        posterior = getattr(output, "latent_dist", None)
+        std = getattr(posterior, "std", None)
+        return self.scale_raw(raw_of(output)), None if std is None else std.float() * self.factors[1]
+
+    def check_size(self, images: Tensor) -> None:
+        """An error if the pictures' height or width is no multiple of the factor."""
         if images.shape[-2] % self.factor or images.shape[-1] % self.factor:
             size = f"{images.shape[-2]} × {images.shape[-1]}"
             raise ValueError(f"image height and width must be multiples of {self.factor}, got {size}")
-        return self._normalise(self.scale_raw(self.encode_raw(images, sample, generator)))
 
     def encode_raw(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, H, W) → raw latents, as the autoencoder gives them."""
-        if self.vae is None:
-            return images
-        output = self.vae.encode(images.to(getattr(self.vae, "dtype", images.dtype)))
-        if (posterior := getattr(output, "latent_dist", None)) is not None:
-            return posterior.sample(generator) if sample else posterior.mode()
-        for name in ("latents", "latent"):
-            if (raw := getattr(output, name, None)) is not None:
-                return raw
-        return output[0] if isinstance(output, tuple) else output
+        output = self._encoded(images)
+        posterior = getattr(output, "latent_dist", None)
+        return posterior.sample(generator) if sample and posterior is not None else raw_of(output)
 
     def scale_raw(self, raw: Tensor) -> Tensor:
         """Raw latents with the autoencoder's own shift and scaling factors, in float32."""
-        shift, scaling = self._factors()
+        shift, scaling = self.factors
         return (raw.float() - shift) * scaling
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -110,30 +124,48 @@ class LatentCodec:
             scaled = scaled + self._channels(self.latents_mean, latents)
         if self.vae is None:
             return scaled
-        shift, scaling = self._factors()
+        shift, scaling = self.factors
         output = self.vae.decode((scaled / scaling + shift).to(getattr(self.vae, "dtype", latents.dtype)))
         if (images := getattr(output, "sample", None)) is not None:
             return images
         return output[0] if isinstance(output, tuple) else output
 
-    def _normalise(self, scaled: Tensor) -> Tensor:
+    def normalise(self, scaled: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) → latents of about zero mean and unit variance per channel."""
         if self.latents_mean is not None:
             scaled = scaled - self._channels(self.latents_mean, scaled)
         if self.latents_std is not None:
             scaled = scaled / self._channels(self.latents_std, scaled)
         return scaled
 
-    def _factors(self) -> tuple[float, float]:
+    def _encoded(self, images: Tensor) -> Any:
+        if self.vae is None:
+            return images
+        return self.vae.encode(images.to(getattr(self.vae, "dtype", images.dtype)))
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """The autoencoder's own shift and scaling factors of raw latents."""
         config = getattr(self.vae, "config", {})
         # AutoencoderTiny's shift factor belongs to its own 8-bit storage of latents, not to encode and decode.
         shift = 0.0 if type(self.vae).__name__ == "AutoencoderTiny" else config.get("shift_factor", None) or 0.0
-        return shift, config.get("scaling_factor", None) or 1.0
+        return float(shift), float(config.get("scaling_factor", None) or 1.0)
 
     @staticmethod
     def _channels(values: list[float], like: Tensor) -> Tensor:
         if len(values) != like.shape[1]:
             raise ValueError(f"got latent statistics of {len(values)} channels for latents of {like.shape[1]}")
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+
+def raw_of(output: Any) -> Tensor:
+    """Raw latents of what an autoencoder's ``encode`` returned; of a posterior, its mode."""
+    if (posterior := getattr(output, "latent_dist", None)) is not None:
+        return posterior.mode()
+    for name in ("latents", "latent"):
+        if (raw := getattr(output, name, None)) is not None:
+            return raw
+    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
@@ -144,13 +176,43 @@ def measure_latents(vae: Any, batches: Any, prepare: Callable[[Any], Tensor]) ->
         vae: the autoencoder, or None.
         batches: any iterable; ``prepare`` makes images (B, 3, H, W) in [−1, 1] of each item.
     """
-    codec, count, total, squares = LatentCodec(vae), 0, 0.0, 0.0
+    codec, sums = LatentCodec(vae), torch.zeros(3, 1, dtype=torch.float64)
     for batch in batches:
-        latents = codec.encode(prepare(batch)).cpu().double()
-        count += latents.numel() // latents.shape[1]
-        total = total + latents.sum((0, 2, 3))
-        squares = squares + latents.pow(2).sum((0, 2, 3))
-    if count == 0:
+        sums = sums + channel_sums(codec.encode(prepare(batch)))
+    return channel_statistics(sums)
+
+
+def channel_sums(latents: Tensor) -> Tensor:
+    """Count, sum and sum of squares per channel of latents (B, C, h, w), as (3, C) float64; sums of batches add up."""
+    latents = latents.cpu().double()
+    total = latents.sum((0, 2, 3))
+    return torch.stack([torch.full_like(total, latents[:, 0].numel()), total, latents.pow(2).sum((0, 2, 3))])
+
+
+def channel_statistics(sums: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, from added `channel_sums`.
+
+    Raises:
+        ValueError: if nothing was added.
+    """
+    count, total, squares = sums
+    if not count.all():
         raise ValueError("no images to measure the latents' mean and standard deviation on")
     mean = total / count
     return mean.tolist(), (squares / count - mean**2).clamp(min=1e-12).sqrt().tolist()
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers, sorted by name, as float32: the same for any lossless storage."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        values = value.detach().cpu().float().contiguous()
+        digest.update(f"{name} {tuple(values.shape)}\n".encode())
+        digest.update(memoryview(values.flatten().numpy()))
+    return digest.hexdigest()
+
+
+def autoencoder_hash(vae: Any) -> str:
+    """SHA-256 of what makes an autoencoder's latents: its class, its factors and its weights."""
+    essentials = [type(vae).__name__, *LatentCodec(vae).factors, weights_hash(vae)]
+    return hashlib.sha256(repr(essentials).encode()).hexdigest()
