@@ -1,0 +1,41 @@
+"""Encode pictures once, for training without the autoencoder.
+
+    accelerate launch scripts/cache_latents.py --output CACHE --data.source folder --data.path pictures.zip \\
+        --data.image_size 256 --vae.name stabilityai/sd-vae-ft-ema [--flip true]
+
+Then train with ``--data.source latents --data.path CACHE``. Plain ``python scripts/cache_latents.py`` works too, on one
+device. Run it again after an interruption: whole files are kept. ``--text.kind pretrained --text.name NAME`` encodes
+the captions too; ``--aspect_ratios '["1:1", "4:3", "3:4"]'`` keeps pictures of mixed sizes near their own shape.
+"""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+
+from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.cache_plan import CacheConfig
+from tarflow.training.caching import cache_latents
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        config, _ = parse_dataclass(CacheConfig, argv, __doc__)
+        manifest = cache_latents(config)
+    except (ValueError, OSError) as error:
+        # Of an error in a reading process, only the last line is the message; the others are its traceback.
+        fail(ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
+    if PartialState().is_main_process:
+        print(report(config.output, manifest))
+
+
+def report(output: str, manifest: dict) -> str:
+    """What the cache holds, in words."""
+    counts, size = manifest["pictures"], sum(shard["bytes"] for shard in manifest["shards"])
+    return (
+        f"{output} holds {counts['train']:,} training and {counts['validation']:,} validation pictures in "
+        f"{len(manifest['shards'])} files of {size / 2**20:,.1f} MiB in all"
+    )
+
+
+if __name__ == "__main__":
+    main()
