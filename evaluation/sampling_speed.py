@@ -5,20 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from tarflow.evaluation.machine import copy_bandwidth, product_speed
 from tarflow.evaluation.published_sampler import generate_as_published
 from tarflow.flows.calibration import calibrate, clock, decodings
 from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, BlockRun, Decoding, residual
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
-from tarflow.flows.model import TARFlowModel
 from tarflow.flows.order import reorder
 from tarflow.flows.sampling import generate
 from tarflow.flows.step import DecodeStep
@@ -156,27 +154,6 @@ def count_sweeps(
     return sweeps[::-1]
 
 
-def random_model(name: str, device: str, dtype: torch.dtype, **changes: Any) -> TARFlowModel:
-    """The shape of a configuration in configs/ with random weights, neither the identity nor wild.
-
-    Args:
-        changes: arguments of the model to replace.
-
-    Raises:
-        ValueError: if there is no such configuration.
-    """
-    path = Path("configs") / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(f"there is no configuration {str(path)!r}")
-    flow = yaml.safe_load(path.read_text(encoding="utf-8"))["flow"]
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = TARFlowModel(**{**flow, **changes}).to(dtype)
-        for block in model.blocks:
-            torch.nn.init.normal_(block.proj_out.weight, std=0.02)
-    return model.eval()
-
-
 @dataclass(frozen=True)
 class Roofline:
     """What bounds a sequential step of one block.
@@ -230,26 +207,3 @@ def roofline(
         bound = "bandwidth" if bytes_ms > flops_ms else "arithmetic"
         results.append(Roofline(index, batch, step_ms, bytes_ms, flops_ms, max(bytes_ms, flops_ms) / step_ms, bound))
     return results
-
-
-def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
-    """Bytes read per second by a large copy; it reads and writes at once, so twice its size is moved."""
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / best_of(lambda: target.copy_(source), device)
-
-
-def product_speed(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """Floating-point operations per second of a large matrix product."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / best_of(lambda: a @ b, device)
-
-
-def best_of(function: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    """The shortest time in seconds, after one call that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = clock(device)
-        function()
-        times.append(clock(device) - start)
-    return min(times[1:])

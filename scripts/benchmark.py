@@ -1,11 +1,25 @@
-"""Measure speed on this machine.
+"""Measure speed and memory on this machine.
 
     python scripts/benchmark.py sampling --pipeline runs/quickstart/pipeline --batches 1 16 --output runs/benchmark
     python scripts/benchmark.py sampling --model starflow_imagenet256 --dtype bfloat16 --batches 1 16
+    python scripts/benchmark.py training --model quickstart_class --batches 16
+    python scripts/benchmark.py training --model starflow_imagenet256 --precisions bfloat16 --batches 8 16 32 64 \
+        --peak-tflops 790
+    python scripts/benchmark.py memory
+    python scripts/benchmark.py memory --model starflow_imagenet256 --batch 8
 
 ``sampling`` compares the decoding methods with the published algorithm (every block token by token, the cached keys
 rotated again at each step, eager), all in one run and in turn, on the same noise, weights and precision. Trained
-weights matter: on them depends how many sweeps the Jacobi methods need. It writes sampling.json and sampling.png.
+weights matter: on them depends how many sweeps the Jacobi methods need.
+
+``training`` compares ways of taking a step of training with the published one, in turn and from the same weights, on
+random data of the configuration's shape. Utilization is what the mathematics needs, causal attention counted as half of
+the full square and nothing computed again, over the machine's peak.
+
+``memory`` counts the bytes of a step of training; it needs neither a GPU nor the memory: of the published models with
+--model, else activations against the number of equal blocks and of layers in them.
+
+Each writes a JSON file and a picture of its name.
 """
 
 from __future__ import annotations
@@ -13,7 +27,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +34,12 @@ from typing import Any
 import torch
 
 from tarflow import TARFlowModel, TARFlowPipeline
-from tarflow.evaluation.sampling_speed import METHODS, Speed, compare, random_model, roofline
+from tarflow.evaluation import charts
+from tarflow.evaluation.machine import machine, product_speed
+from tarflow.evaluation.random_models import random_model, shape_of
+from tarflow.evaluation.sampling_speed import Speed, compare, roofline
+from tarflow.evaluation.training_memory import MODES, memory_of, memory_table, training_memory
+from tarflow.evaluation.training_speed import PRECISIONS, VARIANTS, best, compare_training, loss_differences
 from tarflow.flows.guidance import Guidance
 from tarflow.pipeline.conversion import DTYPES
 from tarflow.pipeline.device import best_device
@@ -40,30 +58,67 @@ def main(argv: list[str] | None = None) -> None:
     sampling.add_argument("--repeats", type=int, default=5)
     sampling.add_argument("--dtype", choices=DTYPES, default="float32")
     sampling.add_argument("--compile", action="store_true", help="also with compiled steps (and CUDA graphs)")
-    sampling.add_argument("--device", default=best_device())
-    sampling.add_argument("--output", default="runs/benchmark", help="folder of sampling.json and sampling.png")
+
+    training = commands.add_parser("training", help="steps of training side by side")
+    training.add_argument("--model", default="quickstart_class", help="a configuration's name in configs/")
+    training.add_argument("--batches", type=int, nargs="+", default=[16])
+    help_text = f"{', '.join(VARIANTS)}, compiled+layer, compiled+block"
+    training.add_argument("--variants", nargs="+", default=list(VARIANTS), help=help_text)
+    training.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS))
+    training.add_argument("--repeats", type=int, default=5)
+    training.add_argument("--steps", type=int, default=5, help="timed in each repeat, after one that is not")
+    training.add_argument("--peak-tflops", type=float, help="of the machine; else that of a large matrix product")
+
+    memory = commands.add_parser("memory", help="memory of a step of training")
+    memory.add_argument("--model", help="a configuration's name in configs/; without it a table of equal blocks")
+    memory.add_argument("--batch", type=int, default=8)
+    memory.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
+    memory.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16])
+    memory.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4, 8])
+    memory.add_argument("--width", type=int, default=512)
+    memory.add_argument("--sample-size", type=int, default=32, help="side of the latents, of which each is a token")
+
+    for command, run in ((sampling, run_sampling), (training, run_training), (memory, run_memory)):
+        default = "cpu" if command is memory else best_device()
+        command.add_argument("--device", default=default, help=f"{default} unless given")
+        command.add_argument("--output", default="runs/benchmark", help="folder of the JSON file and the picture")
+        command.set_defaults(run=run)
     arguments = parser.parse_args(argv)
     try:
-        run_sampling(arguments)
+        arguments.run(arguments)
     except (ValueError, OSError) as error:
         fail(error)
+
+
+def header(arguments: argparse.Namespace, **facts: Any) -> dict[str, Any]:
+    """What a result belongs to."""
+    return {**facts, "machine": machine(torch.device(arguments.device)), "date": time.strftime("%Y-%m-%d")}
+
+
+def write(arguments: argparse.Namespace, result: dict[str, Any]) -> Path:
+    """Write a command's JSON file; returns the path of its picture."""
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{arguments.command}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{path}")
+    return path.with_suffix(".png")
 
 
 def run_sampling(arguments: argparse.Namespace) -> None:
     model, text = load(arguments)
     guidance = Guidance(arguments.guidance_scale - 1)
-    result: dict[str, Any] = {
-        "model": arguments.pipeline or arguments.model,
-        "trained": arguments.pipeline is not None,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "guidance_scale": arguments.guidance_scale,
-        "repeats": arguments.repeats,
-        "machine": machine(torch.device(arguments.device)),
-        "dtype": arguments.dtype,
-        "date": time.strftime("%Y-%m-%d"),
-        "speeds": [],
-        "roofline": [],
-    }
+    result = header(
+        arguments,
+        model=arguments.pipeline or arguments.model,
+        trained=arguments.pipeline is not None,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        guidance_scale=arguments.guidance_scale,
+        repeats=arguments.repeats,
+        dtype=arguments.dtype,
+        speeds=[],
+        roofline=[],
+    )
     for batch in arguments.batches:
         cond, null = conditions(model, text, batch)
         speeds = compare(model, batch, cond, null, guidance, arguments.repeats, arguments.compile)
@@ -82,11 +137,8 @@ def run_sampling(arguments: argparse.Namespace) -> None:
             print(f"  block {row.block}: {row.step_ms:.3f} ms a step, {row.share:.0%} of the {row.bound} roof")
         result["speeds"] += [dataclasses.asdict(speed) for speed in speeds]
         result["roofline"] += [dataclasses.asdict(row) for row in rows]
-    folder = Path(arguments.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sampling.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    chart([Speed(**speed) for speed in result["speeds"]], result["machine"], folder / "sampling.png")
-    print(f"\n{folder / 'sampling.json'}\n{folder / 'sampling.png'}")
+    picture = write(arguments, result)
+    charts.sampling_chart([Speed(**speed) for speed in result["speeds"]], result["machine"], picture)
 
 
 def load(arguments: argparse.Namespace) -> tuple[TARFlowModel, Any]:
@@ -116,34 +168,81 @@ def conditions(model: TARFlowModel, text: Any, batch: int) -> tuple[Any, Any]:
     return model.condition(labels, None, batch), model.condition(None, None, batch)
 
 
-def machine(device: torch.device) -> str:
-    """What the numbers belong to."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+def run_training(arguments: argparse.Namespace) -> None:
+    shape, device = shape_of(arguments.model), torch.device(arguments.device)
+    size = 8192 if device.type == "cuda" else 2048
+    peaks = {
+        name: arguments.peak_tflops * 1e12 if arguments.peak_tflops else product_speed(device, DTYPES[name], size)
+        for name in arguments.precisions
+    }
+    model, speeds = random_model(arguments.model, arguments.device, torch.float32), []
+    for batch in arguments.batches:
+        found = compare_training(
+            model,
+            batch,
+            shape.prefix_length,
+            peaks,
+            tuple(arguments.variants),
+            tuple(arguments.precisions),
+            arguments.repeats,
+            arguments.steps,
+        )
+        if device.type == "cpu":
+            found = [dataclasses.replace(row, peak_mb=counted(row, shape)) for row in found]
+        print(f"\n{charts.training_table(found)}", flush=True)
+        speeds += found
+    fastest, differences = best(speeds), loss_differences(speeds)
+    result = header(
+        arguments,
+        model=arguments.model,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        repeats=arguments.repeats,
+        peak_tflops={name: peak / 1e12 for name, peak in peaks.items()},
+        peak_measured=arguments.peak_tflops is None,
+        attention_flops="half of the full square, as it is causal",
+        memory="counted" if device.type == "cpu" else "measured",
+        loss_differences=differences,
+        best=fastest and dataclasses.asdict(fastest),
+        speeds=[dataclasses.asdict(row) for row in speeds],
+    )
+    print("\nlargest difference of a loss to the published float32 one: ", end="")
+    print(", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
+    if fastest is not None:
+        print(f"fastest: {fastest.variant}, {fastest.precision}, batch {fastest.batch}")
+    charts.training_chart(speeds, f"{arguments.model}, {result['machine']}", write(arguments, result))
 
 
-def chart(speeds: list[Speed], title: str, path: Path) -> None:
-    """Bars of images per second, grouped by batch size, with the ratio to the published algorithm."""
-    import matplotlib
+def counted(row: Any, shape: Any) -> float | None:
+    """Megabytes of a variant's step; None for compiled ones, which cannot be counted."""
+    mode = "none" if row.variant in ("published", "eager") else row.variant
+    if mode not in MODES:
+        return None
+    published = row.variant == "published"
+    return training_memory(shape.arguments, row.batch, shape.prefix_length, row.precision, mode, published).peak / 2**20
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    batches = sorted({speed.batch for speed in speeds})
-    figure, axes = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 3.2), squeeze=False)
-    for axis, batch in zip(axes[0], batches, strict=True):
-        rows = {speed.method: speed for speed in speeds if speed.batch == batch}
-        names = [name for name in METHODS if name in rows]
-        bars = axis.bar(names, [rows[name].images_per_second for name in names])
-        axis.bar_label(bars, [f"{rows[name].ratio:.1f}×" for name in names])
-        axis.set(title=f"batch {batch}", ylabel="images per second")
-        axis.tick_params(axis="x", rotation=30)
-        axis.margins(y=0.12)  # room for the labels
-    figure.suptitle(title, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def run_memory(arguments: argparse.Namespace) -> None:
+    facts = {"precision": arguments.precision, "batch": arguments.batch}
+    if arguments.model is not None:
+        modes = memory_of(arguments.model, arguments.batch, arguments.precision, arguments.device)
+        print(
+            f"{charts.memory_parts_text(modes)}\nParts are largest at different times, so the peak is below their sum."
+        )
+        averaged = modes["none"].parameters / 2**30
+        print(f"Averaged weights (train.ema_decay above 0) take another {averaged:.4g} GB.")
+        parts = {mode: dataclasses.asdict(memory) for mode, memory in modes.items()}
+        write(arguments, header(arguments, model=arguments.model, **facts, modes=parts))
+        return
+    model = {"in_channels": 4, "sample_size": arguments.sample_size, "width": arguments.width}
+    rows = memory_table(model, arguments.blocks, arguments.layers, arguments.batch, arguments.precision)
+    print(f"activations, MB\n{charts.memory_table_text(rows)}")
+    plain = [
+        {**row, "modes": {mode: dataclasses.asdict(memory) for mode, memory in row["modes"].items()}} for row in rows
+    ]
+    title = (
+        f"width {arguments.width}, {arguments.sample_size**2} tokens, batch {arguments.batch}, {arguments.precision}"
+    )
+    charts.memory_chart(rows, title, write(arguments, header(arguments, **facts, model=model, rows=plain)))
 
 
 if __name__ == "__main__":

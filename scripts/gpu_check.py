@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from tarflow import TARFlowModel
-from tarflow.evaluation.sampling_speed import compare, random_model, roofline
+from tarflow.evaluation.random_models import random_model
+from tarflow.evaluation.sampling_speed import compare, roofline
 from tarflow.flows.decoding import Decoding, residual
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance

@@ -1,0 +1,163 @@
+"""Training speed and memory are measured on the right things: the baseline's loss, and bytes that are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import condition_of, random_images, small_model
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.profiler import ProfilerActivity, profile
+
+from tarflow.evaluation.published_training import loss_as_published
+from tarflow.evaluation.random_models import random_inputs
+from tarflow.evaluation.training_memory import MODES, TrainingMemory, training_memory
+from tarflow.evaluation.training_speed import Run, compare_training, loss_differences, step_flops, with_shared_weights
+from tarflow.flows.likelihood import flow_loss
+from tarflow.flows.model import TARFlowModel
+
+TARFLOW = {
+    "patch_layout": "channel_first",
+    "final_norm": False,
+    "start_token": False,
+    "scale": "exp",
+    "soft_clip": 0.0,
+    "positions": "learned",
+}
+GEGLU = {"mlp": "geglu", "norm": "rms_norm", "qk_norm": True, "post_norm": True, "bias": False, "num_kv_heads": 1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TARFLOW,
+        {**TARFLOW, "conditioning": "class_vectors"},
+        {**TARFLOW, "scale": "additive"},
+        {"conditioning": "class_prefix", "condition_blocks": "deep"},
+        {"conditioning": "prefix", **GEGLU},
+        {"positions": "rotary_1d", "start_token": False},
+    ],
+    ids=["tarflow", "tarflow class", "volume preserving", "starflow class", "starflow text", "1d"],
+)
+def test_the_published_step_has_the_same_loss_and_gradients(settings: dict[str, Any]) -> None:
+    model = small_model(**settings).double()
+    x, condition = random_images(model, 3), condition_of(model, 3)
+    losses, gradients = [], []
+    for loss_of in (lambda: flow_loss(*model(x, **condition)), lambda: loss_as_published(model, x, **condition)):
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=1e-12)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+MEASURED: dict[str, Any] = {"layers_per_block": [2, 2], "width": 128, "in_channels": 4, "sample_size": 16}
+
+
+def forward_and_backward(model: TARFlowModel, inputs: dict[str, Any], bfloat16: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        loss = flow_loss(*model(**inputs))
+    loss.backward()
+
+
+def beyond_the_weights(memory: TrainingMemory) -> int:
+    return memory.peak - memory.parameters - memory.optimizer
+
+
+@pytest.mark.parametrize("mode", ["none", "every 2nd layer", "both"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_counted_memory_is_what_the_allocator_gives(mode: str, precision: str) -> None:
+    counted = training_memory(MEASURED, 4, precision=precision, mode=mode)
+    model = TARFlowModel(**MEASURED)
+    model.set_checkpointing(*MODES[mode])
+    inputs = random_inputs(model, 4, 0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        forward_and_backward(model, inputs, precision == "bfloat16")
+    events = profiled.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    live = peak = 0
+    for _, size in sorted(changes):
+        live += size
+        peak = max(peak, live)
+    # The allocator also sees what attention takes inside itself.
+    assert 0.95 * peak < beyond_the_weights(counted) < 1.02 * peak
+
+
+def test_counted_memory_is_what_torch_counts() -> None:
+    counted = training_memory(MEASURED, 4, mode="layer")
+    model = TARFlowModel(**MEASURED)
+    model.set_checkpointing("layer")
+    inputs = random_inputs(model, 4, 0)
+    tracker = MemTracker()
+    tracker.track_external(model, *inputs.values())
+    with tracker:
+        forward_and_backward(model, inputs, True)
+    total = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    expected = total - counted.parameters - inputs["x"].nbytes
+    assert beyond_the_weights(counted) == pytest.approx(expected, rel=0.005)
+
+
+def test_checkpointed_blocks_keep_their_inputs_only() -> None:
+    found = {}
+    for mode in ("none", "block"):
+        found[mode] = [training_memory({**MEASURED, "layers_per_block": [2] * n}, 4, mode=mode) for n in (2, 4, 8)]
+    slack = 4096  # log-dets and other numbers of a block
+    for fewer, more in zip(found["block"], found["block"][1:], strict=False):
+        assert more.activations - fewer.activations <= more.block_inputs - fewer.block_inputs + slack
+    for fewer, more in zip(found["none"], found["none"][1:], strict=False):
+        assert more.activations > 1.8 * fewer.activations
+        assert more.gradients > fewer.gradients
+    memory = found["none"][0]
+    assert memory.gradients == memory.parameters
+    assert 2 * memory.parameters <= memory.optimizer < 2.01 * memory.parameters
+
+
+def test_the_variants_of_training_have_equal_losses() -> None:
+    model = small_model(conditioning="class_prefix")
+    peaks = {"float32": 1e12, "bfloat16": 1e12}
+    variants = ("published", "eager", "layer", "block")
+    speeds = compare_training(model, 2, 0, peaks, variants, repeats=2, steps=1)
+    assert [(row.precision, row.variant) for row in speeds] == [(p, v) for p in peaks for v in variants]
+    differences = loss_differences(speeds)
+    assert differences["float32"] < 1e-4
+    assert differences["bfloat16"] < 0.05
+    for row in speeds:
+        assert row.error is None and row.steps == 2
+        assert row.utilization == pytest.approx(step_flops(model, 2, 0) / 1e12 / (row.step_ms / 1e3))
+        assert row.ratio == pytest.approx(1) if row.variant == "published" else row.ratio > 0
+
+
+def test_variants_share_weights_and_nothing_else() -> None:
+    model = small_model()
+    own = with_shared_weights(model, "block")
+    assert all(a is b for a, b in zip(model.parameters(), own.parameters(), strict=True))
+    assert own.checkpoint_blocks and not model.checkpoint_blocks
+    with pytest.raises(ValueError, match="unknown variant 'fast'"):
+        with_shared_weights(model, "fast")
+
+
+def test_no_memory_is_said_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run: Run, *rest: Any) -> None:
+        if run.variant == "eager":
+            raise torch.OutOfMemoryError
+        run.seconds.append(1.0)
+
+    monkeypatch.setattr("tarflow.evaluation.training_speed.take_steps", fail)
+    eager, block = compare_training(small_model(), 2, 0, {"float32": 1e12}, ("eager", "block"), ("float32",))
+    assert eager.error == "out of memory" and eager.step_ms is None
+    assert block.error is None and block.step_ms == 1000
+
+
+def test_model_flops_are_six_for_each_use_of_a_weight() -> None:
+    model = small_model(conditioning="prefix", condition_blocks="deep", layers_per_block=(1, 2))
+    per_layer, attention = 12 * 64 * 64, 64  # width 64: 3 + 1 projections and an MLP of 4 times the width
+    expected = 0
+    for layers, slots in ((1, 4), (2, 4 + 3)):  # four tokens of eight numbers; the deep block has a prefix of three
+        expected += layers * (6 * slots * per_layer + 6 * slots**2 * attention) + 6 * 4 * (8 * 64 + 64 * 16)
+    expected += 6 * 3 * 5 * 64
+    assert step_flops(model, 1, 3) == expected
+    assert step_flops(model, 5, 3) == 5 * expected
