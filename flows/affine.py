@@ -50,4 +50,4 @@ def affine_forward(x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor,
 
 def affine_inverse(z: Tensor, shift: Tensor, log_scale: Tensor) -> Tensor:
     """Sampling direction: x = z·exp(log_scale) + shift, all (B, T, C)."""
-    return at_least_float32(z) * torch.exp(log_scale) + shift
+    return torch.addcmul(shift, at_least_float32(z), torch.exp(log_scale))

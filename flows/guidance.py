@@ -57,10 +57,10 @@ def guide_gaussian(cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], w
     s = min(1, σc/σu)², σ = σc/√(1 + w − w·s), μ = ((1 + w)·μc − w·s·μu)/(1 + w − w·s), per element.
     """
     (shift_c, log_scale_c), (shift_u, log_scale_u) = cond, uncond
-    ratio = torch.exp(2 * (log_scale_c - log_scale_u)).clamp(max=1.0)
-    denominator = 1 + weight - weight * ratio
-    shift = ((1 + weight) * shift_c - weight * ratio * shift_u) / denominator
-    return shift, log_scale_c - 0.5 * denominator.log()
+    weighted = (log_scale_c - log_scale_u).clamp(max=0.0).mul(2).exp() * weight  # w·s
+    denominator = 1 + weight - weighted
+    shift = torch.addcmul((1 + weight) * shift_c, weighted, shift_u, value=-1) / denominator
+    return shift, torch.sub(log_scale_c, denominator.log(), alpha=0.5)
 
 
 def guide_linear(

@@ -21,7 +21,6 @@ from tarflow.flows.guidance import Guidance
 from tarflow.flows.network import recomputed
 from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, unpatchify
 
-
 #: What `TARFlowModel.set_checkpointing` takes.
 CHECKPOINTED = ("none", "block", "layer", "both")
 

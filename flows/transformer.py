@@ -97,8 +97,7 @@ class Attention(nn.Module):
         if cache is not None:
             earlier = cache.length
             k, v = cache.write(layer, k, v)
-        mask = later_slots_mask(slots, earlier, x.device) if self.causal and slots > 1 else None
-        y = attend(q, k, v, mask, causal=mask is not None and not earlier)
+        y = attend(q, k, v, earlier if self.causal else None)
         y = self.proj(y.transpose(1, 2).flatten(2))
         return y if self.post_norm is None else self.post_norm(y)
 
@@ -108,25 +107,25 @@ def later_slots_mask(slots: int, earlier: int, device: torch.device) -> Tensor:
     return torch.ones(slots, earlier + slots, dtype=torch.bool, device=device).tril(earlier)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, earlier: int | None) -> Tensor:
     """Attention of queries (B, H, S, d) to keys and values (B, K, N, d); returns (B, H, S, d).
 
     Args:
-        mask: which of the N keys each query may see, (S, N) booleans; None for all.
-        causal: that the mask is the plain lower triangle, for which there are faster kernels.
+        earlier: query i sees the first earlier + i + 1 keys; None for all keys.
     """
-    grouped = q.shape[1] != k.shape[1]
+    grouped, slots = q.shape[1] != k.shape[1], q.shape[2]
+    causal = earlier is not None and slots > 1
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and k.shape[2] <= PLAIN_ATTENTION_SLOTS:
         # The backward pass of the fused CPU kernel takes several times as long as plain products of short sequences.
         if grouped:
             k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
         logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -math.inf)
+        if causal:
+            logits = logits.masked_fill(~later_slots_mask(slots, earlier, q.device), -math.inf)
         return logits.softmax(-1, dtype=at_least_float32(logits).dtype).to(v.dtype) @ v
-    if causal:
-        mask = None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    triangle = causal and not earlier  # for which there are faster kernels than for a mask
+    mask = later_slots_mask(slots, earlier, q.device) if causal and not triangle else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=grouped)
 
 
 class MLP(nn.Module):

@@ -185,8 +185,8 @@ class TARFlowPipeline(DiffusionPipeline):
             decoding: how blocks are inverted: "auto" (the fastest on this device, found by a short calibration at the
                 first call with a batch size, see `calibrations`), "sequential" (exact to rounding), "jacobi",
                 "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of `FAST_TOLERANCE`); or a
-                `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents agree with
-                sequential ones to 1e-3; ``return_residual`` tells.
+                `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
+                unit size, agree with sequential ones to 1e-3, with "fast" to 0.1; ``return_residual`` tells.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
 
         Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.order import reorder
 from tarflow.flows.sampling import decode, generate
+from tarflow.flows.step import DecodeStep
 
 
 def grid_model(name: str) -> TARFlowModel:
@@ -226,3 +228,25 @@ def test_numbers_that_are_not_finite_are_named(method: str) -> None:
         model.blocks[0].proj_out.bias.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"first in block 0 \(0 is next to the data\) at token 0 of 4"):
         generate(model, z, model.condition(given, None, 2), decoding=Decoding(method))
+
+
+def test_a_disturbed_clock_chooses_nothing_slower(monkeypatch) -> None:
+    """The few timed steps look slow, as if something else ran beside them; the whole sequence does not."""
+    model = grid_model("unconditional").float()
+    now, calls, steps, sweeps = [0.0], [0], DecodeStep.__call__, BlockRun.parameters
+
+    def step(*arguments: Any) -> tuple[Tensor, Tensor]:
+        now[0] += 10.0 if calls[0] % 40 < 24 else 1e-3  # of each block twice twelve steps, then all sixteen
+        calls[0] += 1
+        return steps(*arguments)
+
+    def sweep(*arguments: Any) -> tuple[Tensor, Tensor]:
+        now[0] += 1.0
+        return sweeps(*arguments)
+
+    monkeypatch.setattr(DecodeStep, "__call__", step)
+    monkeypatch.setattr(BlockRun, "parameters", sweep)
+    monkeypatch.setattr("tarflow.flows.calibration.clock", lambda device: now[0])
+    choices = calibrate(model, random_images(model, 2), None, None, None, 1e-4)
+    assert calls[0] == 80
+    assert {choice.method for choice in choices} == {"sequential"}
