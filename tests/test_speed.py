@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tarflow.evaluation.published_training import loss_as_published
 from tarflow.evaluation.random_models import random_inputs
+from tarflow.evaluation.sampling_speed import compare
 from tarflow.evaluation.training_memory import MODES, TrainingMemory, training_memory
 from tarflow.evaluation.training_speed import Run, compare_training, loss_differences, step_flops, with_shared_weights
 from tarflow.flows.likelihood import flow_loss
@@ -161,3 +163,10 @@ def test_model_flops_are_six_for_each_use_of_a_weight() -> None:
     expected += 6 * 3 * 5 * 64
     assert step_flops(model, 1, 3) == expected
     assert step_flops(model, 5, 3) == 5 * expected
+
+
+def test_measurements_stop_at_their_deadline() -> None:
+    over = time.perf_counter() - 1
+    assert compare_training(small_model(), 2, 0, {"float32": 1e12}, precisions=("float32",), deadline=over) == []
+    speeds = compare(small_model(), 1, None, None, None, repeats=3, compiled=True, deadline=over)
+    assert [speed.method for speed in speeds] == ["published", "sequential"]
