@@ -23,7 +23,7 @@ from tarflow.pipeline.aspect import ASPECT_RATIOS, aspect_size
 from tarflow.pipeline.text import encode_captions
 from tarflow.training import caching
 from tarflow.training.arguments import parse_dataclass
-from tarflow.training.batches import fixed_batches
+from tarflow.training.batches import fixed_batches, read_batch
 from tarflow.training.cache_plan import CacheConfig, bucket_size, make_plan
 from tarflow.training.caching import Encoder, cache_latents, prepare_folder, write_manifest, write_shards
 from tarflow.training.config import TextConfig, VaeConfig
@@ -103,7 +103,8 @@ def test_a_cache_has_what_the_autoencoder_gives(cached: Path, vae_path: str) -> 
             latents[count]
     latents = CachedLatents(cached)
     assert latents[0].keys() == {"latent_mean", "latent_std", "caption", "label", "skipped"}
-    batches = fixed_batches(Images(DataConfig(image_size=16)), COUNT, 7)
+    images = Images(DataConfig(image_size=16))
+    batches = [read_batch(images, indices) for indices in fixed_batches(images, COUNT, 7)]
     mean, std = measure_latents(vae, batches, lambda batch: to_model(batch["image"]))
     assert latents.latents_mean == pytest.approx(mean, rel=1e-5)
     assert latents.latents_std == pytest.approx(std, rel=1e-5)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from tarflow import TARFlowPipeline
 from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.training.arguments import parse_config
-from tarflow.training.batches import StepSampler, train_loader
+from tarflow.training.batches import StepSampler
 from tarflow.training.config import OptimConfig
 from tarflow.training.objective import score_target
-from tarflow.training.trainer import Trainer, learning_rate
+from tarflow.training.schedule import schedule_factor
+from tarflow.training.trainer import Trainer
 
 SMALL = [
     *("--data.image_size", "32"),
@@ -117,11 +118,10 @@ def test_learned_denoiser_learns_the_score(tmp_path):
     trainer, _ = train(tmp_path / "run", *options, "--train.steps", "1", flow=flow)
     assert [group["peak_lr"] for group in trainer.optimizer.param_groups] == [1e-3, 3e-3]
     trainer.total_steps = 1000
-    sampler = StepSampler(len(trainer.parts.train), 8, 0, 1, 0, 0, 200)
-    batches = iter(train_loader(trainer.parts.train, 8, 0, sampler))
+    batches = trainer.batches()
     for _ in range(60):
         values = trainer.train_step(batches)
-    inputs = trainer.model_inputs(next(batches), 0)
+    inputs = trainer.inputs.training(next(batches), trainer.step, range(8))
     latents, labels = inputs["latents"], inputs["class_labels"]
     score = (latents - score_denoise(trainer.flow, latents, 0.3, class_labels=labels)) / 0.3
     with torch.no_grad():
@@ -183,9 +183,9 @@ def test_max_minutes_follows_a_changing_speed(tmp_path, monkeypatch):
 
     def slower_later(trainer, batches):
         now[0] += 1.0 if trainer.step < 100 else 3.0
-        return {"loss": 0.0}
+        return {"loss": torch.zeros(())}
 
-    monkeypatch.setattr("tarflow.training.trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tarflow.training.schedule.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Trainer, "train_step", slower_later)
     _, metrics = train(tmp_path, "--train.max_minutes", "20", "--train.steps", "5000")
     assert metrics["steps"] == pytest.approx(100 + (20 * 60 - 100) / 3, rel=0.05)
@@ -253,21 +253,39 @@ def test_config_is_saved_and_reads_back(tmp_path):
 
 
 def test_sampler_covers_every_epoch_on_any_number_of_processes():
-    def positions(processes, start, total):
-        samplers = [StepSampler(10, 12 // processes, rank, processes, 3, start, total) for rank in range(processes)]
-        return [[i for batch in batches for i in batch] for batches in zip(*samplers, strict=True)]
+    def positions(processes, accumulation, start, total):
+        size = 12 // processes // accumulation
+        ranks = [
+            StepSampler([range(10)], size, rank, processes, accumulation, 3, start, total) for rank in range(processes)
+        ]
+        steps = [[[] for _ in range(accumulation)] for _ in range(total - start)]
+        for number, parts in enumerate(zip(*ranks, strict=True)):
+            steps[number // accumulation][number % accumulation] = [i for part in parts for i in part]
+        return [[i for part in step for i in part] for step in steps]
 
-    whole = positions(1, 0, 10)
-    assert whole == positions(2, 0, 10) == whole[:4] + positions(3, 4, 10)
+    whole = positions(1, 1, 0, 10)
+    assert whole == positions(2, 1, 0, 10) == positions(2, 3, 0, 10) == whole[:4] + positions(3, 2, 4, 10)
     flat = [i for batch in whole for i in batch]
     assert all(sorted(flat[i : i + 10]) == list(range(10)) for i in range(0, 120, 10))
     assert flat[:10] != flat[10:20]
 
 
-def test_learning_rate():
-    config = OptimConfig(lr=2.0, warmup_steps=4, min_lr_ratio=0.1)
-    values = [learning_rate(step, 14, config) for step in range(15)]
-    assert values[0] == 0.5
-    assert values[3] == values[4] == 2.0
-    assert values[9] == pytest.approx(1.1)
-    assert values[14] == pytest.approx(0.2)
+def test_sampler_of_several_shapes():
+    groups = [range(7), range(7, 18), range(18, 18), range(18, 21)]  # 2 + 3 + 1 batches of four
+    steps = list(StepSampler(groups, 4, 0, 1, 1, 0, 0, 12))
+    assert all(sum(set(batch) <= set(group) for group in groups) == 1 for batch in steps)
+    for epoch in (steps[:6], steps[6:]):
+        assert {i for batch in epoch for i in batch} == set(range(21))
+    assert steps[:6] != steps[6:]
+    halves = [list(StepSampler(groups, 2, rank, 2, 1, 0, 5, 12)) for rank in range(2)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == steps[5:]
+
+
+def test_schedule():
+    config = OptimConfig(min_lr_ratio=0.1)
+    values = [schedule_factor(step, 14, 4, config) for step in range(15)]
+    assert values[0] == 0.25
+    assert values[3] == values[4] == 1.0
+    assert values[9] == pytest.approx(0.55)
+    assert values[14] == pytest.approx(0.1)
+    assert schedule_factor(13, 14, 4, OptimConfig(schedule="constant")) == 1.0

@@ -2,66 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tarflow.data.images import Images, collate
+from tarflow.data.images import collate
 
 #: Data sets longer than this are endless ones, gone through in their own order.
 SHUFFLE_LIMIT = 2**30
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batches of indices for one process, from a forward pass on: epoch after epoch, each in its own shuffled order.
+    """Batches of indices for one process, one for each forward pass: epoch after epoch, each in its own shuffled order.
+
+    All passes of all processes in one step share one batch, of pictures of one shape. Where there are several shapes, a
+    shape's last batch of an epoch is filled up with pictures from the epoch's beginning.
 
     Args:
-        length: number of pictures.
-        batch_size: of one process.
+        groups: indices of the pictures of each shape.
+        batch_size: of one process in one pass.
         process, processes: this process and how many there are.
+        accumulation: passes in one step.
         seed: of the orders.
-        start: number of forward passes already done.
-        total: number of forward passes at which to stop.
+        start, total: steps already done, and at which to stop.
     """
 
     def __init__(
-        self, length: int, batch_size: int, process: int, processes: int, seed: int, start: int = 0, total: int = 0
+        self,
+        groups: Sequence[range],
+        batch_size: int,
+        process: int,
+        processes: int,
+        accumulation: int,
+        seed: int,
+        start: int,
+        total: int,
     ):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.process, self.processes, self.start, self.total = process, processes, start, total
+        self.groups, self.batch_size, self.seed = [group for group in groups if len(group)], batch_size, seed
+        self.process, self.processes, self.accumulation = process, processes, accumulation
+        self.start, self.total = start, total
 
     def __len__(self) -> int:
-        return self.total - self.start
+        return (self.total - self.start) * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
+        size = self.batch_size * self.processes * self.accumulation
+        batches = self._of_one_shape(size) if len(self.groups) == 1 else self._of_several_shapes(size)
+        for batch in batches:
+            for part in range(self.accumulation):
+                first = (part * self.processes + self.process) * self.batch_size
+                yield batch[first : first + self.batch_size]
+
+    def _of_one_shape(self, size: int) -> Iterator[list[int]]:
+        (group,) = self.groups
         epoch, order = -1, torch.empty(0)
-        for number in range(self.start, self.total):
-            first = (number * self.processes + self.process) * self.batch_size
+        for step in range(self.start, self.total):
             batch = []
-            for position in range(first, first + self.batch_size):
-                if self.length > SHUFFLE_LIMIT:
-                    batch.append(position % self.length)
+            for position in range(step * size, (step + 1) * size):
+                if len(group) > SHUFFLE_LIMIT:
+                    batch.append(group[position % len(group)])
                     continue
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.length, generator=generator)
-                batch.append(int(order[position % self.length]))
+                if position // len(group) != epoch:
+                    epoch = position // len(group)
+                    order = self._shuffled(len(group), epoch)
+                batch.append(group[int(order[position % len(group)])])
             yield batch
 
+    def _of_several_shapes(self, size: int) -> Iterator[list[int]]:
+        counts = [-(-len(group) // size) for group in self.groups]
+        epoch, batches = -1, []
+        for step in range(self.start, self.total):
+            if step // sum(counts) != epoch:
+                epoch = step // sum(counts)
+                batches = []
+                for number, (group, count) in enumerate(zip(self.groups, counts, strict=True), start=1):
+                    order = self._shuffled(len(group), epoch, number)
+                    order = order.repeat(-(-count * size // len(group)))[: count * size] + group.start
+                    batches += order.split(size)
+                places = self._shuffled(len(batches), epoch)
+            yield batches[int(places[step % sum(counts)])].tolist()
 
-def train_loader(images: Images, batch_size: int, workers: int, sampler: StepSampler) -> DataLoader:
+    def _shuffled(self, length: int, epoch: int, group: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_009 + group)
+        return torch.randperm(length, generator=generator)
+
+
+def groups_of(images: Dataset) -> Sequence[range]:
+    """Indices of a data set's pictures of each shape; pictures that are not cached have one."""
+    return getattr(images, "groups", [range(len(images))])
+
+
+def train_loader(
+    images: Dataset, batch_size: int, workers: int, sampler: StepSampler, pin_memory: bool = False
+) -> DataLoader:
     return DataLoader(
-        images, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0
+        images,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
     )
 
 
-def fixed_batches(images: Images, count: int, batch_size: int) -> list[dict[str, Any]]:
-    """The first ``count`` pictures as batches."""
-    count = min(count, len(images))
-    return [
-        collate([images[i] for i in range(first, min(first + batch_size, count))])
-        for first in range(0, count, batch_size)
-    ]
+def fixed_batches(images: Dataset, count: int, batch_size: int) -> list[list[int]]:
+    """Indices of the first ``count`` pictures of each shape's share, in batches of one shape."""
+    batches, total = [], len(images)
+    for group in groups_of(images):
+        share = group[: -(-min(count, total) * len(group) // total)]
+        batches += [list(share[first : first + batch_size]) for first in range(0, len(share), batch_size)]
+    return batches
+
+
+def read_batch(images: Dataset, indices: Sequence[int]) -> dict[str, Any]:
+    """Some pictures as a batch."""
+    return collate([images[index] for index in indices])

@@ -46,6 +46,7 @@ class TextConfig:
             the sizes below, trained from scratch with the flow, with a tokenizer made of the training captions).
         max_length: captions are padded or cut to this many tokens.
         vocab_size: of the small encoder's tokenizer.
+        shard: with FSDP, divide a pretrained encoder's weights among the processes too.
         vocab_captions: how many captions the tokenizer is made of.
         unit: what a token of the small tokenizer is: "word", or "bpe" for open vocabularies.
     """
@@ -60,8 +61,10 @@ class TextConfig:
     width: int = 64
     layers: int = 2
     heads: int = 4
+    shard: bool = False
 
     def __post_init__(self) -> None:
+        check(not self.shard or self.kind == "pretrained", "text.shard is for text.kind 'pretrained', a frozen encoder")
         if self.kind == "pretrained":
             check(self.name is not None, "text.kind is 'pretrained', so text.name must be a folder or hub id")
         for name in ("max_length", "vocab_size", "vocab_captions", "width", "layers", "heads"):
@@ -71,27 +74,43 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine to ``min_lr_ratio``; gradients clipped by their norm.
+    """AdamW with linear warm-up and then a schedule; gradients clipped by their norm.
 
-    ``denoiser_lr`` is the peak of a learned denoiser, an optimizer group of its own, clipped by itself.
+    Attributes:
+        lr: the peak; ``denoiser_lr`` is that of a learned denoiser, an optimizer group of its own, clipped by itself.
+        lr_scaling: what both are multiplied by: "none", 1; "linear", the pictures of one step over
+            ``reference_batch``; "sqrt", its square root.
+        schedule: after the warm-up "cosine", down to ``min_lr_ratio`` of the peak at the last step, or "constant".
+        warmup_steps: of the warm-up; ``warmup_images`` gives it in pictures instead.
+        max_grad_norm: gradients of a larger norm are scaled down to it.
+        skip_grad_norm: steps with a larger norm are left out, counted and logged; None leaves none out.
     """
 
     lr: float = 1e-3
     denoiser_lr: float = 1e-4
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    reference_batch: int = 256
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 1e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 100
+    warmup_images: int | None = None
     min_lr_ratio: float = 0.01
     max_grad_norm: float = 1.0
+    skip_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "denoiser_lr"):
+        for name in ("lr", "denoiser_lr", "max_grad_norm"):
             check(getattr(self, name) > 0, f"optim.{name} must be positive, got {getattr(self, name)}")
-        check(self.weight_decay >= 0, f"optim.weight_decay must be 0 or positive, got {self.weight_decay}")
+        for name in ("weight_decay", "warmup_steps"):
+            check(getattr(self, name) >= 0, f"optim.{name} must be 0 or positive, got {getattr(self, name)}")
         check(all(0 <= b < 1 for b in self.betas), f"optim.betas must be in [0, 1), got {self.betas}")
-        check(self.warmup_steps >= 0, f"optim.warmup_steps must be 0 or positive, got {self.warmup_steps}")
         check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
-        check(self.max_grad_norm > 0, f"optim.max_grad_norm must be positive, got {self.max_grad_norm}")
+        check(self.reference_batch >= 1, f"optim.reference_batch must be at least 1, got {self.reference_batch}")
+        if self.warmup_images is not None:
+            check(self.warmup_images >= 0, f"optim.warmup_images must be 0 or positive, got {self.warmup_images}")
+        if self.skip_grad_norm is not None:
+            check(self.skip_grad_norm > 0, f"optim.skip_grad_norm must be positive, got {self.skip_grad_norm}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +118,9 @@ class TrainConfig:
     """The loop.
 
     Attributes:
-        steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
-            as long (the schedule then ends there; resuming keeps the checkpoint's number).
+        steps: optimizer steps; ``images`` gives them in pictures instead. ``max_minutes`` lowers them, from the
+            measured speed, so that the training takes about as long (the schedule then ends there; resuming keeps the
+            checkpoint's number).
         batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
         noise: "gaussian", added with standard deviation ``noise_std`` (σ), or "uniform", which makes real numbers of
             8-bit pixels for likelihoods in bits per dimension, and leaves σ unused.
@@ -108,12 +128,17 @@ class TrainConfig:
         latent_norm_weight: weight of a penalty, the sum of the mean squares of all blocks' outputs but the last's;
             0 is off.
         mixed_precision: "no", "bf16" or "fp16".
-        ema_decay: of the averaged weights that are evaluated and saved.
+        compile: compile the Transformer layers (`torch.compile`); the first steps take minutes, the others less time.
+        checkpointing: activations that are computed again in the backward pass to save memory: "none", of each
+            "block", of each "layer" (with ``checkpointing_every`` only of every so many layers), or "both".
+        ema_decay: of the averaged weights that are evaluated and saved; averages with ``more_ema_decays`` are kept,
+            evaluated at the end and saved beside them.
         max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
         seed: of weights, noise and drops.
     """
 
     steps: int = 10000
+    images: int | None = None
     max_minutes: float | None = None
     batch_size: int = 64
     accumulation: int = 1
@@ -122,21 +147,31 @@ class TrainConfig:
     drop_rate: float = 0.1
     latent_norm_weight: float = 0.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    checkpointing: Literal["none", "block", "layer", "both"] = "none"
+    checkpointing_every: int = 1
     ema_decay: float = 0.9999
+    more_ema_decays: list[float] = field(default_factory=list)
     max_bad_steps: int = 5
     num_workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "max_bad_steps"):
+        for name in ("steps", "batch_size", "accumulation", "checkpointing_every", "max_bad_steps"):
             check(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        check(self.images is None or self.images >= 1, f"train.images must be at least 1, got {self.images}")
         if self.max_minutes is not None:
             check(self.max_minutes > 0, f"train.max_minutes must be positive, got {self.max_minutes}")
-        check(self.noise_std >= 0, f"train.noise_std must be 0 or positive, got {self.noise_std}")
+        for name in ("noise_std", "latent_norm_weight", "num_workers"):
+            check(getattr(self, name) >= 0, f"train.{name} must be 0 or positive, got {getattr(self, name)}")
         check(0 <= self.drop_rate <= 1, f"train.drop_rate must be in [0, 1], got {self.drop_rate}")
-        check(self.latent_norm_weight >= 0, "train.latent_norm_weight must be 0 or positive")
-        check(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
-        check(self.num_workers >= 0, f"train.num_workers must be 0 or positive, got {self.num_workers}")
+        for decay in self.ema_decays:
+            check(0 <= decay < 1, f"train.ema_decay and more_ema_decays must be in [0, 1), got {decay}")
+        check(len(set(self.ema_decays)) == len(self.ema_decays), f"EMA decays must differ, got {self.ema_decays}")
+
+    @property
+    def ema_decays(self) -> list[float]:
+        return [self.ema_decay, *self.more_ema_decays]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +219,10 @@ class RunConfig:
         data, vae, text, optim, train, log: the sections.
         flow: arguments of `TARFlowModel`. in_channels, sample_size, num_classes and cond_dim may be left out: they
             follow from the autoencoder, the data and the text encoder.
-        resume: "latest", a checkpoint folder, or None to start anew.
+        init_from: folder or hub id of a pipeline whose flow, small text encoder and latent statistics training starts
+            from. Settings of ``flow`` may be left out, and must be the pipeline's if given; another ``data.image_size``
+            rescales the positions.
+        resume: "latest", a checkpoint folder, "auto" (the latest if there is one), or None to start anew.
     """
 
     output: str
@@ -195,9 +233,12 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    init_from: str | None = None
     resume: str | None = None
 
     def __post_init__(self) -> None:
+        if self.data.source == "latents":
+            check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
         if self.train.noise == "uniform":
             check(self.vae.pixels, "train.noise is 'uniform', which is for pixels: set vae.name to none")
         if self.flow.get("learned_denoiser", "none") != "none":

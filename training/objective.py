@@ -13,11 +13,13 @@ from tarflow.flows.model import TARFlowModel
 
 
 class FlowObjective(nn.Module):
-    """The flow and, if it is trained along, the text encoder, as one module for the optimizer and Accelerate.
+    """The flow and, if it is trained or sharded along, the text encoder, as one module for the optimizer and Accelerate.
+
+    In evaluation mode everything is computed in the weights' own precision, also where Accelerate casts in training.
 
     Args:
         flow: the model.
-        text_encoder: a trainable encoder; None if there is none or it is frozen.
+        text_encoder: a trainable or sharded encoder; None if there is none or it stands by itself.
     """
 
     def __init__(self, flow: TARFlowModel, text_encoder: nn.Module | None = None):
@@ -47,6 +49,22 @@ class FlowObjective(nn.Module):
         Returns:
             ``loss`` (scalar); of the flow also ``nats_per_dim`` (B,) with the model's own prior, and ``z``.
         """
+        if not self.training:
+            with torch.autocast(latents.device.type, enabled=False):
+                return self.compute(latents, class_labels, cond, input_ids, attention_mask, latent_norm_weight, None)
+        return self.compute(latents, class_labels, cond, input_ids, attention_mask, latent_norm_weight, score_target)
+
+    def compute(
+        self,
+        latents: Tensor,
+        class_labels: Tensor | None,
+        cond: Tensor | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        latent_norm_weight: float,
+        score_target: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """`forward` itself."""
         if input_ids is not None:
             hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             cond = hidden * attention_mask[..., None].to(hidden.dtype)
@@ -89,9 +107,3 @@ def parameter_groups(objective: FlowObjective, lr: float, denoiser_lr: float) ->
     others = [parameter for parameter in trained_parameters(objective) if id(parameter) not in ours]
     groups = [{"params": others, "lr": lr, "peak_lr": lr}]
     return [*groups, {"params": denoiser, "lr": denoiser_lr, "peak_lr": denoiser_lr}] if denoiser else groups
-
-
-def step_generator(seed: int, step: int, part: int, process: int, device: torch.device) -> torch.Generator:
-    """The generator of everything random in one forward pass; a function of its place only, so resuming is exact."""
-    mixed = (seed * 1_000_003 + step) * 1_000_003 + part * 65_537 + process
-    return torch.Generator(device=device).manual_seed(mixed % (2**63))

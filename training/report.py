@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
+from torch import Tensor, nn
 
-from tarflow.flows.likelihood import bits_per_dim, log_prob, nats_per_dim
+from tarflow.flows.likelihood import bits_per_dim
+from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-from tarflow.pipeline.text import encode_captions
+from tarflow.training.batches import fixed_batches, read_batch
 from tarflow.training.config import RunConfig
-from tarflow.training.setup import Parts, noisy_latents
+from tarflow.training.inputs import InputMaker
+from tarflow.training.setup import Parts
 
 
-@torch.no_grad()
-def held_out_metrics(
-    flow: Any, text_encoder: Any, parts: Parts, config: RunConfig, batches: list[dict[str, Any]], device: torch.device
-) -> dict[str, float]:
-    """Mean nats per dimension of held-out pictures with the training noise, which is the same at every call.
+class HeldOut:
+    """Held-out pictures, divided among the processes.
 
-    The name tells what the dimensions are: ``latent_nats_per_dim`` or ``pixel_nats_per_dim`` (pixels in [−1, 1]); with
-    uniform noise also ``bits_per_dim`` of the 8-bit pictures.
+    Args:
+        images: of the validation split.
+        count: how many.
+        batch_size: of one process.
+        process, processes: this process and how many there are.
     """
-    total, count = 0.0, 0
-    generator = torch.Generator().manual_seed(config.train.seed + 1)
-    for batch in batches:
-        latents = noisy_latents(parts.codec, batch["image"].to(device), config.train, generator, sample=False)
-        labels = cond = None
-        if parts.flow_arguments.get("num_classes"):
-            labels = batch["label"].to(device)
-        if text_encoder is not None:
-            cond = encode_captions(text_encoder, parts.tokenizer, batch["caption"], config.text.max_length)
-        total += float(nats_per_dim(log_prob(flow, latents, labels, cond), latents[0].numel()).sum())
-        count += len(latents)
-    nats = total / count
+
+    def __init__(self, images: Any, count: int, batch_size: int, process: int, processes: int):
+        self.batches: list[tuple[dict[str, Any], list[int], int]] = []
+        for indices in fixed_batches(images, count, batch_size * processes):
+            mine = indices[process * batch_size : (process + 1) * batch_size]
+            # Every process must pass as often through a sharded model: one without pictures takes one, not counted.
+            shown = mine or indices[:1]
+            self.batches.append((read_batch(images, shown), shown, len(mine)))
+
+    @torch.no_grad()
+    def nats_per_dim(self, model: nn.Module, inputs: InputMaker, accelerator: Accelerator) -> float:
+        """Mean over the pictures with the training noise, which is the same at every call; every process calls this."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch, places, counted in self.batches:
+            nats = model(**inputs.evaluation(batch, places))["nats_per_dim"]
+            sums += torch.tensor([float(nats[:counted].double().sum()), counted], dtype=torch.float64)
+        # MPS has no float64; a sum of a few thousand numbers does not need it to be passed on.
+        total, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
+        return total / count
+
+
+def metrics_of(nats: float, config: RunConfig) -> dict[str, float]:
+    """Held-out nats per dimension under a name that tells what the dimensions are: ``latent_nats_per_dim`` or
+    ``pixel_nats_per_dim`` (pixels in [−1, 1]); with uniform noise also ``bits_per_dim`` of the 8-bit pictures."""
     if not config.vae.pixels:
         return {"latent_nats_per_dim": nats}
     if config.train.noise == "uniform":
@@ -44,14 +59,28 @@ def held_out_metrics(
     return {"pixel_nats_per_dim": nats}
 
 
-def build_pipeline(flow: Any, text_encoder: Any, parts: Parts, config: RunConfig) -> TARFlowPipeline:
-    """A pipeline around copies of the given (averaged) weights."""
+def build_pipeline(
+    weights: dict[str, Tensor], parts: Parts, config: RunConfig, device: torch.device
+) -> TARFlowPipeline:
+    """A pipeline with given weights, whatever trained them.
+
+    Args:
+        weights: of `FlowObjective`, whole, by name.
+        device: of the flow and the text encoder.
+    """
+    flow = TARFlowModel(**parts.flow_arguments)
+    flow.load_state_dict(part_of(weights, "flow."))
+    text_encoder, tokenizer = parts.load_text()
+    if config.text.kind == "small":
+        text_encoder = type(text_encoder)(text_encoder.config)
+        text_encoder.load_state_dict(part_of(weights, "text_encoder."))
     names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
+    vae = parts.load_vae()
     return TARFlowPipeline(
-        flow=copy.deepcopy(flow).eval(),
-        vae=parts.codec.vae,
-        text_encoder=None if text_encoder is None else copy.deepcopy(text_encoder).eval(),
-        tokenizer=parts.tokenizer,
+        flow=flow.to(device).eval(),
+        vae=None if vae is None else vae.to(device),
+        text_encoder=None if text_encoder is None else text_encoder.to(device).eval(),
+        tokenizer=tokenizer,
         latents_mean=parts.codec.latents_mean,
         latents_std=parts.codec.latents_std,
         noise_std=config.train.noise_std if config.train.noise == "gaussian" else 0.0,
@@ -62,6 +91,11 @@ def build_pipeline(flow: Any, text_encoder: Any, parts: Parts, config: RunConfig
     )
 
 
+def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of one part of a module, under their names in that part."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
 def grid_conditions(parts: Parts, config: RunConfig) -> dict[str, Any]:
     """What the sample grid shows: prompts, classes in turn, or a number of unconditional pictures."""
     count = config.log.sample_images
@@ -69,7 +103,7 @@ def grid_conditions(parts: Parts, config: RunConfig) -> dict[str, Any]:
         prompts = config.log.prompts
         if prompts is None:
             source = parts.validation or parts.train
-            prompts = [source.source.caption(i) for i in range(min(count, len(source)))]
+            prompts = [source.caption(i) for i in range(min(count, len(source)))]
         return {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
     if classes := parts.flow_arguments.get("num_classes"):
         return {"class_labels": [i % classes for i in range(count)]}

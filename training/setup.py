@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model
-from tarflow.flows.likelihood import dequantize
+from tarflow.data.latents import CachedLatents
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import embedding_width
-from tarflow.training.batches import fixed_batches
-from tarflow.training.config import RunConfig, TrainConfig
+from tarflow.training.batches import fixed_batches, read_batch
+from tarflow.training.config import RunConfig, VaeConfig
+from tarflow.training.start import Start, model_for_size
 from tarflow.training.text import load_text
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
@@ -23,45 +25,96 @@ class Parts:
     """Data, autoencoder, text encoder and flow of a run.
 
     Attributes:
-        validation: None if nothing is held out.
+        train, validation: pictures or cached latents; no validation if nothing is held out.
+        codec: without its autoencoder if latents are cached.
+        load_vae: gives the autoencoder (None for pixels), which a saved pipeline needs.
+        load_text: gives text encoder and tokenizer, which a saved pipeline needs.
+        text_encoder: None if there is none, or captions were encoded when they were cached.
+        null_cond: the encoded empty caption (L, E) of cached encoded captions.
         flow_arguments: the complete arguments of ``flow``.
     """
 
-    train: Images
-    validation: Images | None
+    train: Images | CachedLatents
+    validation: Images | CachedLatents | None
     codec: LatentCodec
+    load_vae: Callable[[], Any]
+    load_text: Callable[[], tuple[Any, Any]]
     text_encoder: Any
     tokenizer: Any
+    null_cond: torch.Tensor | None
     flow: TARFlowModel
     flow_arguments: dict[str, Any]
 
 
-def noisy_latents(
-    codec: LatentCodec, images: Tensor, train: TrainConfig, generator: torch.Generator | None, sample: bool
-) -> Tensor:
-    """What the flow is trained on: latents (or pixels) with noise, (B, C, h, w) float32.
+def make_parts(
+    config: RunConfig,
+    statistics: tuple[list[float], list[float]] | None,
+    device: torch.device,
+    start: Start | None = None,
+) -> Parts:
+    """Open the data, load the encoders, measure the latents and make the flow.
 
     Args:
-        images: uint8 pictures (B, 3, S, S).
-        generator: of the noise and the posterior draw, on the images' device or the CPU.
-        sample: draw from the autoencoder's posterior; else take its mode.
-    """
-    device = generator.device if generator is not None else images.device
-    if train.noise == "uniform":
-        return dequantize(images, torch.rand(images.shape, generator=generator, device=device).to(images.device))
-    latents = codec.encode(to_model(images), sample=sample, generator=generator).float()
-    noise = torch.randn(latents.shape, generator=generator, device=device).to(images.device)
-    return latents + train.noise_std * noise
-
-
-def make_parts(config: RunConfig, statistics: tuple[list[float], list[float]] | None, device: torch.device) -> Parts:
-    """Open the data, load the encoders, measure the latents (unless ``statistics`` are given) and make the flow.
+        config: of the run.
+        statistics: mean and standard deviation of the latents' channels, from a checkpoint; None measures them.
+        device: of the autoencoder.
+        start: the pipeline that training starts from.
 
     Raises:
         ValueError: if the parts do not fit together.
     """
-    train, validation = Images(config.data, "train"), Images(config.data, "validation")
+    train, validation = open_split(config, "train"), open_split(config, "validation")
     conditioning = config.flow.get("conditioning", "none")
+    check_conditions(config, train, conditioning)
+    cached = isinstance(train, CachedLatents)
+    if cached:
+        check_cache(config, train)
+    vae = None if cached else load_autoencoder(config.vae.name, config.vae.subfolder)
+    if vae is not None:
+        vae.to(device)
+    if not cached and config.data.image_size % (factor := LatentCodec(vae).factor):
+        raise ValueError(f"data.image_size ({config.data.image_size}) must be a multiple of {factor}, the autoencoder's")
+    if start is not None:
+        start.check_autoencoder(train.manifest["autoencoder"]["hash"] if cached else vae)
+        statistics = statistics or start.statistics
+    codec = make_codec(config.vae, train, vae, statistics, device)
+    channels, side = latent_shape(config, train, codec)
+
+    torch.manual_seed(config.train.seed)
+    captions: Any = ()
+    if config.text.kind == "small":
+        captions = (train.caption(i) for i in range(min(config.text.vocab_captions, len(train))))
+    null_cond = train.null_cond if cached and config.text.kind == "pretrained" else None
+    text_encoder = tokenizer = None
+    if null_cond is None:
+        text_encoder, tokenizer = load_text(config.text, captions) if start is None else start.text(config.text)
+    derived: dict[str, Any] = {"in_channels": channels, "sample_size": side}
+    if conditioning.startswith("class"):
+        derived["num_classes"] = len(train.class_names or ())
+    if conditioning == "prefix":
+        derived["cond_dim"] = embedding_width(text_encoder) if null_cond is None else null_cond.shape[1]
+    arguments = dict(config.flow)
+    for key, value in derived.items():
+        if arguments.setdefault(key, value) != value:
+            raise ValueError(f"flow.{key} is {arguments[key]}, but data and encoders give {value}; leave it out")
+    flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
+    if start is not None:
+        arguments = {key: flow.config[key] for key in flow.config if not key.startswith("_")}
+    loaded = (lambda: load_autoencoder(str(train.path / "vae"))) if cached else (lambda: vae)
+    anew = null_cond is not None or config.text.shard  # there is no encoder, or none that is whole
+    text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
+    held_out = validation if len(validation) else None
+    return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
+
+
+def open_split(config: RunConfig, split: str) -> Images | CachedLatents:
+    if config.data.source == "latents":
+        return CachedLatents(config.data.path, split, flip=config.data.flip and split == "train")
+    return Images(config.data, split)
+
+
+def check_conditions(config: RunConfig, train: Images | CachedLatents, conditioning: str) -> None:
+    """Whether data, text encoder and flow agree on what pictures are drawn from."""
     if conditioning.startswith("class") and train.class_names is None:
         raise ValueError(
             f"flow.conditioning is {conditioning!r}, but the data has no classes (folders or label column)"
@@ -71,40 +124,47 @@ def make_parts(config: RunConfig, statistics: tuple[list[float], list[float]] | 
             f"flow.conditioning is {conditioning!r} and text.kind is {config.text.kind!r}: captions need 'prefix' and "
             "a text encoder, other conditionings need text.kind 'none'"
         )
-    if conditioning == "prefix" and not train.source.has_captions:
+    if conditioning == "prefix" and not train.has_captions:
         raise ValueError("the data has no captions: give data.caption_column or a folder with metadata.jsonl")
 
-    vae = load_autoencoder(config.vae.name, config.vae.subfolder)
-    if vae is not None:
-        vae.to(device)
-    pixels = config.data.image_size
-    if pixels % LatentCodec(vae).factor:
-        raise ValueError(
-            f"data.image_size ({pixels}) must be a multiple of {LatentCodec(vae).factor}, the autoencoder's"
-        )
-    mean = std = None
-    if vae is not None and config.vae.measure_images:
-        if statistics is None:
-            batches = fixed_batches(train, config.vae.measure_images, 64)
-            statistics = measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))
-        mean, std = statistics
-    codec = LatentCodec(vae, mean, std)
 
-    captions: Any = ()
-    if config.text.kind == "small":
-        captions = (train.source.caption(i) for i in range(min(config.text.vocab_captions, len(train))))
-    torch.manual_seed(config.train.seed)
-    text_encoder, tokenizer = load_text(config.text, captions)
+def check_cache(config: RunConfig, cache: CachedLatents) -> None:
+    """Whether the settings name what the cache was made with."""
+    name, text = cache.manifest["autoencoder"]["name"], cache.manifest["text"]
+    if config.vae.name not in (name, VaeConfig().name):
+        raise ValueError(f"vae.name is {config.vae.name!r}, but the latents were cached with {name!r}")
+    if text is not None and config.text.kind == "pretrained":
+        found, wanted = (text["name"], text["max_length"]), (config.text.name, config.text.max_length)
+        if found != wanted:
+            raise ValueError(f"the captions were encoded with {found[0]!r} in {found[1]} tokens, not {wanted}")
+    if text is not None and config.text.shard:
+        raise ValueError("text.shard is true, but the captions are cached in encoded form: no encoder is needed")
+    side = cache.image_size
+    if config.data.image_size not in (side, DataConfig.image_size):
+        raise ValueError(f"data.image_size is {config.data.image_size}, but the latents are of pictures of {side}")
+
+
+def make_codec(
+    config: VaeConfig, train: Images | CachedLatents, vae: Any, statistics: Any, device: torch.device
+) -> LatentCodec:
+    """The codec with its statistics, measured if need be."""
+    if isinstance(train, CachedLatents):
+        mean, std = statistics or (train.latents_mean, train.latents_std)
+        return LatentCodec(None, mean, std) if config.measure_images else LatentCodec(None)
+    if vae is None or not config.measure_images:
+        return LatentCodec(vae)
+    if statistics is None:
+        batches = (read_batch(train, indices) for indices in fixed_batches(train, config.measure_images, 64))
+        statistics = measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))
+    return LatentCodec(vae, *statistics)
+
+
+def latent_shape(config: RunConfig, train: Images | CachedLatents, codec: LatentCodec) -> tuple[int, int]:
+    """Channels and side of the latents of a square picture."""
+    if isinstance(train, CachedLatents):
+        return len(train.latents_mean), train.image_size // train.manifest["factor"]
+    pixels = config.data.image_size
+    device = None if codec.vae is None else codec.vae.device
     with torch.no_grad():
         shape = codec.encode(torch.zeros(1, 3, pixels, pixels, device=device)).shape
-    arguments = dict(config.flow)
-    derived: dict[str, Any] = {"in_channels": shape[1], "sample_size": shape[2]}
-    if conditioning.startswith("class"):
-        derived["num_classes"] = len(train.class_names or ())
-    if text_encoder is not None:
-        derived["cond_dim"] = embedding_width(text_encoder)
-    for key, value in derived.items():
-        if arguments.setdefault(key, value) != value:
-            raise ValueError(f"flow.{key} is {arguments[key]}, but data and encoders give {value}; leave it out")
-    flow = TARFlowModel(**arguments)
-    return Parts(train, validation if len(validation) else None, codec, text_encoder, tokenizer, flow, arguments)
+    return shape[1], shape[2]

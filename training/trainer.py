@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
-from diffusers.training_utils import EMAModel
+from accelerate.utils import broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
-from tarflow.pipeline.text import encode_captions
-from tarflow.training.batches import StepSampler, fixed_batches, train_loader
-from tarflow.training.checkpoint import find_checkpoint, read_state, save_checkpoint
-from tarflow.training.config import OptimConfig, RunConfig
-from tarflow.training.objective import (
-    FlowObjective,
-    parameter_groups,
-    score_target,
-    step_generator,
-    trained_parameters,
-)
-from tarflow.training.report import build_pipeline, held_out_metrics, write_grids
-from tarflow.training.setup import make_parts, noisy_latents
-from tarflow.training.text import token_ids
-
-#: For ``max_minutes``, the speed is first measured between these steps; the first ones are slower and not counted.
-TIMED_STEPS = (10, 70)
-
-
-def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """Linear warm-up, then a cosine from ``lr`` to ``lr · min_lr_ratio`` at ``total`` steps."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+from tarflow.training.averages import WeightAverages
+from tarflow.training.batches import StepSampler, groups_of, train_loader
+from tarflow.training.checkpoint import check_state, find_checkpoint, read_state, save_checkpoint
+from tarflow.training.config import RunConfig
+from tarflow.training.inputs import InputMaker
+from tarflow.training.objective import FlowObjective, parameter_groups, score_target, trained_parameters
+from tarflow.training.parallel import StopRequest, full_weights, make_accelerator
+from tarflow.training.report import HeldOut, build_pipeline, metrics_of, write_grids
+from tarflow.training.schedule import TimeLimit, peak_factor, schedule_factor, total_steps, warmup_steps
+from tarflow.training.setup import make_parts
+from tarflow.training.start import load_start
 
 
 class Trainer:
@@ -55,54 +38,73 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, resolved: str):
-        self.config, self.folder = config, Path(config.output)
-        train = config.train
-        self.accelerator = Accelerator(
-            mixed_precision=train.mixed_precision,
-            gradient_accumulation_steps=train.accumulation,
-            log_with=config.log.trackers or None,
-            project_dir=str(self.folder),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=self.has_denoiser)],
-        )
-        set_seed(train.seed)
-        device = self.accelerator.device
+        self.folder = Path(config.output)
+        start = None if config.init_from is None else load_start(config.init_from)
+        if start is not None:
+            config = replace(config, flow=start.flow_settings(config.flow))
+        self.config = config
+        self.accelerator = make_accelerator(config, unused_parameters=self.has_denoiser)
+        set_seed(config.train.seed)
         # Settings are checked before anything is written.
         checkpoint = find_checkpoint(self.folder / "checkpoints", config.resume) if config.resume else None
-        state = None
-        if checkpoint is not None:
-            state = read_state(checkpoint, config.flow)
-        self.parts = make_parts(config, state and state["statistics"], device)
-        self.trains_text = config.text.kind == "small"
-        self.objective = FlowObjective(self.parts.flow, self.parts.text_encoder if self.trains_text else None)
-        if self.parts.text_encoder is not None and not self.trains_text:
-            self.parts.text_encoder.to(device)
-        self.ema = EMAModel(trained_parameters(self.objective), decay=train.ema_decay, foreach=True)
-        optim = config.optim
+        state = None if checkpoint is None else read_state(checkpoint)
+        self.parts = make_parts(config, state and state["statistics"], self.accelerator.device, start)
+        if state is not None:
+            decays, sharded = config.train.ema_decays, self.accelerator.is_fsdp2
+            check_state(checkpoint, state, self.parts.flow_arguments, decays, sharded)
+        self.prepare_model()
+        self.images_per_step = config.train.batch_size * config.train.accumulation * self.accelerator.num_processes
+        self.longest = self.total_steps = total_steps(config, self.images_per_step)
+        self.step = self.bad_steps = self.spikes = 0
+        self.lowered = False  # whether max_minutes has lowered the steps
+        self.skipped: set[str] = set()
+        self.waited = 0.0  # seconds for data
+        if state is not None:
+            self.load(checkpoint, state)
+        self.held_out = self.open_held_out()
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / "config.yaml.tmp"
+            temporary.write_text(resolved)
+            temporary.rename(self.folder / "config.yaml")
+        if config.log.trackers:
+            self.accelerator.init_trackers("logs")
+
+    def prepare_model(self) -> None:
+        """Flow, optimizer and averages, on their devices, compiled, divided and so on as the settings have it."""
+        config, accelerator, parts = self.config, self.accelerator, self.parts
+        train, optim = config.train, config.optim
+        inside = config.text.kind == "small" or (config.text.shard and accelerator.is_fsdp2)
+        parts.flow.set_checkpointing(train.checkpointing, train.checkpointing_every)
+        if train.compile:
+            parts.flow.compile_repeated_blocks(dynamic=False)
+        if parts.text_encoder is not None and not inside:
+            parts.text_encoder.to(accelerator.device)
+        self.objective = FlowObjective(parts.flow, parts.text_encoder if inside else None)
+        self.inputs = InputMaker(config, parts, accelerator.device, token_ids=inside)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.objective, optim.lr, optim.denoiser_lr),
             betas=optim.betas,
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
-        self.ema.to(device)
-        self.accelerator.register_for_checkpointing(self.ema)
-        self.step, self.total_steps, self.bad_steps = 0, train.steps, 0
-        self.skipped: set[str] = set()
-        if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
-            self.step, self.total_steps = state["step"], state["total_steps"]
-            if train.max_minutes is None:
-                self.total_steps = train.steps
-        self.lowered = self.resumed_schedule = state is not None and state["lowered"]
-        self.held_out = []
-        if self.parts.validation is not None:
-            self.held_out = fixed_batches(self.parts.validation, config.log.eval_images, train.batch_size)
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(resolved)
-        if config.log.trackers:
-            self.accelerator.init_trackers("logs")
+        self.model, self.optimizer = accelerator.prepare(self.objective, optimizer)
+        self.averages = WeightAverages(trained_parameters(self.model), train.ema_decays)
+
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.accelerator.load_state(str(checkpoint))
+        self.averages.load(checkpoint / "averages", state["ema_steps"])
+        self.step, self.spikes, self.lowered = state["step"], state["spikes"], state["lowered"]
+        if self.config.train.max_minutes is not None:
+            self.total_steps = state["total_steps"]
+
+    def open_held_out(self) -> HeldOut | None:
+        if self.parts.validation is None:
+            return None
+        count, size = self.config.log.eval_images, self.config.train.batch_size
+        accelerator = self.accelerator
+        return HeldOut(self.parts.validation, count, size, accelerator.process_index, accelerator.num_processes)
 
     @property
     def has_denoiser(self) -> bool:
@@ -112,87 +114,109 @@ class Trainer:
     def flow(self) -> Any:
         return self.objective.flow
 
-    @property
-    def text_encoder(self) -> Any:
-        return self.objective.text_encoder if self.trains_text else self.parts.text_encoder
-
     def run(self) -> dict[str, float]:
-        """Train to the last step, then evaluate and save the pipeline; returns the last metrics."""
-        config, accelerator = self.config, self.accelerator
-        accumulation = config.train.accumulation
-        sampler = StepSampler(
-            len(self.parts.train),
-            config.train.batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.train.seed,
-            self.step * accumulation,
-            self.total_steps * accumulation,
-        )
-        batches = iter(train_loader(self.parts.train, config.train.batch_size, config.train.num_workers, sampler))
-        global_batch = config.train.batch_size * accumulation * accelerator.num_processes
+        """Train to the last step, then evaluate and save the pipeline; returns the last metrics.
+
+        At a SIGTERM a checkpoint is saved and training stops; the metrics then have ``stopped``.
+        """
+        accelerator = self.accelerator
+        batches = self.batches()
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process)
-        started = measured_from = time.perf_counter()
-        measured_step, next_estimate = 0, TIMED_STEPS[1]
-        first, metrics = self.step, {}
-        while self.step < self.total_steps:
-            values = self.train_step(batches)
-            self.step += 1
-            progress.update()
-            done = self.step - first
-            if done == TIMED_STEPS[0]:
-                measured_step, measured_from = done, time.perf_counter()
-            if done == next_estimate and config.train.max_minutes is not None and not self.resumed_schedule:
-                now = time.perf_counter()
-                self.lower_steps(now - started, (now - measured_from) / (done - measured_step))
-                progress.total = self.total_steps
-                # Again and again, as a machine's speed changes.
-                measured_step, measured_from = done, now
-                next_estimate = done + max(TIMED_STEPS[0], min(done, self.total_steps - self.step) // 2)
-            if self.step % config.log.log_every == 0:
-                speed = done * global_batch / (time.perf_counter() - started)
-                values |= {"images_per_second": speed, "lr": self.optimizer.param_groups[0]["lr"]}
-                accelerator.log({f"train/{key}": value for key, value in values.items()}, self.step)
-                progress.set_postfix({"loss": f"{values['loss']:.4f}", "images/s": f"{speed:.0f}"})
-            metrics = self.at_intervals() or metrics
+        started, first, metrics = time.perf_counter(), self.step, {}
+        limit = None
+        if self.config.train.max_minutes is not None and not self.lowered:
+            limit = TimeLimit(self.config.train.max_minutes)
+        with StopRequest() as stop:
+            while self.step < self.total_steps:
+                values = self.train_step(batches)
+                self.step += 1
+                progress.update()
+                done = self.step - first
+                if limit is not None and (left := limit.steps_left(done, self.longest - self.step)) is not None:
+                    self.total_steps = progress.total = broadcast_object_list([self.step + left])[0]
+                    self.lowered = True
+                if self.step % self.config.log.log_every == 0:
+                    self.log(values, done, time.perf_counter() - started, progress)
+                if stop.agreed(accelerator):
+                    return self.stop(progress)
+                metrics = self.at_intervals() or metrics
         progress.close()
         return self.finish(metrics)
 
-    def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """One optimizer step; returns loss, nats per dimension, gradient norm, and the learned denoiser's loss."""
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """This process's batches from the current step on, one for each forward pass."""
+        train, accelerator = self.config.train, self.accelerator
+        sampler = StepSampler(
+            groups_of(self.parts.train),
+            train.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            train.accumulation,
+            train.seed,
+            self.step,
+            self.total_steps,
+        )
+        pinned = accelerator.device.type == "cuda"
+        return iter(train_loader(self.parts.train, train.batch_size, train.num_workers, sampler, pinned))
+
+    def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns this process's loss, nats per dimension, gradient norm, and the learned
+        denoiser's loss, as tensors that need not be ready yet."""
         config, accelerator = self.config, self.accelerator
-        progress = learning_rate(self.step, self.total_steps, config.optim) / config.optim.lr
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * progress
+        self.set_learning_rate()
         self.model.train()
-        sums: dict[str, float] = defaultdict(float)
-        norm = torch.tensor(0.0)
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
+        latents, norm = [], torch.tensor(0.0)
         for part in range(config.train.accumulation):
+            asked = time.perf_counter()
             batch = next(batches)
+            self.waited += time.perf_counter() - asked
             self.skipped.update(batch["skipped"])
             with accelerator.accumulate(self.model):
-                inputs = self.model_inputs(batch, part)
+                inputs = self.inputs.training(batch, self.step, self.places(part))
                 inputs["latents"].requires_grad_(self.has_denoiser)
                 output = self.model(**inputs)
                 accelerator.backward(output["loss"])
                 if self.has_denoiser:
                     sums["denoiser_loss"] += self.backward_denoiser(inputs)
+                sums["loss"] += output["loss"].detach()
+                sums["nats_per_dim"] += output["nats_per_dim"].mean()
+                if self.flow.prior_variance is not None:
+                    latents.append(output["z"])
                 if accelerator.sync_gradients:
                     norm = self.clip_gradients()
-                    finite = bool(torch.isfinite(norm)) or config.train.mixed_precision == "fp16"
-                    if finite:
-                        self.optimizer.step()
-                        self.ema.step(trained_parameters(self.objective))
-                        if self.flow.prior_variance is not None:
-                            self.flow.update_prior(accelerator.gather(output["z"]))
-                    self.count_bad_step(finite, float(output["loss"].detach()))
-                    self.optimizer.zero_grad()
-                sums["loss"] += float(output["loss"].detach())
-                sums["nats_per_dim"] += float(output["nats_per_dim"].mean())
-        values = {name: value / config.train.accumulation for name, value in sums.items()}
-        return {**values, "grad_norm": float(norm)}
+                    self.update(norm, sums["loss"], latents)
+        return {name: value / config.train.accumulation for name, value in sums.items()} | {"grad_norm": norm}
 
-    def backward_denoiser(self, inputs: dict[str, Any]) -> float:
+    def places(self, part: int) -> range:
+        """Where this process's pictures of a pass are in the step's batch."""
+        size, accelerator = self.config.train.batch_size, self.accelerator
+        first = (part * accelerator.num_processes + accelerator.process_index) * size
+        return range(first, first + size)
+
+    def set_learning_rate(self) -> None:
+        optim = self.config.optim
+        warmup = warmup_steps(optim, self.images_per_step)
+        factor = schedule_factor(self.step, self.total_steps, warmup, optim) * peak_factor(optim, self.images_per_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def update(self, norm: torch.Tensor, loss: torch.Tensor, latents: list[torch.Tensor]) -> None:
+        """Change the weights, unless the gradient is not finite or larger than wished."""
+        size, limit = float(norm), self.config.optim.skip_grad_norm
+        # With fp16 Accelerate's scaler leaves such steps out by itself, and lowers its scale.
+        finite = size < float("inf") or self.config.train.mixed_precision == "fp16"
+        spike = limit is not None and limit < size < float("inf")
+        self.spikes += spike
+        if finite and not spike:
+            self.optimizer.step()
+            self.averages.step()
+            if latents:
+                self.flow.update_prior(self.accelerator.gather(torch.cat(latents)))
+        self.optimizer.zero_grad()
+        self.count_bad_step(finite, loss)
+
+    def backward_denoiser(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Backward pass of the learned denoiser, with the score that the flow's one has left; returns its loss."""
         accelerator, latents = self.accelerator, inputs["latents"]
         loss_scale = 1 / self.config.train.accumulation
@@ -201,7 +225,7 @@ class Trainer:
         target = score_target(latents.grad, self.config.train.noise_std, loss_scale)
         loss = self.model(**{**inputs, "latents": latents.detach(), "score_target": target})["loss"]
         accelerator.backward(loss)
-        return float(loss.detach())
+        return loss.detach()
 
     def clip_gradients(self) -> torch.Tensor:
         """Clip each optimizer group by itself; returns the largest norm."""
@@ -210,50 +234,28 @@ class Trainer:
             return self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         return torch.stack([self.accelerator.clip_grad_norm_(group["params"], limit) for group in groups]).max()
 
-    def count_bad_step(self, finite: bool, loss: float) -> None:
+    def count_bad_step(self, finite: bool, loss: torch.Tensor) -> None:
         """Stop after too many losses or gradients in a row that are not finite."""
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise ValueError(
-                f"training stopped at step {self.step}: loss {loss} or its gradient was not finite in "
+                f"training stopped at step {self.step}: loss {float(loss)} or its gradient was not finite in "
                 f"{self.bad_steps} steps in a row; lower optim.lr ({self.config.optim.lr}) or resume from a checkpoint"
             )
 
-    @torch.no_grad()
-    def model_inputs(self, batch: dict[str, Any], part: int) -> dict[str, Any]:
-        """Noisy latents and conditions, some of them dropped, of one forward pass."""
-        config, device, train = self.config, self.accelerator.device, self.config.train
-        generator = step_generator(train.seed, self.step, part, self.accelerator.process_index, device)
-        images = batch["image"].to(device)
-        count = len(images)
-        if config.data.flip:
-            flipped = torch.rand(count, generator=generator, device=device) < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        with self.accelerator.autocast():
-            latents = noisy_latents(self.parts.codec, images, train, generator, sample=True)
-        inputs: dict[str, Any] = {"latents": latents, "latent_norm_weight": train.latent_norm_weight}
-        dropped = torch.rand(count, generator=generator, device=device) < train.drop_rate
-        if self.parts.flow_arguments.get("num_classes"):
-            labels = batch["label"].to(device)
-            inputs["class_labels"] = torch.where(dropped, torch.full_like(labels, self.flow.null_label), labels)
-        if self.text_encoder is not None:
-            pairs = zip(batch["caption"], dropped.tolist(), strict=True)
-            captions = ["" if drop else caption for caption, drop in pairs]
-            if self.trains_text:
-                ids, mask = token_ids(self.parts.tokenizer, captions, config.text.max_length, device)
-                inputs |= {"input_ids": ids, "attention_mask": mask}
-            else:
-                inputs["cond"] = encode_captions(
-                    self.text_encoder, self.parts.tokenizer, captions, config.text.max_length
-                )
-        return inputs
-
-    def lower_steps(self, passed: float, seconds_per_step: float) -> None:
-        """Set the last step so that training ends about when ``max_minutes`` are over."""
-        left = self.config.train.max_minutes * 60 - passed
-        total = min(self.config.train.steps, self.step + max(1, int(left / seconds_per_step)))
-        self.total_steps = broadcast_object_list([total])[0]
-        self.lowered = True
+    def log(self, values: dict[str, torch.Tensor], done: int, seconds: float, progress: tqdm) -> None:
+        """Write means over all processes, speed, and the share of the time that this process waited for data."""
+        names = sorted(values)
+        stacked = torch.stack([values[name].detach().float().to(self.accelerator.device) for name in names])
+        means = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        speed = done * self.images_per_step / seconds
+        means |= {"images_per_second": speed, "images": self.step * self.images_per_step}
+        means |= {"lr": self.optimizer.param_groups[0]["lr"], "waiting_for_data": self.waited / seconds}
+        if self.config.optim.skip_grad_norm is not None:
+            means["skipped_steps"] = self.spikes
+        self.accelerator.log({f"train/{key}": value for key, value in means.items()}, self.step)
+        shown = {"loss": f"{means['loss']:.4f}", "images/s": f"{speed:.0f}", "waiting": f"{self.waited / seconds:.1%}"}
+        progress.set_postfix(shown)
 
     def at_intervals(self) -> dict[str, float] | None:
         """Evaluation, grids, checkpoints and pipeline folders where they are due; returns metrics if evaluated."""
@@ -265,13 +267,11 @@ class Trainer:
             return every > 0 and step % every == 0
 
         if due(log.eval_every) or due(log.sample_every) or due(log.save_pipeline_every):
-            with self.averaged_weights():
+            with self.averages.applied():
                 if due(log.eval_every):
                     metrics = self.evaluate()
-                if due(log.sample_every):
-                    self.draw()
-                if due(log.save_pipeline_every):
-                    self.save_pipeline(f"pipeline_{step:08d}")
+                saved = f"pipeline_{step:08d}" if due(log.save_pipeline_every) else None
+                self.show(due(log.sample_every), saved)
         if due(log.checkpoint_every):
             self.save_checkpoint()
         return metrics
@@ -279,58 +279,67 @@ class Trainer:
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         if self.config.log.checkpoint_every:
             self.save_checkpoint()
-        with self.averaged_weights():
+        with self.averages.applied():
             metrics = self.evaluate() or metrics
-            if self.config.log.sample_every:
-                self.draw()
-            self.save_pipeline("pipeline")
+            self.show(self.config.log.sample_every > 0, "pipeline")
+        for number, decay in enumerate(self.averages.decays[1:], start=1):
+            with self.averages.applied(number):
+                self.evaluate(f"held_out_ema_{decay}")
+                self.show(False, f"pipeline_ema_{decay}")
         if self.skipped and self.accelerator.is_main_process:
             tqdm.write(f"{len(self.skipped)} unreadable images were skipped, for example: {min(self.skipped)}")
+        if self.spikes and self.accelerator.is_main_process:
+            limit = self.config.optim.skip_grad_norm
+            tqdm.write(f"{self.spikes} steps with a gradient norm above {limit} were left out")
         self.accelerator.end_training()
         return {**metrics, "steps": self.step}
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The model with its averaged weights, in evaluation mode."""
-        parameters = trained_parameters(self.objective)
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.objective.eval()
-        try:
-            yield
-        finally:
-            self.ema.restore(parameters)
-
-    def evaluate(self) -> dict[str, float]:
-        if not self.held_out:
-            return {}
-        metrics = held_out_metrics(
-            self.flow, self.text_encoder, self.parts, self.config, self.held_out, self.accelerator.device
-        )
-        self.accelerator.log({f"held_out/{name}": value for name, value in metrics.items()}, self.step)
+    def stop(self, progress: tqdm) -> dict[str, float]:
+        """Save a checkpoint and end before the last step."""
+        progress.close()
+        path = self.save_checkpoint()
         if self.accelerator.is_main_process:
-            tqdm.write(f"step {self.step}: held-out " + ", ".join(f"{n} {v:.4f}" for n, v in metrics.items()))
+            tqdm.write(f"stopped by SIGTERM at step {self.step}: {path} is saved; go on with --resume latest")
+        self.accelerator.end_training()
+        return {"steps": self.step, "stopped": True}
+
+    def evaluate(self, name: str = "held_out") -> dict[str, float]:
+        """Held-out metrics of the weights as they are."""
+        if self.held_out is None:
+            return {}
+        self.model.eval()
+        metrics = metrics_of(self.held_out.nats_per_dim(self.model, self.inputs, self.accelerator), self.config)
+        self.accelerator.log({f"{name}/{key}": value for key, value in metrics.items()}, self.step)
+        if self.accelerator.is_main_process:
+            words = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+            tqdm.write(f"step {self.step}: {name.replace('held_out', 'held-out')} {words}")
         return metrics
 
-    def draw(self) -> None:
+    def show(self, draw: bool, save_as: str | None) -> None:
+        """Grids and a pipeline folder of the weights as they are, if wanted; the main process makes them."""
+        if not draw and save_as is None:
+            return
+        weights = full_weights(self.accelerator, self.model)
         if self.accelerator.is_main_process:
-            pipe = build_pipeline(self.flow, self.text_encoder, self.parts, self.config)
-            write_grids(pipe, self.parts, self.config, self.folder / "samples", self.step)
+            pipe = build_pipeline(weights, self.parts, self.config, self.accelerator.device)
+            if draw:
+                write_grids(pipe, self.parts, self.config, self.folder / "samples", self.step)
+            if save_as is not None:
+                pipe.save_pretrained(self.folder / save_as)
         self.accelerator.wait_for_everyone()
 
-    def save_pipeline(self, name: str) -> None:
-        if self.accelerator.is_main_process:
-            pipe = build_pipeline(self.flow, self.text_encoder, self.parts, self.config)
-            pipe.save_pretrained(self.folder / name)
-        self.accelerator.wait_for_everyone()
-
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> Path:
         mean, std = self.parts.codec.latents_mean, self.parts.codec.latents_std
         state = {
             "step": self.step,
             "total_steps": self.total_steps,
             "lowered": self.lowered,
-            "flow": self.config.flow,
+            "spikes": self.spikes,
+            "flow": self.parts.flow_arguments,
             "statistics": None if mean is None else [mean, std],
+            "ema_decays": self.averages.decays,
+            "ema_steps": self.averages.steps,
+            "sharded": self.accelerator.is_fsdp2,
         }
-        save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.config.log.keep_checkpoints)
+        keep = self.config.log.keep_checkpoints
+        return save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.averages, keep)

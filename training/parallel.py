@@ -1,0 +1,103 @@
+"""Accelerate as this project wants it: several processes, sharded or not, from the launcher's settings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+
+from tarflow.training.config import RunConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: Drawing a grid on one process, or writing a large checkpoint, may keep the others waiting longer than ten minutes.
+TIMEOUT = timedelta(hours=2)
+
+
+def make_accelerator(config: RunConfig, unused_parameters: bool) -> Accelerator:
+    """The run's accelerator.
+
+    Args:
+        config: of the run.
+        unused_parameters: whether some forward passes leave parameters out.
+    """
+    train = config.train
+    waiting = InitProcessGroupKwargs(timeout=TIMEOUT)
+    plugin = None
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        plugin = sharding(train.mixed_precision)
+        state = PartialState(timeout=TIMEOUT)
+        if state.distributed_type is DistributedType.MULTI_CPU:
+            # Accelerate shards on accelerators only, although gloo can do it on CPUs, where it can be tried and tested.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return Accelerator(
+        mixed_precision=train.mixed_precision,
+        gradient_accumulation_steps=train.accumulation,
+        log_with=config.log.trackers or None,
+        project_dir=str(Path(config.output)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parameters), waiting],
+        fsdp_plugin=plugin,
+    )
+
+
+def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launcher's settings have it, with this project's precision: the network's weights are cast, while
+    gradients are summed, and latents, affine maps and losses stay, in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES.get(mixed_precision),
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP must be version 2 (fsdp_version: 2), got {plugin.fsdp_version}")
+    return plugin
+
+
+class StopRequest:
+    """Notices SIGTERM, which cluster schedulers send before they end a job. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # others may not handle signals
+            self._before = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process has noticed one; the same answer on all of them."""
+        if accelerator.num_processes == 1:
+            return self.received
+        flag = torch.tensor(float(self.received), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def full_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole model's weights by name, on the main process; the others get an empty dictionary, but must call it."""
+    state = accelerator.get_state_dict(model)
+    return state if accelerator.is_main_process else {}
