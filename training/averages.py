@@ -39,11 +39,11 @@ class WeightAverages:
     def applied(self, number: int = 0) -> Iterator[None]:
         """The parameters are those of one average, and afterwards as before."""
         kept = [parameter.detach().clone() for parameter in self.parameters]
-        self.models[number].copy_to(self.parameters)
+        self._copy(self.models[number].shadow_params)
         try:
             yield
         finally:
-            torch._foreach_copy_([parameter.data for parameter in self.parameters], kept)
+            self._copy(kept)
 
     def save(self, folder: Path) -> None:
         """Write all averages; every process calls this. Any number of processes, sharded or not, can load them."""
@@ -60,6 +60,11 @@ class WeightAverages:
         for name, model in zip(state, self.models, strict=True):
             model.shadow_params = list(state[name].values())
             model.optimization_step = steps
+
+    @torch.no_grad()
+    def _copy(self, values: Sequence[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):  # sharded ones cannot be copied together
+            parameter.copy_(value)
 
     def _tensors(self) -> dict[str, Any]:
         return {

@@ -34,15 +34,16 @@ def make_accelerator(config: RunConfig, unused_parameters: bool) -> Accelerator:
         unused_parameters: whether some forward passes leave parameters out.
     """
     train = config.train
-    waiting = InitProcessGroupKwargs(timeout=TIMEOUT)
+    waiting, cpu = InitProcessGroupKwargs(timeout=TIMEOUT), processes_on_cpus()
     plugin = None
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        plugin = sharding(train.mixed_precision)
-        state = PartialState(timeout=TIMEOUT)
+        plugin = sharding(train.mixed_precision, config.text.shard)
+        state = PartialState(cpu=cpu, timeout=TIMEOUT)
         if state.distributed_type is DistributedType.MULTI_CPU:
             # Accelerate shards on accelerators only, although gloo can do it on CPUs, where it can be tried and tested.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Accelerator(
+        cpu=cpu,
         mixed_precision=train.mixed_precision,
         gradient_accumulation_steps=train.accumulation,
         log_with=config.log.trackers or None,
@@ -52,9 +53,19 @@ def make_accelerator(config: RunConfig, unused_parameters: bool) -> Accelerator:
     )
 
 
-def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
+def processes_on_cpus() -> bool:
+    """Whether a launcher started this process on a machine without an accelerator. Accelerate must be told: it would
+    take each of several processes for the only one."""
+    return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+
+
+def sharding(mixed_precision: str, text_encoder: bool) -> FullyShardedDataParallelPlugin:
     """FSDP2 as the launcher's settings have it, with this project's precision: the network's weights are cast, while
-    gradients are summed, and latents, affine maps and losses stay, in float32."""
+    gradients are summed, and latents, affine maps and losses stay, in float32.
+
+    Args:
+        text_encoder: divide the layers of a T5 encoder too.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(
@@ -66,6 +77,8 @@ def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
     plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
     if plugin.fsdp_version != 2:
         raise ValueError(f"FSDP must be version 2 (fsdp_version: 2), got {plugin.fsdp_version}")
+    if text_encoder:
+        plugin.transformer_cls_names_to_wrap = [*(plugin.transformer_cls_names_to_wrap or ()), "T5Block"]
     return plugin
 
 

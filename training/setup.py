@@ -73,7 +73,9 @@ def make_parts(
     if vae is not None:
         vae.to(device)
     if not cached and config.data.image_size % (factor := LatentCodec(vae).factor):
-        raise ValueError(f"data.image_size ({config.data.image_size}) must be a multiple of {factor}, the autoencoder's")
+        raise ValueError(
+            f"data.image_size ({config.data.image_size}) must be a multiple of {factor}, the autoencoder's"
+        )
     if start is not None:
         start.check_autoencoder(train.manifest["autoencoder"]["hash"] if cached else vae)
         statistics = statistics or start.statistics

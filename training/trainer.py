@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from tarflow.training.averages import WeightAverages
@@ -231,8 +232,10 @@ class Trainer:
         """Clip each optimizer group by itself; returns the largest norm."""
         limit, groups = self.config.optim.max_grad_norm, self.optimizer.param_groups
         if len(groups) == 1:
-            return self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        return torch.stack([self.accelerator.clip_grad_norm_(group["params"], limit) for group in groups]).max()
+            norms = [self.accelerator.clip_grad_norm_(self.model.parameters(), limit)]
+        else:
+            norms = [self.accelerator.clip_grad_norm_(group["params"], limit) for group in groups]
+        return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).max()
 
     def count_bad_step(self, finite: bool, loss: torch.Tensor) -> None:
         """Stop after too many losses or gradients in a row that are not finite."""

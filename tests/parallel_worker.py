@@ -1,0 +1,42 @@
+"""Started by a launcher in each process: runs some trainings one after the other and writes what they logged.
+
+parallel_worker.py '{"NAME": ["--section.key", "value", …], …}' RESULT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.tensor import DTensor
+
+from tarflow.training.arguments import parse_config
+from tarflow.training.trainer import Trainer
+
+
+def train(arguments: list[str]) -> dict[str, Any]:
+    """One training: all logged values in order, and its last metrics."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    trainer = Trainer(*parse_config(arguments))
+    logged: list[dict[str, float]] = []
+    trainer.accelerator.log = lambda values, step: logged.append({"step": step, **values})
+    trainer.accelerator.end_training = lambda: None  # the next run needs the process group
+    metrics = trainer.run()
+    accelerator = trainer.accelerator
+    parameters = list(trainer.model.parameters())
+    sharded = sum(isinstance(parameter, DTensor) for parameter in parameters) / len(parameters)
+    facts = {"processes": accelerator.num_processes, "parameters": len(parameters), "sharded": sharded}
+    return {"logged": logged, **facts, **metrics}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = {name: train(arguments) for name, arguments in json.loads(sys.argv[1]).items()}
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()

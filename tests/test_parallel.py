@@ -1,0 +1,144 @@
+"""Two processes on the CPU, whole models (DDP) and divided ones (FSDP2), started with the files of configs/accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT
+from safetensors.torch import load_file
+from test_training import TEXT_FLOW, train
+from torch import Tensor
+from transformers import T5EncoderModel
+
+from tarflow import TARFlowPipeline
+from tarflow.training.config import TextConfig
+from tarflow.training.text import small_t5, train_tokenizer
+
+ARGUMENTS = [
+    *("--data.image_size", "32", "--vae.measure_images", "16", "--flow", TEXT_FLOW),
+    *("--text.max_length", "12", "--train.mixed_precision", "no", "--optim.warmup_steps", "2"),
+    *("--train.ema_decay", "0.9", "--train.more_ema_decays", "[0.5]"),
+    *("--log.trackers", "[]", "--log.log_every", "1", "--log.eval_every", "3", "--log.eval_images", "10"),
+    *("--log.sample_every", "0", "--log.sample_images", "2", "--log.checkpoint_every", "4"),
+]
+SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
+
+
+def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
+    """Results of `parallel_worker` by run."""
+    config = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "tests/parallel_worker.py")]
+    result = folder / "result.json"
+    done = subprocess.run(
+        [*command, json.dumps(runs), str(result)],
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(result.read_text())
+
+
+def all_weights(pipeline: Path) -> dict[str, Tensor]:
+    files = sorted(pipeline.glob("*/*.safetensors"))
+    assert {file.parent.name for file in files} == {"flow", "text_encoder", "vae"}
+    return {f"{file.parent.name}.{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def losses(result: dict[str, Any]) -> dict[int, float]:
+    return {values["step"]: values["train/loss"] for values in result["logged"] if "train/loss" in values}
+
+
+def held_out(result: dict[str, Any]) -> dict[tuple[int, str], float]:
+    names = ("held_out/latent_nats_per_dim", "held_out_ema_0.5/latent_nats_per_dim")
+    return {(values["step"], name): values[name] for values in result["logged"] for name in names if name in values}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The run that all others must equal: batches of eight in one process, two passes a step."""
+    folder = tmp_path_factory.mktemp("one")
+    arguments = [*ARGUMENTS, *SMALL_TEXT, "--train.batch_size", "4", "--train.accumulation", "2"]
+    logged: list[dict[str, float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.log", lambda self, values, step: logged.append({"step": step, **values}))
+        train(folder / "run", *arguments, "--train.steps", "6", flow=TEXT_FLOW)
+    return folder / "run", {"logged": logged}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, dict[str, Any]], kind: str) -> None:
+    arguments = [*ARGUMENTS, *SMALL_TEXT, "--train.batch_size", "4", "--train.steps", "6"]
+    runs = {"whole": [*arguments, "--output", str(tmp_path / "whole"), "--log.sample_every", "3"]}
+    if kind == "ddp":  # a checkpoint of one process goes on with two
+        resume = ["--resume", str(one_process[0] / "checkpoints" / "step_00000004")]
+        runs["resumed"] = [*arguments, "--output", str(tmp_path / "resumed"), *resume]
+    results = launch(kind, 2, runs, tmp_path)
+    assert results["whole"]["processes"] == 2
+    assert results["whole"]["sharded"] == (1.0 if kind == "fsdp2" else 0.0)
+    expected = losses(one_process[1])
+    assert len(expected) == 6
+    assert losses(results["whole"]) == pytest.approx(expected, abs=1e-5)
+    assert held_out(results["whole"]) == pytest.approx(held_out(one_process[1]), abs=1e-5)
+    assert sorted(path.name for path in (tmp_path / "whole" / "samples").iterdir()) == [
+        f"samples_0000000{step}{suffix}.png" for step in (3, 6) for suffix in ("", "_raw")
+    ]
+
+    resume = ["--resume", str(tmp_path / "whole" / "checkpoints" / "step_00000004")]
+    if kind == "ddp":  # and one of two processes with one
+        resumed = held_out(results["resumed"])
+        more, _ = train(tmp_path / "more", *arguments[:-4], "--train.batch_size", "8", "--train.steps", "6", *resume)
+        assert more.step == 6
+        folders = ["resumed", "more"]
+    else:
+        runs = {"resumed": [*arguments, "--output", str(tmp_path / "resumed"), "--train.batch_size", "8", *resume]}
+        result = launch(kind, 1, runs, tmp_path)["resumed"]
+        assert result["processes"] == 1
+        assert losses(result) == pytest.approx({step: expected[step] for step in (5, 6)}, abs=1e-5)
+        resumed, folders = held_out(result), ["resumed"]
+    assert resumed == pytest.approx(
+        {key: value for key, value in held_out(one_process[1]).items() if key[0] > 4}, abs=1e-5
+    )
+
+    # The exported pipelines, the second average's too, are those of one process.
+    for name in ("pipeline", "pipeline_ema_0.5"):
+        expected_weights = all_weights(one_process[0] / name)
+        for folder in ("whole", *folders):
+            weights = all_weights(tmp_path / folder / name)
+            assert weights.keys() == expected_weights.keys()
+            for key, value in weights.items():
+                torch.testing.assert_close(
+                    value, expected_weights[key], rtol=0, atol=1e-4, msg=f"{folder}/{name} {key}"
+                )
+
+
+def test_a_frozen_text_encoder_can_be_sharded(tmp_path: Path) -> None:
+    config = TextConfig(kind="small", width=16, layers=2, max_length=12)
+    tokenizer = train_tokenizer(["a small red circle on a dark background"], config)
+    T5EncoderModel(small_t5(config, len(tokenizer))).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    text = ["--text.kind", "pretrained", "--text.name", str(tmp_path / "t5"), "--train.batch_size", "4"]
+    arguments = [*ARGUMENTS, *text, "--train.steps", "3", "--log.checkpoint_every", "0"]
+    runs = {
+        name: [*arguments, "--output", str(tmp_path / name), "--text.shard", shard]
+        for name, shard in (("sharded", "true"), ("whole", "false"))
+    }
+    results = launch("fsdp2", 2, runs, tmp_path)
+    assert len(losses(results["whole"])) == 3
+    assert results["sharded"]["sharded"] == results["whole"]["sharded"] == 1.0
+    assert results["sharded"]["parameters"] > results["whole"]["parameters"]
+    assert losses(results["sharded"]) == pytest.approx(losses(results["whole"]), abs=1e-5)
+    assert held_out(results["sharded"]) == pytest.approx(held_out(results["whole"]), abs=1e-5)
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "sharded" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle").images[0].size == (32, 32)
