@@ -138,11 +138,11 @@ class Trainer:
                     self.lowered = True
                 if self.step % self.config.log.log_every == 0:
                     self.log(values, done, time.perf_counter() - started, progress)
-                if stop.agreed(accelerator):
+                if self.step < self.total_steps and stop.agreed(accelerator):
                     return self.stop(progress)
                 metrics = self.at_intervals() or metrics
-        progress.close()
-        return self.finish(metrics)
+            progress.close()
+            return self.finish(metrics)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """This process's batches from the current step on, one for each forward pass."""
