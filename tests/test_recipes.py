@@ -1,0 +1,165 @@
+"""Ways to train: from a cache, in several shapes, from a pipeline, at another size, by pictures, with spikes left out."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_training import TEXT_FLOW, train, weights
+
+from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.data.config import DataConfig
+from tarflow.training import setup
+from tarflow.training.cache_plan import CacheConfig
+from tarflow.training.caching import cache_latents
+from tarflow.training.config import OptimConfig
+from tarflow.training.schedule import peak_factor
+from tarflow.training.trainer import Trainer
+
+COUNT = 40
+
+
+def loss_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A list that gets the loss of each step from now on."""
+    losses, train_step = [], Trainer.train_step
+
+    def recorded(self, batches):
+        values = train_step(self, batches)
+        losses.append(float(values["loss"]))
+        return values
+
+    monkeypatch.setattr(Trainer, "train_step", recorded)
+    return losses
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty-eight pictures in two classes, all twice as wide as they are high, or square."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(COUNT + 8):
+        path = folder / ("train" if i < COUNT else "val") / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = (64, 32) if i % 3 == 0 else (32, 32)
+        picture = Image.new("RGB", size, (i * 5, 255 - i * 5, 90))
+        picture.paste((200, 0, i * 5), (0, 0, 8 + i % 7, 20))
+        picture.save(path)
+    return folder
+
+
+def test_training_from_a_cache_is_the_same(tmp_path, pictures, monkeypatch):
+    data = DataConfig(source="folder", path=str(pictures), image_size=32)
+    cache_latents(CacheConfig(output=str(tmp_path / "cache"), data=data, flip=True, dtype="float32", shard_size=16))
+    losses = loss_of_steps(monkeypatch)
+    options = ["--train.steps", "5", "--data.flip", "true", "--vae.measure_images", "1000"]
+    live = ["--data.source", "folder", "--data.path", str(pictures)]
+    train(tmp_path / "live", *options, *live)
+    loaded, load = [], setup.load_autoencoder
+    monkeypatch.setattr(setup, "load_autoencoder", lambda *name: loaded.append(len(losses)) or load(*name))
+    trainer, metrics = train(
+        tmp_path / "cached", *options, "--data.source", "latents", "--data.path", str(tmp_path / "cache")
+    )
+    assert losses[:5] == pytest.approx(losses[5:], abs=1e-5)
+    assert loaded == [10]  # for the pipeline, after the last step
+    assert "latent_nats_per_dim" in metrics
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "cached" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels="class1").images[0].size == (32, 32)
+    assert trainer.waited > 0
+
+    for arguments, message in (
+        (["--vae.name", "other"], "vae.name is 'other', but the latents were cached with 'drawings_emoji_f8c8'"),
+        (["--data.image_size", "48"], "data.image_size is 48, but the latents are of pictures of 32"),
+        (["--vae.name", "none"], "vae.name is none, which models pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "bad", "--data.source", "latents", "--data.path", str(tmp_path / "cache"), *arguments)
+
+
+def test_batches_of_one_shape(tmp_path, pictures, monkeypatch):
+    data = DataConfig(source="folder", path=str(pictures), image_size=32)
+    config = CacheConfig(output=str(tmp_path / "cache"), data=data, aspect_ratios=["1:1", "2:1"])
+    shapes = {tuple(shard["shape"]) for shard in cache_latents(config)["shards"]}
+    assert len(shapes) == 2
+    seen, forward = set(), TARFlowModel.forward
+    monkeypatch.setattr(
+        TARFlowModel,
+        "forward",
+        lambda self, x, *rest, **more: seen.add(tuple(x.shape[-2:])) or forward(self, x, *rest, **more),
+    )
+    options = ["--data.source", "latents", "--data.path", str(tmp_path / "cache")]
+    _, early = train(tmp_path / "early", *options, "--train.steps", "1")
+    _, late = train(tmp_path / "late", *options, "--train.steps", "30", "--log.eval_images", "8")
+    assert seen == shapes
+    assert late["latent_nats_per_dim"] < early["latent_nats_per_dim"]
+
+
+def test_start_from_a_pipeline(tmp_path, monkeypatch):
+    text = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
+    train(tmp_path / "first", *text, "--train.steps", "40", flow=TEXT_FLOW)
+    losses = loss_of_steps(monkeypatch)
+    pipeline = str(tmp_path / "first" / "pipeline")
+    options = [*text, "--train.steps", "6", "--init_from", pipeline, "--log.checkpoint_every", "3"]
+    fine, _ = train(tmp_path / "fine", *options, flow="{}")
+    train(tmp_path / "anew", *text, "--train.steps", "1", flow=TEXT_FLOW)
+    assert losses[0] < losses[6] - 0.1  # it starts where the first run ended
+    assert fine.parts.codec.latents_mean == TARFlowPipeline.from_pretrained(pipeline).config.latents_mean
+    resume = ["--resume", str(tmp_path / "fine" / "checkpoints" / "step_00000003")]
+    train(tmp_path / "again", *options, *resume, flow="{}")
+    assert all(
+        torch.equal(value, weights(tmp_path / "again")[key]) for key, value in weights(tmp_path / "fine").items()
+    )
+
+    losses.clear()
+    train(tmp_path / "larger", *options, "--data.image_size", "64", flow="{}")
+    train(tmp_path / "larger_anew", *text, "--data.image_size", "64", "--train.steps", "1", flow=TEXT_FLOW)
+    assert losses[0] < losses[6] - 0.1
+    larger = TARFlowPipeline.from_pretrained(tmp_path / "larger" / "pipeline")
+    larger.set_progress_bar_config(disable=True)
+    assert (larger.flow.config.sample_size, larger.flow.config.position_length) == (8, 4)
+    assert larger("a small red circle on a dark background").images[0].size == (64, 64)
+
+    for arguments, flow, message in (
+        ([], TEXT_FLOW.replace("64", "128"), "flow.width is 128, but the pipeline .* has 64"),
+        (["--vae.measure_images", "0", "--init_from", str(tmp_path)], "{}", "cannot start from .* no pipeline"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "bad", *options, *arguments, flow=flow)
+
+
+def test_pictures_instead_of_steps(tmp_path):
+    options = ["--train.images", "50", "--optim.warmup_images", "30", "--optim.lr_scaling", "linear"]
+    trainer, metrics = train(tmp_path, *options, "--optim.reference_batch", "4", "--train.accumulation", "2")
+    assert metrics["steps"] == 4  # of sixteen pictures
+    trainer.step = 0
+    trainer.set_learning_rate()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 4 / 2)  # the first of two warm-up steps
+    assert peak_factor(OptimConfig(lr_scaling="sqrt", reference_batch=4), 16) == 2
+    assert peak_factor(OptimConfig(), 16) == 1
+
+
+def test_spikes_are_left_out_and_counted(tmp_path, capsys):
+    trainer, _ = train(tmp_path / "a", "--train.steps", "3", "--optim.skip_grad_norm", "1e-6")
+    assert trainer.spikes == 3
+    assert "3 steps with a gradient norm above 1e-06 were left out" in capsys.readouterr().out
+    untouched = weights(tmp_path / "a")
+    assert all(not value.any() for key, value in untouched.items() if "proj_out" in key)
+    trainer, _ = train(tmp_path / "b", "--train.steps", "3", "--optim.skip_grad_norm", "1e6")
+    assert trainer.spikes == 0
+
+
+@pytest.mark.parametrize("options", [["--train.compile", "true"], ["--train.checkpointing", "both"]])
+def test_the_same_losses_with_less_time_or_memory(tmp_path, monkeypatch, options):
+    eager = partial(torch.nn.Module.compile, backend="eager")  # the real one takes half a minute
+    monkeypatch.setattr(
+        "tarflow.flows.transformer.TransformerLayer.compile", lambda self, **more: eager(self, **more), raising=False
+    )
+    losses = loss_of_steps(monkeypatch)
+    train(tmp_path / "plain", "--train.steps", "4")
+    train(tmp_path / "other", "--train.steps", "4", *options)
+    assert losses[:4] == pytest.approx(losses[4:], abs=1e-5)
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "other" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels=0).images[0].size == (32, 32)
