@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         config, _ = parse_dataclass(CacheConfig, argv, __doc__)
         manifest = cache_latents(config)
     except (ValueError, OSError) as error:
-        # Of an error in a reading process, only the last line is the message; the others are its traceback.
-        fail(ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
+        fail(error)
     if PartialState().is_main_process:
         print(report(config.output, manifest))
 

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, to_model
+from tarflow.training.parallel import processes_on_cpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: TrainVaeConfig) -> None:
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(cpu=processes_on_cpus(), mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     output = Path(config.output)
     run = output.with_name(output.name + "_run")

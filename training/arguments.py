@@ -49,6 +49,10 @@ def check_flow_keys(flow: dict[str, Any]) -> None:
 
 
 def fail(error: Exception) -> None:
-    """Print one sentence and leave with exit status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    """Print one sentence and leave with exit status 2. Of an error in a reading process, whose text is a traceback,
+    that is the last line."""
+    message = str(error).strip()
+    if message.startswith("Caught "):
+        message = message.splitlines()[-1].removeprefix("ValueError: ")
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
