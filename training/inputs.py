@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,19 +26,29 @@ class InputMaker:
         parts: codec, text encoder, tokenizer and so on.
         device: of the results.
         token_ids: captions are encoded inside the objective, not here.
+        autocast: context in which the autoencoder encodes training pictures; held-out ones are encoded exactly.
     """
 
-    def __init__(self, config: RunConfig, parts: Parts, device: torch.device, token_ids: bool):
-        self.config, self.parts, self.device, self.token_ids = config, parts, device, token_ids
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Parts,
+        device: torch.device,
+        token_ids: bool = False,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.config, self.parts, self.device = config, parts, device
+        self.token_ids, self.autocast = token_ids, autocast
 
     @torch.no_grad()
     def training(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Any]:
         """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from."""
         train = self.config.train
-        mean, std = self.posterior(batch)
-        draws = self.draws(step, places, mean, std, train.drop_rate)
-        if self.config.data.flip:
-            mean, std = self.flipped(batch, draws.flipped, mean, std)
+        with self.autocast():
+            mean, std = self.posterior(batch)
+            draws = self.draws(step, places, mean, std, train.drop_rate)
+            if self.config.data.flip:
+                mean, std = self.flipped(batch, draws.flipped, mean, std)
         if std is not None:
             mean = mean + std * draws.posterior
         return {

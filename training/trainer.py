@@ -82,7 +82,7 @@ class Trainer:
         if parts.text_encoder is not None and not inside:
             parts.text_encoder.to(accelerator.device)
         self.objective = FlowObjective(parts.flow, parts.text_encoder if inside else None)
-        self.inputs = InputMaker(config, parts, accelerator.device, token_ids=inside)
+        self.inputs = InputMaker(config, parts, accelerator.device, inside, accelerator.autocast)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.objective, optim.lr, optim.denoiser_lr),
             betas=optim.betas,
