@@ -3,8 +3,8 @@
     python scripts/gpu_check.py --output runs/gpu_check
 
 It writes gpu_check.json and gpu_check.md: agreement with the CPU, bf16, CUDA graphs and compiled steps; training: a
-short run, compiled, sharded over one process and resumed, its memory against what was counted, its speed with the
-1.4-billion-parameter shape; and the sampling benchmark of that shape with guidance. Each check has a share of the time;
+short run, compiled, checkpointed, sharded and resumed, its tests, its memory against what was counted, its speed with
+the 1.4-billion-parameter shape; and the sampling benchmark of that shape with guidance. Each check has a share of the time;
 what one leaves over is the next ones'. A check that fails or runs out of time is reported, not hidden; the exit status
 is 1 if any did. ``--small`` takes a small model and any device, to see that the script itself works.
 """
@@ -35,67 +35,67 @@ RUN = ["--config", "configs/quickstart_class.yaml", "--log.trackers", "[]", "--l
 SHARDED = "configs/accelerate/fsdp2.yaml"
 
 
-class SkippedError(Exception):
-    """The check does not apply to this machine."""
-
-
 def check_training(device: str, small: bool, deadline: float) -> dict[str, float]:
-    """Two hundred steps of the class quick start: the likelihood improves."""
+    """Two hundred steps of the class quick start: the likelihood improves, compiled and checkpointed as well."""
+    count = 10 if small else 200
+    runs = {"1 step": (1, []), f"{count} steps": (count, [])}
+    runs[f"{count} steps, compiled"] = (count, ["--train.compile", "true"])
+    runs[f"{count} steps, checkpointed"] = (count, ["--train.checkpointing", "both"])
+    nats, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        results = {}
-        for count in (1, 10 if small else 200):
+        for name, (steps, options) in runs.items():
             minutes = max(0.1, (deadline - time.perf_counter()) / 60)
-            changes = [
-                "--output",
-                f"{folder}/run",
-                "--train.steps",
-                str(count),
-                "--train.max_minutes",
-                f"{minutes:.2f}",
-            ]
-            config, resolved = parse_config([*RUN, *changes])
+            limits = ["--train.steps", str(steps), "--train.max_minutes", f"{minutes:.2f}"]
             start = time.perf_counter()
-            results[f"nats after {count} steps"] = Trainer(config, resolved).run()["latent_nats_per_dim"]
-            results[f"seconds for {count} steps"] = time.perf_counter() - start
-    values = [value for name, value in results.items() if name.startswith("nats")]
-    require(values[-1] < values[0], results)
+            trainer = Trainer(*parse_config([*RUN, "--output", f"{folder}/run", *limits, *options]))
+            nats.append(trainer.run()["latent_nats_per_dim"])
+            results |= {f"nats after {name}": nats[-1], f"seconds for {name}": time.perf_counter() - start}
+    require(all(later < nats[0] and abs(later - nats[1]) < 0.05 for later in nats[1:]), results)
     return results
 
 
 def check_sharded_training(device: str, small: bool, deadline: float) -> dict[str, float]:
     """FSDP2 over one process: a few steps, and a few more from the checkpoint."""
-    if device != "cuda":
-        raise SkippedError("needs a GPU")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", SHARDED, "--num_processes", "1"]
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         run = [*RUN, "--output", f"{folder}/run", "--train.max_minutes", "null", "--log.checkpoint_every", "5"]
         for steps, more in ((5, []), (10, ["--resume", "latest"])):
             start = time.perf_counter()
-            done = subprocess.run(
-                [*launch, "train_latent.py", *run, "--train.steps", str(steps), *more],
-                check=False,
-                timeout=max(1, deadline - start),
-                capture_output=True,
-                text=True,
-                env={**os.environ, "TQDM_DISABLE": "1"},
-            )
-            require(done.returncode == 0, {"steps": steps, "stderr": done.stderr[-2000:]})
+            quietly([*launch, "train_latent.py", *run, "--train.steps", str(steps), *more], deadline)
             results[f"seconds for steps to {steps}"] = time.perf_counter() - start
             pipeline = Path(folder) / "run" / "pipeline" / "model_index.json"
             require(pipeline.is_file(), {"steps": steps, "pipeline": "none was saved"})
     return results
 
 
+def check_tests(device: str, small: bool, deadline: float) -> dict[str, str]:
+    """The tests of training, which then run on the device."""
+    names = ["test_recipes.py"] if small else ["test_recipes.py", "test_training.py", "test_robustness.py"]
+    command = [sys.executable, "-m", "pytest", "-q", *(f"tests/{name}" for name in names)]
+    output = quietly(command, deadline, TARFLOW_TEST_DEVICE=device)
+    return {"pytest": output.strip().splitlines()[-1]}
+
+
+def quietly(command: list[str], deadline: float, **environment: str) -> str:
+    """What a command prints; a failure is an error with the end of that."""
+    environment = {**os.environ, "TQDM_DISABLE": "1", **environment}
+    limit = max(1, deadline - time.perf_counter())
+    done = subprocess.run(command, check=False, timeout=limit, capture_output=True, text=True, env=environment)
+    require(done.returncode == 0, {"stdout": done.stdout[-2000:], "stderr": done.stderr[-2000:]})
+    return done.stdout
+
+
 #: Each check, and its share of the time.
 CHECKS: dict[str, tuple[Callable[[str, bool, float], dict[str, Any]], float]] = {
     "float32 against the CPU": (gpu_checks.check_against_cpu, 0.05),
     "bfloat16": (gpu_checks.check_bfloat16, 0.06),
-    "training": (check_training, 0.09),
+    "training": (check_training, 0.12),
     "memory": (gpu_checks.check_memory, 0.06),
-    "training speed": (gpu_checks.check_training_speed, 0.30),
-    "compiled training": (gpu_checks.check_compiled_training, 0.10),
-    "sharded training": (check_sharded_training, 0.12),
+    "training speed": (gpu_checks.check_training_speed, 0.26),
+    "compiled training": (gpu_checks.check_compiled_training, 0.07),
+    "sharded training": (check_sharded_training, 0.09),
+    "tests": (check_tests, 0.07),
     "graphs and compiled steps": (gpu_checks.check_fast_steps, 0.08),
     "sampling": (gpu_checks.check_sampling, 0.14),
 }
@@ -133,8 +133,6 @@ def outcome(check: Callable[..., dict[str, Any]], device: str, small: bool, dead
         return {"state": "no time left", "seconds": 0.0}
     try:
         entry: dict[str, Any] = {"state": "passed", "results": check(device, small, deadline)}
-    except SkippedError as reason:
-        entry = {"state": "skipped", "error": str(reason)}
     except Exception as error:  # noqa: BLE001 (a check that fails must not hide the others)
         entry = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
         traceback.print_exc()

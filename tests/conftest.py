@@ -1,4 +1,5 @@
-"""What every test shares: one thread, no network, and the same random numbers each time."""
+"""What every test shares: one thread, no network, no GPU unless TARFLOW_TEST_DEVICE names one, and the same random
+numbers each time."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import os
 import random
 from collections.abc import Iterator
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any library reads it
+# Before any library reads them:
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if os.environ.get("TARFLOW_TEST_DEVICE", "cpu") == "cpu":
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
 import numpy as np
 import pytest

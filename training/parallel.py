@@ -68,11 +68,9 @@ def sharding(mixed_precision: str, text_encoder: bool) -> FullyShardedDataParall
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    # Inputs and outputs are cast by the network itself, which knows what stays in float32.
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES.get(mixed_precision),
-        reduce_dtype=torch.float32,
-        output_dtype=torch.float32,
-        cast_forward_inputs=False,
+        param_dtype=DTYPES.get(mixed_precision), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
     if plugin.fsdp_version != 2:
