@@ -76,6 +76,13 @@ def test_training_from_a_cache_is_the_same(tmp_path, pictures, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path / "bad", "--data.source", "latents", "--data.path", str(tmp_path / "cache"), *arguments)
+    shard = min((tmp_path / "cache").glob("train-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{shard.name}' is corrupt"):
+        train(tmp_path / "bad", "--data.source", "latents", "--data.path", str(tmp_path / "cache"))
+    assert not (tmp_path / "bad").exists()
 
 
 def test_batches_of_one_shape(tmp_path, pictures, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 from tarflow.flows.likelihood import bits_per_dim
 from tarflow.flows.model import TARFlowModel
@@ -72,7 +73,7 @@ def build_pipeline(
     flow.load_state_dict(part_of(weights, "flow."))
     text_encoder, tokenizer = parts.load_text()
     if config.text.kind == "small":
-        text_encoder = type(text_encoder)(text_encoder.config)
+        text_encoder = T5EncoderModel(text_encoder.config)
         text_encoder.load_state_dict(part_of(weights, "text_encoder."))
     names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
     vae = parts.load_vae()

@@ -78,8 +78,9 @@ def make_parts(
         )
     if start is not None:
         start.check_autoencoder(train.manifest["autoencoder"]["hash"] if cached else vae)
-        statistics = statistics or start.statistics
-    codec = make_codec(config.vae, train, vae, statistics, device)
+        statistics = start.statistics
+    normalised = config.vae.measure_images > 0 if start is None else statistics is not None
+    codec = make_codec(config.vae, train, vae, statistics, device) if normalised else LatentCodec(vae)
     channels, side = latent_shape(config, train, codec)
 
     torch.manual_seed(config.train.seed)
@@ -150,11 +151,10 @@ def make_codec(
     config: VaeConfig, train: Images | CachedLatents, vae: Any, statistics: Any, device: torch.device
 ) -> LatentCodec:
     """The codec with its statistics, measured if need be."""
-    if isinstance(train, CachedLatents):
-        mean, std = statistics or (train.latents_mean, train.latents_std)
-        return LatentCodec(None, mean, std) if config.measure_images else LatentCodec(None)
-    if vae is None or not config.measure_images:
-        return LatentCodec(vae)
+    if statistics is None and isinstance(train, CachedLatents):
+        statistics = train.latents_mean, train.latents_std
+    if statistics is None and vae is None:
+        return LatentCodec(None)  # pixels
     if statistics is None:
         batches = (read_batch(train, indices) for indices in fixed_batches(train, config.measure_images, 64))
         statistics = measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from tarflow.data.latents import CachedLatents
 from tarflow.training.averages import WeightAverages
 from tarflow.training.batches import StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import check_state, find_checkpoint, read_state, save_checkpoint
@@ -53,6 +54,9 @@ class Trainer:
         if state is not None:
             decays, sharded = config.train.ema_decays, self.accelerator.is_fsdp2
             check_state(checkpoint, state, self.parts.flow_arguments, decays, sharded)
+        for split in (self.parts.train, self.parts.validation):
+            if isinstance(split, CachedLatents):
+                split.verify(self.accelerator.process_index, self.accelerator.num_processes)
         self.prepare_model()
         self.images_per_step = config.train.batch_size * config.train.accumulation * self.accelerator.num_processes
         self.longest = self.total_steps = total_steps(config, self.images_per_step)
