@@ -119,9 +119,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, earlier: int | None) -> Tensor:
         # The backward pass of the fused CPU kernel takes several times as long as plain products of short sequences.
         if grouped:
             k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-        logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        unseen = q.new_zeros(slots, k.shape[2])
         if causal:
-            logits = logits.masked_fill(~later_slots_mask(slots, earlier, q.device), -math.inf)
+            unseen.masked_fill_(~later_slots_mask(slots, earlier, q.device), -math.inf)
+        rows = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
+        logits = torch.baddbmm(unseen, *rows, alpha=1 / math.sqrt(q.shape[-1])).unflatten(0, q.shape[:2])
         return logits.softmax(-1, dtype=at_least_float32(logits).dtype).to(v.dtype) @ v
     triangle = causal and not earlier  # for which there are faster kernels than for a mask
     mask = later_slots_mask(slots, earlier, q.device) if causal and not triangle else None
