@@ -49,36 +49,23 @@ class FlowObjective(nn.Module):
         Returns:
             ``loss`` (scalar); of the flow also ``nats_per_dim`` (B,) with the model's own prior, and ``z``.
         """
-        if not self.training:
-            with torch.autocast(latents.device.type, enabled=False):
-                return self.compute(latents, class_labels, cond, input_ids, attention_mask, latent_norm_weight, None)
-        return self.compute(latents, class_labels, cond, input_ids, attention_mask, latent_norm_weight, score_target)
-
-    def compute(
-        self,
-        latents: Tensor,
-        class_labels: Tensor | None,
-        cond: Tensor | None,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        latent_norm_weight: float,
-        score_target: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """`forward` itself."""
-        if input_ids is not None:
-            hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            cond = hidden * attention_mask[..., None].to(hidden.dtype)
-        if score_target is not None:
-            cond = None if cond is None else cond.detach()  # the text encoder learns from the flow alone
-            predicted = self.flow.scaled_score(latents, class_labels=class_labels, cond=cond)
-            return {"loss": F.mse_loss(predicted, score_target)}
-        penalised = latent_norm_weight > 0
-        z, log_det, *outputs = self.flow(latents, class_labels, cond, return_block_outputs=penalised)
-        loss = flow_loss(z, log_det)
-        if penalised:
-            loss = loss + latent_norm_weight * sum(output.pow(2).mean() for output in outputs[0][:-1])
-        log_prob = prior_log_prob(z, self.flow.prior_variance_image()) + log_det
-        return {"loss": loss, "nats_per_dim": nats_per_dim(log_prob.detach(), z[0].numel()), "z": z.detach()}
+        device = latents.device.type
+        cast = self.training and torch.is_autocast_enabled(device)
+        with torch.autocast(device, torch.get_autocast_dtype(device), enabled=cast):
+            if input_ids is not None:
+                hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+                cond = hidden * attention_mask[..., None].to(hidden.dtype)
+            if score_target is not None:
+                cond = None if cond is None else cond.detach()  # the text encoder learns from the flow alone
+                predicted = self.flow.scaled_score(latents, class_labels=class_labels, cond=cond)
+                return {"loss": F.mse_loss(predicted, score_target)}
+            penalised = latent_norm_weight > 0
+            z, log_det, *outputs = self.flow(latents, class_labels, cond, return_block_outputs=penalised)
+            loss = flow_loss(z, log_det)
+            if penalised:
+                loss = loss + latent_norm_weight * sum(output.pow(2).mean() for output in outputs[0][:-1])
+            log_prob = prior_log_prob(z, self.flow.prior_variance_image()) + log_det
+            return {"loss": loss, "nats_per_dim": nats_per_dim(log_prob.detach(), z[0].numel()), "z": z.detach()}
 
 
 def score_target(gradient: Tensor, noise_std: float, loss_scale: float) -> Tensor:
