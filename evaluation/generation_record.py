@@ -1,0 +1,93 @@
+"""What a folder of generated images says about itself: settings that later runs must share, and each image's condition."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tarflow.evaluation.conditions import Conditions
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.vae.codec import weights_hash
+
+RECORD = "generation.json"
+CONDITIONS = "conditions.jsonl"
+
+
+def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> dict[str, Any]:
+    """Everything that decides what image i is, as JSON has it."""
+    names = ("batch_size", "seed", "format", "guidance_scale", "denoise", "noise_std", "decoding", "dtype", "fast")
+    settings = {"pipeline": pipeline_hash(pipe), **{name: getattr(config, name) for name in names}}
+    if config.decoding in ("auto", "jacobi"):
+        settings["tolerance"] = config.tolerance
+    return json.loads(json.dumps({**settings, "conditions": conditions.summary}))
+
+
+def pipeline_hash(pipe: TARFlowPipeline) -> str:
+    """SHA-256 of a pipeline's settings, weights and vocabulary."""
+    digest = hashlib.sha256()
+    for part in (pipe, pipe.flow, pipe.vae):
+        settings = {} if part is None else {key: value for key, value in part.config.items() if key[0] != "_"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for module in (pipe.flow, pipe.vae, pipe.text_encoder):
+        digest.update(b"none" if module is None else weights_hash(module).encode())
+    if pipe.tokenizer is not None:
+        digest.update(repr(sorted(pipe.tokenizer.get_vocab().items())).encode())
+    return digest.hexdigest()
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """What an earlier run wrote about a folder; None if there was none."""
+    path = out / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error}): remove that folder or take another") from error
+
+
+def check_record(config: Any, earlier: dict[str, Any] | None, record: dict[str, Any]) -> None:
+    """Refuse to mix images of several settings. More PNG files of the same settings may be added.
+
+    Raises:
+        ValueError: with the first setting that differs.
+    """
+    if earlier is None:
+        return
+    reason = None
+    for name, here in record["settings"].items():
+        there = earlier["settings"].get(name)
+        if there != here:
+            reason = f"{name} was {there!r} there and is {here!r} here"
+            if name == "pipeline":
+                reason = "they are of another pipeline, or of one that was changed"
+            break
+    grows = config.format == "png" and earlier["num"] < config.num
+    if reason is None and earlier["num"] != config.num and not grows:
+        reason = f"num was {earlier['num']} there and is {config.num} here"
+    if reason is not None:
+        raise ValueError(f"{config.out!r} holds images of other settings: {reason}; take another folder or remove it")
+
+
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """Write ``generation.json``, whole or not at all."""
+    versions = {name: version(name) for name in ("tarflow", "torch", "diffusers", "transformers", "numpy")}
+    temporary = out / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps({**record, "versions": versions}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out / RECORD)
+
+
+def write_conditions(out: Path, conditions: Conditions, num: int, batch_size: int) -> None:
+    """Write each image's caption or label as a line of ``conditions.jsonl``."""
+    temporary = out / f"{CONDITIONS}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        for start in range(0, num, batch_size):
+            indices = range(start, min(start + batch_size, num))
+            values = conditions.values(indices) or [None] * len(indices)
+            for index, value in zip(indices, values, strict=True):
+                row = {"index": index} if value is None else {"index": index, conditions.kind: value}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(out / CONDITIONS)
