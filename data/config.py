@@ -28,6 +28,8 @@ class DataConfig:
         where: only rows whose column has one of these values, {"style": ["noto", "twemoji"]}; None takes all.
         class_names: readable names by class folder, or by position as a list; None takes the folders' names.
         background: what transparent pictures are put on: "white", "black", or "random" (another one per picture).
+        verify: of source "latents", read all files when training starts, not when it is resumed, and compare their
+            checksums.
         flip: mirror half of the training pictures.
         on_error: "raise" at an unreadable picture, or "skip": take the next one, count and report it.
         seed: which drawings are made, and the colours of random backgrounds.
@@ -48,6 +50,7 @@ class DataConfig:
     where: dict[str, list[str]] | None = None
     class_names: dict[str, str] | list[str] | None = None
     background: Literal["white", "black", "random"] = "white"
+    verify: bool = True
     flip: bool = False
     on_error: Literal["raise", "skip"] = "raise"
     seed: int = 0

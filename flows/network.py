@@ -192,7 +192,7 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
 def first_of_equals(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of rows (R, N): the places of the first of each group of equal rows, (G,), and each row's group, (R,)."""
     every = torch.arange(len(rows), device=rows.device)
-    _, group = rows.double().sum(1).unique(return_inverse=True)  # equal rows have equal sums; few others do
+    _, group = at_least_float32(rows).sum(1).unique(return_inverse=True)  # equal rows have equal sums; few others do
     first = torch.full_like(every, len(rows)).scatter_reduce(0, group, every, "amin")[: int(group.max()) + 1]
     if len(first) == len(rows) or not torch.equal(rows, rows[first[group]]):
         return every, every

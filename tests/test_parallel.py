@@ -49,7 +49,8 @@ def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path) 
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(result.read_text())
+    first, *others = json.loads(result.read_text())
+    return {name: {**first[name], "others": [other[name] for other in others]} for name in first}
 
 
 def all_weights(pipeline: Path) -> dict[str, Tensor]:
@@ -86,6 +87,7 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
     if kind == "ddp":  # a checkpoint of one process goes on with two
         resume = ["--resume", str(one_process[0] / "checkpoints" / "step_00000004")]
         runs["resumed"] = [*arguments, "--output", str(tmp_path / "resumed"), *resume]
+        runs["full"] = [*arguments, "--output", str(tmp_path / "disk_full")]
     results = launch(kind, 2, runs, tmp_path)
     assert results["whole"]["processes"] == 2
     assert results["whole"]["sharded"] == (1.0 if kind == "fsdp2" else 0.0)
@@ -98,6 +100,10 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
     ]
 
     resume = ["--resume", str(tmp_path / "whole" / "checkpoints" / "step_00000004")]
+    if kind == "ddp":  # one process cannot write a checkpoint: all stop, and nothing stays half-written
+        assert "No space left on device" in results["full"]["error"]
+        assert "another process failed" in results["full"]["others"][0]["error"]
+        assert list((tmp_path / "disk_full" / "checkpoints").iterdir()) == []
     if kind == "ddp":  # and one of two processes with one
         resumed = held_out(results["resumed"])
         more, _ = train(tmp_path / "more", *arguments[:-4], "--train.batch_size", "8", "--train.steps", "6", *resume)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 from test_training import TEXT_FLOW, train, weights
 
 from tarflow import TARFlowModel, TARFlowPipeline
@@ -16,7 +19,7 @@ from tarflow.training import setup
 from tarflow.training.cache_plan import CacheConfig
 from tarflow.training.caching import cache_latents
 from tarflow.training.config import OptimConfig
-from tarflow.training.schedule import peak_factor
+from tarflow.training.schedule import TimeLimit, peak_factor
 from tarflow.training.trainer import Trainer
 
 COUNT = 40
@@ -157,6 +160,43 @@ def test_spikes_are_left_out_and_counted(tmp_path, capsys):
     assert trainer.spikes == 0
 
 
+def test_settings_of_the_optimizer_change_at_a_resume(tmp_path):
+    options = ["--train.steps", "4", "--log.checkpoint_every", "2", "--train.batch_size", "4"]
+    train(tmp_path, *options, "--train.steps", "2")
+    trainer, _ = train(tmp_path, *options, "--resume", "latest", "--optim.lr", "1e-5", "--optim.weight_decay", "0.5")
+    (group,) = trainer.optimizer.param_groups
+    assert (group["peak_lr"], group["weight_decay"]) == (1e-5, 0.5)
+    with pytest.raises(ValueError, match=r"trained with 4 pictures a step, not 8: set train\.batch_size"):
+        train(tmp_path, *options, "--resume", "latest", "--train.accumulation", "2")
+    with pytest.raises(ValueError, match="newer than step_00000002, up to step_00000004"):
+        train(tmp_path, *options, "--resume", str(tmp_path / "checkpoints" / "step_00000002"))
+
+
+def test_processes_agree_on_the_time_left(monkeypatch):
+    clocks = [random.Random(rank) for rank in range(2)]
+    now = [0.0, 0.0]
+    rank = [0]
+    monkeypatch.setattr("tarflow.training.schedule.time.perf_counter", lambda: now[rank[0]])
+    limits = [TimeLimit(20) for _ in range(2)]
+    total, done = 100_000, 0
+    while done < total:
+        done += 1
+        now = [time + 1 + clock.uniform(-0.05, 0.05) for time, clock in zip(now, clocks, strict=True)]
+        due = []
+        for rank[0], limit in enumerate(limits):
+            due.append(limit.is_due(done))
+        assert due[0] == due[1]
+        if due[0]:
+            rank[0] = 0
+            left = limits[0].steps_left(done, 100_000 - done)
+            rank[0] = 1
+            limits[1].steps_left(done, 100_000 - done)
+            for limit in limits:
+                limit.agree(done, left)
+            total = done + left
+    assert total == pytest.approx(1200, rel=0.02)
+
+
 @pytest.mark.parametrize("options", [["--train.compile", "true"], ["--train.checkpointing", "both"]])
 def test_the_same_losses_with_less_time_or_memory(tmp_path, monkeypatch, options):
     eager = partial(torch.nn.Module.compile, backend="eager")  # the real one takes half a minute
@@ -170,3 +210,23 @@ def test_the_same_losses_with_less_time_or_memory(tmp_path, monkeypatch, options
     pipe = TARFlowPipeline.from_pretrained(tmp_path / "other" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     assert pipe(class_labels=0).images[0].size == (32, 32)
+
+
+def test_a_distance_at_intervals(tmp_path, monkeypatch, pictures):
+    torch.manual_seed(0)
+    weights_file = tmp_path / "shufflenet.safetensors"
+    save_file(torchvision.models.shufflenet_v2_x0_5().state_dict(), weights_file)
+    logged = {}
+    monkeypatch.setattr(
+        "accelerate.Accelerator.log", lambda self, values, step: logged.setdefault(step, {}).update(values)
+    )
+    data = ["--data.source", "folder", "--data.path", str(pictures), "--train.steps", "4"]
+    metric = ["--metric.every", "2", "--metric.images", "8", "--metric.extractor", "shufflenet_v2_x0_5"]
+    _, metrics = train(tmp_path / "run", *data, *metric, "--metric.weights", str(weights_file))
+    name = "frechet_distance_shufflenet_v2_x0_5"
+    assert metrics[name] > 0
+    assert logged[4][f"samples/{name}"] == metrics[name]
+    assert logged[2][f"samples/{name}"] != metrics[name]
+    with pytest.raises(ValueError, match=r"nothing is held out: raise data\.validation_fraction"):
+        options = ["--data.source", "folder", "--data.path", str(pictures / "train"), "--data.validation_fraction", "0"]
+        train(tmp_path / "bad", *options, *metric, "--metric.weights", str(weights_file))

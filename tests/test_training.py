@@ -182,6 +182,7 @@ def test_max_minutes_follows_a_changing_speed(tmp_path, monkeypatch):
     now = [0.0]
 
     def slower_later(trainer, batches):
+        trainer.stepped += 1.0
         now[0] += 1.0 if trainer.step < 100 else 3.0
         return {"loss": torch.zeros(())}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -104,7 +105,13 @@ def train_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_sigterm,
     )
+
+
+def ignore_sigterm(worker: int) -> None:
+    """A scheduler's SIGTERM goes to all processes; the one that trains decides, and ends those that read."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def fixed_batches(images: Dataset, count: int, batch_size: int) -> list[list[int]]:

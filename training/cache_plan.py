@@ -151,7 +151,8 @@ def make_plan(config: CacheConfig, factor: int, autoencoder: str, text: dict[str
     for name in ("flip", "shard_size", "dtype", "mixed_precision", "aspect_ratios", "unit"):
         options[name] = getattr(config, name)
     data = dataclasses.asdict(config.data)
-    del data["flip"], data["on_error"]  # the first has no effect here, the second none on pictures that can be read
+    for name in ("flip", "verify", "on_error"):  # no effect here, or none on pictures that can be read
+        del data[name]
     settings = {"data": data, "autoencoder": {"hash": autoencoder}, "text": text or {}, "options": options}
     return Plan(config, images, counts, shards, json.loads(json.dumps(settings)))
 

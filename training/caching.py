@@ -30,7 +30,7 @@ from tarflow.data.images import Images, collate, to_model
 from tarflow.data.latents import FORMAT, MANIFEST, file_hash, read_header, read_manifest
 from tarflow.pipeline.text import encode_captions
 from tarflow.training.cache_plan import CacheConfig, Plan, Shard, difference, make_plan
-from tarflow.training.parallel import processes_on_cpus
+from tarflow.training.parallel import TIMEOUT, processes_on_cpus
 from tarflow.training.text import load_text
 from tarflow.vae.codec import (
     LatentCodec,
@@ -51,7 +51,7 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
         ValueError: if the settings do not fit together, or the folder holds a cache of other settings.
         OSError: if a file cannot be written; none is left half-written.
     """
-    state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
     encoder = Encoder(config, state.device)
     plan = make_plan(config, encoder.codec.factor, autoencoder_hash(encoder.codec.vae), encoder.text)
     folder = Path(config.output).expanduser()

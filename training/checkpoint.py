@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,41 +32,54 @@ def save_checkpoint(
         OSError: on all processes if one cannot write, for example on a full disk; no half-written checkpoint stays.
     """
     path = folder / f"step_{state['step']:08d}"
+    if path in checkpoints(folder):
+        return path
     temporary = folder / f"{path.name}.tmp"
-    error = None
-    try:
-        if accelerator.is_main_process:
-            remove(temporary)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        averages.save(temporary / "averages")
-        if accelerator.is_main_process:
-            (temporary / "run.json").write_text(json.dumps(state, indent=1))
-    except Exception as caught:  # noqa: BLE001 (whatever it is, the other processes must hear of it)
-        error = caught
-    failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum") > 0
-    if failed:
-        if accelerator.is_main_process:
-            remove(temporary)
-        reason = "another process could not write" if error is None else " ".join(str(error).split())
-        raise OSError(f"cannot write the checkpoint {path}: {reason}") from error
-    if accelerator.is_main_process:
-        remove(path)
+
+    def begin() -> None:
+        for left in [*folder.glob("step_*.tmp"), *folder.glob("step_*.gone")]:  # of runs that were killed
+            shutil.rmtree(left)
+        temporary.mkdir(parents=True)
+
+    def end() -> None:
+        (temporary / "run.json").write_text(json.dumps(state, indent=1))
+
+    main = accelerator.is_main_process
+    stages = (
+        begin if main else None,
+        lambda: accelerator.save_state(str(temporary)),
+        lambda: averages.save(temporary / "averages"),
+        end if main else None,
+    )
+    for stage in stages:
+        if error := agreed_error(accelerator, stage):
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"cannot write the checkpoint {path}: {error}")
+    if main:
         temporary.rename(path)
         for old in checkpoints(folder)[:-keep]:
-            remove(old)
+            gone = old.with_name(f"{old.name}.gone")  # no checkpoint any more, should this be interrupted
+            old.rename(gone)
+            shutil.rmtree(gone)
     accelerator.wait_for_everyone()
     return path
 
 
-def remove(folder: Path) -> None:
-    """Delete a folder that, should this be interrupted, is no checkpoint any more."""
-    if folder.exists():
-        gone = folder.with_name(f"{folder.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone)
+def agreed_error(accelerator: Accelerator, stage: Callable[[], Any] | None) -> str:
+    """Run one stage on each process; if it fails on any, all of them hear of it before they go on to the next.
+
+    Returns:
+        the reason, "" if there is none.
+    """
+    reason = ""
+    try:
+        if stage is not None:
+            stage()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the other processes must hear of it)
+        reason = " ".join(str(error).split()) or type(error).__name__
+    failed = accelerator.reduce(torch.tensor(float(bool(reason)), device=accelerator.device), "sum") > 0
+    return reason or ("another process failed" if failed else "")
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -84,6 +98,12 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     path = Path(resume)
     if not (path / "run.json").is_file():
         raise ValueError(f"{resume!r} is no checkpoint folder: it has no run.json")
+    found = checkpoints(folder)
+    if path.resolve().parent == folder.resolve() and found and found[-1].name > path.name:
+        raise ValueError(
+            f"this run has checkpoints newer than {path.name}, up to {found[-1].name}: remove them, or go on from "
+            f"{path.name} with another output"
+        )
     return path
 
 
@@ -92,29 +112,34 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "run.json").read_text())
 
 
-def check_state(path: Path, state: dict[str, Any], flow: dict[str, Any], decays: list[float], sharded: bool) -> None:
+def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
     """Whether a run can go on from a checkpoint.
 
     Args:
-        flow: the complete arguments of the run's model.
-        decays: of its averaged weights.
-        sharded: whether it runs under FSDP.
+        path, state: the checkpoint and its run.json.
+        facts: what must be the same in the run: the complete arguments of its model as "flow", "ema_decays",
+            "images_per_step", and whether it is "sharded", under FSDP.
 
     Raises:
-        ValueError: if it belongs to a model of another architecture, and the like; names the first difference.
+        ValueError: that names the first difference, and what to do.
     """
-    flow = json.loads(json.dumps(flow))
-    for key in sorted(set(flow) | set(state["flow"])):
-        if flow.get(key) != state["flow"].get(key):
+    facts, name = json.loads(json.dumps(facts)), str(path)
+    for key in sorted(set(facts["flow"]) | set(state["flow"])):
+        there, here = (flow.get(key) for flow in (state["flow"], facts["flow"]))
+        if there != here:
             raise ValueError(
-                f"the checkpoint {str(path)!r} has another architecture: flow.{key} is {state['flow'].get(key)!r} "
-                f"there and {flow.get(key)!r} here"
+                f"the checkpoint {name!r} has another architecture: flow.{key} is {there!r} there and {here!r} here"
             )
-    if state["ema_decays"] != decays:
-        raise ValueError(f"the checkpoint {str(path)!r} has the EMA decays {state['ema_decays']}, not {decays}")
-    if state["sharded"] != sharded:
+    if state["ema_decays"] != facts["ema_decays"]:
+        raise ValueError(f"the checkpoint {name!r} has the EMA decays {state['ema_decays']}, not {facts['ema_decays']}")
+    if state["images_per_step"] != facts["images_per_step"]:
+        raise ValueError(
+            f"the checkpoint {name!r} was trained with {state['images_per_step']} pictures a step, not "
+            f"{facts['images_per_step']}: set train.batch_size and train.accumulation to the same with these processes"
+        )
+    if state["sharded"] != facts["sharded"]:
         ways = "with FSDP" if state["sharded"] else "without FSDP"
         raise ValueError(
-            f"the checkpoint {str(path)!r} was written {ways}: resume it that way, or start from its pipeline folder "
+            f"the checkpoint {name!r} was written {ways}: resume it that way, or start from its pipeline folder "
             "with init_from"
         )

@@ -165,6 +165,10 @@ class TrainConfig:
         for name in ("noise_std", "latent_norm_weight", "num_workers"):
             check(getattr(self, name) >= 0, f"train.{name} must be 0 or positive, got {getattr(self, name)}")
         check(0 <= self.drop_rate <= 1, f"train.drop_rate must be in [0, 1], got {self.drop_rate}")
+        check(
+            self.checkpointing_every == 1 or self.checkpointing in ("layer", "both"),
+            f"train.checkpointing_every is for checkpointing 'layer' and 'both', not {self.checkpointing!r}",
+        )
         for decay in self.ema_decays:
             check(0 <= decay < 1, f"train.ema_decay and more_ema_decays must be in [0, 1), got {decay}")
         check(len(set(self.ema_decays)) == len(self.ema_decays), f"EMA decays must differ, got {self.ema_decays}")
@@ -211,12 +215,38 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """The Fréchet distance of samples to held-out pictures while training, and at the end.
+
+    Attributes:
+        every: steps between measurements; 0 is off.
+        images: how many samples, and held-out pictures at most. Distances of fewer pictures than features are biased;
+            compare only equal numbers.
+        extractor: "inception" (then it is FID), a Torchvision classifier such as "mobilenet_v2", or others, see
+            `load_extractor`; ``weights`` are its file; ``normalize`` is what Torchvision's classifiers expect.
+        batch_size: samples drawn at once.
+    """
+
+    every: int = 0
+    images: int = 1000
+    extractor: str = "inception"
+    weights: str | None = None
+    normalize: Literal["imagenet", "half"] = "imagenet"
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, f"metric.every must be 0 (off) or positive, got {self.every}")
+        check(self.images >= 2, f"metric.images must be at least 2, got {self.images}")
+        check(self.batch_size >= 1, f"metric.batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about one run.
 
     Attributes:
         output: folder of the run: resolved config, logs, grids, checkpoints, pipeline.
-        data, vae, text, optim, train, log: the sections.
+        data, vae, text, optim, train, log, metric: the sections.
         flow: arguments of `TARFlowModel`. in_channels, sample_size, num_classes and cond_dim may be left out: they
             follow from the autoencoder, the data and the text encoder.
         init_from: folder or hub id of a pipeline whose flow, small text encoder and latent statistics training starts
@@ -233,6 +263,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    metric: MetricConfig = field(default_factory=MetricConfig)
     init_from: str | None = None
     resume: str | None = None
 

@@ -6,64 +6,42 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers of B pictures.
-
-    Attributes:
-        flipped, dropped: (B,) booleans: mirror the picture, drop its condition.
-        noise: the training noise before it is scaled, (B, *shape), normal or uniform in [0, 1).
-        posterior: normal numbers for the autoencoder's posterior, (B, *shape), None if not asked for.
-    """
-
-    flipped: Tensor
-    dropped: Tensor
-    noise: Tensor
-    posterior: Tensor | None
+def draw_chances(seed: int, step: int, places: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two numbers in [0, 1) for each of some places of a step's batch, (B,) each: whether to mirror a picture, and
+    whether to drop its condition. See `draw_noise` for the arguments."""
+    generator, values = torch.Generator(), torch.empty(len(places), 2)
+    for row, place in enumerate(places):
+        values[row].uniform_(generator=generator.manual_seed(place_seed(seed, step, place)))
+    flip, drop = values.to(device).unbind(1)
+    return flip, drop
 
 
-def draw(
-    seed: int,
-    step: int,
-    places: Sequence[int],
-    shape: tuple[int, ...],
-    device: torch.device,
-    drop_rate: float = 0.0,
-    uniform: bool = False,
-    posterior: bool = False,
-) -> Draws:
-    """Draws for the pictures at some places of a step's batch.
+def draw_noise(
+    seed: int, step: int, places: Sequence[int], shape: tuple[int, ...], device: torch.device, uniform: bool = False
+) -> Tensor:
+    """Normal numbers, or uniform ones in [0, 1), for the pictures at some places of a step's batch: (B, *shape).
 
     Args:
         seed: of the run.
         step: the optimizer step; −1 is for evaluation.
         places: in the batch of all processes and passes of the step.
-        shape: of one picture's latents, or of its pixels.
+        shape: of one picture's numbers.
         device: where they are drawn; another device draws other numbers.
-        drop_rate: how often a condition is dropped.
-        uniform: whether the noise is uniform.
-        posterior: whether the autoencoder's posterior is drawn from too.
+        uniform: uniform instead of normal.
     """
-    chance, numbers = torch.Generator(), torch.Generator(device)
-    flags = torch.empty(len(places), 2)
-    values = torch.empty(len(places), 2 if posterior else 1, *shape, device=device)
+    generator, values = torch.Generator(device), torch.empty(len(places), *shape, device=device)
     for row, place in enumerate(places):
-        mixed = place_seed(seed, step, place)
-        flags[row].uniform_(generator=chance.manual_seed(mixed))
-        numbers.manual_seed(mixed)
+        generator.manual_seed(place_seed(seed, step, place))
         if uniform:
-            values[row].uniform_(generator=numbers)
+            values[row].uniform_(generator=generator)
         else:
-            values[row].normal_(generator=numbers)
-    flags = flags.to(device)
-    dropped = flags[:, 1] < drop_rate
-    return Draws(flags[:, 0] < 0.5, dropped, values[:, 0], values[:, 1] if posterior else None)
+            values[row].normal_(generator=generator)
+    return values
 
 
 def place_seed(seed: int, step: int, place: int) -> int:

@@ -13,7 +13,7 @@ from tarflow.data.images import to_model
 from tarflow.flows.likelihood import dequantize
 from tarflow.pipeline.text import encode_captions
 from tarflow.training.config import RunConfig
-from tarflow.training.draws import Draws, draw
+from tarflow.training.draws import draw_chances, draw_noise
 from tarflow.training.setup import Parts
 from tarflow.training.text import token_ids
 
@@ -44,54 +44,53 @@ class InputMaker:
     def training(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Any]:
         """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from."""
         train = self.config.train
+        flip, drop = draw_chances(train.seed, step, places, self.device)
         with self.autocast():
-            mean, std = self.posterior(batch)
-            draws = self.draws(step, places, mean, std, train.drop_rate)
-            if self.config.data.flip:
-                mean, std = self.flipped(batch, draws.flipped, mean, std)
-        if std is not None:
-            mean = mean + std * draws.posterior
+            mean, std = self.posterior(batch, flip < 0.5 if self.config.data.flip else None)
+        if std is None:
+            noise = self.noise(step, places, mean)
+        else:
+            noise, of_posterior = draw_noise(train.seed, step, places, (2, *mean.shape[1:]), self.device).unbind(1)
+            mean = mean + std * of_posterior
         return {
-            "latents": self.noisy(mean, draws.noise),
+            "latents": self.noisy(mean, noise),
             "latent_norm_weight": train.latent_norm_weight,
-            **self.conditions(batch, draws.dropped),
+            **self.conditions(batch, drop < train.drop_rate),
         }
 
     @torch.no_grad()
     def evaluation(self, batch: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
         """A held-out batch: posterior modes with noise that is the same at every call."""
         mean, _ = self.posterior(batch)
-        draws = self.draws(-1, places, mean, None)
-        return {"latents": self.noisy(mean, draws.noise), **self.conditions(batch, torch.zeros_like(draws.dropped))}
+        kept = torch.zeros(len(mean), dtype=torch.bool, device=self.device)
+        return {"latents": self.noisy(mean, self.noise(-1, places, mean)), **self.conditions(batch, kept)}
 
-    def posterior(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Mean and standard deviation of the scaled latents, (B, C, h, w) each, of the pictures as they are. Pixels that
-        get uniform noise stay 8-bit numbers."""
+    def posterior(self, batch: dict[str, Any], flipped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the scaled latents, (B, C, h, w) each, of the pictures or, where ``flipped``
+        (B,), of their mirror images. Pixels that get uniform noise stay 8-bit numbers."""
+
+        def chosen(name: str) -> Tensor:
+            values = self.moved(batch[name])
+            if flipped is None:
+                return values
+            mirrored = values.flip(-1) if name == "image" else self.moved(batch[f"{name}_flipped"])
+            return torch.where(flipped[:, None, None, None], mirrored, values)
+
         if "latent_mean" in batch:
-            return batch["latent_mean"].to(self.device), batch["latent_std"].to(self.device)
-        images = batch["image"].to(self.device)
+            return chosen("latent_mean"), chosen("latent_std")
+        images = chosen("image")
         if self.config.train.noise == "uniform":
             return images, None
         mean, std = self.parts.codec.encode_posterior(to_model(images))
         return mean.float(), std
 
-    def flipped(
-        self, batch: dict[str, Any], flips: Tensor, mean: Tensor, std: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same with some pictures mirrored, ``flips`` (B,)."""
-        if "latent_mean" in batch:
-            other = batch["latent_mean_flipped"].to(self.device), batch["latent_std_flipped"].to(self.device)
-        else:
-            other = self.posterior({"image": batch["image"].flip(-1)})
-        where = flips[:, None, None, None]
-        return torch.where(where, other[0], mean), None if std is None else torch.where(where, other[1], std)
+    def moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
-    def draws(
-        self, step: int, places: Sequence[int], mean: Tensor, std: Tensor | None, drop_rate: float = 0.0
-    ) -> Draws:
+    def noise(self, step: int, places: Sequence[int], like: Tensor) -> Tensor:
         train = self.config.train
-        uniform = train.noise == "uniform"
-        return draw(train.seed, step, places, tuple(mean.shape[1:]), self.device, drop_rate, uniform, std is not None)
+        shape = tuple(like.shape[1:])
+        return draw_noise(train.seed, step, places, shape, self.device, train.noise == "uniform")
 
     def noisy(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Normalised latents (or pixels) with the training noise, (B, C, h, w) float32."""
@@ -103,12 +102,12 @@ class InputMaker:
         """Labels, token ids or encoded captions; "none" where ``dropped`` (B,)."""
         parts, text = self.parts, self.config.text
         if classes := parts.flow_arguments.get("num_classes"):
-            labels = batch["label"].to(self.device)
+            labels = self.moved(batch["label"])
             return {"class_labels": torch.where(dropped, torch.full_like(labels, classes), labels)}
         if text.kind == "none":
             return {}
         if parts.null_cond is not None:  # captions were encoded when the latents were cached
-            cond = batch["cond"].to(self.device)
+            cond = self.moved(batch["cond"])
             return {"cond": torch.where(dropped[:, None, None], parts.null_cond.to(self.device), cond)}
         pairs = zip(batch["caption"], dropped.tolist(), strict=True)
         captions = ["" if drop else caption for caption, drop in pairs]

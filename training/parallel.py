@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -19,6 +20,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
+from tarflow.data.latents import CachedLatents
+from tarflow.training.checkpoint import agreed_error
 from tarflow.training.config import RunConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +41,8 @@ def make_accelerator(config: RunConfig, unused_parameters: bool) -> Accelerator:
     plugin = None
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         plugin = sharding(train.mixed_precision, config.text.shard)
+        if train.checkpointing != "none":
+            plugin.activation_checkpointing = False  # the run's own setting takes its place
         state = PartialState(cpu=cpu, timeout=TIMEOUT)
         if state.distributed_type is DistributedType.MULTI_CPU:
             # Accelerate shards on accelerators only, although gloo can do it on CPUs, where it can be tried and tested.
@@ -80,8 +85,34 @@ def sharding(mixed_precision: str, text_encoder: bool) -> FullyShardedDataParall
     return plugin
 
 
+def check_parallel(accelerator: Accelerator, config: RunConfig) -> None:
+    """Errors of settings that do not fit the way in which processes share the work."""
+    denoiser = config.flow.get("learned_denoiser", "none") != "none"
+    if accelerator.is_fsdp2 and denoiser and config.train.accumulation > 1:
+        raise ValueError(
+            "under FSDP a learned denoiser cannot be trained with train.accumulation above 1: raise train.batch_size "
+            "instead, or use configs/accelerate/ddp.yaml"
+        )
+    if config.text.shard and not accelerator.is_fsdp2:
+        raise ValueError("text.shard is true, but this is no FSDP run: start it with configs/accelerate/fsdp2.yaml")
+
+
+def verify_caches(accelerator: Accelerator, *splits: Any) -> None:
+    """Each process reads its share of the cached latents' files and compares checksums.
+
+    Raises:
+        ValueError: on all processes, if a file is corrupt.
+    """
+    for split in splits:
+        if isinstance(split, CachedLatents):
+            share = partial(split.verify, accelerator.process_index, accelerator.num_processes)
+            if error := agreed_error(accelerator, share):
+                raise ValueError(error)
+
+
 class StopRequest:
-    """Notices SIGTERM, which cluster schedulers send before they end a job. A second one ends the process at once."""
+    """Notices SIGTERM, which cluster schedulers send before they end a job, some to a process and its launcher, so
+    that it comes twice."""
 
     def __init__(self) -> None:
         self.received = False
@@ -98,7 +129,6 @@ class StopRequest:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process has noticed one; the same answer on all of them."""

@@ -44,8 +44,8 @@ class HeldOut:
         sums = torch.zeros(2, dtype=torch.float64)
         for batch, places, counted in self.batches:
             nats = model(**inputs.evaluation(batch, places))["nats_per_dim"]
-            sums += torch.tensor([float(nats[:counted].double().sum()), counted], dtype=torch.float64)
-        # MPS has no float64; a sum of a few thousand numbers does not need it to be passed on.
+            # On the CPU, as MPS has no float64; a sum of a few thousand numbers does not need it to be passed on.
+            sums += torch.tensor([float(nats[:counted].cpu().double().sum()), counted], dtype=torch.float64)
         total, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
         return total / count
 
@@ -60,14 +60,11 @@ def metrics_of(nats: float, config: RunConfig) -> dict[str, float]:
     return {"pixel_nats_per_dim": nats}
 
 
-def build_pipeline(
-    weights: dict[str, Tensor], parts: Parts, config: RunConfig, device: torch.device
-) -> TARFlowPipeline:
-    """A pipeline with given weights, whatever trained them.
+def build_pipeline(weights: dict[str, Tensor], parts: Parts, config: RunConfig) -> TARFlowPipeline:
+    """A pipeline with given weights, whatever trained them, in the host's memory: a device may have none to spare.
 
     Args:
         weights: of `FlowObjective`, whole, by name.
-        device: of the flow and the text encoder.
     """
     flow = TARFlowModel(**parts.flow_arguments)
     flow.load_state_dict(part_of(weights, "flow."))
@@ -76,11 +73,10 @@ def build_pipeline(
         text_encoder = T5EncoderModel(text_encoder.config)
         text_encoder.load_state_dict(part_of(weights, "text_encoder."))
     names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
-    vae = parts.load_vae()
     return TARFlowPipeline(
-        flow=flow.to(device).eval(),
-        vae=None if vae is None else vae.to(device),
-        text_encoder=None if text_encoder is None else text_encoder.to(device).eval(),
+        flow=flow.eval(),
+        vae=parts.load_vae(),
+        text_encoder=None if text_encoder is None else text_encoder.eval(),
         tokenizer=tokenizer,
         latents_mean=parts.codec.latents_mean,
         latents_std=parts.codec.latents_std,

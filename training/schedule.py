@@ -39,26 +39,28 @@ def schedule_factor(step: int, total: int, warmup: int, config: OptimConfig) -> 
 
 
 class TimeLimit:
-    """How many steps fit into some minutes from now on, estimated again and again, as a machine's speed changes."""
+    """How many steps fit into some minutes from now on, estimated again and again, as a machine's speed changes.
+
+    Processes with clocks of their own estimate at the same steps, as long as they agree on the results.
+    """
 
     def __init__(self, minutes: float):
         self.started = self.measured_from = time.perf_counter()
         self.seconds, self.measured_step, self.next_estimate = 60 * minutes, 0, TIMED_STEPS[1]
 
-    def steps_left(self, done: int, left: int) -> int | None:
-        """Steps for the rest of the time, at most ``left``, if it is time for an estimate.
-
-        Args:
-            done: steps since the start; this is called after each.
-            left: steps that are wished for.
-        """
-        now = time.perf_counter()
+    def is_due(self, done: int) -> bool:
+        """Whether it is time for an estimate; called after each step with the number of steps since the start."""
         if done == TIMED_STEPS[0]:
-            self.measured_step, self.measured_from = done, now
-        if done != self.next_estimate:
-            return None
+            self.measured_step, self.measured_from = done, time.perf_counter()
+        return done == self.next_estimate
+
+    def steps_left(self, done: int, most: int) -> int:
+        """Steps for the rest of the time by this process's clock, at least one and at most ``most``."""
+        now = time.perf_counter()
         seconds_per_step = (now - self.measured_from) / (done - self.measured_step)
-        steps = min(left, max(1, int((self.seconds - (now - self.started)) / seconds_per_step)))
         self.measured_step, self.measured_from = done, now
-        self.next_estimate = done + max(TIMED_STEPS[0], min(done, steps) // 2)
-        return steps
+        return min(most, max(1, int((self.seconds - (now - self.started)) / seconds_per_step)))
+
+    def agree(self, done: int, left: int) -> None:
+        """Take over the number of steps that is left, which decides when to estimate again."""
+        self.next_estimate = done + max(TIMED_STEPS[0], min(done, left) // 2)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import yaml
 
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model
@@ -99,7 +100,12 @@ def make_parts(
     arguments = dict(config.flow)
     for key, value in derived.items():
         if arguments.setdefault(key, value) != value:
-            raise ValueError(f"flow.{key} is {arguments[key]}, but data and encoders give {value}; leave it out")
+            whose, remedy = ("", "leave it out")
+            if start is not None:
+                whose, remedy = f" of the pipeline {start.name!r}", "fine-tuning cannot change it"
+            raise ValueError(f"flow.{key}{whose} is {arguments[key]}, but data and encoders give {value}; {remedy}")
+    if cached and len(train.shapes) > 1 and (arguments.get("learned_prior") or arguments.get("positions") == "learned"):
+        raise ValueError("the cache has pictures of several shapes, which learned positions and priors do not fit")
     flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
     if start is not None:
         arguments = {key: flow.config[key] for key in flow.config if not key.startswith("_")}
@@ -131,20 +137,33 @@ def check_conditions(config: RunConfig, train: Images | CachedLatents, condition
         raise ValueError("the data has no captions: give data.caption_column or a folder with metadata.jsonl")
 
 
-def check_cache(config: RunConfig, cache: CachedLatents) -> None:
-    """Whether the settings name what the cache was made with."""
-    name, text = cache.manifest["autoencoder"]["name"], cache.manifest["text"]
+def as_cached(config: RunConfig, resolved: str) -> tuple[RunConfig, str]:
+    """The settings, and their YAML, with the autoencoder and picture size of the cache where they have the defaults.
+
+    Raises:
+        ValueError: if there is no such cache, or other values are set than it was made with.
+    """
+    manifest = CachedLatents(config.data.path).manifest
+    name, side = manifest["autoencoder"]["name"], manifest["image_size"]
     if config.vae.name not in (name, VaeConfig().name):
         raise ValueError(f"vae.name is {config.vae.name!r}, but the latents were cached with {name!r}")
+    if config.data.image_size not in (side, DataConfig.image_size):
+        raise ValueError(f"data.image_size is {config.data.image_size}, but the latents are of pictures of {side}")
+    vae, data = replace(config.vae, name=name), replace(config.data, image_size=side)
+    settings = yaml.safe_load(resolved)
+    settings["vae"]["name"], settings["data"]["image_size"] = name, side
+    return replace(config, vae=vae, data=data), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def check_cache(config: RunConfig, cache: CachedLatents) -> None:
+    """Whether captions were encoded as the settings say."""
+    text = cache.manifest["text"]
     if text is not None and config.text.kind == "pretrained":
         found, wanted = (text["name"], text["max_length"]), (config.text.name, config.text.max_length)
         if found != wanted:
             raise ValueError(f"the captions were encoded with {found[0]!r} in {found[1]} tokens, not {wanted}")
     if text is not None and config.text.shard:
         raise ValueError("text.shard is true, but the captions are cached in encoded form: no encoder is needed")
-    side = cache.image_size
-    if config.data.image_size not in (side, DataConfig.image_size):
-        raise ValueError(f"data.image_size is {config.data.image_size}, but the latents are of pictures of {side}")
 
 
 def make_codec(

@@ -10,7 +10,7 @@ from tarflow.flows.resize import resized_model
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.config import TextConfig
 from tarflow.training.text import load_text
-from tarflow.vae.codec import autoencoder_hash
+from tarflow.vae.codec import autoencoder_hash, weights_hash
 
 
 @dataclass
@@ -39,8 +39,14 @@ class Start:
 
     def text(self, config: TextConfig) -> tuple[Any, Any]:
         """Text encoder and tokenizer: a small encoder is the pipeline's, a pretrained one is loaded anew."""
-        if config.kind != "small":
-            return load_text(config, ())
+        if config.kind == "pretrained":
+            encoder, tokenizer = load_text(config, ())
+            own = self.pipeline.text_encoder
+            if own is not None and weights_hash(own) != weights_hash(encoder):
+                raise ValueError(f"the pipeline {self.name!r} has another text encoder than text.name, {config.name!r}")
+            return encoder, tokenizer
+        if config.kind == "none":
+            return None, None
         if self.pipeline.text_encoder is None:
             raise ValueError(f"text.kind is 'small', but the pipeline {self.name!r} has no text encoder")
         return self.pipeline.text_encoder.requires_grad_(True), self.pipeline.tokenizer

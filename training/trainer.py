@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,18 +15,20 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from tarflow.data.latents import CachedLatents
 from tarflow.training.averages import WeightAverages
 from tarflow.training.batches import StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import check_state, find_checkpoint, read_state, save_checkpoint
 from tarflow.training.config import RunConfig
 from tarflow.training.inputs import InputMaker
 from tarflow.training.objective import FlowObjective, parameter_groups, score_target, trained_parameters
-from tarflow.training.parallel import StopRequest, full_weights, make_accelerator
+from tarflow.training.parallel import StopRequest, check_parallel, full_weights, make_accelerator, verify_caches
 from tarflow.training.report import HeldOut, build_pipeline, metrics_of, write_grids
 from tarflow.training.schedule import TimeLimit, peak_factor, schedule_factor, total_steps, warmup_steps
-from tarflow.training.setup import make_parts
+from tarflow.training.setup import as_cached, make_parts
 from tarflow.training.start import load_start
+
+#: What a resumed run takes from its own settings.
+OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
 
 
 class Trainer:
@@ -44,29 +47,31 @@ class Trainer:
         start = None if config.init_from is None else load_start(config.init_from)
         if start is not None:
             config = replace(config, flow=start.flow_settings(config.flow))
+        if config.data.source == "latents":
+            config, resolved = as_cached(config, resolved)
         self.config = config
         self.accelerator = make_accelerator(config, unused_parameters=self.has_denoiser)
+        check_parallel(self.accelerator, config)
         set_seed(config.train.seed)
+        self.images_per_step = config.train.batch_size * config.train.accumulation * self.accelerator.num_processes
         # Settings are checked before anything is written.
         checkpoint = find_checkpoint(self.folder / "checkpoints", config.resume) if config.resume else None
         state = None if checkpoint is None else read_state(checkpoint)
         self.parts = make_parts(config, state and state["statistics"], self.accelerator.device, start)
         if state is not None:
-            decays, sharded = config.train.ema_decays, self.accelerator.is_fsdp2
-            check_state(checkpoint, state, self.parts.flow_arguments, decays, sharded)
-        for split in (self.parts.train, self.parts.validation):
-            if isinstance(split, CachedLatents):
-                split.verify(self.accelerator.process_index, self.accelerator.num_processes)
+            check_state(checkpoint, state, self.checkpoint_facts())
+        elif config.data.verify:
+            verify_caches(self.accelerator, self.parts.train, self.parts.validation)
         self.prepare_model()
-        self.images_per_step = config.train.batch_size * config.train.accumulation * self.accelerator.num_processes
         self.longest = self.total_steps = total_steps(config, self.images_per_step)
         self.step = self.bad_steps = self.spikes = 0
         self.lowered = False  # whether max_minutes has lowered the steps
         self.skipped: set[str] = set()
-        self.waited = 0.0  # seconds for data
+        self.waited = self.stepped = 0.0  # seconds for data, and for steps, data included
         if state is not None:
             self.load(checkpoint, state)
         self.held_out = self.open_held_out()
+        self.metric = self.open_metric()
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / "config.yaml.tmp"
@@ -98,7 +103,10 @@ class Trainer:
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        wanted = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in self.optimizer.param_groups]
         self.accelerator.load_state(str(checkpoint))
+        for group, settings in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(settings)  # this run's, not the checkpoint's
         self.averages.load(checkpoint / "averages", state["ema_steps"])
         self.step, self.spikes, self.lowered = state["step"], state["spikes"], state["lowered"]
         if self.config.train.max_minutes is not None:
@@ -110,6 +118,16 @@ class Trainer:
         count, size = self.config.log.eval_images, self.config.train.batch_size
         accelerator = self.accelerator
         return HeldOut(self.parts.validation, count, size, accelerator.process_index, accelerator.num_processes)
+
+    def open_metric(self) -> Any:
+        """What measures samples, on the main process."""
+        if self.config.metric.every == 0 or not self.accelerator.is_main_process:
+            return None
+        if self.parts.validation is None:
+            raise ValueError("metric.every is set, but nothing is held out: raise data.validation_fraction")
+        from tarflow.training.metric import SampleMetric  # imported here: few runs need its libraries
+
+        return SampleMetric(self.config.metric, self.parts.validation, self.accelerator.device)
 
     @property
     def has_denoiser(self) -> bool:
@@ -127,7 +145,7 @@ class Trainer:
         accelerator = self.accelerator
         batches = self.batches()
         progress = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process)
-        started, first, metrics = time.perf_counter(), self.step, {}
+        first, metrics = self.step, {}
         limit = None
         if self.config.train.max_minutes is not None and not self.lowered:
             limit = TimeLimit(self.config.train.max_minutes)
@@ -137,11 +155,13 @@ class Trainer:
                 self.step += 1
                 progress.update()
                 done = self.step - first
-                if limit is not None and (left := limit.steps_left(done, self.longest - self.step)) is not None:
-                    self.total_steps = progress.total = broadcast_object_list([self.step + left])[0]
+                if limit is not None and limit.is_due(done):
+                    left = broadcast_object_list([limit.steps_left(done, self.longest - self.step)])[0]
+                    limit.agree(done, left)
+                    self.total_steps = progress.total = self.step + left
                     self.lowered = True
                 if self.step % self.config.log.log_every == 0:
-                    self.log(values, done, time.perf_counter() - started, progress)
+                    self.log(values, done, progress)
                 if self.step < self.total_steps and stop.agreed(accelerator):
                     return self.stop(progress)
                 metrics = self.at_intervals() or metrics
@@ -166,8 +186,8 @@ class Trainer:
 
     def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One optimizer step; returns this process's loss, nats per dimension, gradient norm, and the learned
-        denoiser's loss, as tensors that need not be ready yet."""
-        config, accelerator = self.config, self.accelerator
+        denoiser's loss. The host waits for the device once, for the norm."""
+        config, accelerator, begun = self.config, self.accelerator, time.perf_counter()
         self.set_learning_rate()
         self.model.train()
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
@@ -191,6 +211,7 @@ class Trainer:
                 if accelerator.sync_gradients:
                     norm = self.clip_gradients()
                     self.update(norm, sums["loss"], latents)
+        self.stepped += time.perf_counter() - begun
         return {name: value / config.train.accumulation for name, value in sums.items()} | {"grad_norm": norm}
 
     def places(self, part: int) -> range:
@@ -209,17 +230,18 @@ class Trainer:
     def update(self, norm: torch.Tensor, loss: torch.Tensor, latents: list[torch.Tensor]) -> None:
         """Change the weights, unless the gradient is not finite or larger than wished."""
         size, limit = float(norm), self.config.optim.skip_grad_norm
-        # With fp16 Accelerate's scaler leaves such steps out by itself, and lowers its scale.
-        finite = size < float("inf") or self.config.train.mixed_precision == "fp16"
-        spike = limit is not None and limit < size < float("inf")
+        finite, scaled = math.isfinite(size), self.accelerator.scaler is not None
+        spike = limit is not None and finite and size > limit
         self.spikes += spike
-        if finite and not spike:
-            self.optimizer.step()
+        if (finite or scaled) and not spike:
+            self.optimizer.step()  # with fp16 the scaler leaves out what is not finite, and lowers its scale
+        if finite and not spike and not self.optimizer.step_was_skipped:
             self.averages.step()
             if latents:
                 self.flow.update_prior(self.accelerator.gather(torch.cat(latents)))
         self.optimizer.zero_grad()
-        self.count_bad_step(finite, loss)
+        # Gradients of fp16 may overflow for some steps, until the scale fits; losses may not.
+        self.count_bad_step(finite or (scaled and math.isfinite(float(loss))), loss)
 
     def backward_denoiser(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Backward pass of the learned denoiser, with the score that the flow's one has left; returns its loss."""
@@ -237,8 +259,9 @@ class Trainer:
         limit, groups = self.config.optim.max_grad_norm, self.optimizer.param_groups
         if len(groups) == 1:
             norms = [self.accelerator.clip_grad_norm_(self.model.parameters(), limit)]
-        else:
-            norms = [self.accelerator.clip_grad_norm_(group["params"], limit) for group in groups]
+        else:  # Accelerate would unscale gradients of fp16 for each group
+            self.accelerator.unscale_gradients()
+            norms = [torch.nn.utils.clip_grad_norm_(group["params"], limit) for group in groups]
         return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).max()
 
     def count_bad_step(self, finite: bool, loss: torch.Tensor) -> None:
@@ -250,18 +273,19 @@ class Trainer:
                 f"{self.bad_steps} steps in a row; lower optim.lr ({self.config.optim.lr}) or resume from a checkpoint"
             )
 
-    def log(self, values: dict[str, torch.Tensor], done: int, seconds: float, progress: tqdm) -> None:
-        """Write means over all processes, speed, and the share of the time that this process waited for data."""
+    def log(self, values: dict[str, torch.Tensor], done: int, progress: tqdm) -> None:
+        """Write means over all processes, and of this process's steps so far, without evaluation and the like, the
+        speed and the share of the time that they waited for data."""
         names = sorted(values)
         stacked = torch.stack([values[name].detach().float().to(self.accelerator.device) for name in names])
         means = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
-        speed = done * self.images_per_step / seconds
+        speed, waiting = done * self.images_per_step / self.stepped, self.waited / self.stepped
         means |= {"images_per_second": speed, "images": self.step * self.images_per_step}
-        means |= {"lr": self.optimizer.param_groups[0]["lr"], "waiting_for_data": self.waited / seconds}
+        means |= {"lr": self.optimizer.param_groups[0]["lr"], "waiting_for_data": waiting}
         if self.config.optim.skip_grad_norm is not None:
             means["skipped_steps"] = self.spikes
         self.accelerator.log({f"train/{key}": value for key, value in means.items()}, self.step)
-        shown = {"loss": f"{means['loss']:.4f}", "images/s": f"{speed:.0f}", "waiting": f"{self.waited / seconds:.1%}"}
+        shown = {"loss": f"{means['loss']:.4f}", "images/s": f"{speed:.0f}", "waiting": f"{waiting:.1%}"}
         progress.set_postfix(shown)
 
     def at_intervals(self) -> dict[str, float] | None:
@@ -273,12 +297,13 @@ class Trainer:
         def due(every: int) -> bool:
             return every > 0 and step % every == 0
 
-        if due(log.eval_every) or due(log.sample_every) or due(log.save_pipeline_every):
+        measure = due(self.config.metric.every)
+        if due(log.eval_every) or due(log.sample_every) or due(log.save_pipeline_every) or measure:
             with self.averages.applied():
                 if due(log.eval_every):
                     metrics = self.evaluate()
                 saved = f"pipeline_{step:08d}" if due(log.save_pipeline_every) else None
-                self.show(due(log.sample_every), saved)
+                self.show(due(log.sample_every), saved, measure)
         if due(log.checkpoint_every):
             self.save_checkpoint()
         return metrics
@@ -288,7 +313,7 @@ class Trainer:
             self.save_checkpoint()
         with self.averages.applied():
             metrics = self.evaluate() or metrics
-            self.show(self.config.log.sample_every > 0, "pipeline")
+            metrics |= self.show(self.config.log.sample_every > 0, "pipeline", self.config.metric.every > 0)
         for number, decay in enumerate(self.averages.decays[1:], start=1):
             with self.averages.applied(number):
                 self.evaluate(f"held_out_ema_{decay}")
@@ -322,18 +347,37 @@ class Trainer:
             tqdm.write(f"step {self.step}: {name.replace('held_out', 'held-out')} {words}")
         return metrics
 
-    def show(self, draw: bool, save_as: str | None) -> None:
-        """Grids and a pipeline folder of the weights as they are, if wanted; the main process makes them."""
-        if not draw and save_as is None:
-            return
+    def show(self, draw: bool, save_as: str | None, measure: bool = False) -> dict[str, float]:
+        """Grids, a pipeline folder and the metric of the weights as they are, if wanted; the main process makes them
+        and returns the metric."""
+        metrics: dict[str, float] = {}
+        if not draw and save_as is None and not measure:
+            return metrics
         weights = full_weights(self.accelerator, self.model)
         if self.accelerator.is_main_process:
-            pipe = build_pipeline(weights, self.parts, self.config, self.accelerator.device)
-            if draw:
-                write_grids(pipe, self.parts, self.config, self.folder / "samples", self.step)
+            pipe = build_pipeline(weights, self.parts, self.config)
             if save_as is not None:
                 pipe.save_pretrained(self.folder / save_as)
+            if draw or measure:
+                pipe.to(self.accelerator.device)
+            if draw:
+                write_grids(pipe, self.parts, self.config, self.folder / "samples", self.step)
+            if measure:
+                pipe.set_progress_bar_config(disable=True)
+                metrics = self.metric.measure(pipe)
+                self.accelerator.log({f"samples/{key}": value for key, value in metrics.items()}, self.step)
+                tqdm.write(f"step {self.step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
         self.accelerator.wait_for_everyone()
+        return metrics
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What must be the same when training goes on."""
+        return {
+            "flow": self.parts.flow_arguments,
+            "ema_decays": self.config.train.ema_decays,
+            "images_per_step": self.images_per_step,
+            "sharded": self.accelerator.is_fsdp2,
+        }
 
     def save_checkpoint(self) -> Path:
         mean, std = self.parts.codec.latents_mean, self.parts.codec.latents_std
@@ -342,11 +386,9 @@ class Trainer:
             "total_steps": self.total_steps,
             "lowered": self.lowered,
             "spikes": self.spikes,
-            "flow": self.parts.flow_arguments,
             "statistics": None if mean is None else [mean, std],
-            "ema_decays": self.averages.decays,
             "ema_steps": self.averages.steps,
-            "sharded": self.accelerator.is_fsdp2,
+            **self.checkpoint_facts(),
         }
         keep = self.config.log.keep_checkpoints
         return save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.averages, keep)

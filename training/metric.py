@@ -1,0 +1,81 @@
+"""A cheap measure of samples while training: the Fréchet distance to held-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tarflow.data.latents import CachedLatents
+from tarflow.evaluation.features import load_extractor
+from tarflow.evaluation.frechet import frechet_distance
+from tarflow.evaluation.statistics import Moments
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.training.batches import fixed_batches, read_batch
+from tarflow.training.config import MetricConfig
+
+
+class SampleMetric:
+    """Fréchet distance of samples to held-out pictures, or of a cache to what its latents are decoded to.
+
+    Sample i has the condition of held-out picture i (in turn, if there are fewer) and noise of its own seed, so the
+    distance changes with the weights alone.
+
+    Args:
+        config: how many, and by which extractor.
+        held_out: pictures or cached latents of the validation split, square ones.
+        device: of the extractor.
+
+    Raises:
+        ValueError: if the extractor cannot be loaded.
+    """
+
+    def __init__(self, config: MetricConfig, held_out: Any, device: torch.device):
+        self.config, self.held_out = config, held_out
+        self.extractor = load_extractor(config.extractor, config.weights, device, config.normalize)
+        self.reference: Moments | None = None
+
+    def measure(self, pipe: TARFlowPipeline) -> dict[str, float]:
+        """The distance, by its name: "fid" only with Inception, else "frechet_distance_" and the extractor."""
+        if self.reference is None:
+            self.reference = self.moments(self.pictures(pipe))
+        samples = self.moments(self.samples(pipe))
+        distance = frechet_distance(samples.mean, samples.covariance, self.reference.mean, self.reference.covariance)
+        name = "fid" if self.extractor.is_fid else f"frechet_distance_{self.extractor.name}"
+        return {name: distance}
+
+    def moments(self, batches: Iterator[Tensor]) -> Moments:
+        moments = Moments(self.extractor.dims)
+        for images in batches:
+            moments.update(self.extractor(images))
+        return moments
+
+    def pictures(self, pipe: TARFlowPipeline) -> Iterator[Tensor]:
+        """Held-out pictures, uint8 (B, 3, H, W)."""
+        for indices in fixed_batches(self.held_out, self.config.images, self.config.batch_size):
+            batch = read_batch(self.held_out, indices)
+            if not isinstance(self.held_out, CachedLatents):
+                yield batch["image"]
+                continue
+            with torch.no_grad():
+                latents = pipe.codec.normalise(batch["latent_mean"].to(pipe.flow.device))
+                decoded = pipe.codec.decode(latents).float()
+            yield ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def samples(self, pipe: TARFlowPipeline) -> Iterator[Tensor]:
+        """Samples with the held-out conditions, uint8 (B, 3, H, W)."""
+        kind, total = pipe.flow.config.conditioning, self.config.images
+        for first in range(0, total, self.config.batch_size):
+            numbers = range(first, min(first + self.config.batch_size, total))
+            places = [number % len(self.held_out) for number in numbers]
+            conditions: dict[str, Any] = {"num_images": len(numbers)}
+            if kind == "prefix":
+                conditions = {"prompt": [self.held_out.caption(place) for place in places]}
+            elif kind != "none":
+                conditions = {"class_labels": read_batch(self.held_out, places)["label"].tolist()}
+            generators = [torch.Generator().manual_seed(10_000_019 + number) for number in numbers]
+            images = pipe(**conditions, generator=generators, decoding="sequential", output_type="np").images
+            yield torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
