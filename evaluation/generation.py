@@ -208,7 +208,7 @@ def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Cond
             output_type="np",
         ).images
     pixels = (images * 255).round().astype(np.uint8)  # (B, H, W, C)
-    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
+    return pixels if pixels.shape[3] == 3 else pixels.repeat(3, axis=3)
 
 
 def image_seed(seed: int, index: int) -> int:

@@ -20,6 +20,9 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
     """Everything that decides what image i is, as JSON has it."""
     names = ("batch_size", "seed", "format", "guidance_scale", "denoise", "noise_std", "decoding", "dtype", "fast")
     settings = {"pipeline": pipeline_hash(pipe), **{name: getattr(config, name) for name in names}}
+    for name in ("guidance_scale", "noise_std"):
+        if settings[name] is None:
+            settings[name] = getattr(pipe.config, name)
     if config.decoding in ("auto", "jacobi"):
         settings["tolerance"] = config.tolerance
     return json.loads(json.dumps({**settings, "conditions": conditions.summary}))

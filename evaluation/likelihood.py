@@ -39,7 +39,6 @@ class Likelihood:
     images: int
 
 
-@torch.no_grad()
 def evaluate_likelihood(
     pipe: Any,
     images: Images,
@@ -51,6 +50,33 @@ def evaluate_likelihood(
     seed: int = 0,
 ) -> Likelihood:
     """Likelihood of the first ``count`` pictures.
+
+    Args:
+        pipe, images, count, draws, importance, with_condition, batch_size, seed: as of `picture_likelihoods`.
+
+    Raises:
+        ValueError: if data and model do not fit, or a number is out of range.
+    """
+    name, values, bounds = picture_likelihoods(pipe, images, count, draws, importance, with_condition, batch_size, seed)
+    bound, bound_error = (None, None) if bounds is None else mean_and_error(bounds)
+    mean, standard_error = mean_and_error(values.mean(1))
+    count = len(values)
+    draw_error = float(values.std(1).pow(2).mean().div(draws * count).sqrt()) if draws > 1 else None
+    return Likelihood(name, mean, standard_error, draws, draw_error, bound, bound_error, count)
+
+
+@torch.no_grad()
+def picture_likelihoods(
+    pipe: Any,
+    images: Images,
+    count: int | None = None,
+    draws: int = 4,
+    importance: int = 0,
+    with_condition: bool = True,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> tuple[str, Tensor, Tensor | None]:
+    """Likelihood of each of the first ``count`` pictures.
 
     Pixel models: bits per dimension of the 8-bit pictures, −log₂ p(x) / dims, bounded from above by the mean over
     uniform dequantisation noise u of −log₂ p(x + u); ``importance`` draws K give the tighter bound
@@ -65,24 +91,14 @@ def evaluate_likelihood(
         importance: K, or 0 for no such bound.
         with_condition: use the data's labels or captions, if the model takes them; else "no condition".
 
+    Returns:
+        the quantity's name as in `Likelihood`, its values (N, draws), and the bounds (N,), None if not asked for.
+
     Raises:
         ValueError: if data and model do not fit, or a number is out of range.
     """
-    if not len(images):
-        raise ValueError(f"the data's split {images.split!r} is empty; raise data.validation_fraction or take another")
-    count = len(images) if count is None else min(count, len(images))
+    count = check_arguments(pipe, images, count, draws, importance)
     pixels = pipe.vae is None
-    for name, value, least in (("count", count, 1), ("draws", draws, 1), ("importance", importance, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if importance and not pixels:
-        raise ValueError("the importance-weighted bound is for models of pixels; this one models latents")
-    size = pipe.flow.config.sample_size * pipe.codec.factor
-    if images.config.image_size != size:
-        raise ValueError(f"the model has pictures of {size} pixels, but data.image_size is {images.config.image_size}")
-    if pixels and pipe.flow.config.in_channels != 3:
-        raise ValueError(f"the model has {pipe.flow.config.in_channels} channels; pictures have 3")
-
     nats: list[Tensor] = []  # (B, draws) each
     bounds: list[Tensor] = []  # (B,) each
     for indices, batch in batches(images, count, batch_size):
@@ -101,11 +117,27 @@ def evaluate_likelihood(
     values = torch.cat(nats)
     if pixels:
         values = bits_per_dim(values)
-    bound, bound_error = mean_and_error(bits_per_dim(torch.cat(bounds))) if importance else (None, None)
-    mean, standard_error = mean_and_error(values.mean(1))
-    draw_error = float(values.std(1).pow(2).mean().div(draws * count).sqrt()) if draws > 1 else None
     name = "bits_per_dim" if pixels else "latent_nats_per_dim"
-    return Likelihood(name, mean, standard_error, draws, draw_error, bound, bound_error, count)
+    return name, values, bits_per_dim(torch.cat(bounds)) if importance else None
+
+
+def check_arguments(pipe: Any, images: Images, count: int | None, draws: int, importance: int) -> int:
+    """How many pictures there will be, if data, model and numbers fit."""
+    if not len(images):
+        raise ValueError(f"the data's split {images.split!r} is empty; raise data.validation_fraction or take another")
+    count = len(images) if count is None else min(count, len(images))
+    pixels = pipe.vae is None
+    for name, value, least in (("count", count, 1), ("draws", draws, 1), ("importance", importance, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if importance and not pixels:
+        raise ValueError("the importance-weighted bound is for models of pixels; this one models latents")
+    size = pipe.flow.config.sample_size * pipe.codec.factor
+    if images.config.image_size != size:
+        raise ValueError(f"the model has pictures of {size} pixels, but data.image_size is {images.config.image_size}")
+    if pixels and pipe.flow.config.in_channels != 3:
+        raise ValueError(f"the model has {pipe.flow.config.in_channels} channels; pictures have 3")
+    return count
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

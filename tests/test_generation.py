@@ -66,12 +66,11 @@ def test_processes_and_stops_change_nothing(pipelines, whole, tmp_path, monkeypa
     for name in ("00000005.png", "00000006.png"):
         (tmp_path / "00000" / name).unlink()
     (tmp_path / "00000" / "00000009.png").write_bytes(b"")  # as after a power cut
-    write_one, written = image_store.PngStore._write_one, []
+    write_one = image_store.PngStore._write_one
 
     def dying(store: Any, index: int, image: np.ndarray) -> None:
         if index == 6:
             raise KeyboardInterrupt
-        written.append(index)
         write_one(store, index, image)
 
     monkeypatch.setattr(image_store.PngStore, "_write_one", dying)
@@ -200,7 +199,7 @@ def test_sigma_and_seed(tmp_path) -> None:
     [
         ({"seed": 1}, "seed was 0 there and is 1 here"),
         ({"batch_size": 5}, "batch_size was 4 there and is 5 here"),
-        ({"guidance_scale": 2.0}, r"guidance_scale was None there and is 2\.0 here"),
+        ({"guidance_scale": 2.0}, r"guidance_scale was 1\.0 there and is 2\.0 here"),
         ({"labels": 1}, "conditions was"),
         ({"format": "npz"}, "format was 'png' there"),
         ({"num": 10}, "num was 11 there and is 10 here"),
