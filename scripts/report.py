@@ -1,0 +1,27 @@
+"""Report on a pipeline: one HTML file with samples, nearest training pictures, likelihoods, curves and settings.
+
+    python scripts/report.py --pipeline runs/NAME/pipeline --data.source folder --data.path pictures.zip \\
+        --out report.html [--run runs/NAME] [--metrics samples/metrics.json] [--extractor inception]
+
+The file needs no network and no scripts. The data must be what the model was trained on.
+"""
+
+from __future__ import annotations
+
+from tarflow.evaluation.html_report import write_report
+from tarflow.evaluation.report_contents import ReportConfig
+from tarflow.pipeline.device import best_device
+from tarflow.training.arguments import fail, parse_dataclass
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        config, _ = parse_dataclass(ReportConfig, argv, __doc__)
+        path = write_report(config, best_device())
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(ValueError(" ".join(str(error).split())))
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Sweeps: every combination once, resumed without work done twice, the best row marked."""
+
+from __future__ import annotations
+
+import csv
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pipeline import make_pipeline
+from torch import nn
+
+from tarflow.evaluation import sweep
+from tarflow.evaluation.features import Extractor
+from tarflow.evaluation.generation import GenerationConfig
+from tarflow.evaluation.sweep import SweepConfig, run_sweep
+from tarflow.evaluation.sweep_tables import best_row, row_name
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sweep") / "pipeline"
+    make_pipeline("class_prefix").save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(pipeline: str, out: Path, **options: Any) -> SweepConfig:
+    gen = GenerationConfig(pipeline=pipeline, out=str(out), num=3, batch_size=3)
+    lists = {"guidance_scale": [1.0, 2.0], "denoise": [True, False], "noise_std": [0.2, 0.3], "match": True}
+    return SweepConfig(gen=gen, **{**lists, **options})
+
+
+class Measure:
+    """A metric that is best at guidance 2 and σ 0.3, and knows how often it was asked."""
+
+    def __init__(self, fails_at: int | None = None):
+        self.folders: list[str] = []
+        self.fails_at = fails_at
+
+    def __call__(self, folder: Path) -> dict[str, float]:
+        if len(self.folders) == self.fails_at:
+            raise RuntimeError("stopped")
+        assert len(list(folder.rglob("*.png"))) == 3
+        self.folders.append(folder.name)
+        distance = 1.0 + ("guidance-1" in folder.name) + ("sigma-0.3" not in folder.name)
+        return {"fid": distance, "precision": 1 / distance, "kid": 0.1, "kid_std": 0.01}
+
+
+NAMES = [
+    *("guidance-1_score_sigma-0.2_sequential", "guidance-1_score_sigma-0.3_sequential", "guidance-1_raw_sequential"),
+    *("guidance-2_score_sigma-0.2_sequential", "guidance-2_score_sigma-0.3_sequential", "guidance-2_raw_sequential"),
+]
+
+
+def test_rows_tables_and_plots(pipeline, tmp_path) -> None:
+    measure = Measure()
+    rows = run_sweep(config_of(pipeline, tmp_path), measure)
+    assert measure.folders == [row_name(row["settings"]) for row in rows] == NAMES
+    assert all(row["images_per_second"] > 0 for row in rows)
+    table = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [row["best"] for row in table] == ["", "", "", "", "best", ""]
+    assert (table[4]["guidance_scale"], table[4]["noise_std"], table[4]["fid"]) == ("2.0", "0.3", "1.0")
+    assert (table[2]["denoise"], table[2]["noise_std"]) == ("False", "")
+    lines = (tmp_path / "sweep.md").read_text().splitlines()
+    assert [i for i, line in enumerate(lines) if line.startswith("| **")] == [6]
+    assert lines[-1] == "Bold: the best by fid (less is better)."
+    for name in ("guidance.png", "speed.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("L"))
+        assert pixels.std() > 5
+    samples = {(tmp_path / "images" / name / "00000" / "00000000.png").read_bytes() for name in NAMES}
+    assert len(samples) == 6
+
+
+def test_resumed_without_doing_anything_twice(pipeline, tmp_path, monkeypatch) -> None:
+    config = config_of(pipeline, tmp_path, keep_images=False)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_sweep(config, Measure(fails_at=4))
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    assert len(list(csv.DictReader((tmp_path / "sweep.csv").open()))) == 4
+    assert [path.name for path in (tmp_path / "images").iterdir()] == [NAMES[4]]  # drawn, but not measured
+    generated, generate = [], sweep.generate_images
+
+    def counting(gen: GenerationConfig, *arguments: Any) -> dict[str, Any]:
+        result = generate(gen, *arguments)
+        generated.append((Path(gen.out).name, result["generated"]))
+        return result
+
+    monkeypatch.setattr(sweep, "generate_images", counting)
+    measure = Measure()
+    rows = run_sweep(config, measure)
+    assert measure.folders == NAMES[4:]
+    assert generated == [(NAMES[4], 0), (NAMES[5], 3)]
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert list((tmp_path / "images").iterdir()) == []
+    assert len(run_sweep(config, measure)) == 6
+    assert len(generated) == 2
+    more = config_of(pipeline, tmp_path, guidance_scale=[1.0, 1.5, 2.0], noise_std=[0.2])
+    assert len(run_sweep(more, measure)) == 8
+    assert len(generated) == 4
+
+
+def test_other_sweeps_are_refused(pipeline, tmp_path) -> None:
+    options = {"guidance_scale": [1.0], "denoise": [False], "noise_std": None}
+    run_sweep(config_of(pipeline, tmp_path, **options), Measure())
+    with pytest.raises(ValueError, match=r"holds another sweep: metrics was \['frechet'\]"):
+        run_sweep(config_of(pipeline, tmp_path, **options, metrics=["kernel"]), Measure())
+
+
+def test_the_pipelines_own_values_are_no_other_rows(pipeline, tmp_path) -> None:
+    config = config_of(pipeline, tmp_path, guidance_scale=None, denoise=None, noise_std=None)
+    (row,) = run_sweep(config, Measure())
+    wanted = {"guidance_scale": 1.0, "denoise": True, "noise_std": 0.3, "decoding": "sequential"}
+    assert row["settings"] == wanted
+    measure = Measure()
+    assert len(run_sweep(config_of(pipeline, tmp_path, guidance_scale=[1.0], denoise=None), measure)) == 2
+    assert measure.folders == [NAMES[0]]
+
+
+class Means(nn.Module):
+    """Mean colours (B, 3)."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.double().mean((2, 3))
+
+
+def test_distances_to_a_reference(pipeline, tmp_path, monkeypatch) -> None:
+    (tmp_path / "real").mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "real" / f"{i}.png")
+    monkeypatch.setattr(sweep, "load_extractor", lambda *_: Extractor("means", Means(), "none", "none"))
+    options = {"ref": str(tmp_path / "real"), "extractor": "means", "match": False, "noise_std": None}
+    rows = run_sweep(config_of(pipeline, tmp_path / "out", guidance_scale=[1.0], **options))
+    assert [list(row["metrics"]) for row in rows] == [["frechet_distance"]] * 2
+    assert (tmp_path / "out" / "reference" / "moments.safetensors").is_file()
+
+
+def test_the_best_row() -> None:
+    rows = [{"metrics": {"fid": fid, "match_shape": 0.5, "match_all": share}} for fid, share in ((3, 1), (2, 0))]
+    assert best_row(rows) == 1
+    assert best_row(rows, "match_all") == 0
+    shares = [{"metrics": {"match_shape": shape, "match_all": every}} for shape, every in ((1.0, 0.1), (0.9, 0.2))]
+    assert best_row(shares) == 1
+    assert best_row([{"metrics": {"fid": float("nan")}}, {"metrics": {"fid": 3.0}}]) == 1
+    assert best_row([{"metrics": {"fid": float("nan")}}]) is None
+    with pytest.raises(ValueError, match="rank is 'x', but the metrics are fid, match_shape, match_all"):
+        best_row(rows, "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": []}, "guidance_scale is an empty list"),
+        ({"guidance_scale": [0.5]}, r"guidance_scale must be at least 1"),
+        ({"noise_std": [-1.0]}, "noise_std must be 0 or positive"),
+        ({"match": False}, "nothing is measured: give ref"),
+    ],
+)
+def test_bad_input(tmp_path, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of("x", tmp_path, **options)
+
+
+def test_the_script_reads_lists(pipeline, tmp_path, monkeypatch, capsys) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "sweep.py"))
+    wanted = []
+
+    def fake(config: SweepConfig, *_: Any) -> None:
+        wanted.append(config)
+        (tmp_path / "sweep.md").write_text("the table")
+
+    monkeypatch.setitem(script["main"].__globals__, "run_sweep", fake)
+    arguments = ["--gen.pipeline", pipeline, "--gen.out", str(tmp_path), "--match", "true"]
+    script["main"]([*arguments, "--guidance_scale", "[1, 2.5]", "--denoise", "[true, learned]"])
+    assert wanted[0].guidance_scale == [1, 2.5]
+    assert wanted[0].denoise == [True, "learned"]
+    assert "the table" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script["main"]([*arguments, "--guidance_scale", "[0]"])
+    assert "guidance_scale must be at least 1" in capsys.readouterr().err
