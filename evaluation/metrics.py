@@ -196,6 +196,12 @@ def warnings_of(ref: Statistics, samples: Statistics, extractor: Extractor) -> l
         if warning := bias_warning(statistics.count, extractor.dims):
             found.append(f"{name}: {warning}")
         found += [f"{name}: {note}" for note in statistics.notes]
+    kept = [len(statistics.features) for statistics in (ref, samples) if statistics.features is not None]
+    if len(kept) == 2 and min(kept) < KERNEL_SUBSET_SIZE:
+        found.append(
+            f"the kernel distance is over subsets of {min(kept)} pictures instead of {KERNEL_SUBSET_SIZE}, so its standard "
+            "deviation says little"
+        )
     if ref.size != samples.size:
         sizes = [f"{height}×{width}" for height, width in (ref.size, samples.size)]
         found.append(f"the reference has pictures of {sizes[0]}, the samples of {sizes[1]}; both are resized alike")

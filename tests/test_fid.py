@@ -30,6 +30,7 @@ class TestCommands:
         assert "Fréchet distance (squeezenet1_1)" in printed
         assert "FID" not in printed and "KID" not in printed
         assert "warning: samples: 8 pictures are too few for 512 features" in printed
+        assert "subsets of 8 pictures instead of 1000" in printed
         report = json.loads((tmp_path / "drawn/metrics.json").read_text())
         assert report["metrics"]["frechet_distance"] > 0
         assert (report["reference"]["count"], report["samples"]["size"]) == (8, [32, 32])
