@@ -147,7 +147,7 @@ def neighbours_section(contents: Contents) -> str:
     """Whether samples are copies: distances in each space against the yardsticks, and the nearest pairs."""
     groups = {"held-out": "held-out pictures", "train": "training pictures to others", "samples": "samples"}
     text = (
-        f"For each sample, the nearest of {contents.searched:,} training pictures. A model that copies has samples much "
+        f"For each sample, the nearest of {len(contents.train):,} training pictures. A model that copies has samples much "
         "nearer to training pictures than other pictures are: held-out ones, and training pictures to others among "
         "themselves. Held-out pictures may be of another kind than training pictures, if the data is split so."
     )
@@ -208,7 +208,7 @@ def nearest_pairs(contents: Contents, space: str, found: Neighbours) -> str:
         figures = [picture(contents.images[sample], f"sample {sample}: {text}", "sample")]
         pairs = zip(found.distances[sample].tolist(), found.indices[sample].tolist(), strict=True)
         for rank, (distance, index) in enumerate(pairs, start=1):
-            alt = f"training picture {index}, neighbour {rank} of sample {sample}"
+            alt = f"training picture {contents.train.indices[index]}, neighbour {rank} of sample {sample}"
             figures.append(picture(contents.train[index]["image"], alt, f"{distance:.3g}"))
         cards.append(f'<div class="card"><p>{escape(text)}</p><div class="row">{"".join(figures)}</div></div>')
     note = f"The {len(cards)} samples nearest to a training picture, with their {found.indices.shape[1]} neighbours "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from tarflow.data.images import Images, collate
+from tarflow.data.images import collate
 
 #: Pixels are compared after averaging to this side.
 PIXEL_SIDE = 32
@@ -47,20 +48,19 @@ class Neighbours:
 
 def nearest_neighbours(
     queries: dict[str, Tensor],
-    images: Images,
-    count: int,
+    images: Any,
     spaces: dict[str, Describe],
+    own: dict[str, Tensor] | None = None,
     k: int = 3,
     batch_size: int = 256,
 ) -> dict[str, dict[str, Neighbours]]:
-    """Search the first ``count`` training pictures, which are read once.
+    """Search training pictures, which are read once.
 
     Args:
-        queries: groups of uint8 pictures (N, 3, H, W). Those of a group "train" are the first training pictures; each
-            finds others than itself.
-        images: the training pictures.
-        count: how many of them to search, at least k + 1.
+        queries: groups of uint8 pictures (N, 3, H, W).
+        images: the training pictures, more than k; `Images` or a `Subset`.
         spaces: by name, how pictures are described.
+        own: of groups that are training pictures, their indices (N,): each finds others than itself.
         k: neighbours of each query.
 
     Returns:
@@ -74,15 +74,15 @@ def nearest_neighbours(
         for space, describe in spaces.items()
     }
     found: dict[str, dict[str, Neighbours]] = {space: {} for space in spaces}
-    for first in tqdm(range(0, count, batch_size), desc="neighbours", unit="batch"):
-        indices = torch.arange(first, min(first + batch_size, count))
+    for first in tqdm(range(0, len(images), batch_size), desc="neighbours", unit="batch"):
+        indices = torch.arange(first, min(first + batch_size, len(images)))
         batch = collate([images[i] for i in indices.tolist()])["image"]
         for space, describe in spaces.items():
             descriptions = describe(batch).float().cpu()
             for group, query in described[space].items():
                 distances = torch.cdist(query, descriptions)  # (N, B)
-                if group == "train":
-                    distances[torch.arange(len(query))[:, None] == indices] = torch.inf
+                if group in (own or {}):
+                    distances[own[group][:, None] == indices] = torch.inf
                 candidates = Neighbours(distances, indices.expand(len(query), -1))
                 found[space][group] = best_of(found[space].get(group), candidates, k)
     return found

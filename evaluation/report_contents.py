@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,8 @@ from tarflow.evaluation.generation_record import pipeline_hash
 from tarflow.evaluation.likelihood import mean_and_error, picture_likelihoods
 from tarflow.evaluation.machine import machine
 from tarflow.evaluation.neighbours import Describe, Neighbours, nearest_neighbours, pixel_description
+from tarflow.evaluation.report_files import read_curves, read_metrics
+from tarflow.evaluation.subset import Subset, evenly, spread
 from tarflow.evaluation.svg_charts import Series
 
 PIXELS = "pixels"
@@ -44,7 +44,7 @@ class ReportConfig:
         captions, labels: of the samples, see `GenerationConfig`; None takes captions of held-out pictures (of training
             ones without), or all classes in turn.
         guidance_scale, denoise, noise_std, decoding: how to draw, see `GenerationConfig`.
-        train_images: how many training pictures are searched for neighbours, from the first on.
+        train_images: how many training pictures are searched for neighbours; they lie evenly in the split.
         yardstick_images: held-out pictures, and training pictures, whose own neighbours tell what distances mean.
         shown_neighbours: of so many samples, those nearest to a training picture.
         likelihood_images: of each split; 0 leaves likelihoods out.
@@ -108,9 +108,8 @@ class Contents:
     Attributes:
         settings: by heading, names and values.
         images: samples uint8 (N, 3, H, W); ``texts``: what each was drawn from.
-        train: the training pictures, for showing neighbours.
+        train: the training pictures that were searched.
         spaces: by name of the space and group ("samples", "train", perhaps "held-out").
-        searched: how many training pictures were searched.
         curves: by title.
         metrics: names and values; ``warnings`` that belong to them.
     """
@@ -119,9 +118,8 @@ class Contents:
     settings: dict[str, dict[str, Any]]
     images: Tensor
     texts: list[str]
-    train: Images
+    train: Subset
     spaces: dict[str, dict[str, Neighbours]]
-    searched: int
     shown_neighbours: int
     likelihoods: Likelihoods | None
     curves: dict[str, Series]
@@ -147,16 +145,17 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     conditions = make_conditions(pipe, gen.seed, gen.labels, None, gen.captions, gen.data, gen.split)
     likelihoods = all_likelihoods(config, pipe, images) if config.likelihood_images else None
     samples = draw(config, gen, pipe, conditions)
-    searched = min(config.train_images, len(images["train"]))
-    spaces = search(config, images, samples, extractor, searched)
+    train = spread(images["train"], config.train_images)
+    if len(train) <= NEIGHBOURS:
+        raise ValueError(f"the training split has {len(train)} pictures, too few to search for {NEIGHBOURS} neighbours")
+    spaces = search(config, train, images["validation"], samples, extractor)
     return Contents(
         title=config.title or f"{Path(config.pipeline).resolve().parent.name}/{Path(config.pipeline).name}",
         settings=settings_of(config, gen, pipe, device),
         images=samples,
         texts=texts_of(pipe, conditions, config.samples),
-        train=images["train"],
+        train=train,
         spaces=spaces,
-        searched=searched,
         shown_neighbours=min(config.shown_neighbours, config.samples),
         likelihoods=likelihoods,
         curves=curves,
@@ -195,28 +194,27 @@ def texts_of(pipe: Any, conditions: Conditions, count: int) -> list[str]:
 
 
 def search(
-    config: ReportConfig, images: dict[str, Images], samples: Tensor, extractor: Extractor | None, searched: int
+    config: ReportConfig, train: Subset, held_out: Images, samples: Tensor, extractor: Extractor | None
 ) -> dict[str, dict[str, Neighbours]]:
     """Nearest training pictures of the samples, and of the pictures that are the yardstick."""
-    queries = {"samples": samples}
-    for group, split in (("held-out", "validation"), ("train", "train")):
-        limit = searched if split == "train" else len(images[split])
-        count = min(config.yardstick_images, limit)
-        if count:
-            queries[group] = collate([images[split][i] for i in range(count)])["image"]
+    own = evenly(len(train), min(config.yardstick_images, len(train)))
+    queries = {"samples": samples, "train": collate([train[i] for i in own])["image"]}
+    if len(held_out):
+        some = spread(held_out, config.yardstick_images)
+        queries["held-out"] = collate([some[i] for i in range(len(some))])["image"]
     spaces: dict[str, Describe] = {PIXELS: pixel_description}
     if extractor is not None:
         spaces[f"features of {extractor.name}"] = extractor
-    return nearest_neighbours(queries, images["train"], searched, spaces, NEIGHBOURS)
+    return nearest_neighbours(queries, train, spaces, {"train": torch.tensor(own)}, NEIGHBOURS)
 
 
 def all_likelihoods(config: ReportConfig, pipe: Any, images: dict[str, Images]) -> Likelihoods:
-    """Of the first pictures of each split that has some."""
+    """Of some pictures of each split that has any."""
     values, name = {}, ""
     for group, split in (("training", "train"), ("held-out", "validation")):
         if len(images[split]):
             options = {"draws": config.draws, "batch_size": config.batch_size, "seed": config.seed}
-            name, found, _ = picture_likelihoods(pipe, images[split], config.likelihood_images, **options)
+            name, found, _ = picture_likelihoods(pipe, spread(images[split], config.likelihood_images), **options)
             values[group] = found.mean(1)
     return Likelihoods(name, values)
 
@@ -249,45 +247,3 @@ def settings_of(
     computer = {"python": platform.python_version(), "machine": machine(torch.device(device))}
     tables = {"Model": model, "Sampling": sampling, "Data": data, "Flow": flow, "Versions": versions() | computer}
     return {heading: {k: v for k, v in table.items() if v is not None} for heading, table in tables.items()}
-
-
-def read_curves(run: str) -> dict[str, Series]:
-    """Scalars of a training's TensorBoard logs by chart; likelihoods of training and held-out pictures share one.
-
-    Raises:
-        ValueError: if there are no logs with scalars.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folders = sorted({file.parent for file in Path(run).expanduser().rglob("events.out.tfevents*")})
-    curves: dict[str, Series] = {}
-    for folder in folders:
-        log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-        log.Reload()
-        for tag in log.Tags()["scalars"]:
-            events = log.Scalars(tag)
-            likelihood = tag.endswith(("nats_per_dim", "bits_per_dim"))
-            title = "likelihood, nats per dimension" if likelihood else tag
-            curves.setdefault(title, {})[tag] = ([event.step for event in events], [event.value for event in events])
-    if not curves:
-        raise ValueError(f"{run!r} has no TensorBoard logs with scalars (files events.out.tfevents…)")
-    return curves
-
-
-def read_metrics(path: str) -> tuple[dict[str, str], list[str]]:
-    """Names and values of a JSON file that ``evaluate_fid.py calc`` wrote, and its warnings.
-
-    Raises:
-        ValueError: if it is no such file.
-    """
-    try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        values = found["metrics"]
-        names = {name: found.get("names", {}).get(name, name) for name in values}
-        metrics = {names[name]: f"{value:.5g}" for name, value in values.items() if math.isfinite(value)}
-        for side in ("reference", "samples"):
-            if side in found:
-                metrics[f"{side} pictures"] = f"{found[side]['count']:,}"
-        return metrics, list(found.get("warnings", []))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path!r} is no JSON file of metrics that evaluate_fid.py calc wrote: {error}") from error

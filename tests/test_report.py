@@ -23,6 +23,7 @@ from tarflow.evaluation.features import Extractor
 from tarflow.evaluation.html_report import write_report
 from tarflow.evaluation.neighbours import nearest_neighbours, pixel_description
 from tarflow.evaluation.report_contents import ReportConfig
+from tarflow.evaluation.subset import Subset, evenly, spread
 from tarflow.evaluation.svg_charts import averaged, histogram, line_chart, ticks
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -173,16 +174,28 @@ def test_class_labels_without_captions_logs_and_likelihoods(tmp_path: Path) -> N
 
 
 def test_copies_are_found_and_training_pictures_do_not_find_themselves() -> None:
-    images = Images(DataConfig(image_size=32))
-    queries = collate([images[i] for i in range(4)])["image"]
-    found = nearest_neighbours({"samples": queries, "train": queries}, images, 20, {"pixels": pixel_description}, 3, 7)
-    copies, others = found["pixels"]["samples"], found["pixels"]["train"]
-    assert copies.indices[:, 0].tolist() == [0, 1, 2, 3]
+    images = Subset(Images(DataConfig(image_size=32)), range(20))
+    own = torch.tensor([0, 5, 9, 19])
+    pictures = collate([images[i] for i in own.tolist()])["image"]
+    queries, spaces = {"samples": pictures, "train": pictures}, {"pixels": pixel_description}
+    found = nearest_neighbours(queries, images, spaces, {"train": own}, 3, 7)["pixels"]
+    copies, others = found["samples"], found["train"]
+    assert torch.equal(copies.indices[:, 0], own)
     assert copies.nearest.max() < 0.1
     assert others.nearest.min() > 1
     assert torch.equal(copies.indices[:, 1:], others.indices[:, :2])
-    shifted = pixel_description(queries) - pixel_description(queries.clamp(max=250) + 1)
+    shifted = pixel_description(pictures) - pixel_description(pictures.clamp(max=250) + 1)
     assert shifted.norm(dim=1).max() <= 1.001  # one grey level
+
+
+def test_folders_sorted_by_class_are_searched_evenly(tmp_path: Path) -> None:
+    for i in range(12):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    images = Images(DataConfig(source="folder", path=str(tmp_path), image_size=8, validation_fraction=0))
+    assert [int(item["image"][0, 0, 0]) for item in map(spread(images, 4).__getitem__, range(4))] == [0, 3, 6, 9]
+    assert len(spread(images, 100)) == 12
+    assert list(spread(Images(DataConfig(image_size=8)), 3).indices) == [0, 1, 2]
+    assert evenly(5, 5) == [0, 1, 2, 3, 4]
 
 
 def test_charts_of_little_data() -> None:

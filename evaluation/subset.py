@@ -1,0 +1,40 @@
+"""Some pictures of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tarflow.data.images import Images
+
+
+class Subset:
+    """Pictures of a split by number; what `Images` has otherwise.
+
+    Args:
+        images: the split.
+        indices: of the pictures there.
+    """
+
+    def __init__(self, images: Images, indices: Sequence[int]):
+        self.images, self.indices = images, indices
+        self.config, self.split = images.config, images.split
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.images[self.indices[index]]
+
+
+def spread(images: Images, count: int) -> Subset:
+    """At most ``count`` pictures that lie evenly in a split, as folders are sorted by class; of endless drawings, which
+    are not, the first ones."""
+    count = min(count, len(images))
+    endless = images.config.source == "drawings"
+    return Subset(images, range(count) if endless else evenly(len(images), count))
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """``count`` numbers below ``length``, ascending, at equal distances."""
+    return [i * length // count for i in range(count)]
