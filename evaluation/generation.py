@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.conditions import Conditions, make_conditions
 from tarflow.evaluation.generation_record import (
-    CONDITIONS,
     check_record,
     read_record,
     settings_of,
@@ -31,6 +30,7 @@ from tarflow.evaluation.generation_record import (
     write_record,
 )
 from tarflow.evaluation.image_store import NpzStore, PngStore
+from tarflow.evaluation.sample_conditions import CONDITIONS
 from tarflow.flows.decoding import DEFAULT_TOLERANCE
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.evaluation.conditions import Conditions
+from tarflow.evaluation.sample_conditions import CONDITIONS
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.vae.codec import weights_hash
 
 RECORD = "generation.json"
-CONDITIONS = "conditions.jsonl"
 
 
 def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> dict[str, Any]:
