@@ -1,0 +1,94 @@
+"""Pictures, and what a pipeline's autoencoder makes of them: the floor of any distance that its samples can reach.
+
+    python scripts/reconstruct.py --pipeline runs/NAME/pipeline --data.source folder --data.path pictures.zip \\
+        --split validation --num 1000 --out floor
+
+It writes PNG files into ``floor/original`` and ``floor/reconstructed``, for ``evaluate_fid.py calc --samples``, and prints
+the mean peak signal-to-noise ratio. Pictures lie evenly in their split, as folders are sorted by class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torchvision.io import write_png
+from tqdm.auto import tqdm
+
+from tarflow import TARFlowPipeline
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, to_model
+from tarflow.evaluation.subset import evenly
+from tarflow.pipeline.device import best_device
+from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.batches import read_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """What to reconstruct.
+
+    Attributes:
+        pipeline: folder or hub id.
+        data: the pictures.
+        split: "train" or "validation".
+        num: how many pictures; None takes all.
+        out: folder of the pictures.
+    """
+
+    pipeline: str
+    data: DataConfig
+    out: str
+    split: Literal["train", "validation"] = "validation"
+    num: int | None = 1000
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.num is not None and self.num < 1):
+            raise ValueError(f"num and batch_size must be at least 1, got {self.num} and {self.batch_size}")
+
+
+@torch.no_grad()
+def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
+    """Write originals and reconstructions; returns their number and the mean PSNR in dB of 8-bit pictures.
+
+    Raises:
+        ValueError: if the pipeline has no autoencoder, or the split no pictures.
+    """
+    pipe = TARFlowPipeline.from_pretrained(config.pipeline).to(best_device())
+    if pipe.vae is None:
+        raise ValueError(f"the pipeline {config.pipeline!r} models pixels: it has no autoencoder")
+    images = Images(config.data, config.split)
+    count = len(images) if config.num is None else min(config.num, len(images))
+    if count == 0:
+        raise ValueError(f"the data's split {config.split!r} is empty")
+    chosen = evenly(len(images), count)
+    for name in ("original", "reconstructed"):
+        (Path(config.out) / name).mkdir(parents=True, exist_ok=True)
+    ratios = []
+    for first in tqdm(range(0, count, config.batch_size), unit="batch"):
+        original = read_batch(images, chosen[first : first + config.batch_size])["image"]
+        latents = pipe.codec.encode(to_model(original.to(pipe.device)))
+        decoded = pipe.codec.decode(latents).float().cpu()
+        reconstructed = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        error = (reconstructed.float() - original.float()).square().mean(dim=(1, 2, 3))
+        ratios.append(10 * torch.log10(255**2 / error.clamp(min=1e-2)))
+        for name, pictures in (("original", original), ("reconstructed", reconstructed)):
+            for place, picture in enumerate(pictures, start=first):
+                write_png(picture, str(Path(config.out) / name / f"{place:08d}.png"))
+    return count, float(torch.cat(ratios).mean())
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        config, _ = parse_dataclass(ReconstructConfig, argv, __doc__)
+        count, ratio = reconstruct(config)
+    except (ValueError, OSError) as error:
+        fail(error)
+    print(f"{count} pictures and their reconstructions, {ratio:.2f} dB, are in {config.out}")
+
+
+if __name__ == "__main__":
+    main()
