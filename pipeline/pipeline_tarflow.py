@@ -79,7 +79,7 @@ class TARFlowPipeline(DiffusionPipeline):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         noise_std: float = 0.0,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         max_sequence_length: int = 128,
         guidance_scale: float = 1.0,
         guidance_method: str = "gaussian",
