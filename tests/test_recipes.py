@@ -70,7 +70,7 @@ def test_training_from_a_cache_is_the_same(tmp_path, pictures, monkeypatch):
     pipe = TARFlowPipeline.from_pretrained(tmp_path / "cached" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     assert pipe(class_labels="class1").images[0].size == (32, 32)
-    assert trainer.waited > 0
+    assert trainer.stepper.waited > 0
 
     for arguments, message in (
         (["--vae.name", "other"], "vae.name is 'other', but the latents were cached with 'drawings_emoji_f8c8'"),
@@ -143,8 +143,7 @@ def test_pictures_instead_of_steps(tmp_path):
     options = ["--train.images", "50", "--optim.warmup_images", "30", "--optim.lr_scaling", "linear"]
     trainer, metrics = train(tmp_path, *options, "--optim.reference_batch", "4", "--train.accumulation", "2")
     assert metrics["steps"] == 4  # of sixteen pictures
-    trainer.step = 0
-    trainer.set_learning_rate()
+    trainer.stepper.set_learning_rate(0, 4)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 4 / 2)  # the first of two warm-up steps
     assert peak_factor(OptimConfig(lr_scaling="sqrt", reference_batch=4), 16) == 2
     assert peak_factor(OptimConfig(), 16) == 1
@@ -152,12 +151,12 @@ def test_pictures_instead_of_steps(tmp_path):
 
 def test_spikes_are_left_out_and_counted(tmp_path, capsys):
     trainer, _ = train(tmp_path / "a", "--train.steps", "3", "--optim.skip_grad_norm", "1e-6")
-    assert trainer.spikes == 3
+    assert trainer.stepper.spikes == 3
     assert "3 steps with a gradient norm above 1e-06 were left out" in capsys.readouterr().out
     untouched = weights(tmp_path / "a")
     assert all(not value.any() for key, value in untouched.items() if "proj_out" in key)
     trainer, _ = train(tmp_path / "b", "--train.steps", "3", "--optim.skip_grad_norm", "1e6")
-    assert trainer.spikes == 0
+    assert trainer.stepper.spikes == 0
 
 
 def test_settings_of_the_optimizer_change_at_a_resume(tmp_path):

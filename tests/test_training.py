@@ -182,7 +182,7 @@ def test_max_minutes_follows_a_changing_speed(tmp_path, monkeypatch):
     now = [0.0]
 
     def slower_later(trainer, batches):
-        trainer.stepped += 1.0
+        trainer.stepper.seconds += 1.0
         now[0] += 1.0 if trainer.step < 100 else 3.0
         return {"loss": torch.zeros(())}
 
@@ -213,7 +213,7 @@ def test_unreadable_image_is_skipped_and_counted(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"cannot read the image .*a/broken\.png"):
         train(tmp_path / "run", *options)
     trainer, _ = train(tmp_path / "run", *options, "--data.on_error", "skip")
-    assert len(trainer.skipped) == 1
+    assert len(trainer.stepper.skipped) == 1
     assert "1 unreadable images were skipped" in capsys.readouterr().out
 
 

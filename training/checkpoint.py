@@ -32,31 +32,30 @@ def save_checkpoint(
         OSError: on all processes if one cannot write, for example on a full disk; no half-written checkpoint stays.
     """
     path = folder / f"step_{state['step']:08d}"
-    if path in checkpoints(folder):
-        return path
-    temporary = folder / f"{path.name}.tmp"
+    temporary, saved = folder / f"{path.name}.tmp", path in checkpoints(folder)
 
     def begin() -> None:
         for left in [*folder.glob("step_*.tmp"), *folder.glob("step_*.gone")]:  # of runs that were killed
             shutil.rmtree(left)
-        temporary.mkdir(parents=True)
+        if not saved:
+            temporary.mkdir(parents=True)
 
     def end() -> None:
         (temporary / "run.json").write_text(json.dumps(state, indent=1))
 
     main = accelerator.is_main_process
-    stages = (
+    stages = [
         begin if main else None,
         lambda: accelerator.save_state(str(temporary)),
         lambda: averages.save(temporary / "averages"),
         end if main else None,
-    )
-    for stage in stages:
+    ]
+    for stage in stages[:1] if saved else stages:
         if error := agreed_error(accelerator, stage):
             if main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(f"cannot write the checkpoint {path}: {error}")
-    if main:
+    if main and not saved:
         temporary.rename(path)
         for old in checkpoints(folder)[:-keep]:
             gone = old.with_name(f"{old.name}.gone")  # no checkpoint any more, should this be interrupted

@@ -282,3 +282,8 @@ class RunConfig:
                 "flow.learned_denoiser learns from the gradient of the likelihood alone: set train.latent_norm_weight "
                 "to 0",
             )
+
+
+def has_denoiser(config: RunConfig) -> bool:
+    """Whether a learned denoiser is trained along."""
+    return config.flow.get("learned_denoiser", "none") != "none"

@@ -22,7 +22,7 @@ from accelerate.utils import (
 
 from tarflow.data.latents import CachedLatents
 from tarflow.training.checkpoint import agreed_error
-from tarflow.training.config import RunConfig
+from tarflow.training.config import RunConfig, has_denoiser
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Drawing a grid on one process, or writing a large checkpoint, may keep the others waiting longer than ten minutes.
@@ -87,8 +87,7 @@ def sharding(mixed_precision: str, text_encoder: bool) -> FullyShardedDataParall
 
 def check_parallel(accelerator: Accelerator, config: RunConfig) -> None:
     """Errors of settings that do not fit the way in which processes share the work."""
-    denoiser = config.flow.get("learned_denoiser", "none") != "none"
-    if accelerator.is_fsdp2 and denoiser and config.train.accumulation > 1:
+    if accelerator.is_fsdp2 and has_denoiser(config) and config.train.accumulation > 1:
         raise ValueError(
             "under FSDP a learned denoiser cannot be trained with train.accumulation above 1: raise train.batch_size "
             "instead, or use configs/accelerate/ddp.yaml"

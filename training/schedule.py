@@ -11,6 +11,11 @@ from tarflow.training.config import OptimConfig, RunConfig
 TIMED_STEPS = (10, 70)
 
 
+def images_per_step(config: RunConfig, processes: int) -> int:
+    """Pictures of all processes and passes in one optimizer step."""
+    return config.train.batch_size * config.train.accumulation * processes
+
+
 def total_steps(config: RunConfig, images_per_step: int) -> int:
     """Optimizer steps of a run, from ``train.images`` if it is given, else ``train.steps``."""
     return config.train.steps if config.train.images is None else -(-config.train.images // images_per_step)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +9,20 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from tarflow.training.averages import WeightAverages
 from tarflow.training.batches import StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import check_state, find_checkpoint, read_state, save_checkpoint
-from tarflow.training.config import RunConfig
+from tarflow.training.config import RunConfig, has_denoiser
 from tarflow.training.inputs import InputMaker
-from tarflow.training.objective import FlowObjective, parameter_groups, score_target, trained_parameters
+from tarflow.training.objective import FlowObjective, parameter_groups, trained_parameters
 from tarflow.training.parallel import StopRequest, check_parallel, full_weights, make_accelerator, verify_caches
 from tarflow.training.report import HeldOut, build_pipeline, metrics_of, write_grids
-from tarflow.training.schedule import TimeLimit, peak_factor, schedule_factor, total_steps, warmup_steps
+from tarflow.training.schedule import TimeLimit, images_per_step, total_steps
 from tarflow.training.setup import as_cached, make_parts
 from tarflow.training.start import load_start
+from tarflow.training.step import Stepper
 
 #: What a resumed run takes from its own settings.
 OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
@@ -50,10 +47,10 @@ class Trainer:
         if config.data.source == "latents":
             config, resolved = as_cached(config, resolved)
         self.config = config
-        self.accelerator = make_accelerator(config, unused_parameters=self.has_denoiser)
+        self.accelerator = make_accelerator(config, unused_parameters=has_denoiser(config))
         check_parallel(self.accelerator, config)
         set_seed(config.train.seed)
-        self.images_per_step = config.train.batch_size * config.train.accumulation * self.accelerator.num_processes
+        self.images_per_step = images_per_step(config, self.accelerator.num_processes)
         # Settings are checked before anything is written.
         checkpoint = find_checkpoint(self.folder / "checkpoints", config.resume) if config.resume else None
         state = None if checkpoint is None else read_state(checkpoint)
@@ -64,10 +61,7 @@ class Trainer:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
         self.prepare_model()
         self.longest = self.total_steps = total_steps(config, self.images_per_step)
-        self.step = self.bad_steps = self.spikes = 0
-        self.lowered = False  # whether max_minutes has lowered the steps
-        self.skipped: set[str] = set()
-        self.waited = self.stepped = 0.0  # seconds for data, and for steps, data included
+        self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
         if state is not None:
             self.load(checkpoint, state)
         self.held_out = self.open_held_out()
@@ -100,6 +94,7 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(self.objective, optimizer)
         self.averages = WeightAverages(trained_parameters(self.model), train.ema_decays)
+        self.stepper = Stepper(config, accelerator, self.model, self.flow, self.optimizer, self.averages, self.inputs)
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -108,7 +103,7 @@ class Trainer:
         for group, settings in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(settings)  # this run's, not the checkpoint's
         self.averages.load(checkpoint / "averages", state["ema_steps"])
-        self.step, self.spikes, self.lowered = state["step"], state["spikes"], state["lowered"]
+        self.step, self.stepper.spikes, self.lowered = state["step"], state["spikes"], state["lowered"]
         if self.config.train.max_minutes is not None:
             self.total_steps = state["total_steps"]
 
@@ -128,10 +123,6 @@ class Trainer:
         from tarflow.training.metric import SampleMetric  # imported here: few runs need its libraries
 
         return SampleMetric(self.config.metric, self.parts.validation, self.accelerator.device)
-
-    @property
-    def has_denoiser(self) -> bool:
-        return self.config.flow.get("learned_denoiser", "none") != "none"
 
     @property
     def flow(self) -> Any:
@@ -185,93 +176,8 @@ class Trainer:
         return iter(train_loader(self.parts.train, train.batch_size, train.num_workers, sampler, pinned))
 
     def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """One optimizer step; returns this process's loss, nats per dimension, gradient norm, and the learned
-        denoiser's loss. The host waits for the device once, for the norm."""
-        config, accelerator, begun = self.config, self.accelerator, time.perf_counter()
-        self.set_learning_rate()
-        self.model.train()
-        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-        latents, norm = [], torch.tensor(0.0)
-        for part in range(config.train.accumulation):
-            asked = time.perf_counter()
-            batch = next(batches)
-            self.waited += time.perf_counter() - asked
-            self.skipped.update(batch["skipped"])
-            with accelerator.accumulate(self.model):
-                inputs = self.inputs.training(batch, self.step, self.places(part))
-                inputs["latents"].requires_grad_(self.has_denoiser)
-                output = self.model(**inputs)
-                accelerator.backward(output["loss"])
-                if self.has_denoiser:
-                    sums["denoiser_loss"] += self.backward_denoiser(inputs)
-                sums["loss"] += output["loss"].detach()
-                sums["nats_per_dim"] += output["nats_per_dim"].mean()
-                if self.flow.prior_variance is not None:
-                    latents.append(output["z"])
-                if accelerator.sync_gradients:
-                    norm = self.clip_gradients()
-                    self.update(norm, sums["loss"], latents)
-        self.stepped += time.perf_counter() - begun
-        return {name: value / config.train.accumulation for name, value in sums.items()} | {"grad_norm": norm}
-
-    def places(self, part: int) -> range:
-        """Where this process's pictures of a pass are in the step's batch."""
-        size, accelerator = self.config.train.batch_size, self.accelerator
-        first = (part * accelerator.num_processes + accelerator.process_index) * size
-        return range(first, first + size)
-
-    def set_learning_rate(self) -> None:
-        optim = self.config.optim
-        warmup = warmup_steps(optim, self.images_per_step)
-        factor = schedule_factor(self.step, self.total_steps, warmup, optim) * peak_factor(optim, self.images_per_step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-
-    def update(self, norm: torch.Tensor, loss: torch.Tensor, latents: list[torch.Tensor]) -> None:
-        """Change the weights, unless the gradient is not finite or larger than wished."""
-        size, limit = float(norm), self.config.optim.skip_grad_norm
-        finite, scaled = math.isfinite(size), self.accelerator.scaler is not None
-        spike = limit is not None and finite and size > limit
-        self.spikes += spike
-        if (finite or scaled) and not spike:
-            self.optimizer.step()  # with fp16 the scaler leaves out what is not finite, and lowers its scale
-        if finite and not spike and not self.optimizer.step_was_skipped:
-            self.averages.step()
-            if latents:
-                self.flow.update_prior(self.accelerator.gather(torch.cat(latents)))
-        self.optimizer.zero_grad()
-        # Gradients of fp16 may overflow for some steps, until the scale fits; losses may not.
-        self.count_bad_step(finite or (scaled and math.isfinite(float(loss))), loss)
-
-    def backward_denoiser(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Backward pass of the learned denoiser, with the score that the flow's one has left; returns its loss."""
-        accelerator, latents = self.accelerator, inputs["latents"]
-        loss_scale = 1 / self.config.train.accumulation
-        if accelerator.scaler is not None:
-            loss_scale *= accelerator.scaler.get_scale()
-        target = score_target(latents.grad, self.config.train.noise_std, loss_scale)
-        loss = self.model(**{**inputs, "latents": latents.detach(), "score_target": target})["loss"]
-        accelerator.backward(loss)
-        return loss.detach()
-
-    def clip_gradients(self) -> torch.Tensor:
-        """Clip each optimizer group by itself; returns the largest norm."""
-        limit, groups = self.config.optim.max_grad_norm, self.optimizer.param_groups
-        if len(groups) == 1:
-            norms = [self.accelerator.clip_grad_norm_(self.model.parameters(), limit)]
-        else:  # Accelerate would unscale gradients of fp16 for each group
-            self.accelerator.unscale_gradients()
-            norms = [torch.nn.utils.clip_grad_norm_(group["params"], limit) for group in groups]
-        return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).max()
-
-    def count_bad_step(self, finite: bool, loss: torch.Tensor) -> None:
-        """Stop after too many losses or gradients in a row that are not finite."""
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        if self.bad_steps >= self.config.train.max_bad_steps:
-            raise ValueError(
-                f"training stopped at step {self.step}: loss {float(loss)} or its gradient was not finite in "
-                f"{self.bad_steps} steps in a row; lower optim.lr ({self.config.optim.lr}) or resume from a checkpoint"
-            )
+        """One optimizer step, see `Stepper`."""
+        return self.stepper.take(batches, self.step, self.total_steps)
 
     def log(self, values: dict[str, torch.Tensor], done: int, progress: tqdm) -> None:
         """Write means over all processes, and of this process's steps so far, without evaluation and the like, the
@@ -279,11 +185,12 @@ class Trainer:
         names = sorted(values)
         stacked = torch.stack([values[name].detach().float().to(self.accelerator.device) for name in names])
         means = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
-        speed, waiting = done * self.images_per_step / self.stepped, self.waited / self.stepped
+        seconds = self.stepper.seconds
+        speed, waiting = done * self.images_per_step / seconds, self.stepper.waited / seconds
         means |= {"images_per_second": speed, "images": self.step * self.images_per_step}
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "waiting_for_data": waiting}
         if self.config.optim.skip_grad_norm is not None:
-            means["skipped_steps"] = self.spikes
+            means["skipped_steps"] = self.stepper.spikes
         self.accelerator.log({f"train/{key}": value for key, value in means.items()}, self.step)
         shown = {"loss": f"{means['loss']:.4f}", "images/s": f"{speed:.0f}", "waiting": f"{waiting:.1%}"}
         progress.set_postfix(shown)
@@ -318,11 +225,13 @@ class Trainer:
             with self.averages.applied(number):
                 self.evaluate(f"held_out_ema_{decay}")
                 self.show(False, f"pipeline_ema_{decay}")
-        if self.skipped and self.accelerator.is_main_process:
-            tqdm.write(f"{len(self.skipped)} unreadable images were skipped, for example: {min(self.skipped)}")
-        if self.spikes and self.accelerator.is_main_process:
+        if self.stepper.skipped and self.accelerator.is_main_process:
+            tqdm.write(
+                f"{len(self.stepper.skipped)} unreadable images were skipped, for example: {min(self.stepper.skipped)}"
+            )
+        if self.stepper.spikes and self.accelerator.is_main_process:
             limit = self.config.optim.skip_grad_norm
-            tqdm.write(f"{self.spikes} steps with a gradient norm above {limit} were left out")
+            tqdm.write(f"{self.stepper.spikes} steps with a gradient norm above {limit} were left out")
         self.accelerator.end_training()
         return {**metrics, "steps": self.step}
 
@@ -385,7 +294,7 @@ class Trainer:
             "step": self.step,
             "total_steps": self.total_steps,
             "lowered": self.lowered,
-            "spikes": self.spikes,
+            "spikes": self.stepper.spikes,
             "statistics": None if mean is None else [mean, std],
             "ema_steps": self.averages.steps,
             **self.checkpoint_facts(),
