@@ -109,7 +109,7 @@ def picture_likelihoods(
         for draw in range(max(draws, importance)):
             x = noisy(pipe, uint8, seed, indices, draw)
             dims = x[0].numel()
-            log_probs.append(log_prob(pipe.flow, x, **condition).double().cpu())
+            log_probs.append(log_prob(pipe.flow, x, **condition).cpu().double())
         stacked = torch.stack(log_probs, dim=1)  # (B, draws)
         nats.append(nats_per_dim(stacked[:, :draws], dims))
         if importance:

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tarflow.evaluation.conversions import notes_of
 from tarflow.evaluation.features import Extractor
-from tarflow.evaluation.image_sets import ImageSet, notes_of
+from tarflow.evaluation.image_sets import ImageSet
 from tarflow.evaluation.processes import gather, gather_objects, on_main, process_and_count
 
 FORMAT = "tarflow-statistics-1"
@@ -52,7 +53,7 @@ class Moments:
         if not len(features):
             return
         batch = Moments(len(self.mean))
-        features = features.double().cpu()
+        features = features.cpu().double()  # GPUs of Apple have no float64
         batch.count, batch.mean = len(features), features.mean(0)
         centred = features - batch.mean
         batch.scatter = centred.T @ centred
@@ -253,12 +254,12 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterator
     number = -(-len(images) // batch_size)
     for start in tqdm(range(0, number, processes), desc=f"features of {images.name}", disable=process > 0, leave=False):
         padded = torch.zeros(batch_size, extractor.dims, device=extractor.device)
-        error: ValueError | None = None
+        error: ValueError | OSError | None = None
         if start + process < number:
             try:
                 features = extractor(next(own))
                 padded[: len(features)] = features
-            except ValueError as caught:
+            except (ValueError, OSError) as caught:
                 error = caught
                 padded.fill_(float("nan"))  # lets the others, who wait for these rows, know of it
         gathered = gather(padded)
