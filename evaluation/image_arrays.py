@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +40,13 @@ def open_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
             yield file, shape
 
 
-def read_whole(file: IO[bytes], count: int, path: Path) -> bytes:
-    """So many bytes of an archive's member; fewer are a ValueError that names the archive."""
+def read_whole(file: IO[bytes], count: int, path: Path, start: int | None = None) -> bytes:
+    """So many bytes of an archive's member, from ``start`` or where it stands; fewer are a ValueError that names it."""
     try:
+        if start is not None:
+            file.seek(start)  # reads what is compressed
         content = file.read(count)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"cannot read {str(path)!r}: {error}") from error
     if len(content) != count:
         raise ValueError(f"{str(path)!r} is cut off: {len(content)} of {count} bytes of a batch are there")

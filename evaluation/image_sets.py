@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
-from tarflow.data.folder import SPLIT_FOLDERS, ImageFolder, read_image, read_size
+from tarflow.data.folder import SPLIT_FOLDERS, ImageFolder, read_image, read_size, unreadable
 from tarflow.data.images import Images, fit, flatten
+from tarflow.evaluation.conversions import conversions_of, notes_of
 from tarflow.evaluation.image_arrays import open_array, read_whole
 
 READERS = min(8, os.cpu_count() or 1)
@@ -143,7 +144,7 @@ class FileImages(ImageSet):
 
     def _read(self, index: int) -> tuple[Tensor, list[str]]:
         name = self.names[index]
-        content = self.files.read(name)
+        content = read_file(self.files, name)
         image = read_image(lambda: content, f"{self.files.path}/{name}")
         conversions = conversions_of(image, content)
         image = flatten(image, (255, 255, 255))
@@ -174,8 +175,8 @@ class ArrayImages(ImageSet):
             picture, start = int(np.prod(shape[1:])), file.tell()
             for first in range(process * batch_size, len(self), processes * batch_size):
                 count = min(batch_size, len(self) - first)
-                file.seek(start + first * picture)
-                pixels = np.frombuffer(read_whole(file, count * picture, self.path), dtype=np.uint8)
+                content = read_whole(file, count * picture, self.path, start + first * picture)
+                pixels = np.frombuffer(content, dtype=np.uint8)
                 yield torch.from_numpy(pixels.reshape(count, *shape[1:]).copy()).permute(0, 3, 1, 2).contiguous()
 
     def _hash_content(self, digest: Any) -> None:
@@ -251,6 +252,8 @@ def open_images(
     if split not in (None, *SPLIT_FOLDERS):
         raise ValueError(f"the split must be 'train' or 'validation', got {split!r}")
     if isinstance(source, DataConfig):
+        if image_size is not None:
+            raise ValueError("image_size fits the pictures of a path; a data section has its own, data.image_size")
         return DataImages(source, split or "train", num)
     path = Path(source).expanduser()
     if path.is_dir() and (path / ARRAY_NAME).is_file():
@@ -269,32 +272,20 @@ def limit(length: int, num: int | None, name: str) -> int:
     return length if num is None else num
 
 
+def read_file(files: Files, name: str) -> bytes:
+    """The bytes of a file; whatever goes wrong, a damaged archive too, is a ValueError with its name."""
+    try:
+        return files.read(name)
+    except Exception as error:
+        raise unreadable(f"{files.path}/{name}", error) from error
+
+
 def hash_files(digest: Any, files: Files, names: list[str]) -> None:
     """Feed names, sizes and bytes of some files to a hash, one file after the other."""
     for name in names:
-        content = files.read(name)
+        content = read_file(files, name)
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
-
-
-def conversions_of(image: Image.Image, content: bytes = b"") -> list[str]:
-    """What `flatten` changes about a picture, from its mode and its file's first bytes."""
-    found = []
-    deep_png = content[:8] == b"\x89PNG\r\n\x1a\n" and content[24:25] == b"\x10"  # PIL opens RGB of 16 bits as 8
-    if image.mode.startswith("I") or deep_png:
-        found.append("16-bit, reduced to 8 bits")
-    if image.mode[0] in "1LI" and image.mode != "LAB":
-        found.append("greyscale, converted to RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        found.append("transparent, put on the background colour")
-    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F"):
-        found.append(f"of mode {image.mode}, converted to RGB")
-    return found
-
-
-def notes_of(conversions: Counter[str]) -> list[str]:
-    """One sentence for each conversion."""
-    return [f"{number} of the pictures: {what}" for what, number in sorted(conversions.items())]
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -87,6 +87,29 @@ class TestImageSets:
         with pytest.raises(ValueError, match=r"cannot read the image .*00001\.png"):
             list(open_images(tmp_path).batches(8))
 
+    def test_damaged_archives_are_named(self, tmp_path: Path) -> None:
+        """Archives with a whole list of contents, but broken bytes in between."""
+        file = write_pictures(tmp_path / "pictures", 1) / "00000.png"
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.write(file, "x.png")
+        pixels = np.random.default_rng(0).integers(0, 9, (20, 16, 16, 3)).astype(np.uint8)
+        np.savez_compressed(tmp_path / "b.npz", pixels)
+        for name, message in (("a.zip", r"cannot read the image .*a\.zip/x\.png"), ("b.npz", r"cannot read .*b\.npz")):
+            content = bytearray((tmp_path / name).read_bytes())
+            content[len(content) // 2 : len(content) // 2 + 40] = b"\xff" * 40
+            (tmp_path / name).write_bytes(content)
+            images = open_images(tmp_path / name, image_size=16)
+            with pytest.raises(ValueError, match=message):
+                list(images.batches(1))
+            with pytest.raises(ValueError, match=message):
+                _ = images.fingerprint
+        with pytest.raises(ValueError, match=message):
+            list(images.batches(2, 9, 10))  # what lies before is read too, as it is compressed
+
+    def test_a_data_section_has_its_own_size(self) -> None:
+        with pytest.raises(ValueError, match=r"a data section has its own, data\.image_size"):
+            open_images(DataConfig(image_size=32), num=2, image_size=16)
+
     @pytest.mark.parametrize(
         ("arrays", "message"),
         [
