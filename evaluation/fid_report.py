@@ -11,8 +11,9 @@ from typing import Any
 
 from tarflow.evaluation.clip_score import clip_score
 from tarflow.evaluation.features import Extractor
+from tarflow.evaluation.generation_record import read_record
 from tarflow.evaluation.image_sets import ImageSet, open_images
-from tarflow.evaluation.metrics import Metric, all_metrics, calculate, warnings_of
+from tarflow.evaluation.metrics import Metric, calculate, chosen_metrics, warnings_of
 from tarflow.evaluation.processes import on_main
 from tarflow.evaluation.sample_conditions import matching_shares, read_conditions
 from tarflow.evaluation.statistics import KEPT_FEATURES, MOMENTS, Statistics, compute_statistics
@@ -93,11 +94,12 @@ def evaluate(
     conditions = read_conditions(images, folder) if clip or match else None  # before the long work
     if clip and conditions[0] != "caption":
         raise ValueError(f"the CLIP score needs captions, but {str(folder)!r} has only labels")
-    keep = KEPT_FEATURES if set(metrics or all_metrics(extractor)) - {"frechet"} else 0
+    wanted = chosen_metrics(extractor, metrics)
+    keep = KEPT_FEATURES if set(wanted) - {"frechet"} else 0
     reference = open_reference(ref, extractor, batch_size, cache_dir, image_size, keep)
     drawn = compute_statistics(images, extractor, batch_size, cache_dir, keep)
     # One process computes, as the others would only compete with it for processors.
-    values = on_main(lambda: calculate(reference, drawn, extractor, metrics))
+    values = on_main(lambda: calculate(reference, drawn, extractor, wanted))
     if clip:
         values["clip_score"] = clip_score(images, conditions[1], clip, batch_size, extractor.device)
     if match:
@@ -109,7 +111,7 @@ def evaluate(
         "samples": drawn.about(),
         "extractor": extractor.description | {"fingerprint": extractor.fingerprint, "dims": extractor.dims},
         "versions": versions(),
-        "warnings": warnings_of(reference, drawn, extractor) + unfinished(folder),
+        "warnings": warnings_of(reference, drawn, extractor) + unfinished(folder, len(images)),
     }
 
 
@@ -130,11 +132,13 @@ def readable(name: str, extractor: Extractor) -> str:
     return f"{text}, standard deviation" if spread else text
 
 
-def unfinished(folder: Path) -> list[str]:
-    """A sentence if the folder's generation was not finished."""
-    record = folder / "generation.json"
-    if record.is_file() and not json.loads(record.read_text(encoding="utf-8")).get("complete", True):
+def unfinished(folder: Path, count: int) -> list[str]:
+    """A sentence if the folder's generation was not finished, or it has other pictures than were generated."""
+    record = read_record(folder) or {}
+    if not record.get("complete", True):
         return [f"samples: the generation in {str(folder)!r} is not complete"]
+    if record.get("num", count) != count:
+        return [f"samples: {record['num']} pictures were generated in {str(folder)!r}, but it has {count}"]
     return []
 
 
@@ -157,7 +161,7 @@ def table(report: dict[str, Any]) -> str:
         if not name.endswith("_std"):
             spread = f" ± {values[f'{name}_std']:.6g}" if f"{name}_std" in values else ""
             rows.append((names[name], f"{value:.6g}{spread}"))
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     counts = [f"{report[side]['count']} {side}" for side in ("reference", "samples")]
     lines.append(f"pictures: {counts[0]}, {counts[1]}; extractor {report['extractor']['name']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,11 +27,28 @@ def all_metrics(extractor: Extractor) -> tuple[Metric, ...]:
     return (*metrics, "inception_score") if extractor.is_fid else metrics
 
 
+def chosen_metrics(extractor: Extractor, metrics: Sequence[Metric] | None) -> tuple[Metric, ...]:
+    """The metrics that are asked for; None takes all that can be computed.
+
+    Raises:
+        ValueError: for one that the extractor cannot give, or without torch-fidelity.
+    """
+    metrics = all_metrics(extractor) if metrics is None else tuple(metrics)
+    if unknown := [metric for metric in metrics if metric not in all_metrics(extractor)]:
+        raise ValueError(
+            f"the metric {unknown[0]!r} cannot be had with the extractor {extractor.name!r}, which gives "
+            f"{', '.join(all_metrics(extractor))}"
+        )
+    if set(metrics) - {"frechet"}:
+        register()
+    return metrics
+
+
 def calculate(
     ref: Statistics | ImageSet,
     samples: Statistics | ImageSet,
     extractor: Extractor,
-    metrics: tuple[Metric, ...] | list[Metric] | None = None,
+    metrics: Sequence[Metric] | None = None,
     batch_size: int = 64,
 ) -> dict[str, float]:
     """Metrics by name.
@@ -50,12 +68,7 @@ def calculate(
     Raises:
         ValueError: for statistics of another extractor, too few pictures, or a metric that the extractor cannot give.
     """
-    metrics = all_metrics(extractor) if metrics is None else tuple(metrics)
-    if unknown := [metric for metric in metrics if metric not in all_metrics(extractor)]:
-        raise ValueError(
-            f"the metric {unknown[0]!r} cannot be had with the extractor {extractor.name!r}, which gives "
-            f"{', '.join(all_metrics(extractor))}"
-        )
+    metrics = chosen_metrics(extractor, metrics)
     keep = KEPT_FEATURES if set(metrics) - {"frechet"} else 0
     ref, samples = (
         compute_statistics(images, extractor, batch_size, keep_features=keep)
@@ -130,9 +143,9 @@ class Rows(Dataset):
 
 def fidelity(drawn: Tensor, real: Tensor | None = None, **wanted: bool) -> dict[str, float]:
     """torch-fidelity's metrics of features (N, D) that are given instead of pictures."""
-    import torch_fidelity
-
     register()
+    import torch_fidelity  # after `register`, which says so if it is not installed
+
     size = min(KERNEL_SUBSET_SIZE, len(drawn), KERNEL_SUBSET_SIZE if real is None else len(real))
     with torch.no_grad():
         return torch_fidelity.calculate_metrics(

@@ -41,6 +41,10 @@ class TestCommands:
         again = json.loads((tmp_path / "2.json").read_text())
         assert again["metrics"] == report["metrics"]
 
+        (tmp_path / "drawn/generation.json").write_text('{"num": 9, "complete": true}')
+        main(["calc", "--ref", stats, "--samples", samples, *extractor, "--metrics", "[frechet]"])
+        assert "9 pictures were generated" in capsys.readouterr().out
+
         write_pictures(tmp_path / "real", seed=3)
         fails(ref, capsys, "holds statistics of other pictures")
         other = ["--extractor", "squeezenet1_1", "--extractor-weights", str(save_backbone(tmp_path / "y.safetensors"))]

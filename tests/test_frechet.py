@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tarflow.evaluation.features import Extractor
 from tarflow.evaluation.fid_report import readable
 from tarflow.evaluation.frechet import bias_warning, frechet_distance
 from tarflow.evaluation.image_sets import open_images
-from tarflow.evaluation.metrics import calculate
+from tarflow.evaluation.metrics import calculate, chosen_metrics
 from tarflow.evaluation.statistics import Moments, Statistics, compute_statistics
 
 
@@ -271,3 +272,10 @@ class TestMetrics:
         assert extractor.metric_name == readable("fid", extractor) == "FID"
         with pytest.raises(ValueError, match="cannot be had with the extractor 'tiny'"):
             calculate(images, images, tiny(), ["inception_score"])
+
+    def test_without_torch_fidelity(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("torch_fidelity", "torch_fidelity.feature_extractor_base", "torch_fidelity.registry"):
+            monkeypatch.setitem(sys.modules, name, None)
+        assert chosen_metrics(tiny(), ["frechet"]) == ("frechet",)
+        with pytest.raises(ValueError, match="torch-fidelity is not installed"):
+            chosen_metrics(tiny(), None)
