@@ -25,6 +25,7 @@ from tarflow.evaluation.conditions import Conditions, make_conditions
 from tarflow.evaluation.generation_record import (
     check_record,
     read_record,
+    refuse_strangers,
     settings_of,
     write_conditions,
     write_record,
@@ -116,7 +117,7 @@ def generate_images(
         was drawn here yet. The first chunk does not count if there are others, as it may compile and calibrate.
 
     Raises:
-        ValueError: if settings do not fit the model, or the folder holds images of other settings.
+        ValueError: if settings do not fit the model, or the folder holds images of other settings or origin.
         OSError: if the pipeline cannot be loaded or a file cannot be written; no image is left half-written.
         FloatingPointError: for numbers that are not finite.
     """
@@ -129,6 +130,8 @@ def generate_images(
     )
     out = Path(config.out).expanduser()
     record = {"settings": settings_of(config, conditions, pipe), "num": config.num}
+    if wait is not None or processes == 1:  # else other processes may have drawn already
+        refuse_strangers(out)
     earlier = read_record(out)
     check_record(config, earlier, record)
     known = earlier or {}
@@ -138,6 +141,8 @@ def generate_images(
         if known.get("num") != config.num or not (out / CONDITIONS).exists():
             write_conditions(out, conditions, config.num, config.batch_size)
         write_record(out, record | {"complete": False})
+    if wait is not None:
+        wait()  # so that no image is there without the record of its settings
 
     store = NpzStore(out) if config.format == "npz" else PngStore(out)
     starts = range(0, config.num, config.batch_size)

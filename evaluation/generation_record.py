@@ -41,6 +41,17 @@ def pipeline_hash(pipe: TARFlowPipeline) -> str:
     return digest.hexdigest()
 
 
+def refuse_strangers(out: Path) -> None:
+    """Refuse a folder of pictures that no record tells of: they would count as generated.
+
+    Raises:
+        ValueError: if there is such a picture.
+    """
+    picture = next((path for name in ("*.png", "samples.npz") for path in out.rglob(name)), None)
+    if picture is not None and read_record(out) is None:
+        raise ValueError(f"{str(out)!r} holds pictures such as {picture.name}, but no {RECORD}: take another folder")
+
+
 def read_record(out: Path) -> dict[str, Any] | None:
     """What an earlier run wrote about a folder; None if there was none."""
     path = out / RECORD

@@ -221,6 +221,14 @@ def test_another_pipeline_and_an_unreadable_record_are_refused(tmp_path) -> None
         generate_images(config_of("given", tmp_path), pipe=make_pipeline())
 
 
+def test_pictures_of_other_origin_are_refused(tmp_path) -> None:
+    """They would be taken for images that are drawn already."""
+    (tmp_path / "00000").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "00000/00000000.png")
+    with pytest.raises(ValueError, match=r"holds pictures such as 00000000\.png, but no generation\.json"):
+        generate_images(config_of("given", tmp_path), pipe=make_pipeline())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
