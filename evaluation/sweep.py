@@ -21,6 +21,7 @@ from tarflow.evaluation.generation import GenerationConfig, generate_images, loa
 from tarflow.evaluation.generation_record import pipeline_hash
 from tarflow.evaluation.image_sets import open_images
 from tarflow.evaluation.metrics import Metric
+from tarflow.evaluation.processes import process_and_count
 from tarflow.evaluation.sample_conditions import matching_shares, read_conditions
 from tarflow.evaluation.statistics import KEPT_FEATURES, MOMENTS
 from tarflow.evaluation.sweep_tables import SWEPT, best_row, row_name, write_tables
@@ -75,6 +76,7 @@ class SweepConfig:
         """The swept settings of each row, those without denoising once."""
         lists = [getattr(self, name) or [getattr(self.gen, name)] for name in SWEPT]
         rows = (dict(zip(SWEPT, values, strict=True)) for values in itertools.product(*lists))
+        rows = ({**row, "denoise": row["denoise"] == "score" or row["denoise"]} for row in rows)  # names of the same
         return unique([{**row, "noise_std": row["noise_std"] if row["denoise"] else None} for row in rows])
 
 
@@ -176,9 +178,16 @@ def make_measure(config: SweepConfig, device: str | torch.device) -> Measure:
         keep = KEPT_FEATURES if set(config.metrics) - {"frechet"} else 0
         reference_statistics(open_images(config.ref), extractor, ref, config.batch_size, keep)
 
+    said: set[str] = set()
+
     def compared(folder: Path) -> dict[str, float]:
         options = {"match": config.match, "batch_size": config.batch_size}
-        return evaluate(ref, str(folder), extractor, config.metrics, **options)["metrics"]
+        report = evaluate(ref, str(folder), extractor, config.metrics, **options)
+        for warning in report["warnings"]:
+            if warning not in said and process_and_count()[0] == 0:
+                tqdm.write(f"warning: {warning}")
+            said.add(warning)
+        return report["metrics"]
 
     return compared
 

@@ -121,6 +121,11 @@ def test_the_pipelines_own_values_are_no_other_rows(pipeline, tmp_path) -> None:
     assert measure.folders == [NAMES[0]]
 
 
+def test_two_names_of_the_score_step_are_one_row(pipeline, tmp_path) -> None:
+    config = config_of(pipeline, tmp_path, denoise=["score", True, "learned"], guidance_scale=[1.0], noise_std=[0.2])
+    assert [row["denoise"] for row in config.combinations()] == [True, "learned"]
+
+
 class Means(nn.Module):
     """Mean colours (B, 3)."""
 
@@ -128,7 +133,7 @@ class Means(nn.Module):
         return images.double().mean((2, 3))
 
 
-def test_distances_to_a_reference(pipeline, tmp_path, monkeypatch) -> None:
+def test_distances_to_a_reference(pipeline, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "real").mkdir()
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -137,6 +142,7 @@ def test_distances_to_a_reference(pipeline, tmp_path, monkeypatch) -> None:
     options = {"ref": str(tmp_path / "real"), "extractor": "means", "match": False, "noise_std": None}
     rows = run_sweep(config_of(pipeline, tmp_path / "out", guidance_scale=[1.0], **options))
     assert [list(row["metrics"]) for row in rows] == [["frechet_distance"]] * 2
+    assert capsys.readouterr().out.count("warning: samples: 3 pictures are too few for 3 features") == 1
     assert (tmp_path / "out" / "reference" / "moments.safetensors").is_file()
 
 
