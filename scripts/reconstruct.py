@@ -55,8 +55,15 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
     """Write originals and reconstructions; returns their number and the mean PSNR in dB of 8-bit pictures.
 
     Raises:
-        ValueError: if the pipeline has no autoencoder, or the split no pictures.
+        ValueError: if the pipeline has no autoencoder, the split no pictures or no end, or the folder has some already.
     """
+    folders = {name: Path(config.out).expanduser() / name for name in ("original", "reconstructed")}
+    if config.data.source == "drawings" and config.num is None:
+        raise ValueError("the drawings have no end: say how many to take with num")
+    if any(folder.is_dir() and any(folder.iterdir()) for folder in folders.values()):
+        raise ValueError(
+            f"{config.out!r} holds pictures already, which would be mixed: remove them or give another --out"
+        )
     pipe = TARFlowPipeline.from_pretrained(config.pipeline).to(best_device())
     if pipe.vae is None:
         raise ValueError(f"the pipeline {config.pipeline!r} models pixels: it has no autoencoder")
@@ -65,8 +72,8 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
     if count == 0:
         raise ValueError(f"the data's split {config.split!r} is empty")
     chosen = evenly(len(images), count)
-    for name in ("original", "reconstructed"):
-        (Path(config.out) / name).mkdir(parents=True, exist_ok=True)
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
     ratios = []
     for first in tqdm(range(0, count, config.batch_size), unit="batch"):
         original = read_batch(images, chosen[first : first + config.batch_size])["image"]
@@ -77,7 +84,7 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
         ratios.append(10 * torch.log10(255**2 / error.clamp(min=1e-2)))
         for name, pictures in (("original", original), ("reconstructed", reconstructed)):
             for place, picture in enumerate(pictures, start=first):
-                write_png(picture, str(Path(config.out) / name / f"{place:08d}.png"))
+                write_png(picture, str(folders[name] / f"{place:08d}.png"))
     return count, float(torch.cat(ratios).mean())
 
 

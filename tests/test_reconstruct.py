@@ -26,5 +26,11 @@ def test_originals_and_reconstructions(tmp_path: Path, capsys: pytest.CaptureFix
         assert [file.name for file in files] == [f"{i:08d}.png" for i in range(5)]
         assert Image.open(files[0]).size == (int(size), int(size))
     with pytest.raises(SystemExit):
+        main([*options, "--num", "3", "--out", str(tmp_path / "floor")])
+    assert "holds pictures already, which would be mixed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*options, "--num", "null", "--out", str(tmp_path / "other")])
+    assert "the drawings have no end" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main([*options, "--num", "0", "--out", str(tmp_path / "floor")])
     assert "num and batch_size must be at least 1" in capsys.readouterr().err
