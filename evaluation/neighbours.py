@@ -80,7 +80,8 @@ def nearest_neighbours(
         for space, describe in spaces.items():
             descriptions = describe(batch).float().cpu()
             for group, query in described[space].items():
-                distances = torch.cdist(query, descriptions)  # (N, B)
+                # By differences: by products, as is the default, a copy would be 0.1 grey levels away.
+                distances = torch.cdist(query, descriptions, compute_mode="donot_use_mm_for_euclid_dist")  # (N, B)
                 if group in (own or {}):
                     distances[own[group][:, None] == indices] = torch.inf
                 candidates = Neighbours(distances, indices.expand(len(query), -1))

@@ -231,9 +231,9 @@ def settings_of(
             millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
             model[part.replace("_", " ")] = f"{type(module).__name__}, {millions:,.1f} million parameters"
     model |= {"training noise σ": pipe.config.noise_std, "SHA-256": pipeline_hash(pipe)}
-    scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
+    guidance_scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
     sampling = {
-        "guidance scale": scale,
+        "guidance scale": guidance_scale,
         "guidance method": pipe.config.guidance_method,
         "denoise": gen.denoise,
         "σ": pipe.config.noise_std if gen.noise_std is None else gen.noise_std,

@@ -23,7 +23,9 @@ def read_curves(run: str) -> dict[str, Series]:
         log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         log.Reload()
         for tag in log.Tags()["scalars"]:
-            events = log.Scalars(tag)
+            events = [event for event in log.Scalars(tag) if math.isfinite(event.value)]
+            if not events:
+                continue
             likelihood = tag.endswith(("nats_per_dim", "bits_per_dim"))
             title = "likelihood, nats per dimension" if likelihood else tag
             curves.setdefault(title, {})[tag] = ([event.step for event in events], [event.value for event in events])

@@ -23,6 +23,7 @@ from tarflow.evaluation.features import Extractor
 from tarflow.evaluation.html_report import write_report
 from tarflow.evaluation.neighbours import nearest_neighbours, pixel_description
 from tarflow.evaluation.report_contents import ReportConfig
+from tarflow.evaluation.report_files import read_curves
 from tarflow.evaluation.subset import Subset, evenly, spread
 from tarflow.evaluation.svg_charts import averaged, histogram, line_chart, ticks
 
@@ -181,7 +182,7 @@ def test_copies_are_found_and_training_pictures_do_not_find_themselves() -> None
     found = nearest_neighbours(queries, images, spaces, {"train": own}, 3, 7)["pixels"]
     copies, others = found["samples"], found["train"]
     assert torch.equal(copies.indices[:, 0], own)
-    assert copies.nearest.max() < 0.1
+    assert copies.nearest.max() == 0
     assert others.nearest.min() > 1
     assert torch.equal(copies.indices[:, 1:], others.indices[:, :2])
     shifted = pixel_description(pictures) - pixel_description(pictures.clamp(max=250) + 1)
@@ -210,6 +211,14 @@ def test_charts_of_little_data() -> None:
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     x, y = averaged(range(1000), [float("nan"), *range(999)])
     assert len(x) == len(y) == 300
+
+
+def test_curves_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    with SummaryWriter(tmp_path) as log:
+        for step, (loss, norm) in enumerate([(1.0, float("nan")), (float("inf"), float("nan")), (2.0, float("nan"))]):
+            log.add_scalar("loss", loss, step)
+            log.add_scalar("norm", norm, step)
+    assert read_curves(str(tmp_path)) == {"loss": {"loss": ([0, 2], [1.0, 2.0])}}
 
 
 @pytest.mark.parametrize(
