@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -119,6 +117,8 @@ def transformers_backbone(path: str) -> Backbone:
         raise ValueError(f"cannot load a vision model of Transformers from {path!r}: {first_line(error)}") from error
     if missing := sorted(key for key in loading["missing_keys"] if not key.startswith("pooler.")):
         raise ValueError(f"the model in {path!r} lacks weights, which would be random: {missing[0]}")
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"the model in {path!r} is no vision model: it takes {model.main_input_name}")
     (mean, std), side = NORMALIZATIONS["imagenet"], SIDE
     try:
         processor = AutoImageProcessor.from_pretrained(path)
@@ -157,7 +157,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what is no pickle can raise anything
         raise ValueError(f"{path!r} is no whole file of nothing but weights: {first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path!r} is no state dict: expected tensors by name")

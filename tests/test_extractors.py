@@ -11,7 +11,15 @@ import torchvision
 from fid_helpers import Tiny, save_backbone, save_clip, write_pictures
 from helpers import SHARED
 from safetensors.torch import save_file
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from tarflow.evaluation.clip_score import clip_score
 from tarflow.evaluation.features import load_extractor
@@ -63,11 +71,17 @@ class TestExtractors:
         save_backbone(tmp_path / "x.pth")
         torch.save({"run": Tiny()}, tmp_path / "code.pth")
         (tmp_path / "cut.safetensors").write_bytes(b"12345678")
+        (tmp_path / "text.pth").write_text("hello world")
+        BertModel(
+            BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        ).save_pretrained(tmp_path / "bert")
         for name, file, message in (
             ("mobilenet_v2", "x.pth", "not those of Torchvision's mobilenet_v2"),
             ("squeezenet1_1", "code.pth", "no whole file of nothing but weights"),
             ("squeezenet1_1", "cut.safetensors", "no whole file of nothing but weights"),
+            ("squeezenet1_1", "text.pth", "no whole file of nothing but weights"),
             ("squeezenet1_1", "none.pth", "no file of weights"),
+            ("clip", "bert", "no vision model: it takes input_ids"),
             ("inception", "x.pth", "not torch-fidelity's weights of Inception"),
             ("dinov2", "none", "no folder"),
         ):
