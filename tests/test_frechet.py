@@ -13,6 +13,7 @@ import scipy.linalg
 import torch
 from fid_helpers import Tiny, tiny, write_pictures
 from PIL import Image
+from test_pipeline import make_pipeline
 from torch import Tensor
 
 from tarflow.evaluation.features import Extractor
@@ -21,6 +22,8 @@ from tarflow.evaluation.frechet import bias_warning, frechet_distance
 from tarflow.evaluation.image_sets import open_images
 from tarflow.evaluation.metrics import calculate, chosen_metrics
 from tarflow.evaluation.statistics import Moments, Statistics, compute_statistics
+from tarflow.training import metric
+from tarflow.training.config import MetricConfig
 
 
 def covariance(dims: int, rank: int | None = None) -> Tensor:
@@ -272,6 +275,22 @@ class TestMetrics:
         assert extractor.metric_name == readable("fid", extractor) == "FID"
         with pytest.raises(ValueError, match="cannot be had with the extractor 'tiny'"):
             calculate(images, images, tiny(), ["inception_score"])
+
+    def test_while_training_pictures_of_all_classes_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of twelve that are sorted by class, four lie evenly, and samples have their labels in turn."""
+        held_out = [{"image": torch.full((3, 8, 8), i, dtype=torch.uint8), "label": i // 4} for i in range(12)]
+        monkeypatch.setattr(metric, "load_extractor", lambda *_: tiny())
+        found = metric.SampleMetric(MetricConfig(images=4, batch_size=3), held_out, torch.device("cpu"))
+        assert [batch[:, 0, 0, 0].tolist() for batch in found.pictures(None)] == [[0, 3, 6], [9]]
+        found.config = MetricConfig(images=6, batch_size=6)
+        pipe = make_pipeline()
+        labels: list[list[int]] = []
+        call = type(pipe).__call__
+        monkeypatch.setattr(
+            type(pipe), "__call__", lambda self, **o: labels.append(o["class_labels"]) or call(self, **o)
+        )
+        assert next(found.samples(pipe)).shape[:2] == (6, 3)
+        assert labels == [[0, 0, 1, 2, 0, 0]]
 
     def test_without_torch_fidelity(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("torch_fidelity", "torch_fidelity.feature_extractor_base", "torch_fidelity.registry"):

@@ -13,16 +13,17 @@ from tarflow.data.latents import CachedLatents
 from tarflow.evaluation.features import load_extractor
 from tarflow.evaluation.frechet import frechet_distance
 from tarflow.evaluation.statistics import Moments
+from tarflow.evaluation.subset import evenly
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-from tarflow.training.batches import fixed_batches, read_batch
+from tarflow.training.batches import groups_of, read_batch
 from tarflow.training.config import MetricConfig
 
 
 class SampleMetric:
     """Fréchet distance of samples to held-out pictures, or of a cache to what its latents are decoded to.
 
-    Sample i has the condition of held-out picture i (in turn, if there are fewer) and noise of its own seed, so the
-    distance changes with the weights alone.
+    The held-out pictures lie evenly in their split, as folders are sorted by class. Sample i has the condition of the
+    i-th of them (in turn, if there are fewer) and noise of its own seed, so the distance changes with the weights alone.
 
     Args:
         config: how many, and by which extractor.
@@ -37,6 +38,11 @@ class SampleMetric:
         self.config, self.held_out = config, held_out
         self.extractor = load_extractor(config.extractor, config.weights, device, config.normalize)
         self.reference: Moments | None = None
+        self.places: list[list[int]] = []  # of the pictures of each shape
+        total = len(held_out)
+        for group in groups_of(held_out):
+            share = -(-min(config.images, total) * len(group) // total)
+            self.places.append([group[place] for place in evenly(len(group), share)])
 
     def measure(self, pipe: TARFlowPipeline) -> dict[str, float]:
         """The distance, by its name: "fid" only with Inception, else "frechet_distance_" and the extractor."""
@@ -55,7 +61,9 @@ class SampleMetric:
 
     def pictures(self, pipe: TARFlowPipeline) -> Iterator[Tensor]:
         """Held-out pictures, uint8 (B, 3, H, W)."""
-        for indices in fixed_batches(self.held_out, self.config.images, self.config.batch_size):
+        size = self.config.batch_size
+        batches = (places[first : first + size] for places in self.places for first in range(0, len(places), size))
+        for indices in batches:
             batch = read_batch(self.held_out, indices)
             if not isinstance(self.held_out, CachedLatents):
                 yield batch["image"]
@@ -68,9 +76,10 @@ class SampleMetric:
     def samples(self, pipe: TARFlowPipeline) -> Iterator[Tensor]:
         """Samples with the held-out conditions, uint8 (B, 3, H, W)."""
         kind, total = pipe.flow.config.conditioning, self.config.images
+        every = [place for places in self.places for place in places]
         for first in range(0, total, self.config.batch_size):
             numbers = range(first, min(first + self.config.batch_size, total))
-            places = [number % len(self.held_out) for number in numbers]
+            places = [every[number % len(every)] for number in numbers]
             conditions: dict[str, Any] = {"num_images": len(numbers)}
             if kind == "prefix":
                 conditions = {"prompt": [self.held_out.caption(place) for place in places]}
