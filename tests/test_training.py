@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tarflow import TARFlowPipeline
 from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.training.arguments import parse_config
-from tarflow.training.batches import StepSampler
+from tarflow.training.batches import StepSampler, fixed_batches
 from tarflow.training.config import OptimConfig
 from tarflow.training.objective import score_target
 from tarflow.training.schedule import schedule_factor
@@ -280,6 +280,14 @@ def test_sampler_of_several_shapes():
     assert steps[:6] != steps[6:]
     halves = [list(StepSampler(groups, 2, rank, 2, 1, 0, 5, 12)) for rank in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == steps[5:]
+
+
+def test_fixed_batches_lie_evenly():
+    class Shapes(list):
+        groups = (range(10), range(10, 16))
+
+    assert fixed_batches(Shapes(range(16)), 8, 3) == [[0, 2, 4], [6, 8], [10, 12, 14]]
+    assert fixed_batches(range(2**40), 4, 3) == [[0, 1, 2], [3]]
 
 
 def test_schedule():

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tarflow.data.images import collate
+from tarflow.evaluation.subset import evenly
 
 #: Data sets longer than this are endless ones, gone through in their own order.
 SHUFFLE_LIMIT = 2**30
@@ -115,11 +116,14 @@ def ignore_sigterm(worker: int) -> None:
 
 
 def fixed_batches(images: Dataset, count: int, batch_size: int) -> list[list[int]]:
-    """Indices of the first ``count`` pictures of each shape's share, in batches of one shape."""
+    """Indices of ``count`` pictures in batches of one shape, of each shape its share. They lie evenly in the data, since
+    folders are sorted by class; of endless data they are the first."""
     batches, total = [], len(images)
     for group in groups_of(images):
-        share = group[: -(-min(count, total) * len(group) // total)]
-        batches += [list(share[first : first + batch_size]) for first in range(0, len(share), batch_size)]
+        share = -(-min(count, total) * len(group) // total)
+        chosen = range(share) if len(group) > SHUFFLE_LIMIT else evenly(len(group), share)
+        indices = [group[place] for place in chosen]
+        batches += [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     return batches
 
 
