@@ -28,6 +28,8 @@ def on_main(function: Callable[[], Any]) -> Any:
             outcome[0] = function()
         except (ValueError, OSError) as error:
             outcome[1] = ValueError(str(error))
+        except Exception as error:  # noqa: BLE001 (the others would wait for ever)
+            outcome[1] = RuntimeError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]

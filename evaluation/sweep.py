@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from tarflow.data.latents import file_hash
 from tarflow.evaluation.features import INCEPTION, load_extractor
 from tarflow.evaluation.fid_report import evaluate, reference_statistics
 from tarflow.evaluation.generation import GenerationConfig, generate_images, load_pipeline
@@ -154,6 +155,8 @@ def fixed_settings(config: SweepConfig, pipe: Any) -> dict[str, Any]:
     gen = {k: v for k, v in dataclasses.asdict(config.gen).items() if k not in (*SWEPT, "out", "pipeline")}
     names = ("ref", "metrics", "match", "extractor", "extractor_weights", "extractor_normalize")
     measured = {name: getattr(config, name) for name in names}
+    if config.ref is not None and (moments := Path(config.ref).expanduser() / MOMENTS).is_file():
+        measured["ref"] = file_hash(moments)
     return json.loads(json.dumps({"pipeline": pipeline_hash(pipe), **gen, **measured}))
 
 
