@@ -134,11 +134,6 @@ def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return image.convert("RGB")
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Resized so that the shorter side is ``size``, then centre-cropped to ``size`` × ``size``."""
-    return fit(image, size, size)
-
-
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     """Resized so that it just covers ``height`` × ``width``, then centre-cropped to that."""
     if image.size != (width, height):

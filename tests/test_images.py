@@ -17,7 +17,7 @@ from PIL import Image
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder, is_held_out, read_size
-from tarflow.data.images import Images, background_colour, collate, fit, flatten, open_source, square
+from tarflow.data.images import Images, background_colour, collate, fit, flatten, open_source
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -321,10 +321,10 @@ def test_pictures_become_square_about_the_centre(size: tuple[int, int]) -> None:
     ramps = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     ramps[:, :, 0] = np.linspace(0, 255, size[0]).round()
     ramps[:, :, 1] = np.linspace(0, 255, size[1]).round()[:, None]
-    result = square(Image.fromarray(ramps), 8)
+    result = fit(Image.fromarray(ramps), 8, 8)
     assert result.size == (8, 8)
     assert np.asarray(result)[:, :, :2].mean((0, 1)) == pytest.approx([127.5, 127.5], abs=14)  # half a pixel
-    assert square(result, 8) is result
+    assert fit(result, 8, 8) is result
 
 
 @pytest.mark.parametrize("size", [(8, 6), (31, 8), (8, 30), (3, 5), (100, 99)])
