@@ -109,6 +109,11 @@ def to_model(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Pictures in [−1, 1] as 8-bit numbers, the nearest ones; what lies outside is cut off. The inverse of `to_model`."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def background_colour(background: str, seed: int, index: int) -> tuple[int, int, int]:
     """White, black, or (for "random") white for half of the pictures and any colour for the others."""
     if background == "black":

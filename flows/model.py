@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H Ã— W size of the latents, p patch size, T = H/p Â
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,11 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         self.checkpoint_blocks = unit in ("block", "both")
         for network in [*self.blocks, *([] if self.denoiser is None else [self.denoiser])]:
             network.checkpoint_every = every if unit in ("layer", "both") else 0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor was called with, defaults included."""
+        return {key: value for key, value in self.config.items() if not key.startswith("_")}
 
     @property
     def null_label(self) -> int:

@@ -25,9 +25,8 @@ def resized_model(model: TARFlowModel, sample_size: int) -> TARFlowModel:
     old, patch = model.config.sample_size, model.config.patch_size
     if sample_size != old and model.config.positions == "rotary_1d":
         raise ValueError(f"positions 'rotary_1d' cannot be rescaled from a size of {old} to {sample_size}")
-    settings = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    settings |= {"sample_size": sample_size, "position_length": model.config.position_length or old // patch}
-    resized = TARFlowModel(**settings)
+    sizes = {"sample_size": sample_size, "position_length": model.config.position_length or old // patch}
+    resized = TARFlowModel(**{**model.arguments, **sizes})
     state = model.state_dict()
     for name, value in state.items():
         if name.endswith("pos_embed") or name == "prior_variance":  # a row for each token, in row-major order

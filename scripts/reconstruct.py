@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tarflow import TARFlowPipeline
 from tarflow.data.config import DataConfig
-from tarflow.data.images import Images, to_model
+from tarflow.data.images import Images, to_model, to_uint8
 from tarflow.evaluation.subset import evenly
 from tarflow.pipeline.device import best_device
 from tarflow.training.arguments import fail, parse_dataclass
@@ -78,8 +78,7 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
     for first in tqdm(range(0, count, config.batch_size), unit="batch"):
         original = read_batch(images, chosen[first : first + config.batch_size])["image"]
         latents = pipe.codec.encode(to_model(original.to(pipe.device)))
-        decoded = pipe.codec.decode(latents).float().cpu()
-        reconstructed = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        reconstructed = to_uint8(pipe.codec.decode(latents)).cpu()
         error = (reconstructed.float() - original.float()).square().mean(dim=(1, 2, 3))
         ratios.append(10 * torch.log10(255**2 / error.clamp(min=1e-2)))
         for name, pictures in (("original", original), ("reconstructed", reconstructed)):

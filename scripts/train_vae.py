@@ -28,7 +28,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm.auto import tqdm
 
 from tarflow.data.config import DataConfig
-from tarflow.data.images import Images, collate, to_model
+from tarflow.data.images import Images, collate, to_model, to_uint8
 from tarflow.training.parallel import processes_on_cpus
 
 
@@ -114,7 +114,7 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor, batch_size: int) -> tuple[flo
     outputs = []
     for batch in images.split(batch_size):
         decoded = vae.decode(vae.encode(to_model(batch)).latent_dist.mode()).sample
-        outputs.append(((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+        outputs.append(to_uint8(decoded))
     reconstructions = torch.cat(outputs)
     error = (reconstructions.float() - images.float()).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-2)
     return float((10 * torch.log10(255**2 / error)).mean()), reconstructions

@@ -9,21 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tarflow.data.images import to_uint8
 from tarflow.data.latents import CachedLatents
 from tarflow.evaluation.features import load_extractor
 from tarflow.evaluation.frechet import frechet_distance
 from tarflow.evaluation.statistics import Moments
-from tarflow.evaluation.subset import evenly
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-from tarflow.training.batches import groups_of, read_batch
+from tarflow.training.batches import fixed_batches, read_batch
 from tarflow.training.config import MetricConfig
 
 
 class SampleMetric:
     """Fréchet distance of samples to held-out pictures, or of a cache to what its latents are decoded to.
 
-    The held-out pictures lie evenly in their split, as folders are sorted by class. Sample i has the condition of the
-    i-th of them (in turn, if there are fewer) and noise of its own seed, so the distance changes with the weights alone.
+    The held-out pictures are those of `fixed_batches`. Sample i has the condition of the i-th of them (in turn, if there
+    are fewer) and noise of its own seed, so the distance changes with the weights alone.
 
     Args:
         config: how many, and by which extractor.
@@ -38,11 +38,7 @@ class SampleMetric:
         self.config, self.held_out = config, held_out
         self.extractor = load_extractor(config.extractor, config.weights, device, config.normalize)
         self.reference: Moments | None = None
-        self.places: list[list[int]] = []  # of the pictures of each shape
-        total = len(held_out)
-        for group in groups_of(held_out):
-            share = -(-min(config.images, total) * len(group) // total)
-            self.places.append([group[place] for place in evenly(len(group), share)])
+        self.batches = fixed_batches(held_out, config.images, config.batch_size)
 
     def measure(self, pipe: TARFlowPipeline) -> dict[str, float]:
         """The distance, by its name: "fid" only with Inception, else "frechet_distance_" and the extractor."""
@@ -61,22 +57,19 @@ class SampleMetric:
 
     def pictures(self, pipe: TARFlowPipeline) -> Iterator[Tensor]:
         """Held-out pictures, uint8 (B, 3, H, W)."""
-        size = self.config.batch_size
-        batches = (places[first : first + size] for places in self.places for first in range(0, len(places), size))
-        for indices in batches:
+        for indices in self.batches:
             batch = read_batch(self.held_out, indices)
             if not isinstance(self.held_out, CachedLatents):
                 yield batch["image"]
                 continue
             with torch.no_grad():
                 latents = pipe.codec.normalise(batch["latent_mean"].to(pipe.flow.device))
-                decoded = pipe.codec.decode(latents).float()
-            yield ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                yield to_uint8(pipe.codec.decode(latents))
 
     def samples(self, pipe: TARFlowPipeline) -> Iterator[Tensor]:
         """Samples with the held-out conditions, uint8 (B, 3, H, W)."""
         kind, total = pipe.flow.config.conditioning, self.config.images
-        every = [place for places in self.places for place in places]
+        every = [place for indices in self.batches for place in indices]
         for first in range(0, total, self.config.batch_size):
             numbers = range(first, min(first + self.config.batch_size, total))
             places = [every[number % len(every)] for number in numbers]

@@ -29,13 +29,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TIMEOUT = timedelta(hours=2)
 
 
-def make_accelerator(config: RunConfig, unused_parameters: bool) -> Accelerator:
-    """The run's accelerator.
-
-    Args:
-        config: of the run.
-        unused_parameters: whether some forward passes leave parameters out.
-    """
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The run's accelerator."""
     train = config.train
     waiting, cpu = InitProcessGroupKwargs(timeout=TIMEOUT), processes_on_cpus()
     plugin = None
@@ -53,7 +48,8 @@ def make_accelerator(config: RunConfig, unused_parameters: bool) -> Accelerator:
         gradient_accumulation_steps=train.accumulation,
         log_with=config.log.trackers or None,
         project_dir=str(Path(config.output)),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parameters), waiting],
+        # With a learned denoiser each forward pass leaves out one of the two networks.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_denoiser(config)), waiting],
         fsdp_plugin=plugin,
     )
 

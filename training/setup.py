@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import yaml
 
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model
-from tarflow.data.latents import CachedLatents
+from tarflow.data.latents import CachedLatents, read_manifest
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import embedding_width
 from tarflow.training.batches import fixed_batches, read_batch
@@ -108,7 +109,7 @@ def make_parts(
         raise ValueError("the cache has pictures of several shapes, which learned positions and priors do not fit")
     flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
     if start is not None:
-        arguments = {key: flow.config[key] for key in flow.config if not key.startswith("_")}
+        arguments = flow.arguments
     loaded = (lambda: load_autoencoder(str(train.path / "vae"))) if cached else (lambda: vae)
     anew = null_cond is not None or config.text.shard  # there is no encoder, or none that is whole
     text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
@@ -141,9 +142,11 @@ def as_cached(config: RunConfig, resolved: str) -> tuple[RunConfig, str]:
     """The settings, and their YAML, with the autoencoder and picture size of the cache where they have the defaults.
 
     Raises:
-        ValueError: if there is no such cache, or other values are set than it was made with.
+        ValueError: if other values are set than the cache was made with.
     """
-    manifest = CachedLatents(config.data.path).manifest
+    manifest = read_manifest(Path(config.data.path).expanduser())
+    if manifest is None:
+        return config, resolved  # opening the cache says so
     name, side = manifest["autoencoder"]["name"], manifest["image_size"]
     if config.vae.name not in (name, VaeConfig().name):
         raise ValueError(f"vae.name is {config.vae.name!r}, but the latents were cached with {name!r}")

@@ -57,7 +57,7 @@ class Start:
         Raises:
             ValueError: that names the first setting that differs.
         """
-        own = {key: value for key, value in self.pipeline.flow.config.items() if not key.startswith("_")}
+        own = self.pipeline.flow.arguments
         for key, value in given.items():
             found = list(own[key]) if isinstance(own[key], tuple) else own[key]
             if key != "sample_size" and found != value:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from tarflow.training.averages import WeightAverages
 from tarflow.training.batches import StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import check_state, find_checkpoint, read_state, save_checkpoint
-from tarflow.training.config import RunConfig, has_denoiser
+from tarflow.training.config import RunConfig
 from tarflow.training.inputs import InputMaker
 from tarflow.training.objective import FlowObjective, parameter_groups, trained_parameters
 from tarflow.training.parallel import StopRequest, check_parallel, full_weights, make_accelerator, verify_caches
@@ -47,7 +47,7 @@ class Trainer:
         if config.data.source == "latents":
             config, resolved = as_cached(config, resolved)
         self.config = config
-        self.accelerator = make_accelerator(config, unused_parameters=has_denoiser(config))
+        self.accelerator = make_accelerator(config)
         check_parallel(self.accelerator, config)
         set_seed(config.train.seed)
         self.images_per_step = images_per_step(config, self.accelerator.num_processes)
