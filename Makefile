@@ -19,5 +19,5 @@ test: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -e '.[dev,evaluation]'
+	.venv/bin/python -m pip install -e '.[dev,evaluation,demo]'
 	touch $@

@@ -24,6 +24,7 @@ from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
+from tarflow.models import resolve
 from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
 from tarflow.pipeline.text import encode_captions
 from tarflow.vae.codec import LatentCodec
@@ -103,6 +104,11 @@ class TARFlowPipeline(DiffusionPipeline):
         self._calibration_store: CalibrationStore | None = None
         self._calibrated_state: tuple[int, int] | None = None
         self.labels = {name.lower(): int(index) for index, name in (id2label or {}).items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TARFlowPipeline:
+        """Load a pipeline: a shipped one by its name (`tarflow.models.shipped`), a folder, or a hub id."""
+        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:

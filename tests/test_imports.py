@@ -13,9 +13,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flows": set(),
     "vae": set(),
     "data": set(),
-    "pipeline": {"flows", "vae"},
+    "models": set(),
+    "pipeline": {"flows", "vae", "models"},
     "evaluation": {"flows", "vae", "data", "pipeline"},
     "training": {"flows", "vae", "data", "pipeline", "evaluation"},
+    "demo": {"flows", "vae", "data", "pipeline", "models", "evaluation"},
+    "cli": {"flows", "vae", "data", "pipeline", "models", "evaluation", "training", "demo", "configs"},
 }
 FILES = [file for part in MAY_IMPORT for file in sorted((ROOT / part).rglob("*.py"))]
 SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "tarflow").rglob("*.py")]

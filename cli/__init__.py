@@ -1,0 +1,1 @@
+"""The command line: `tarflow generate`, `train`, `evaluate`, `demo`."""
