@@ -25,9 +25,11 @@ from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.models import resolve
+from tarflow.pipeline import checks
 from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
 from tarflow.pipeline.text import encode_captions
 from tarflow.vae.codec import LatentCodec
+from tarflow.vae.decoder import LatentDecoder
 
 Labels = int | str | list[int | str]
 
@@ -65,10 +67,12 @@ class TARFlowPipeline(DiffusionPipeline):
         guidance_scale, guidance_method: defaults of a call; a scale of 1 is off.
         caption_template: what captions are put into, with the places {prompt} and {aspect_ratio}; None is the caption
             alone.
+        decoder: the default of a call, "vae" or "finetuned".
+        finetuned_decoder: a decoder that removes the training noise itself, or None.
     """
 
-    model_cpu_offload_seq = "text_encoder->flow->vae"
-    _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (the library's interface)
+    model_cpu_offload_seq = "text_encoder->flow->vae->finetuned_decoder"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "finetuned_decoder"]  # noqa: RUF012 (the library's interface)
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
@@ -85,9 +89,13 @@ class TARFlowPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance_method: str = "gaussian",
         caption_template: str | None = None,
+        decoder: str = "vae",
+        finetuned_decoder: LatentDecoder | None = None,
     ):
         super().__init__()
-        self.register_modules(flow=flow, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(
+            flow=flow, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, finetuned_decoder=finetuned_decoder
+        )
         self.register_to_config(
             latents_mean=latents_mean,
             latents_std=latents_std,
@@ -97,6 +105,7 @@ class TARFlowPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_method=guidance_method,
             caption_template=caption_template,
+            decoder=decoder,
         )
         self.codec = LatentCodec(vae, latents_mean, latents_std)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)
@@ -151,7 +160,7 @@ class TARFlowPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        denoise: bool | str = True,
+        denoise: bool | str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
@@ -167,6 +176,7 @@ class TARFlowPipeline(DiffusionPipeline):
         tolerance: float = DEFAULT_TOLERANCE,
         segment: int | None = None,
         return_residual: bool = False,
+        decoder: str | None = None,
     ) -> TARFlowPipelineOutput | tuple:
         """Draw images; one step is the inversion of one flow block.
 
@@ -183,8 +193,13 @@ class TARFlowPipeline(DiffusionPipeline):
             generator: one, or a list with one for each image, which then does not depend on the others.
             latents: the prior noise (B, C, h, w) instead of a draw.
             prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts.
-            denoise: remove the training noise with one score step; "learned": by the model's learned denoiser.
-            output_type: "pil", "np", "pt" or "latent".
+            denoise: how to remove the training noise before decoding: True or "score" by one score step, "learned" by
+                the model's learned denoiser, False not at all. None is the score step with the autoencoder's decoder
+                and nothing with the finetuned one, which removes the noise itself.
+            decoder: "vae", the autoencoder's, or "finetuned" (see ``scripts/finetune_decoder.py``), which goes with no
+                other removal of noise. None is the autoencoder's if ``denoise`` names a step, else the pipeline's own
+                default.
+            output_type: "pil", "np", "pt" or "latent"; latents for the finetuned decoder still have their noise.
             callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}); the dictionary
                 that it returns may replace the latents.
 
@@ -206,7 +221,7 @@ class TARFlowPipeline(DiffusionPipeline):
         self.check_inputs(
             prompt, class_labels, negative_prompt, prompt_embeds, scale, callback_on_step_end_tensor_inputs
         )
-        self.check_outputs(denoise, output_type)
+        denoise, decoder = self.check_outputs(denoise, output_type, decoder)
         if decoding == "fast":
             decoding, tolerance = "auto", FAST_TOLERANCE
         if isinstance(decoding, str):
@@ -275,22 +290,10 @@ class TARFlowPipeline(DiffusionPipeline):
             errors = residual(self.flow, x, noise, condition, null_condition, guidance)
 
         # 4. Training noise away, then pixels
-        if denoise and self.config.noise_std > 0:
-            remove_noise = learned_denoise if denoise == "learned" else score_denoise
-            x = in_parts(
-                lambda part, part_labels, part_cond: remove_noise(
-                    self.flow, part, self.config.noise_std, class_labels=part_labels, cond=part_cond
-                ),
-                max(1, DENOISED_TOKENS // (x.shape[2] * x.shape[3] // self.flow.config.patch_size**2)),
-                (x, labels, cond),
-            )
-        if output_type == "latent":
-            images: Any = x
-        else:
-            self.run_offload_hook(self.vae)
-            pixels = x.shape[2] * x.shape[3] * self.codec.factor**2
-            decoded = in_parts(lambda part: self.codec.decode(part).float(), max(1, DECODED_PIXELS // pixels), (x,))
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        x = self.remove_noise(x, denoise, labels, cond)
+        images: Any = x
+        if output_type != "latent":
+            images = self.image_processor.postprocess(self.decode_latents(x, decoder), output_type=output_type)
         self.maybe_free_model_hooks()
         output = TARFlowPipelineOutput(images=images, residual_max=errors[0], residual_mean=errors[1])
         return output if return_dict else output.to_tuple()
@@ -348,78 +351,54 @@ class TARFlowPipeline(DiffusionPipeline):
         callback_tensor_inputs: list[str] | None,
     ) -> None:
         """One sentence for each way in which arguments do not fit the model or each other."""
-        kind = self.flow.config.conditioning
-        if prompt is not None and class_labels is not None:
-            raise ValueError("give either prompt or class_labels, not both")
-        if prompt is not None and prompt_embeds is not None:
-            raise ValueError("give either prompt or prompt_embeds, not both")
-        if kind == "prefix" and prompt is None and prompt_embeds is None:
-            raise ValueError("this model draws from captions: give prompt (or prompt_embeds)")
-        if kind != "prefix" and not (prompt is None and negative_prompt is None and prompt_embeds is None):
-            raise ValueError(f"this model has the conditioning {kind!r} and takes neither prompt nor negative_prompt")
-        if kind in ("none", "prefix") and class_labels is not None:
-            raise ValueError(f"this model has the conditioning {kind!r} and takes no class_labels")
-        if kind.startswith("class") and class_labels is None:
-            raise ValueError(f"this model draws classes: give class_labels, 0 to {self.flow.config.num_classes - 1}")
-        if prompt is not None and not (
-            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
-        ):
-            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
-        if not guidance_scale >= 1:
-            raise ValueError(f"guidance_scale must be at least 1 (off), got {guidance_scale}")
-        for name in callback_tensor_inputs or []:
-            if name not in self._callback_tensor_inputs:
-                allowed = ", ".join(self._callback_tensor_inputs)
-                raise ValueError(f"callback_on_step_end_tensor_inputs may name {allowed}, got {name!r}")
+        checks.check_inputs(self.flow.config, prompt, class_labels, negative_prompt, prompt_embeds, guidance_scale)
+        checks.check_callback(callback_tensor_inputs, self._callback_tensor_inputs)
 
-    def check_outputs(self, denoise: bool | str, output_type: str) -> None:
-        """Whether the model can do what is asked of its samples."""
-        if denoise not in (True, False, "score", "learned"):
-            raise ValueError(f"denoise must be True, False, 'score' or 'learned', got {denoise!r}")
-        if denoise == "learned" and self.flow.config.learned_denoiser == "none":
-            raise ValueError("this model has no learned denoiser; denoise=True is the score step")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        if self.vae is None and output_type != "latent" and self.flow.config.in_channels not in (1, 3):
-            raise ValueError(
-                f"this pipeline has no autoencoder to decode {self.flow.config.in_channels} channels: load it with "
-                "from_pretrained(…, vae=…), or ask for output_type='latent'"
-            )
+    def check_outputs(
+        self, denoise: bool | str | None, output_type: str, decoder: str | None = None
+    ) -> tuple[bool | str, str]:
+        """Whether the pipeline can do what is asked of its samples, and what that is: ``denoise`` as True (the score
+        step), False or "learned", and ``decoder`` as "vae" or "finetuned"."""
+        config, pixels = self.flow.config, self.vae is None
+        checks.check_output_type(config, output_type, pixels)
+        finetuned = self.finetuned_decoder is not None
+        return checks.resolve_denoising(config, denoise, decoder, self.config.decoder, pixels, finetuned)
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """Channels, height and width of the latents for an image size.
-
-        Raises:
-            ValueError: if the size does not fit the factor and patches, or learned positions.
-        """
-        config, factor = self.flow.config, self.codec.factor
-        sides = []
-        for name, side in (("height", height), ("width", width)):
-            side = config.sample_size * factor if side is None else side
-            unit = factor * config.patch_size
-            if side < unit or side % unit:
-                raise ValueError(f"{name} must be a positive multiple of {unit}, got {side}")
-            if config.positions == "learned" and side != config.sample_size * factor:
-                raise ValueError(f"{name} must be {config.sample_size * factor} with learned positions, got {side}")
-            sides.append(side // factor)
-        return config.in_channels, sides[0], sides[1]
+        """Channels, height and width of the latents for an image size."""
+        return checks.latent_shape(self.flow.config, self.codec.factor, height, width)
 
     def label_indices(self, class_labels: Labels) -> list[int]:
         """Class labels, given by index or name, as indices."""
-        labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
-        if not labels:
-            raise ValueError("class_labels is empty; give at least one")
-        indices, count = [], self.flow.config.num_classes
-        for label in labels:
-            if isinstance(label, str):
-                if label.lower() not in self.labels:
-                    known = ", ".join(self.labels) or "none: this pipeline has no names"
-                    raise ValueError(f"unknown class name {label!r}; known are {known}")
-                label = self.labels[label.lower()]
-            if not 0 <= int(label) < count:
-                raise ValueError(f"class labels must be 0 to {count - 1}, got {label}")
-            indices.append(int(label))
-        return indices
+        return checks.label_indices(class_labels, self.labels, self.flow.config.num_classes)
+
+    def remove_noise(
+        self, latents: Tensor, denoise: bool | str, labels: Tensor | None = None, cond: Tensor | None = None
+    ) -> Tensor:
+        """Latents (B, C, h, w) without the training noise.
+
+        Args:
+            denoise: True or "score", "learned", or False, which changes nothing.
+            labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
+        """
+        if not denoise or self.config.noise_std == 0:
+            return latents
+        step = learned_denoise if denoise == "learned" else score_denoise
+        return in_parts(
+            lambda part, part_labels, part_cond: step(
+                self.flow, part, self.config.noise_std, class_labels=part_labels, cond=part_cond
+            ),
+            max(1, DENOISED_TOKENS // (latents.shape[2] * latents.shape[3] // self.flow.config.patch_size**2)),
+            (latents, labels, cond),
+        )
+
+    def decode_latents(self, latents: Tensor, decoder: str = "vae") -> Tensor:
+        """Latents (B, C, h, w) → images (B, 3, H, W) float32, about [−1, 1]; ``decoder`` is "vae" or "finetuned"."""
+        module = self.finetuned_decoder if decoder == "finetuned" else self.vae
+        self.run_offload_hook(module)
+        pixels = latents.shape[2] * latents.shape[3] * self.codec.factor**2
+        size = max(1, DECODED_PIXELS // pixels)
+        return in_parts(lambda part: self.codec.decode(part, module).float(), size, (latents,))
 
     def encode_prompt(
         self,

@@ -115,8 +115,12 @@ class LatentCodec:
         shift, scaling = self.factors
         return (raw.float() - shift) * scaling
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) → images (B, 3, h·f, w·f), about [−1, 1], not clipped."""
+    def decode(self, latents: Tensor, decoder: Any = None) -> Tensor:
+        """Latents (B, C, h, w) → images (B, 3, h·f, w·f), about [−1, 1], not clipped.
+
+        Args:
+            decoder: decodes raw latents instead of the autoencoder; see `tarflow.vae.decoder.LatentDecoder`.
+        """
         scaled = latents
         if self.latents_std is not None:
             scaled = scaled * self._channels(self.latents_std, latents)
@@ -124,8 +128,9 @@ class LatentCodec:
             scaled = scaled + self._channels(self.latents_mean, latents)
         if self.vae is None:
             return scaled
+        decoder = self.vae if decoder is None else decoder
         shift, scaling = self.factors
-        output = self.vae.decode((scaled / scaling + shift).to(getattr(self.vae, "dtype", latents.dtype)))
+        output = decoder.decode((scaled / scaling + shift).to(getattr(decoder, "dtype", latents.dtype)))
         if (images := getattr(output, "sample", None)) is not None:
             return images
         return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,142 @@
+"""Whether a call's arguments fit the model and each other: one sentence for each way in which they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+DECODERS = ("vae", "finetuned")
+
+
+def check_inputs(
+    config: Any,
+    prompt: Any,
+    class_labels: Any,
+    negative_prompt: Any,
+    prompt_embeds: Any,
+    guidance_scale: float,
+) -> None:
+    """Whether the conditions of a call fit a flow of this configuration."""
+    kind = config.conditioning
+    if prompt is not None and class_labels is not None:
+        raise ValueError("give either prompt or class_labels, not both")
+    if prompt is not None and prompt_embeds is not None:
+        raise ValueError("give either prompt or prompt_embeds, not both")
+    if kind == "prefix" and prompt is None and prompt_embeds is None:
+        raise ValueError("this model draws from captions: give prompt (or prompt_embeds)")
+    if kind != "prefix" and not (prompt is None and negative_prompt is None and prompt_embeds is None):
+        raise ValueError(f"this model has the conditioning {kind!r} and takes neither prompt nor negative_prompt")
+    if kind in ("none", "prefix") and class_labels is not None:
+        raise ValueError(f"this model has the conditioning {kind!r} and takes no class_labels")
+    if kind.startswith("class") and class_labels is None:
+        raise ValueError(f"this model draws classes: give class_labels, 0 to {config.num_classes - 1}")
+    if prompt is not None and not (
+        isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+    ):
+        raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
+    if not guidance_scale >= 1:
+        raise ValueError(f"guidance_scale must be at least 1 (off), got {guidance_scale}")
+
+
+def check_callback(wanted: Sequence[str] | None, allowed: Sequence[str]) -> None:
+    """Whether there are the tensors that a callback wants."""
+    for name in wanted or []:
+        if name not in allowed:
+            raise ValueError(f"callback_on_step_end_tensor_inputs may name {', '.join(allowed)}, got {name!r}")
+
+
+def check_output_type(config: Any, output_type: str, pixels: bool) -> None:
+    """Whether a flow's samples can be given in this form; ``pixels`` if the pipeline has no autoencoder."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    if pixels and output_type != "latent" and config.in_channels not in (1, 3):
+        raise ValueError(
+            f"this pipeline has no autoencoder to decode {config.in_channels} channels: load it with "
+            "from_pretrained(…, vae=…), or ask for output_type='latent'"
+        )
+
+
+def resolve_denoising(
+    config: Any, denoise: bool | str | None, decoder: str | None, default: str, pixels: bool, finetuned: bool
+) -> tuple[bool | str, str]:
+    """How the training noise is removed: by a step before decoding, or by a decoder that learned it.
+
+    Args:
+        config: of the flow.
+        denoise, decoder: of the call; see `TARFlowPipeline`.
+        default: the pipeline's own decoder.
+        pixels: the pipeline has no autoencoder.
+        finetuned: it has a finetuned decoder.
+
+    Returns:
+        True (the score step), False or "learned"; and "vae" or "finetuned".
+    """
+    if denoise not in (None, True, False, "score", "learned"):
+        raise ValueError(f"denoise must be None, True, False, 'score' or 'learned', got {denoise!r}")
+    if decoder not in (None, *DECODERS):
+        raise ValueError(f"decoder must be None, 'vae' or 'finetuned', got {decoder!r}")
+    if denoise and decoder == "finetuned":
+        raise ValueError(
+            f"decoder='finetuned' takes noisy latents and removes their noise itself: leave denoise={denoise!r} out, "
+            "or take decoder='vae'"
+        )
+    if denoise == "learned" and config.learned_denoiser == "none":
+        raise ValueError("this model has no learned denoiser; denoise=True is the score step")
+    if decoder is None:
+        decoder = "vae" if denoise else default
+    if decoder == "finetuned" and pixels:
+        raise ValueError("this model draws pixels: there is no decoder, finetuned or not; leave decoder out")
+    if decoder == "finetuned" and not finetuned:
+        raise ValueError(
+            "this pipeline has no finetuned decoder: make one with scripts/finetune_decoder.py, or take decoder='vae'"
+        )
+    if denoise is None:
+        return decoder == "vae", decoder
+    return (True if denoise == "score" else denoise), decoder
+
+
+def latent_shape(config: Any, factor: int, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """Channels, height and width of the latents for an image size.
+
+    Args:
+        config: of the flow.
+        factor: pixels per latent position along each side.
+        height, width: of the image; None is the training size.
+
+    Raises:
+        ValueError: if the size does not fit the factor and patches, or learned positions.
+    """
+    sides = []
+    for name, side in (("height", height), ("width", width)):
+        side = config.sample_size * factor if side is None else side
+        unit = factor * config.patch_size
+        if side < unit or side % unit:
+            raise ValueError(f"{name} must be a positive multiple of {unit}, got {side}")
+        if config.positions == "learned" and side != config.sample_size * factor:
+            raise ValueError(f"{name} must be {config.sample_size * factor} with learned positions, got {side}")
+        sides.append(side // factor)
+    return config.in_channels, sides[0], sides[1]
+
+
+def label_indices(class_labels: int | str | Sequence[int | str], names: dict[str, int], count: int) -> list[int]:
+    """Class labels, given by index or name, as indices.
+
+    Args:
+        class_labels: one or several.
+        names: indices by lower-case name.
+        count: of the classes.
+    """
+    labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
+    if not labels:
+        raise ValueError("class_labels is empty; give at least one")
+    indices = []
+    for label in labels:
+        if isinstance(label, str):
+            if label.lower() not in names:
+                known = ", ".join(names) or "none: this pipeline has no names"
+                raise ValueError(f"unknown class name {label!r}; known are {known}")
+            label = names[label.lower()]
+        if not 0 <= int(label) < count:
+            raise ValueError(f"class labels must be 0 to {count - 1}, got {label}")
+        indices.append(int(label))
+    return indices
