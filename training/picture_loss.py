@@ -1,0 +1,168 @@
+"""What makes a decoded picture like its original: pixels, a network's features, and a discriminator of patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from tarflow.training.config import check
+from tarflow.training.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_decoder_loss,
+    hinge_discriminator_loss,
+)
+from tarflow.training.perceptual import LPIPS, PerceptualLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureLossConfig:
+    """Weights of a loss's parts; 0 leaves a part out.
+
+    Attributes:
+        l1, l2: of the mean absolute and mean squared difference of pixels in [−1, 1].
+        perceptual: of `PerceptualLoss`.
+        perceptual_network: a classifier of Torchvision, or "lpips" where that package is installed.
+        perceptual_weights: file of the classifier's state dict, ``.safetensors`` or ``.pth``.
+        perceptual_normalize: of pixels, as the classifier's weights want it: "imagenet", or "half" for [−1, 1].
+        perceptual_layers: names of the classifier's modules that are compared; None takes one of each resolution.
+        adversarial: of the discriminator's opinion.
+        adversarial_start: the step from which it counts, and from which the discriminator learns.
+        adaptive: multiply ``adversarial`` by `adaptive_weight`.
+        discriminator_width, discriminator_layers, discriminator_lr: its channels, halvings and learning rate.
+    """
+
+    l1: float = 1.0
+    l2: float = 1.0
+    perceptual: float = 0.0
+    perceptual_network: str = "mobilenet_v2"
+    perceptual_weights: str | None = None
+    perceptual_normalize: Literal["imagenet", "half"] = "imagenet"
+    perceptual_layers: list[str] | None = None
+    adversarial: float = 0.0
+    adversarial_start: int = 0
+    adaptive: bool = True
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    discriminator_lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "l2", "perceptual", "adversarial", "adversarial_start"):
+            check(getattr(self, name) >= 0, f"loss.{name} must be 0 or positive, got {getattr(self, name)}")
+        check(
+            self.l1 + self.l2 + self.perceptual > 0,
+            "loss.l1, loss.l2 and loss.perceptual are all 0: nothing makes pictures like their originals",
+        )
+        check(self.perceptual_layers != [], "loss.perceptual_layers is empty: name at least one, or null")
+        if self.perceptual > 0 and self.perceptual_network == LPIPS:
+            for name in ("perceptual_weights", "perceptual_layers"):
+                check(getattr(self, name) is None, f"loss.{name} is for classifiers of Torchvision, not for lpips")
+        elif self.perceptual > 0:
+            check(
+                self.perceptual_weights is not None,
+                f"loss.perceptual needs weights of {self.perceptual_network}: set loss.perceptual_weights to their file",
+            )
+        width = self.discriminator_width
+        check(width >= 8 and width % 8 == 0, f"loss.discriminator_width must be a multiple of 8, got {width}")
+        check(
+            self.discriminator_layers >= 1,
+            f"loss.discriminator_layers must be at least 1, got {self.discriminator_layers}",
+        )
+        check(self.discriminator_lr > 0, f"loss.discriminator_lr must be positive, got {self.discriminator_lr}")
+
+
+class PictureLoss(nn.Module):
+    """The loss of a decoder, and of its discriminator.
+
+    Weights of the discriminator, the only ones that learn, are those of ``discriminator``; ``Accelerator.prepare`` may
+    wrap it and its optimizer: ``loss.discriminator, optimizer = accelerator.prepare(loss.discriminator, optimizer)``.
+
+    Args:
+        config: the weights.
+
+    Attributes:
+        discriminator: a `PatchDiscriminator`, or None if ``adversarial`` is 0.
+
+    Raises:
+        ValueError: if the perceptual network cannot be loaded.
+    """
+
+    def __init__(self, config: PictureLossConfig):
+        super().__init__()
+        self.config = config
+        self.perceptual = self.discriminator = None
+        if config.perceptual > 0:
+            self.perceptual = PerceptualLoss(
+                config.perceptual_network,
+                config.perceptual_weights,
+                config.perceptual_normalize,
+                config.perceptual_layers,
+            )
+        if config.adversarial > 0:
+            self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
+
+    def check_size(self, size: int) -> None:
+        """An error if pictures of ``size`` × ``size`` pixels are too small, or do not suit the perceptual network."""
+        if self.perceptual is not None:
+            self.perceptual.check_size(size)
+        if self.discriminator is not None:
+            least = self.plain_discriminator.least_size
+            check(
+                size >= least,
+                f"pictures of {size} pixels are too small for loss.discriminator_layers "
+                f"{self.config.discriminator_layers}, which need {least}",
+            )
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether the discriminator takes part in step ``step``."""
+        return self.discriminator is not None and step >= self.config.adversarial_start
+
+    def forward(
+        self, decoded: Tensor, images: Tensor, last_layer: nn.Parameter, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The decoder's loss.
+
+        Args:
+            decoded, images: (B, 3, H, W) in [−1, 1].
+            last_layer: weight of the decoder's last layer, which ``decoded`` depends on, for the adaptive weight.
+            step: counted from 0.
+
+        Returns:
+            the weighted sum, and its parts without weights and gradients: "l1", "l2", where they take part also
+            "perceptual", "adversarial" and "adaptive_weight".
+        """
+        config, error = self.config, decoded.float() - images
+        parts = {"l1": error.abs().mean(), "l2": error.square().mean()}
+        loss = config.l1 * parts["l1"] + config.l2 * parts["l2"]
+        if self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(decoded, images)
+            loss = loss + config.perceptual * parts["perceptual"]
+        if self.is_adversarial(step):
+            network = self.plain_discriminator
+            # Its weights are constants here: they learn from their own loss only.
+            constants = {name: parameter.detach() for name, parameter in network.named_parameters()}
+            parts["adversarial"] = hinge_decoder_loss(torch.func.functional_call(network, constants, (decoded,)))
+            weight = torch.ones((), device=decoded.device)
+            if config.adaptive:
+                weight = parts["adaptive_weight"] = adaptive_weight(loss, parts["adversarial"], last_layer)
+            loss = loss + config.adversarial * weight * parts["adversarial"]
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def discriminator_loss(self, decoded: Tensor, images: Tensor, step: int) -> Tensor | None:
+        """The discriminator's loss on pictures (B, 3, H, W), None if it takes no part in this step. No gradient reaches
+        ``decoded``."""
+        if not self.is_adversarial(step):
+            return None
+        # One pass for both: distributed training wants one for each backward pass.
+        logits = self.discriminator(torch.cat([images, decoded.detach().to(images.dtype)]))
+        real, fake = logits.chunk(2)
+        return hinge_discriminator_loss(real, fake)
+
+    @property
+    def plain_discriminator(self) -> PatchDiscriminator:
+        """The discriminator as it is without what distributed training wraps around it."""
+        return extract_model_from_parallel(self.discriminator)
