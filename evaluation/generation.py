@@ -54,7 +54,7 @@ class GenerationConfig:
             (one for each of their 108 combinations), or "data". With too few the first ones come again.
         data, split: whose frequencies or captions "data" means.
         guidance_scale: 1 is off; None is the pipeline's own.
-        denoise: True (score step), False or "learned".
+        denoise, decoder: how the training noise is removed, see `TARFlowPipeline`; None is the pipeline's own way.
         noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
         decoding, tolerance: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding.
         dtype: of the weights.
@@ -73,7 +73,8 @@ class GenerationConfig:
     data: DataConfig | None = None
     split: Literal["train", "validation"] = "train"
     guidance_scale: float | None = None
-    denoise: bool | Literal["score", "learned"] = True
+    denoise: bool | Literal["score", "learned"] | None = None
+    decoder: Literal["vae", "finetuned"] | None = None
     noise_std: float | None = None
     decoding: Literal["sequential", "auto", "fast", "jacobi"] = "sequential"
     tolerance: float = DEFAULT_TOLERANCE
@@ -124,7 +125,7 @@ def generate_images(
     if not 0 <= process < processes:
         raise ValueError(f"process must be 0 to {processes - 1}, got {process}")
     pipe = load_pipeline(config, device) if pipe is None else pipe
-    pipe.check_outputs(config.denoise, "np")
+    pipe.check_outputs(config.denoise, "np", config.decoder)
     conditions = make_conditions(
         pipe, config.seed, config.labels, config.label_counts, config.captions, config.data, config.split
     )
@@ -208,6 +209,7 @@ def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Cond
             generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in indices],
             guidance_scale=config.guidance_scale,
             denoise=config.denoise,
+            decoder=config.decoder,
             decoding=config.decoding,
             tolerance=config.tolerance,
             output_type="np",

@@ -18,8 +18,9 @@ RECORD = "generation.json"
 
 def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> dict[str, Any]:
     """Everything that decides what image i is, as JSON has it."""
-    names = ("batch_size", "seed", "format", "guidance_scale", "denoise", "noise_std", "decoding", "dtype", "fast")
+    names = ("batch_size", "seed", "format", "guidance_scale", "noise_std", "decoding", "dtype", "fast")
     settings = {"pipeline": pipeline_hash(pipe), **{name: getattr(config, name) for name in names}}
+    settings["denoise"], settings["decoder"] = pipe.check_outputs(config.denoise, "np", config.decoder)
     for name in ("guidance_scale", "noise_std"):
         if settings[name] is None:
             settings[name] = getattr(pipe.config, name)
@@ -29,12 +30,15 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
 
 
 def pipeline_hash(pipe: TARFlowPipeline) -> str:
-    """SHA-256 of a pipeline's settings, weights and vocabulary."""
-    digest = hashlib.sha256()
+    """SHA-256 of a pipeline's settings, weights and vocabulary. Its default decoder does not count, as records of
+    images name the decoder that was taken."""
+    digest, tuned = hashlib.sha256(), pipe.finetuned_decoder
+    left_out = ("decoder",) if tuned is not None else ("decoder", "finetuned_decoder")
     for part in (pipe, pipe.flow, pipe.vae):
         settings = {} if part is None else {key: value for key, value in part.config.items() if key[0] != "_"}
+        settings = {key: value for key, value in settings.items() if part is not pipe or key not in left_out}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for module in (pipe.flow, pipe.vae, pipe.text_encoder):
+    for module in (pipe.flow, pipe.vae, pipe.text_encoder, *([] if tuned is None else [tuned])):
         digest.update(b"none" if module is None else weights_hash(module).encode())
     if pipe.tokenizer is not None:
         digest.update(repr(sorted(pipe.tokenizer.get_vocab().items())).encode())
@@ -72,8 +76,9 @@ def check_record(config: Any, earlier: dict[str, Any] | None, record: dict[str, 
     if earlier is None:
         return
     reason = None
+    settings = {"decoder": "vae", **earlier["settings"]}  # records of earlier versions name no decoder
     for name, here in record["settings"].items():
-        there = earlier["settings"].get(name)
+        there = settings.get(name)
         if there != here:
             reason = f"{name} was {there!r} there and is {here!r} here"
             if name == "pipeline":

@@ -43,7 +43,7 @@ class ReportConfig:
         seed: of samples and likelihoods.
         captions, labels: of the samples, see `GenerationConfig`; None takes captions of held-out pictures (of training
             ones without), or all classes in turn.
-        guidance_scale, denoise, noise_std, decoding: how to draw, see `GenerationConfig`.
+        guidance_scale, denoise, decoder, noise_std, decoding: how to draw, see `GenerationConfig`.
         train_images: how many training pictures are searched for neighbours; they lie evenly in the split.
         yardstick_images: held-out pictures, and training pictures, whose own neighbours tell what distances mean.
         shown_neighbours: of so many samples, those nearest to a training picture.
@@ -65,7 +65,8 @@ class ReportConfig:
     captions: str | None = None
     labels: int | str | None = None
     guidance_scale: float | None = None
-    denoise: bool | Literal["score", "learned"] = True
+    denoise: bool | Literal["score", "learned"] | None = None
+    decoder: Literal["vae", "finetuned"] | None = None
     noise_std: float | None = None
     decoding: Literal["sequential", "auto", "fast", "jacobi"] = "sequential"
     train_images: int = 10_000
@@ -166,7 +167,8 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
 
 def generation_of(config: ReportConfig, images: dict[str, Images]) -> GenerationConfig:
     """How the samples are drawn; nothing is written to ``out``."""
-    names = ("pipeline", "out", "seed", "batch_size", "labels", "guidance_scale", "denoise", "noise_std", "decoding")
+    names = ("pipeline", "out", "seed", "batch_size", "labels", "guidance_scale", "noise_std", "decoding")
+    names = (*names, "denoise", "decoder")
     options = {name: getattr(config, name) for name in names}
     split = "validation" if len(images["validation"]) else "train"
     captions = config.captions
@@ -225,17 +227,19 @@ def settings_of(
     """Everything that the numbers depend on."""
     side = pipe.flow.config.sample_size * pipe.codec.factor
     model: dict[str, Any] = {"pipeline": config.pipeline, "pictures": f"{side} × {side} pixels"}
-    for part in ("flow", "vae", "text_encoder"):
+    for part in ("flow", "vae", "finetuned_decoder", "text_encoder"):
         module = getattr(pipe, part)
         if module is not None:
             millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
             model[part.replace("_", " ")] = f"{type(module).__name__}, {millions:,.1f} million parameters"
     model |= {"training noise σ": pipe.config.noise_std, "SHA-256": pipeline_hash(pipe)}
     guidance_scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
+    denoise, decoder = pipe.check_outputs(gen.denoise, "np", gen.decoder)
     sampling = {
         "guidance scale": guidance_scale,
         "guidance method": pipe.config.guidance_method,
-        "denoise": gen.denoise,
+        "denoise": denoise,
+        "decoder": decoder,
         "σ": pipe.config.noise_std if gen.noise_std is None else gen.noise_std,
         "decoding": gen.decoding,
         "seed": gen.seed,

@@ -1,4 +1,4 @@
-"""Sweeps over how to draw: guidance × denoising × σ × decoding, each measured on its own images; resumable."""
+"""Sweeps over how to draw: guidance × denoising × decoder × σ × decoding, each measured on its own images; resumable."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class SweepConfig:
     Attributes:
         gen: what all rows share; ``gen.out`` is the sweep's folder. Its swept settings have an effect where no list is
             given.
-        guidance_scale, denoise, noise_std, decoding: lists of settings of which every combination is a row; see
-            `GenerationConfig`. Rows without denoising have no σ.
+        guidance_scale, denoise, decoder, noise_std, decoding: lists of settings of which every combination is a row;
+            see `GenerationConfig`. Rows without denoising have no σ. The finetuned decoder, which takes noisy latents,
+            is combined with no ``denoise`` but false.
         ref: what samples are compared with: a folder that ``evaluate_fid.py ref`` wrote, or pictures.
         metrics: see ``evaluate_fid.py calc``.
         match: measure the shares of drawings that are what their caption or class says.
@@ -52,6 +53,7 @@ class SweepConfig:
     gen: GenerationConfig
     guidance_scale: list[float] | None = None
     denoise: list[bool | Literal["score", "learned"]] | None = None
+    decoder: list[Literal["vae", "finetuned"]] | None = None
     noise_std: list[float] | None = None
     decoding: list[Literal["sequential", "auto", "fast", "jacobi"]] | None = None
     ref: str | None = None
@@ -74,11 +76,18 @@ class SweepConfig:
             dataclasses.replace(self.gen, **values)  # a number out of range fails here, not hours later
 
     def combinations(self) -> list[dict[str, Any]]:
-        """The swept settings of each row, those without denoising once."""
+        """The swept settings of each row.
+
+        Raises:
+            ValueError: if there is none.
+        """
         lists = [getattr(self, name) or [getattr(self.gen, name)] for name in SWEPT]
-        rows = (dict(zip(SWEPT, values, strict=True)) for values in itertools.product(*lists))
-        rows = ({**row, "denoise": row["denoise"] == "score" or row["denoise"]} for row in rows)  # names of the same
-        return unique([{**row, "noise_std": row["noise_std"] if row["denoise"] else None} for row in rows])
+        rows = [dict(zip(SWEPT, values, strict=True)) for values in itertools.product(*lists)]
+        rows = [{**row, "denoise": row["denoise"] == "score" or row["denoise"]} for row in rows]  # names of the same
+        rows = unique([row for row in rows if not (row["denoise"] and row["decoder"] == "finetuned")])
+        if not rows:
+            raise ValueError("no row is left: the finetuned decoder takes noisy latents, so give denoise [false] too")
+        return rows
 
 
 def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -142,8 +151,9 @@ def run_sweep(
 
 
 def resolved(values: dict[str, Any], pipe: Any) -> dict[str, Any]:
-    """A row's settings with the pipeline's own values in place of None."""
+    """A row's settings with the pipeline's own values in place of None; σ only where it matters."""
     own = {name: getattr(pipe.config, name) for name in ("guidance_scale", "noise_std")}
+    own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"])
     found = {name: own.get(name) if value is None else value for name, value in values.items()}
     if not found["denoise"]:
         found["noise_std"] = None
@@ -208,7 +218,9 @@ def read_rows(out: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
         if there.get(name) != here:
             what = "the pipeline is another one" if name == "pipeline" else f"{name} was {there.get(name)!r}"
             raise ValueError(f"{str(out)!r} holds another sweep: {what}; take another folder or remove it")
-    return [json.loads(line) for line in (out / ROWS).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (out / ROWS).read_text(encoding="utf-8").splitlines()]
+    # Rows of earlier versions name no decoder.
+    return [{**row, "settings": {"decoder": "vae", **row["settings"]}} for row in rows]
 
 
 def write_rows(out: Path, fixed: dict[str, Any], rows: list[dict[str, Any]]) -> None:

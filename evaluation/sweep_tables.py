@@ -9,7 +9,7 @@ from typing import Any
 
 from tarflow.evaluation.charts import figure
 
-SWEPT = ("guidance_scale", "denoise", "noise_std", "decoding")
+SWEPT = ("guidance_scale", "denoise", "decoder", "noise_std", "decoding")
 #: Metrics of which more is better; of all others, which are distances, less is.
 MORE_IS_BETTER = ("precision", "recall", "inception_score", "clip_score", "match")
 
@@ -57,6 +57,7 @@ def row_name(settings: dict[str, Any]) -> str:
 def line_name(settings: dict[str, Any], separator: str = ", ") -> str:
     """Everything about a row but its guidance."""
     kind = {True: "score", False: "raw"}.get(settings["denoise"], settings["denoise"])
+    kind = "finetuned" if settings["decoder"] == "finetuned" else kind
     sigma = [] if settings["noise_std"] is None else [f"sigma-{settings['noise_std']:g}"]
     return separator.join([kind, *sigma, settings["decoding"]])
 

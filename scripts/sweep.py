@@ -1,4 +1,4 @@
-"""Find how to draw best: guidance × denoising × σ × decoding → a table and plots, the best row marked.
+"""Find how to draw best: guidance × denoising × decoder × σ × decoding → a table and plots, the best row marked.
 
     accelerate launch scripts/sweep.py --gen.pipeline runs/NAME/pipeline --gen.out sweeps/NAME --gen.num 5000 \\
         --ref stats --guidance_scale '[1, 1.5, 2, 3]' --noise_std '[0.2, 0.3]' --decoding '[sequential, fast]'

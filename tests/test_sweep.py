@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 from torch import nn
 
@@ -114,7 +116,7 @@ def test_other_sweeps_are_refused(pipeline, tmp_path) -> None:
 def test_the_pipelines_own_values_are_no_other_rows(pipeline, tmp_path) -> None:
     config = config_of(pipeline, tmp_path, guidance_scale=None, denoise=None, noise_std=None)
     (row,) = run_sweep(config, Measure())
-    wanted = {"guidance_scale": 1.0, "denoise": True, "noise_std": 0.3, "decoding": "sequential"}
+    wanted = {"guidance_scale": 1.0, "denoise": True, "decoder": "vae", "noise_std": 0.3, "decoding": "sequential"}
     assert row["settings"] == wanted
     measure = Measure()
     assert len(run_sweep(config_of(pipeline, tmp_path, guidance_scale=[1.0], denoise=None), measure)) == 2
@@ -124,6 +126,30 @@ def test_the_pipelines_own_values_are_no_other_rows(pipeline, tmp_path) -> None:
 def test_two_names_of_the_score_step_are_one_row(pipeline, tmp_path) -> None:
     config = config_of(pipeline, tmp_path, denoise=["score", True, "learned"], guidance_scale=[1.0], noise_std=[0.2])
     assert [row["denoise"] for row in config.combinations()] == [True, "learned"]
+
+
+def test_decoders_are_rows(tmp_path) -> None:
+    with_decoder(make_pipeline("class_prefix"), default="vae").save_pretrained(tmp_path / "pipeline")
+    options = {"guidance_scale": [1.0], "noise_std": [0.2, 0.3], "decoder": ["vae", "finetuned"]}
+    config = config_of(str(tmp_path / "pipeline"), tmp_path / "out", denoise=None, **options)
+    rows = run_sweep(config, Measure())
+    assert [row_name(row["settings"]) for row in rows] == [*NAMES[:2], "guidance-1_finetuned_sequential"]
+    record = json.loads((tmp_path / "out" / "images" / NAMES[0] / "generation.json").read_text())["settings"]
+    assert (record["denoise"], record["decoder"]) == (True, "vae")
+    both = config_of("x", tmp_path, denoise=[True, False], **options)
+    assert [row["denoise"] for row in both.combinations() if row["decoder"] == "finetuned"] == [False, False]
+    with pytest.raises(ValueError, match="no row is left: the finetuned decoder takes noisy latents"):
+        config_of("x", tmp_path, denoise=[True], decoder=["finetuned"])
+
+
+def test_rows_of_earlier_versions_stay(pipeline, tmp_path) -> None:
+    config = config_of(pipeline, tmp_path, guidance_scale=[1.0], noise_std=None)
+    assert len(run_sweep(config, Measure())) == 2
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["settings"]["decoder"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(run_sweep(config, Measure(fails_at=0))) == 2
 
 
 class Means(nn.Module):
