@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -24,7 +24,10 @@ class DataConfig:
             without split folders, ``validation_fraction`` of the data is held out by a hash of caption or file name.
         image_column, caption_column, label_column: names in ``metadata.jsonl`` or of the data set's columns; None
             where there is none.
-        caption_template: how a caption is made of the columns, "{text}, {style} style"; None takes caption_column.
+        caption_template: how a caption is made of the columns, "{text}, {style} style"; None takes caption_column. The
+            words of a column that holds a list are joined by commas.
+        more_caption_templates: other ways to say it: each training picture is there once more with each of them,
+            unless a column in it is empty. Held-out pictures have the first way alone.
         where: only rows whose column has one of these values, {"style": ["noto", "twemoji"]}; None takes all.
         class_names: readable names by class folder, or by position as a list; None takes the folders' names.
         background: what transparent pictures are put on: "white", "black", or "random" (another one per picture).
@@ -47,6 +50,7 @@ class DataConfig:
     caption_column: str | None = None
     label_column: str | None = None
     caption_template: str | None = None
+    more_caption_templates: list[str] = field(default_factory=list)
     where: dict[str, list[str]] | None = None
     class_names: dict[str, str] | list[str] | None = None
     background: Literal["white", "black", "random"] = "white"
@@ -64,6 +68,8 @@ class DataConfig:
             )
         if self.source == "datasets" and not self.name:
             raise ValueError("data.source is 'datasets', so data.name must name a data set")
+        if self.more_caption_templates and not (self.caption_template or self.caption_column):
+            raise ValueError("data.more_caption_templates is set, but neither caption_template nor caption_column is")
         if self.image_size < 1:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.validation_fraction < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import string
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "test"
 
 @dataclass(frozen=True)
 class Row:
-    """One picture: the file's name, and the caption and label that belong to it."""
+    """One picture: the file's name, and the caption and label that belong to it.
+
+    ``repeats`` is its first caption if this is another one for the same picture.
+    """
 
     name: str
     caption: str | None = None
     label: int | None = None
+    repeats: str | None = None
 
 
 class ImageFolder:
@@ -99,11 +104,13 @@ class ImageFolder:
             raise ValueError(
                 f"metadata.jsonl in {config.path!r} names {len(absent)} absent images, first {absent[0]!r}"
             )
-        return [
-            Row(record["file_name"], caption=make_caption(record, config, record["file_name"]))
-            for record in records
-            if keep(record, config)
-        ]
+        rows = []
+        for record in records:
+            if keep(record, config):
+                first, *others = make_captions(record, config, record["file_name"])
+                rows += [Row(record["file_name"], caption=first)]
+                rows += [Row(record["file_name"], caption=other, repeats=first) for other in others]
+        return rows
 
     def _labelled_rows(self, images: list[str], config: DataConfig) -> list[Row]:
         splits = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
@@ -120,10 +127,14 @@ class ImageFolder:
 
     @staticmethod
     def _split(rows: list[Row], split: str, fraction: float) -> list[Row]:
+        if split == "validation":
+            rows = [row for row in rows if row.repeats is None]
         tops = {row.name.split("/")[0] for row in rows}
         if any(tops & set(folders) for folders in SPLIT_FOLDERS.values()):
             return [row for row in rows if row.name.split("/")[0] in SPLIT_FOLDERS[split]]
-        return [row for row in rows if is_held_out(row.caption or row.name, fraction) == (split == "validation")]
+        keys = [row.repeats or row.caption or row.name for row in rows]
+        held_out = split == "validation"
+        return [row for row, key in zip(rows, keys, strict=True) if is_held_out(key, fraction) == held_out]
 
 
 def is_held_out(key: str, fraction: float) -> bool:
@@ -141,13 +152,23 @@ def keep(record: dict, config: DataConfig) -> bool:
     return True
 
 
-def make_caption(record: dict, config: DataConfig, name: str) -> str:
-    """The caption of one row, by template or column ("text" if neither is given)."""
+def make_captions(record: dict, config: DataConfig, name: str) -> list[str]:
+    """The captions of one row: by template or column ("text" if neither is given), then others of further templates."""
+    column = config.caption_column or "text"
+    captions = [fill(config.caption_template or "{" + column + "}", record, name)]
+    for template in config.more_caption_templates:
+        columns = [part for _, part, _, _ in string.Formatter().parse(template) if part]
+        if any(record.get(part, "absent") in ("", [], None) for part in columns):
+            continue
+        captions.append(fill(template, record, name))
+    return captions
+
+
+def fill(template: str, record: dict, name: str) -> str:
+    """A template with the values of a row; lists are joined by commas."""
+    texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
     try:
-        if config.caption_template:
-            caption = config.caption_template.format(**record)
-        else:
-            caption = record[config.caption_column or "text"]
+        caption = texts[template[1:-1]] if template[1:-1] in texts else template.format(**texts)
     except KeyError as error:
         columns = ", ".join(sorted(record))
         raise ValueError(f"the row of {name!r} has no column {error} for its caption; it has {columns}") from error

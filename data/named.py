@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from tarflow.data.config import DataConfig
-from tarflow.data.folder import is_held_out, keep, make_caption, read_image, read_size, readable_names
+from tarflow.data.folder import is_held_out, keep, make_captions, read_image, read_size, readable_names
 
 
 class NamedDataset:
@@ -50,18 +50,25 @@ class NamedDataset:
         if config.validation_split is None:
             kept = [i for i in kept if is_held_out(str(i), config.validation_fraction) == (split == "validation")]
         self.data = data.select(kept)
+        self.variants = 1 if split == "validation" else 1 + len(config.more_caption_templates)
         if not len(self.data) and split == "train":
             raise ValueError(f"no rows are left in {config.name!r} for the split {split_name!r}")
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.data) * self.variants
 
     def caption(self, index: int) -> str:
+        index, variant = divmod(index, self.variants)
         row = self.data.remove_columns([self.config.image_column])[index]
-        return make_caption(row, self.config, f"{self.config.name}[{index}]")
+        return self._caption(row, index, variant)
+
+    def _caption(self, row: dict[str, Any], index: int, variant: int) -> str:
+        captions = make_captions(row, self.config, f"{self.config.name}[{index}]")
+        return captions[variant if variant < len(captions) else 0]
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of a picture, from the head of its file."""
+        index = index // self.variants
         name = f"{self.config.name}[{index}]"
         value = self._value(self.data.select_columns([self.config.image_column])[index], name)
         if isinstance(value, dict):
@@ -69,13 +76,14 @@ class NamedDataset:
         return value.height, value.width
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index, variant = divmod(index, self.variants)
         row, name = self.data[index], f"{self.config.name}[{index}]"
         value = self._value(row, name)
         if isinstance(value, dict):
             value = read_image(lambda: file_bytes(value), value.get("path") or name)
         item: dict[str, Any] = {"image": value}
         if self.has_captions:
-            item["caption"] = make_caption(row, self.config, name)
+            item["caption"] = self._caption(row, index, variant)
         if self.class_names is not None:
             label = row[self.config.label_column]
             if not 0 <= label < len(self.class_names):

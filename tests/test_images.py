@@ -151,6 +151,27 @@ def test_where_and_template(captioned: Path) -> None:
     assert Images(folder_config(captioned, caption_column="style"))[1]["caption"] == "round"
 
 
+def test_more_ways_to_say_it(tmp_path: Path) -> None:
+    rows = []
+    for i in range(8):
+        write_image(tmp_path / f"{i}.png", size=(2, 2))
+        rows.append({"file_name": f"{i}.png", "text": f"thing {i}", "tags": ["a", "b"] if i % 2 else []})
+    write_metadata(tmp_path, rows)
+    templates = ["a {text}", "{tags}, {text}", "{text}"]
+    config = folder_config(tmp_path, caption_column="text", more_caption_templates=templates, validation_fraction=0.4)
+    captions = {split: [row.caption for row in ImageFolder(config, split).rows] for split in ("train", "validation")}
+    held_out = captions["validation"]
+    assert 0 < len(held_out) < 8
+    assert all(caption.startswith("thing") for caption in held_out)
+    expected = []
+    for i in sorted(set(range(8)) - {int(caption[-1]) for caption in held_out}):
+        tags = [f"a, b, thing {i}"] if i % 2 else []
+        expected += [f"thing {i}", f"a thing {i}", *tags, f"thing {i}"]
+    assert captions["train"] == expected
+    with pytest.raises(ValueError, match="neither caption_template nor caption_column"):
+        folder_config(tmp_path, more_caption_templates=templates)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -434,6 +455,16 @@ def test_named_data_sets_with_template_names_and_where(parquet: dict[str, Any]) 
     assert [images[i]["caption"] for i in range(len(images))] == ["number 1 of 1", "number 4 of 0"]
     assert images.class_names == ("E", "U")
     assert Images(DataConfig(**parquet, label_column="number")).class_names == tuple("012345")
+
+
+def test_named_data_sets_with_more_ways_to_say_it(parquet: dict[str, Any]) -> None:
+    options = {"caption_column": "title", "more_caption_templates": ["a {title}"], "validation_fraction": 0.5}
+    train, held_out = (Images(DataConfig(**{**parquet, **options}), split) for split in ("train", "validation"))
+    assert len(train) == 2 * (6 - len(held_out))
+    for i in range(0, len(train), 2):
+        assert train[i + 1]["caption"] == train.caption(i + 1) == "a " + train[i]["caption"]
+        assert torch.equal(train[i]["image"], train[i + 1]["image"])
+    assert held_out[0]["caption"].startswith("number")
 
 
 def test_named_data_sets_have_splits(parquet: dict[str, Any]) -> None:
