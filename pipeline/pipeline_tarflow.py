@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from tarflow.flows.model import TARFlowModel
 from tarflow.models import resolve
 from tarflow.pipeline import checks
 from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
+from tarflow.pipeline.folder import written_beside
 from tarflow.pipeline.text import encode_captions
 from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import LatentDecoder
@@ -131,20 +131,8 @@ class TARFlowPipeline(DiffusionPipeline):
         Raises:
             OSError: if writing fails, for example on a full disk.
         """
-        target = Path(save_directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        with written_beside(Path(save_directory)) as temporary:
             super().save_pretrained(temporary, *args, **kwargs)
-        except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"cannot save the pipeline to {str(target)!r}: {error}") from error
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
 
     @torch.no_grad()
     def __call__(
@@ -373,13 +361,13 @@ class TARFlowPipeline(DiffusionPipeline):
         return checks.label_indices(class_labels, self.labels, self.flow.config.num_classes)
 
     def remove_noise(
-        self, latents: Tensor, denoise: bool | str, labels: Tensor | None = None, cond: Tensor | None = None
+        self, latents: Tensor, denoise: bool | str, class_labels: Tensor | None = None, cond: Tensor | None = None
     ) -> Tensor:
         """Latents (B, C, h, w) without the training noise.
 
         Args:
             denoise: True or "score", "learned", or False, which changes nothing.
-            labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
+            class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
         """
         if not denoise or self.config.noise_std == 0:
             return latents
@@ -389,7 +377,7 @@ class TARFlowPipeline(DiffusionPipeline):
                 self.flow, part, self.config.noise_std, class_labels=part_labels, cond=part_cond
             ),
             max(1, DENOISED_TOKENS // (latents.shape[2] * latents.shape[3] // self.flow.config.patch_size**2)),
-            (latents, labels, cond),
+            (latents, class_labels, cond),
         )
 
     def decode_latents(self, latents: Tensor, decoder: str = "vae") -> Tensor:

@@ -121,6 +121,17 @@ class LatentCodec:
         Args:
             decoder: decodes raw latents instead of the autoencoder; see `tarflow.vae.decoder.LatentDecoder`.
         """
+        raw = self.raw(latents)
+        decoder = self.vae if decoder is None else decoder
+        if decoder is None:
+            return raw
+        output = decoder.decode(raw.to(getattr(decoder, "dtype", latents.dtype)))
+        if (images := getattr(output, "sample", None)) is not None:
+            return images
+        return output[0] if isinstance(output, tuple) else output
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) → raw latents: the inverse of `scale_raw` and `normalise`."""
         scaled = latents
         if self.latents_std is not None:
             scaled = scaled * self._channels(self.latents_std, latents)
@@ -128,12 +139,8 @@ class LatentCodec:
             scaled = scaled + self._channels(self.latents_mean, latents)
         if self.vae is None:
             return scaled
-        decoder = self.vae if decoder is None else decoder
         shift, scaling = self.factors
-        output = decoder.decode((scaled / scaling + shift).to(getattr(decoder, "dtype", latents.dtype)))
-        if (images := getattr(output, "sample", None)) is not None:
-            return images
-        return output[0] if isinstance(output, tuple) else output
+        return scaled / scaling + shift
 
     def normalise(self, scaled: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) → latents of about zero mean and unit variance per channel."""
