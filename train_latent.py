@@ -7,18 +7,7 @@ Plain ``python train_latent.py`` works too, on one device. ``--resume latest`` g
 
 from __future__ import annotations
 
-from tarflow.training.arguments import fail, parse_config
-from tarflow.training.trainer import Trainer
-
-
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    try:
-        config, resolved = parse_config(argv, __doc__)
-        return Trainer(config, resolved).run()
-    except (ValueError, OSError) as error:
-        fail(error)
-        raise
-
+from tarflow.cli.train import main
 
 if __name__ == "__main__":
-    main()
+    main(prog="train_latent.py", description=__doc__)

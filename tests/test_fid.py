@@ -1,4 +1,4 @@
-"""`evaluate_fid.py` from end to end, with a random network instead of Inception."""
+"""`tarflow evaluate fid`, which is also `evaluate_fid.py`, from end to end, with a random network instead of Inception."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from fid_helpers import save_backbone, save_clip, write_pictures
 from helpers import ROOT
 
-from evaluate_fid import main
+from tarflow.cli.fid import RunConfig, main
 from tarflow.data.drawings import Drawings
+from tarflow.training.arguments import parse_dataclass
 
 
 class TestCommands:
@@ -91,9 +92,6 @@ class TestCommands:
             fails(argv, capsys, message)
 
     def test_example_is_valid(self) -> None:
-        from evaluate_fid import RunConfig
-        from tarflow.training.arguments import parse_dataclass
-
         config, _ = parse_dataclass(RunConfig, ["--config", str(ROOT / "configs/fid_example.yaml")])
         assert config.gen.data == config.data
         assert config.gen.num == config.num

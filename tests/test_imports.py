@@ -14,6 +14,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vae": set(),
     "data": set(),
     "models": set(),
+    "configs": set(),
     "pipeline": {"flows", "vae", "models"},
     "evaluation": {"flows", "vae", "data", "pipeline"},
     "training": {"flows", "vae", "data", "pipeline", "evaluation"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import sys
 from typing import Any
@@ -12,15 +13,28 @@ from tarflow.flows.model import TARFlowModel
 from tarflow.training.config import RunConfig
 
 
-def parse_config(argv: list[str] | None = None, description: str | None = None) -> tuple[RunConfig, str]:
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Defaults and types behind each option; the description's lines as they are."""
+
+
+def parse_config(
+    argv: list[str] | None = None, description: str | None = None, prog: str | None = None
+) -> tuple[RunConfig, str]:
     """The configuration of a training run, see `parse_dataclass`; unknown keys of the flow are an error too."""
-    config, resolved = parse_dataclass(RunConfig, argv, description)
+    config, resolved = parse_dataclass(RunConfig, argv, description, prog)
     check_flow_keys(config.flow)
     return config, resolved
 
 
-def parse_dataclass(kind: type, argv: list[str] | None = None, description: str | None = None) -> tuple[Any, str]:
+def parse_dataclass(
+    kind: type, argv: list[str] | None = None, description: str | None = None, prog: str | None = None
+) -> tuple[Any, str]:
     """Read ``--config FILE`` and ``--section.key value`` overrides of a dataclass.
+
+    Args:
+        kind: the dataclass.
+        argv: the arguments; None takes those of the command line.
+        description, prog: what the help says the command does, and how it calls it.
 
     Returns:
         the configuration, and its resolved YAML.
@@ -28,7 +42,13 @@ def parse_dataclass(kind: type, argv: list[str] | None = None, description: str 
     Raises:
         ValueError: with one sentence for an unknown key, a wrong type or a value out of range.
     """
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--key value] [--section.key value] …",
+        description=description,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
     parser.add_class_arguments(kind, None, sub_configs=False)
     try:

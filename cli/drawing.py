@@ -1,0 +1,178 @@
+"""`tarflow generate`: from checked options to written pictures."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import random
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from tarflow.cli.generate import DECODE_WITH
+from tarflow.cli.pictures import Target, file_stems
+from tarflow.cli.quiet import quiet_libraries
+from tarflow.evaluation.generation import image_seed
+from tarflow.pipeline.aspect import aspect_size
+from tarflow.pipeline.limits import available_bytes, check_num_images, gigabytes, largest_count
+from tarflow.pipeline.opening import open_pipeline
+from tarflow.training.report import make_grid
+
+#: Pictures that are drawn at once, if the memory holds them.
+BATCH = 32
+#: A seed that is not given is below this, so that it is easily typed.
+NEW_SEEDS = 1_000_000
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory")
+
+
+def draw(args: argparse.Namespace, target: Target) -> None:
+    """Draw and write pictures, and print where they are.
+
+    Args:
+        args: of `tarflow.cli.generate`, checked.
+        target: where to write.
+
+    Raises:
+        ValueError: for options that do not fit the pipeline, or more pictures than the memory holds.
+        OSError: if a picture cannot be written.
+        FloatingPointError: for numbers that are not finite.
+    """
+    quiet_libraries()
+    pipe = open_pipeline(args.pipeline, args.device)
+    seed = random.randrange(NEW_SEEDS) if args.seed is None else args.seed
+    name, values = subjects_of(pipe, args)
+    options = call_options(pipe, args)
+    width, height = picture_size(pipe, args)
+    total = len(values) * args.num
+    columns = args.num if len(values) > 1 else max(1, round(total**0.5))
+    guided = options["guidance_scale"] > 1
+    batch = largest_count(pipe, min(BATCH, total), guided, None, height, width)
+    check_num_images(pipe, max(1, batch), guided, None, height, width)
+    if not target.is_folder:
+        check_grid(target, total, columns, width, height)
+
+    stems = file_stems(args.prompt or args.classes or ["image"])
+    started, held = time.perf_counter(), []
+    pictures = draw_batches(pipe, name, values, args.num, seed, batch, options)
+    for place, picture in enumerate(tqdm(pictures, total=total, unit=" pictures", disable=None, leave=False)):
+        if target.is_folder:
+            target.save(picture, f"{stems[place // args.num]}-s{seed}-{place % args.num:04d}")
+        else:
+            held.append(picture)
+    seconds = (time.perf_counter() - started) / total
+    if held:
+        target.save(held[0] if total == 1 else make_grid(held, columns))
+    what = "1 picture" if total == 1 else f"{total} pictures" + ("" if target.is_folder else " in a grid")
+    print(f"{target.path}: {what} of {width} × {height} pixels, seed {seed}, {seconds:.2g} seconds each")
+
+
+def subjects_of(pipe: Any, args: argparse.Namespace) -> tuple[str, list[Any]]:
+    """What each row of pictures is of: the name of the pipeline's argument, and its values."""
+    conditioning = pipe.flow.config.conditioning
+    if conditioning == "prefix":
+        if args.classes:
+            raise ValueError(
+                'this pipeline draws from captions and has no classes: give one, for example "a red apple"'
+            )
+        if not args.prompt:
+            raise ValueError('this pipeline draws from captions: give one, for example "a red apple"')
+        return "prompt", args.prompt
+    if args.prompt or args.negative_prompt:
+        instead = "leave them out" if conditioning == "none" else f"give --class, {some_classes(pipe)}"
+        raise ValueError(f"this pipeline takes no captions: {instead}")
+    if conditioning == "none":
+        if args.classes:
+            raise ValueError("this pipeline has no classes: leave --class out")
+        return "num_images", [1]
+    if not args.classes:
+        raise ValueError(f"this pipeline draws classes: give --class, {some_classes(pipe)}")
+    return "class_labels", [class_index(pipe, text) for text in args.classes]
+
+
+def class_index(pipe: Any, text: str) -> int:
+    """The class of a name, or else of a number."""
+    count, known = pipe.flow.config.num_classes, pipe.labels
+    if text.lower() in known:
+        return known[text.lower()]
+    if text.isascii() and text.isdigit() and int(text) < count:
+        return int(text)
+    near = difflib.get_close_matches(text.lower(), known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the pipeline has {some_classes(pipe)}"
+    raise ValueError(f"unknown class {text!r}; {hint}")
+
+
+def some_classes(pipe: Any, most: int = 12) -> str:
+    """The first names of a pipeline's classes, and their numbers."""
+    names = ", ".join(list(pipe.labels)[:most]) + (", …" if len(pipe.labels) > most else "")
+    numbers = f"0 to {pipe.flow.config.num_classes - 1}"
+    return f"{names} (or {numbers})" if names else numbers
+
+
+def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that are the same for all pictures."""
+    guidance = pipe.config.guidance_scale if args.guidance is None else args.guidance
+    if args.negative_prompt and guidance == 1:
+        raise ValueError("--negative-prompt needs --guidance above 1")
+    denoise, decoder = DECODE_WITH[args.decode_with]
+    pipe.check_outputs(denoise, "pil", decoder)
+    width, height = args.size or (None, None)
+    return {
+        "guidance_scale": guidance,
+        "negative_prompt": args.negative_prompt,
+        "height": height,
+        "width": width,
+        "aspect_ratio": args.aspect_ratio,
+        "decoding": args.decoding,
+        "denoise": denoise,
+        "decoder": decoder,
+    }
+
+
+def picture_size(pipe: Any, args: argparse.Namespace) -> tuple[int, int]:
+    """Width and height in pixels; an error if the model cannot draw them."""
+    factor, config = pipe.codec.factor, pipe.flow.config
+    width, height = args.size or (None, None)
+    if args.aspect_ratio is not None:
+        height, width = aspect_size(args.aspect_ratio, config.sample_size * factor, factor * config.patch_size)
+    _, rows, columns = pipe.latent_shape(height, width)
+    return columns * factor, rows * factor
+
+
+def check_grid(target: Target, total: int, columns: int, width: int, height: int) -> None:
+    """Whether a grid fits its file, and with its pictures the memory."""
+    rows = -(-total // columns)
+    target.check_size(columns * width, rows * height)
+    needed, available = 6 * total * width * height, available_bytes("cpu")  # the pictures and the grid, 3 bytes a pixel
+    if available is not None and needed > available:
+        raise ValueError(
+            f"a grid of {total:,} pictures takes {gigabytes(needed)} of memory, and {gigabytes(available)} are "
+            "available: write to a folder"
+        )
+
+
+def draw_batches(
+    pipe: Any, name: str, values: list[Any], num: int, seed: int, batch: int, options: dict[str, Any]
+) -> Iterator[Image.Image]:
+    """``num`` pictures of each value, in their order, at most ``batch`` at once.
+
+    Picture j of each value depends on the seed and j alone: all values' start from the same noise, so that they can be
+    compared.
+    """
+    total = len(values) * num
+    for first in range(0, total, batch):
+        places = range(first, min(first + batch, total))
+        wanted = len(places) if name == "num_images" else [values[place // num] for place in places]
+        generators = [torch.Generator().manual_seed(image_seed(seed, place % num)) for place in places]
+        try:
+            images = pipe(**{name: wanted}, generator=generators, **options).images
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+                at_once = "1 picture" if len(places) == 1 else f"{len(places)} pictures at once"
+                raise ValueError(f"the memory did not hold {at_once}: take a smaller --num or --size") from error
+            raise
+        yield from images

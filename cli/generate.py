@@ -1,0 +1,94 @@
+"""`tarflow generate`: its options. The drawing itself is in `tarflow.cli.drawing`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+
+from tarflow.cli.parsing import CommandParser
+from tarflow.cli.pictures import Target
+from tarflow.pipeline.aspect import ASPECT_RATIOS
+
+DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as the pipeline was trained.
+
+  tarflow generate "a red apple" --pipeline runs/emoji_text/pipeline --out apple.png
+  tarflow generate "a red apple" "a green pear" --num 8 --pipeline DIR --out fruit/
+  tarflow generate --class church --class 5 --num 4 --seed 1 --pipeline DIR --out grid.png
+
+Several pictures become a grid in one file, with a row for each caption or class; a folder (a name that ends with /)
+gets a file for each. Existing files of the same name are replaced."""
+
+#: What --decode-with stands for: the arguments ``denoise`` and ``decoder`` of a pipeline's call.
+DECODE_WITH = {
+    None: (None, None),
+    "none": (False, "vae"),
+    "score": ("score", "vae"),
+    "learned": ("learned", "vae"),
+    "finetuned": (None, "finetuned"),
+}
+#: One folder gets no more: beyond that, `tarflow evaluate fid gen` can be interrupted and continued.
+MOST_IMAGES = 100_000
+MOST_SEED = 2**32
+
+
+def parser() -> CommandParser:
+    parser = CommandParser("tarflow generate", DESCRIPTION, "[CAPTION …] --pipeline DIR --out PATH")
+    add = parser.add_argument
+    add("prompt", nargs="*", metavar="CAPTION", help="captions, for a pipeline that draws from captions")
+    add("--pipeline", required=True, metavar="DIR", help="a folder, a shipped name (see `tarflow models`) or a hub id")
+    add("--out", required=True, metavar="PATH", help="x.png, .jpg or .webp; or folder/")
+    add("--class", dest="classes", action="append", metavar="NAME", help="name or number of a class; may be repeated")
+    add("--num", type=int, default=1, metavar="N", help="pictures of each caption or class")
+    add("--seed", type=int, metavar="N", help="the same seed draws the same picture i for any --num (default: a new "
+        "one each time, which is printed)")  # fmt: skip
+    add("--guidance", type=float, metavar="SCALE", help="how closely to follow caption or class; 1 is off (default: "
+        "the pipeline's own)")  # fmt: skip
+    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the empty caption)")
+    add("--size", metavar="WxH", help="width and height in pixels (default: the training size)")
+    add("--aspect-ratio", choices=ASPECT_RATIOS, help="width to height, at the training size's area, instead of --size")
+    add("--decoding", choices=("sequential", "auto", "jacobi", "fast"), default="sequential", help="how the flow is "
+        "inverted: sequential, exact to rounding; jacobi, many tokens at once; auto, the faster of these here, within "
+        "0.001; fast, within 0.1")  # fmt: skip
+    add("--decode-with", choices=tuple(filter(None, DECODE_WITH)), help="how the training noise is removed: not at "
+        "all, by a score step, a learned denoiser or a finetuned decoder (default: the pipeline's own way)")  # fmt: skip
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_intermixed_args(argv)
+    check(args)
+    target = Target(args.out)
+    from tarflow.cli.drawing import draw  # imported here: it takes seconds, for which wrong options need not wait
+
+    draw(args, target)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the options without the pipeline; ``size`` becomes (width, height).
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    if any(not prompt.strip() for prompt in args.prompt):
+        raise ValueError('the caption is empty: say what to draw, for example "a red apple"')
+    if args.prompt and args.classes:
+        raise ValueError("give either captions or --class, not both")
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, got {args.num}")
+    total = args.num * max(1, len(args.prompt), len(args.classes or ()))
+    if total > MOST_IMAGES:
+        raise ValueError(f"{total:,} pictures are too many for one call, which draws at most {MOST_IMAGES:,}")
+    if args.seed is not None and not 0 <= args.seed < MOST_SEED:
+        raise ValueError(f"--seed must be 0 to {MOST_SEED - 1}, got {args.seed}")
+    if args.guidance is not None and not 1 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance must be at least 1 (off), got {args.guidance:g}")
+    if args.size is None:
+        return
+    if args.aspect_ratio is not None:
+        raise ValueError("give either --size or --aspect-ratio, not both")
+    match = re.fullmatch(r"(\d+)[x×](\d+)", args.size.lower())
+    if match is None:
+        raise ValueError(f"--size must be width x height in pixels, for example 128x64, got {args.size!r}")
+    args.size = int(match[1]), int(match[2])

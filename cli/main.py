@@ -1,0 +1,49 @@
+"""Entry point: `tarflow COMMAND …`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+
+from tarflow.cli.parsing import dispatch
+
+HELP = """usage: tarflow COMMAND …
+
+Latent normalizing flows for images.
+
+commands:
+  generate   draw pictures from captions, from classes, or from nothing
+  train      train a model on pictures
+  evaluate   fid: how near drawn pictures are to real ones; likelihood: of held-out pictures
+  demo       a web page that draws, on this machine
+  models     list the pipelines that ship with this package
+
+examples:
+  tarflow generate "a red apple" --pipeline runs/emoji_text/pipeline --out apple.png
+  tarflow train --config quickstart_text --output runs/mine
+
+options:
+  -h, --help   this help; `tarflow COMMAND --help` has each command's
+  --version    the version"""
+
+COMMANDS = ("generate", "train", "evaluate", "demo", "models")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command. Bad input is one sentence on stderr and exit status 2, Ctrl-C status 130.
+
+    Args:
+        argv: the arguments; None takes those of the command line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(f"tarflow {version('tarflow')}")
+        return
+    try:
+        dispatch("tarflow", COMMANDS, argv, HELP)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,36 @@
+"""Train a latent normalizing flow on pictures.
+
+    tarflow train --config quickstart_text --output runs/mine
+    tarflow train --config my.yaml --train.steps 1000 --resume latest
+
+--config takes a YAML file, or the bare name of a shipped configuration. Every key of the file can be given on the
+command line, which counts more. The folder --output gets logs, checkpoints, and a folder `pipeline` that
+`tarflow generate` draws from; --resume latest goes on from the last checkpoint. To train on several devices:
+accelerate launch -m tarflow.cli train --config …
+"""
+
+from __future__ import annotations
+
+from tarflow.cli.parsing import with_config_file
+from tarflow.training.arguments import fail, parse_config
+from tarflow.training.trainer import Trainer
+
+
+def main(
+    argv: list[str] | None = None, prog: str = "tarflow train", description: str | None = __doc__
+) -> dict[str, float]:
+    """Train; bad input is one sentence and exit status 2.
+
+    Args:
+        argv: the settings; None takes those of the command line.
+        prog, description: how the help calls this, and what it says of it.
+
+    Returns:
+        the run's last metrics.
+    """
+    try:
+        config, resolved = parse_config(with_config_file(argv), description, prog)
+        return Trainer(config, resolved).run()
+    except (ValueError, OSError) as error:
+        fail(error)
+        raise

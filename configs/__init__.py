@@ -1,0 +1,26 @@
+"""Configurations that ship with the project, as YAML files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+#: Each shipped configuration is a file here.
+FOLDER = Path(__file__).parent
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the shipped configurations."""
+    return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+
+
+def resolve(name: str) -> str:
+    """The file of a configuration: the user's own, or a shipped one by its bare name.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if Path(name).expanduser().is_file():
+        return str(Path(name).expanduser())
+    if name not in shipped():
+        raise ValueError(f"there is no configuration {name!r}: give a YAML file, or one of {', '.join(shipped())}")
+    return str(FOLDER / f"{name}.yaml")
