@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tarflow import TARFlowPipeline
+from tarflow.data.images import collate, to_model
 from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.training.arguments import parse_config
 from tarflow.training.batches import StepSampler, fixed_batches
@@ -298,3 +299,15 @@ def test_schedule():
     assert values[9] == pytest.approx(0.55)
     assert values[14] == pytest.approx(0.1)
     assert schedule_factor(13, 14, 4, OptimConfig(schedule="constant")) == 1.0
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_latents_are_draws_or_means_of_the_posterior(tmp_path, sampled):
+    options = ["--vae.sample_posterior", str(sampled).lower(), "--train.noise_std", "0", "--train.steps", "1"]
+    trainer, _ = train(tmp_path, *options)
+    parts = trainer.parts
+    batch = collate([parts.train[i] for i in range(4)])
+    latents = trainer.inputs.training(batch, 0, range(4))["latents"]
+    means = parts.codec.encode(to_model(batch["image"].to(latents.device)))
+    difference = (latents - means).std()
+    assert 0.005 < difference < 0.2 if sampled else difference < 1e-6

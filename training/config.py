@@ -22,11 +22,14 @@ class VaeConfig:
         subfolder: where in the folder or hub id it lies, for example "vae".
         measure_images: how many training pictures the latents' mean and standard deviation are measured on; 0 leaves
             latents as the autoencoder's own scaling factor makes them.
+        sample_posterior: train on draws from the autoencoder's posterior, or else on its means. An autoencoder with a
+            constant posterior deviation is as noisy as that; ``train.noise_std`` comes on top.
     """
 
     name: str | None = "drawings_emoji_f8c8"
     subfolder: str | None = None
     measure_images: int = 1024
+    sample_posterior: bool = True
 
     def __post_init__(self) -> None:
         check(self.measure_images >= 0, f"vae.measure_images must be 0 (off) or positive, got {self.measure_images}")

@@ -42,12 +42,13 @@ class InputMaker:
 
     @torch.no_grad()
     def training(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Any]:
-        """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from."""
+        """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from if
+        the settings have it."""
         train = self.config.train
         flip, drop = draw_chances(train.seed, step, places, self.device)
         with self.autocast():
             mean, std = self.posterior(batch, flip < 0.5 if self.config.data.flip else None)
-        if std is None:
+        if std is None or not self.config.vae.sample_posterior:
             noise = self.noise(step, places, mean)
         else:
             noise, of_posterior = draw_noise(train.seed, step, places, (2, *mean.shape[1:]), self.device).unbind(1)
