@@ -67,8 +67,9 @@ def draw(args: argparse.Namespace, target: Target) -> None:
     seconds = (time.perf_counter() - started) / total
     if held:
         target.save(held[0] if total == 1 else make_grid(held, columns))
-    what = "1 picture" if total == 1 else f"{total} pictures" + ("" if target.is_folder else " in a grid")
-    print(f"{target.path}: {what} of {width} × {height} pixels, seed {seed}, {seconds:.2g} seconds each")
+    what = f"{total} pictures" if total > 1 else "1 picture"
+    grid = " in a grid" if total > 1 and not target.is_folder else ""
+    print(f"{target.path}: {what} of {width} × {height} pixels{grid}, seed {seed}, {seconds:.2g} seconds each")
 
 
 def subjects_of(pipe: Any, args: argparse.Namespace) -> tuple[str, list[Any]]:

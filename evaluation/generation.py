@@ -33,6 +33,7 @@ from tarflow.evaluation.generation_record import (
 from tarflow.evaluation.image_store import NpzStore, PngStore
 from tarflow.evaluation.sample_conditions import CONDITIONS
 from tarflow.flows.decoding import DEFAULT_TOLERANCE
+from tarflow.pipeline.opening import locate
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 
@@ -41,7 +42,7 @@ class GenerationConfig:
     """What to generate.
 
     Attributes:
-        pipeline: folder or hub id.
+        pipeline: folder, shipped name or hub id.
         out: folder for the images; several machines need one that they share.
         num: how many images.
         batch_size: images that are drawn at once.
@@ -170,7 +171,7 @@ def load_pipeline(config: GenerationConfig, device: str | torch.device) -> TARFl
     Raises:
         OSError, ValueError: if there is none.
     """
-    pipe = TARFlowPipeline.from_pretrained(config.pipeline, torch_dtype=getattr(torch, config.dtype)).to(device)
+    pipe = TARFlowPipeline.from_pretrained(locate(config.pipeline), torch_dtype=getattr(torch, config.dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
     if config.fast:
         pipe.enable_fast_decoding()

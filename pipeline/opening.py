@@ -9,9 +9,9 @@ import torch
 
 from tarflow.models import resolve, shipped
 from tarflow.pipeline.device import best_device
+from tarflow.pipeline.folder import INDEX
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
-INDEX = "model_index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

@@ -139,6 +139,8 @@ def test_mistyped_paths_are_not_looked_for_on_the_hub(
     monkeypatch.setattr("tarflow.pipeline.pipeline_tarflow.snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
+    gen = ["evaluate", "fid", "gen", "--pipeline", "runs/pipelin", "--out", "samples"]
+    refused(gen, capsys, "there is no pipeline 'runs/pipelin'")
     for name in ("pipeline", "./runs/pipelin", "/none/here", "runs/pipelin", "a/b/c"):
         refused(["generate", "a", "--pipeline", name, "--out", "x.png"], capsys, f"there is no pipeline {name!r}")
     refused(["generate", "a", "--pipeline", "owner/name", "--out", "x.png"], capsys, "looked for on the Hub")
@@ -177,9 +179,21 @@ def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
 def test_unknown_commands_and_missing_configurations(capsys: pytest.CaptureFixture) -> None:
     refused(["genrate"], capsys, "unknown command 'genrate'; did you mean generate?")
     refused(["evaluate", "beauty"], capsys, "tarflow evaluate has fid, likelihood")
-    refused(["train", "--config", "quickstart"], capsys, "one of emoji_text")
+    refused(["train", "--config", "quickstart"], capsys, "quickstart_class, quickstart_text, ")
     refused(["train", "--config", "quickstart_text", "--train.stebs", "3"], capsys, "stebs")
     refused(["demo", "--pipeline", "x", "--port", "0"], capsys, "--port must be 1 to 65535")
+
+
+def test_demo_without_gradio(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    refused(["demo", "--pipeline", "x"], capsys, "pip install 'tarflow[demo]'")
+
+
+def test_demo_serves_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr("tarflow.demo.page.serve", lambda *arguments: served.append(arguments))
+    main(["demo", "--pipeline", "x", "--port", "8000", "--open"])
+    assert served == [("x", "127.0.0.1", 8000, True, None)]
 
 
 def test_train_then_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
