@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, AutoencoderTiny
-from test_pipeline import draw, make_pipeline
+from helpers import ROOT, small_model
+from PIL import Image
+from test_pipeline import draw as draw_images
+from test_pipeline import make_pipeline
 
-from tarflow import TARFlowPipeline
+from tarflow import TARFlowPipeline, models
+from tarflow.pipeline.folder import add_decoder
+from tarflow.training.arguments import parse_dataclass
+from tarflow.training.decoder import DecoderConfig, finetune_decoder
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder
+
+
+def draw(pipe, **options):
+    """Two images by the decoding that does not depend on timing."""
+    return draw_images(pipe, num_images=2, decoding="sequential", **options)
 
 
 def small_autoencoder(**changes) -> AutoencoderKL:
@@ -58,7 +72,7 @@ def test_other_autoencoders_are_refused() -> None:
 @torch.no_grad()
 def test_decoders_of_a_pipeline() -> None:
     pipe = with_decoder(make_pipeline("none"), default="vae")
-    raw, latents = (draw(pipe, num_images=2, denoise=flag, output_type="latent") for flag in (False, True))
+    raw, latents = (draw(pipe, denoise=flag, output_type="latent") for flag in (False, True))
     decoded = {
         "raw": pipe.codec.decode(raw),
         "score": pipe.codec.decode(latents),
@@ -77,8 +91,8 @@ def test_decoders_of_a_pipeline() -> None:
             ({"decoder": "vae"}, "score"),
             ({"decoder": "finetuned"}, "finetuned"),
         ):
-            np.testing.assert_allclose(draw(pipe, num_images=2, **options), decoded[wanted], atol=1e-5)
-    assert torch.equal(draw(pipe, num_images=2, output_type="latent", decoder="finetuned"), raw)
+            np.testing.assert_allclose(draw(pipe, **options), decoded[wanted], atol=1e-5)
+    assert torch.equal(draw(pipe, output_type="latent", decoder="finetuned"), raw)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -92,10 +106,10 @@ def test_a_pipeline_keeps_its_decoder(tmp_path, variant) -> None:
     assert loaded.finetuned_decoder.dtype == dtype
     assert weights_hash(loaded.finetuned_decoder) == weights_hash(pipe.finetuned_decoder)
     if variant is None:
-        images = draw(pipe, num_images=2)
-        assert np.array_equal(images, draw(loaded, num_images=2))
+        images = draw(pipe)
+        assert np.array_equal(images, draw(loaded))
         loaded.enable_model_cpu_offload(device="cpu")
-        assert np.array_equal(images, draw(loaded, num_images=2))
+        assert np.array_equal(images, draw(loaded))
 
 
 def test_folders_without_the_component_load(tmp_path) -> None:
@@ -110,7 +124,7 @@ def test_folders_without_the_component_load(tmp_path) -> None:
     loaded.set_progress_bar_config(disable=True)
     assert loaded.finetuned_decoder is None
     assert loaded.config.decoder == "vae"
-    assert np.array_equal(draw(pipe, num_images=2), draw(loaded, num_images=2))
+    assert np.array_equal(draw(pipe), draw(loaded))
 
 
 @pytest.mark.parametrize(
@@ -134,3 +148,109 @@ def test_modes_that_do_not_fit(options, message) -> None:
 def test_models_of_pixels_have_no_decoder() -> None:
     with pytest.raises(ValueError, match="draws pixels: there is no decoder, finetuned or not"):
         make_pipeline("none", vae=False)(decoder="finetuned")
+
+
+def tiny_pipeline(folder) -> TARFlowPipeline:
+    """A pipeline of drawings of 16 × 16 pixels in its folder, with files of other origins beside its own."""
+    torch.manual_seed(0)
+    vae = small_autoencoder(scaling_factor=1.0, shift_factor=None, mid_block_add_attention=False)
+    flow = small_model(in_channels=8, sample_size=8, conditioning="none", num_classes=0, cond_dim=0)
+    pipe = TARFlowPipeline(flow, vae, latents_mean=[0.0] * 8, latents_std=[1.0] * 8, noise_std=0.5)
+    pipe.save_pretrained(folder)
+    (folder / "README.md").write_text("a card")
+    (folder / "decoding.json").write_text("{}")
+    return pipe
+
+
+def finetune(pipeline, output, *arguments) -> dict[str, float]:
+    """Run as a fresh process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    settings = [
+        *("--pipeline", str(pipeline), "--output", str(output), "--data.image_size", "16", "--trackers", "[]"),
+        *("--mixed_precision", "no", "--batch_size", "8", "--lr", "3e-3", "--warmup_steps", "2", "--ema_decay", "0.9"),
+        *("--eval_every", "0", "--eval_images", "16", "--checkpoint_every", "0", "--steps", "6"),
+    ]
+    return finetune_decoder(*parse_dataclass(DecoderConfig, [*settings, *arguments]))
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    config, _ = parse_dataclass(DecoderConfig, ["--config", str(ROOT / "configs" / "decoder.yaml")])
+    assert config.folder == Path("runs/emoji_text_decoder")
+
+
+def test_training_improves_the_decoder_alone(tmp_path) -> None:
+    folder = tmp_path / "pipeline"
+    tiny_pipeline(folder)
+    before = files_of(folder)
+    first = finetune(folder, tmp_path / "a", "--steps", "1")
+    metrics = finetune(folder, tmp_path / "b", "--steps", "40", "--eval_every", "20")
+    assert metrics["psnr_none"] == first["psnr_none"]
+    assert metrics["psnr_finetuned"] > max(metrics["psnr_none"], first["psnr_finetuned"]) + 2
+    assert metrics["ssim_finetuned"] > metrics["ssim_none"]
+    assert Image.open(tmp_path / "b" / "samples" / "decoded_00000040.png").size == (8 * 18 + 2, 4 * 18 + 2)
+    after = files_of(folder)
+    assert {name: after[name] for name in before if name != "model_index.json"} == {
+        name: content for name, content in before.items() if name != "model_index.json"
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"pipeline", "a", "b"}
+    pipe = TARFlowPipeline.from_pretrained(folder)
+    assert pipe.config.decoder == "finetuned"
+    assert weights_hash(pipe.finetuned_decoder) != weights_hash(LatentDecoder.from_autoencoder(pipe.vae))
+
+
+def test_resuming_is_bit_identical(tmp_path) -> None:
+    tiny_pipeline(tmp_path / "whole")
+    tiny_pipeline(tmp_path / "parts")
+    options = ["--checkpoint_every", "3", "--data.flip", "true", "--loss.adversarial", "0.1"]
+    options += ["--loss.discriminator_width", "8", "--loss.discriminator_layers", "1", "--loss.adversarial_start", "2"]
+    finetune(tmp_path / "whole", tmp_path / "a", *options)
+    finetune(tmp_path / "parts", tmp_path / "b", *options)
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_00000006")
+    tiny_pipeline(tmp_path / "parts")
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run, up to step_00000003"):
+        finetune(tmp_path / "parts", tmp_path / "b", *options)
+    finetune(tmp_path / "parts", tmp_path / "b", *options, "--resume", "latest")
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"noise_std is 0\.5 there and 0\.1 here"):
+        finetune(tmp_path / "parts", tmp_path / "b", *options, "--resume", "latest", "--noise_std", "0.1")
+
+
+def test_where_the_decoder_goes(tmp_path, monkeypatch) -> None:
+    tiny_pipeline(tmp_path / "pipeline")
+    before = files_of(tmp_path / "pipeline")
+    finetune(tmp_path / "pipeline", tmp_path / "a", "--save_to", str(tmp_path / "new"), "--dtype", "float16")
+    assert files_of(tmp_path / "pipeline") == before
+    assert files_of(tmp_path / "new")["README.md"] == b"a card"
+    finetune(tmp_path / "pipeline", tmp_path / "b", "--set_default", "false")
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe.config.decoder == "vae"
+    assert pipe.finetuned_decoder is not None
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"save_to would replace .*other'"):
+        finetune(tmp_path / "pipeline", tmp_path / "c", "--save_to", str(tmp_path / "other"))
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=r"'new' is no pipeline folder that could be changed.*--save_to FOLDER"):
+        finetune("new", tmp_path / "c")
+    with pytest.raises(ValueError, match=r"has pictures of 16 pixels, but data\.image_size is 32"):
+        finetune(tmp_path / "pipeline", tmp_path / "c", "--data.image_size", "32")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_full_disk_leaves_the_pipeline_as_it_was(tmp_path, monkeypatch) -> None:
+    pipe = tiny_pipeline(tmp_path / "pipeline")
+    before = files_of(tmp_path / "pipeline")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LatentDecoder, "save_pretrained", full)
+    folder = tmp_path / "pipeline"
+    with pytest.raises(OSError, match="No space left"):
+        add_decoder(folder, folder, LatentDecoder.from_autoencoder(pipe.vae), default=True)
+    assert files_of(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]

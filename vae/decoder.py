@@ -69,7 +69,9 @@ class LatentDecoder(ModelMixin, ConfigMixin):
         decoder = cls(**{name: vae.config[name] for name in SETTINGS})
         weights = {name: value for name, value in vae.state_dict().items() if name in decoder.state_dict()}
         decoder.load_state_dict(weights)
-        return decoder.to(device=vae.device, dtype=vae.dtype).eval()
+        if vae.dtype != decoder.dtype:
+            decoder.to(vae.dtype)
+        return decoder.to(vae.device).eval()
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -1,0 +1,25 @@
+"""Finetune a pipeline's decoder to take latents with the training noise, so that sampling needs no score step.
+
+    accelerate launch scripts/finetune_decoder.py --pipeline runs/NAME/pipeline --config configs/decoder.yaml \\
+        --data.source folder --data.path my_pictures.zip
+
+Encoder and flow stay as they are. The decoder is put into the pipeline's folder, whose calls then take it (unless
+``--set_default false``), or with ``--save_to FOLDER`` into a copy of it. ``--resume latest`` goes on from the last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.decoder import DecoderConfig, finetune_decoder
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        finetune_decoder(*parse_dataclass(DecoderConfig, argv, __doc__))
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()
