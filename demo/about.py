@@ -1,0 +1,87 @@
+"""What a pipeline is, in a few words: its name, its sizes, its card, its examples."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+CONDITIONS = {"prefix": "captions", "none": "none", "class_vectors": "classes", "class_prefix": "classes"}
+MOST_EXAMPLES = 12
+
+
+def folder_of(pipe: Any) -> Path | None:
+    """The folder that a pipeline was loaded from, if there is one."""
+    path = Path(pipe.config.get("_name_or_path") or "")
+    return path if (path / "model_index.json").is_file() else None
+
+
+def name_of(pipe: Any) -> str:
+    """The folder's name, or the run's if the folder is only called "pipeline"."""
+    folder = folder_of(pipe)
+    if folder is None:
+        return "a pipeline"
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "pipeline" else folder.name
+
+
+def summary(pipe: Any) -> str:
+    """One line: what it draws, how large."""
+    config = pipe.flow.config
+    side = config.sample_size * pipe.codec.factor
+    kinds = {"prefix": "draws from captions", "none": "draws without a condition"}
+    kind = kinds.get(config.conditioning, f"draws {config.num_classes} classes")
+    return f"A normalizing flow that {kind}, {side} × {side} pixels."
+
+
+def details(pipe: Any) -> list[tuple[str, str]]:
+    """Names and values for the page."""
+    config = pipe.flow.config
+    size = f"{config.sample_size} × {config.sample_size}"
+    tokens = (config.sample_size // config.patch_size) ** 2
+    what = "pixels" if pipe.vae is None else "latents"
+    sizes = {name: count for name, module in pipe.components.items() if (count := parameters(module))}
+    return [
+        ("name", name_of(pipe)),
+        ("flow", f"{len(pipe.flow.blocks)} blocks, width {config.width}, {tokens} tokens"),
+        ("models", f"{what} of {config.in_channels} channels, {size}"),
+        ("condition", CONDITIONS[config.conditioning]),
+        ("parameters", ", ".join(f"{name} {in_words(count)}" for name, count in sizes.items())),
+        ("training noise σ", f"{pipe.config.noise_std:g}"),
+        ("guidance", f"{pipe.config.guidance_scale:g} by default, {pipe.config.guidance_method}"),
+        ("device", f"{pipe.device}, {str(pipe.flow.dtype).removeprefix('torch.')}"),
+    ]
+
+
+def parameters(module: Any) -> int:
+    """Parameters of a component; 0 if it has none."""
+    return sum(parameter.numel() for parameter in module.parameters()) if hasattr(module, "parameters") else 0
+
+
+def in_words(count: int) -> str:
+    """A number of parameters, for example "3.1 million"."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} billion"
+    return f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,}"
+
+
+def card(pipe: Any) -> str:
+    """The folder's README.md without its head, pictures and tags, which would be looked for elsewhere; "" if none."""
+    folder = folder_of(pipe)
+    if folder is None or not (folder / "README.md").is_file():
+        return ""
+    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    return re.sub(r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])|<[^>]+>", "", text)
+
+
+def examples(pipe: Any) -> list[str]:
+    """Prompts of the folder's ``examples.json``, a list of texts; none without such a file."""
+    folder = folder_of(pipe)
+    try:
+        prompts = json.loads((folder / "examples.json").read_text(encoding="utf-8")) if folder else []
+    except (OSError, ValueError):
+        return []
+    listed = prompts if isinstance(prompts, list) else []
+    return [prompt for prompt in listed if isinstance(prompt, str) and prompt.strip()][:MOST_EXAMPLES]

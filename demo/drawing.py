@@ -1,0 +1,291 @@
+"""One drawing of the page: what is asked for, whether it can be done, and the stages at which it is shown.
+
+The pipeline runs in a thread of its own, and what becomes of it is handed over in a queue, so that the page can show each
+block while the next one is computed, and can stop a run between two blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tarflow.evaluation.generation import image_seed
+from tarflow.flows.calibration import clock, conditions_key
+from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE
+from tarflow.flows.guidance import Guidance
+from tarflow.pipeline.limits import check_num_images
+
+#: How the page names the ways to invert a block, and the parts of the sequence that its "gs_jacobi" sweeps in turn.
+DECODINGS, SEGMENTS = ("auto", "sequential", "jacobi", "gs_jacobi", "fast"), 4
+#: What removes the training noise, and the pipeline's arguments for it.
+NOISE_REMOVALS: dict[str, dict[str, Any]] = {
+    "none": {"denoise": False, "decoder": "vae"},
+    "score": {"denoise": "score"},
+    "learned": {"denoise": "learned"},
+    "finetuned": {"decoder": "finetuned"},
+}
+MOST_IMAGES = 16
+LONGEST_PROMPT = 1000
+LARGEST_GUIDANCE = 10.0
+LARGEST_SEED = 2**32 - 1
+#: Seconds after which the page hears of a run again, also when nothing new has come.
+BEAT = 0.5
+
+
+class StoppedError(Exception):
+    """Raised inside the pipeline's call when nobody waits for its result any more."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw.
+
+    Attributes:
+        prompt: a caption, for text-conditioned models.
+        label: index of the class, for class-conditioned ones.
+        guidance_scale: 1 is off.
+        decoding: one of `DECODINGS`.
+        noise_removal: one of `NOISE_REMOVALS`.
+        seed: image i depends on it and i alone, as with `tarflow generate`.
+        count: how many images.
+    """
+
+    prompt: str | None = None
+    label: int | None = None
+    guidance_scale: Any = 1.0
+    decoding: str = "auto"
+    noise_removal: str = "score"
+    seed: Any = 0
+    count: Any = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All images (count of them) at one place of the way from noise to picture, and its name."""
+
+    name: str
+    images: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a finished run.
+
+    Attributes:
+        images: the pictures.
+        residual_max, residual_mean: |f(x) − z| of each.
+        seconds: that drawing took, without the time to show the stages.
+        calibrated: whether "auto" had to try the methods, which is part of the time.
+        decodings: of each block, in the order in which they were inverted.
+    """
+
+    images: list[Image.Image]
+    residual_max: list[float]
+    residual_mean: list[float]
+    seconds: float
+    calibrated: bool
+    decodings: list[str]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: what there is to see, and what is done at present.
+
+    Attributes:
+        stages: so far.
+        fraction: done, 0 to 1.
+        message: what is computed now.
+        seconds: since the run was asked for.
+        result: at the end.
+    """
+
+    stages: list[Stage] = field(default_factory=list)
+    fraction: float = 0.0
+    message: str = "waiting for the run before this one"
+    seconds: float = 0.0
+    result: Result | None = None
+
+
+def noise_removals(pipe: Any) -> list[str]:
+    """What this pipeline can remove the training noise by, its own default first."""
+    names = ["none"]
+    if pipe.config.noise_std > 0:
+        names.insert(0, "score")
+        if pipe.flow.config.learned_denoiser != "none":
+            names.append("learned")
+        if pipe.finetuned_decoder is not None:
+            names.insert(0 if pipe.config.decoder == "finetuned" else len(names), "finetuned")
+    return names
+
+
+def checked(pipe: Any, request: Request) -> Request:
+    """The request with plain numbers.
+
+    Raises:
+        ValueError: for what this pipeline cannot draw; one sentence for the page.
+    """
+    kind = pipe.flow.config.conditioning
+    if kind == "prefix":
+        check_prompt(request.prompt)
+    if kind.startswith("class") and request.label is None:
+        raise ValueError("Choose a class.")
+    count = whole_number(request.count, "The number of images", 1, MOST_IMAGES)
+    seed = whole_number(request.seed, "The seed", 0, LARGEST_SEED)
+    scale = request.guidance_scale
+    if not isinstance(scale, int | float) or not 1 <= scale <= LARGEST_GUIDANCE:
+        raise ValueError(f"The guidance scale must be a number from 1 (off) to {LARGEST_GUIDANCE:g}.")
+    if request.decoding not in DECODINGS:
+        raise ValueError(f"The decoding must be one of {', '.join(DECODINGS)}.")
+    if request.noise_removal not in noise_removals(pipe):
+        raise ValueError(f"This pipeline removes noise by {', '.join(noise_removals(pipe))}.")
+    check_num_images(pipe, count, guided=scale > 1)
+    return replace(request, guidance_scale=float(scale), seed=seed, count=count)
+
+
+def check_prompt(prompt: Any) -> None:
+    """An error for a caption that is empty or far too long."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("Write a caption first: the prompt is empty.")
+    if len(prompt) > LONGEST_PROMPT:
+        raise ValueError(f"The prompt has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} are taken.")
+
+
+def whole_number(value: Any, name: str, least: int, most: int) -> int:
+    """A whole number within bounds; an error also for nothing, text, fractions and not-a-number."""
+    number = isinstance(value, int | float) and math.isfinite(value) and value == int(value)
+    if not number or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}.")
+    return int(value)
+
+
+def draw(pipe: Any, request: Request, lock: threading.Lock) -> Iterator[Progress]:
+    """Draw in a thread; closing this generator stops the run before its next block.
+
+    Args:
+        pipe: a `TARFlowPipeline`.
+        request: a `checked` one.
+        lock: held while the pipeline is in use.
+
+    Yields:
+        how far it is, at each stage and each `BEAT`; the last one has the result.
+
+    Raises:
+        Exception: what the pipeline raised.
+    """
+    events: queue.Queue[Progress | Exception] = queue.Queue()
+    stopped = threading.Event()
+    threading.Thread(target=work, args=(pipe, request, lock, events, stopped), daemon=True).start()
+    began, progress = time.perf_counter(), Progress()
+    try:
+        while progress.result is None:
+            try:
+                event = events.get(timeout=BEAT)
+            except queue.Empty:
+                event = progress
+            if isinstance(event, Exception):
+                raise event
+            progress = event
+            yield replace(progress, seconds=time.perf_counter() - began)
+    finally:
+        stopped.set()
+
+
+def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue, stopped: threading.Event) -> None:
+    """What the thread does: one run, its stages and its end into ``events``."""
+    with lock:
+        try:
+            run(pipe, request, events, stopped)
+        except StoppedError:
+            pass
+        except Exception as error:  # noqa: BLE001 (whatever it is, the page must say it)
+            events.put(error)
+
+
+def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Event) -> None:
+    """Draw, and put a `Progress` for each stage."""
+    blocks = len(pipe.flow.blocks)
+    stages: list[Stage] = []
+    shown_for = 0.0
+
+    def show(name: str, latents: Tensor, message: str) -> None:
+        nonlocal shown_for
+        if stopped.is_set():
+            raise StoppedError
+        began = clock(pipe.flow.device)
+        images = pipe.image_processor.postprocess(pipe.decode_latents(latents), output_type="pil")
+        stages.append(Stage(name, images))
+        events.put(Progress(list(stages), (len(stages) - 1) / (blocks + 1), message))
+        shown_for += clock(pipe.flow.device) - began
+
+    def after_block(_: Any, index: int, __: int, tensors: dict[str, Tensor]) -> dict:
+        done = index + 1
+        name = f"block {done}" if done < blocks else f"block {done}, raw"
+        show(name, tensors["latents"], f"block {done + 1} of {blocks}" if done < blocks else "removing the noise")
+        return {}
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(image_seed(request.seed, i)) for i in range(request.count)]
+
+    with torch.no_grad():
+        shape = pipe.latent_shape(None, None)
+        noise = pipe.prepare_latents(request.count, shape, pipe.flow.device, generators(), None)
+        show("noise", noise, f"block 1 of {blocks}")
+    shown_for, known, began = 0.0, len(pipe.calibrations), clock(pipe.flow.device)
+    output = pipe(
+        **arguments(pipe, request),
+        generator=generators(),
+        return_residual=True,
+        callback_on_step_end=after_block,
+    )
+    seconds = clock(pipe.flow.device) - began - shown_for
+    if request.noise_removal != "none":
+        stages.append(Stage("noise removed", output.images))
+    residuals = (output.residual_max.tolist(), output.residual_mean.tolist())
+    calibrated = len(pipe.calibrations) > known
+    result = Result(output.images, *residuals, seconds, calibrated, taken_decodings(pipe, request, noise))
+    events.put(Progress(list(stages), 1.0, "done", result=result))
+
+
+def arguments(pipe: Any, request: Request) -> dict[str, Any]:
+    """Of the pipeline's call."""
+    kind = pipe.flow.config.conditioning
+    condition: dict[str, Any] = {"num_images": request.count}
+    if kind != "none":
+        condition = {"num_images_per_prompt": request.count}
+        condition |= {"prompt": request.prompt} if kind == "prefix" else {"class_labels": request.label}
+    tokens = (pipe.flow.config.sample_size // pipe.flow.config.patch_size) ** 2
+    segment = math.ceil(tokens / SEGMENTS) if request.decoding == "gs_jacobi" else None
+    return {
+        **condition,
+        **NOISE_REMOVALS[request.noise_removal],
+        "guidance_scale": request.guidance_scale,
+        "decoding": request.decoding,
+        "segment": segment,
+    }
+
+
+def taken_decodings(pipe: Any, request: Request, noise: Tensor) -> list[str]:
+    """How each block was inverted, the first inverted one first; from the calibration if that decided.
+
+    Args:
+        noise: that was drawn from, (B, C, h, w).
+    """
+    blocks = len(pipe.flow.blocks)
+    if request.decoding not in ("auto", "fast"):
+        return [request.decoding] * blocks
+    guidance = Guidance(request.guidance_scale - 1, pipe.config.guidance_method)
+    tolerance = FAST_TOLERANCE if request.decoding == "fast" else DEFAULT_TOLERANCE
+    key = conditions_key(pipe.flow, len(noise), pipe.flow.patchify(noise)[1], guidance, tolerance)
+    choices = reversed(pipe.calibrations[key])
+    return [
+        choice.method if choice.segment is None else f"{choice.method}, {choice.segment} tokens" for choice in choices
+    ]

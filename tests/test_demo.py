@@ -1,0 +1,319 @@
+"""The web page: what it refuses, what it shows while it draws, the way of a picture to noise and back; and the page itself
+in a browser."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from PIL import Image
+from test_decoder import with_decoder
+from test_pipeline import make_pipeline
+
+from tarflow.data.images import to_model
+from tarflow.demo import about, page
+from tarflow.demo.__main__ import main
+from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Request, checked, draw, noise_removals
+from tarflow.demo.rebuild import MOST_PIXELS, noise_picture, read_upload, rebuild
+from tarflow.evaluation.generation import image_seed
+from tarflow.pipeline.opening import open_pipeline
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import screenshot_demo
+
+REQUEST = Request(prompt="a red ring", guidance_scale=2.0, decoding="sequential", seed=7, count=2)
+
+
+def drawn(pipe, request: Request) -> list:
+    return list(draw(pipe, checked(pipe, request), threading.Lock()))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "  \n"}, "the prompt is empty"),
+        ({"prompt": None}, "the prompt is empty"),
+        ({"prompt": "a" * 2000}, "2,000 characters; at most 1,000"),
+        ({"count": MOST_IMAGES + 1}, "whole number from 1 to 16"),
+        ({"count": 0}, "whole number from 1 to 16"),
+        ({"count": 1.5}, "whole number from 1 to 16"),
+        ({"count": None}, "whole number from 1 to 16"),
+        ({"guidance_scale": 0.5}, "from 1 .off. to 10"),
+        ({"guidance_scale": float("nan")}, "from 1 .off. to 10"),
+        ({"guidance_scale": None}, "from 1 .off. to 10"),
+        ({"seed": -1}, "The seed must be a whole number"),
+        ({"seed": 2**32}, "The seed must be a whole number"),
+        ({"seed": float("nan")}, "The seed must be a whole number"),
+        ({"seed": float("inf")}, "The seed must be a whole number"),
+        ({"seed": 0.5}, "The seed must be a whole number"),
+        ({"seed": None}, "The seed must be a whole number"),
+        ({"decoding": "quick"}, "must be one of auto"),
+        ({"noise_removal": "learned"}, "removes noise by score, none"),
+    ],
+)
+def test_bad_requests_are_sentences(change: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        checked(make_pipeline("prefix"), Request(**{**vars(REQUEST), **change}))
+
+
+def test_requests_of_too_much_memory_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tarflow.pipeline.limits.available_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match="not even one fits"):
+        checked(make_pipeline("prefix"), REQUEST)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "class_prefix", "none", "pixels"])
+def test_a_drawing_is_shown_block_by_block(kind: str) -> None:
+    pipe = make_pipeline("none" if kind == "pixels" else kind, vae=kind != "pixels")
+    pipe.register_to_config(id2label=None)
+    states = drawn(pipe, Request(**{**vars(REQUEST), "label": 1}))
+    last, result = states[-1], states[-1].result
+    assert [stage.name for stage in last.stages] == ["noise", "block 1", "block 2, raw", "noise removed"]
+    counts = [len(state.stages) for state in states]
+    assert counts == sorted(counts) and set(counts) >= {1, 2, 3, 4}
+    assert [state.result is None for state in states] == [True] * (len(states) - 1) + [False]
+    assert all(len(stage.images) == 2 for stage in last.stages)
+
+    conditions = {"prefix": {"prompt": "a red ring"}, "class_prefix": {"class_labels": 1}}
+    count = {"num_images_per_prompt": 2} if kind in conditions else {"num_images": 2}
+    generator = [torch.Generator().manual_seed(image_seed(7, i)) for i in range(2)]
+    options = {**conditions.get(kind, {}), **count, "guidance_scale": 2.0, "decoding": "sequential"}
+    for image, wanted in zip(result.images, pipe(**options, generator=generator).images, strict=True):
+        assert np.array_equal(image, wanted)
+    assert 0 <= max(result.residual_mean) <= max(result.residual_max) < 1e-3
+    assert result.seconds > 0 and result.decodings == ["sequential"] * 2
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_decodings_are_named(decoding: str) -> None:
+    result = drawn(make_pipeline("none"), Request(decoding=decoding))[-1].result
+    names = {name.split(",")[0] for name in result.decodings}
+    assert len(result.decodings) == 2
+    assert names <= {"sequential", "jacobi", "gs_jacobi"} if decoding in ("auto", "fast") else names == {decoding}
+    assert result.calibrated == (decoding in ("auto", "fast"))
+
+
+def test_noise_is_removed_as_asked() -> None:
+    pipe = with_decoder(make_pipeline("none", learned_denoiser="unconditional", denoiser_layers=1))
+    assert noise_removals(pipe) == ["finetuned", "score", "none", "learned"]
+    pipe.register_to_config(decoder="vae")
+    assert noise_removals(pipe) == ["score", "none", "learned", "finetuned"]
+    ends = {}
+    for name in noise_removals(pipe):
+        last = drawn(pipe, Request(noise_removal=name, decoding="sequential"))[-1]
+        assert len(last.stages) == (3 if name == "none" else 4)
+        ends[name] = np.asarray(last.result.images[0]).tobytes()
+    assert len(set(ends.values())) == 4
+    pipe.register_to_config(noise_std=0.0)
+    assert noise_removals(pipe) == ["none"]
+
+
+def test_a_stopped_drawing_ends_before_its_next_block_and_the_next_one_is_drawn() -> None:
+    pipe, lock, decoded = make_pipeline("none"), threading.Lock(), []
+    seen, go_on, decode = threading.Event(), threading.Event(), pipe.decode_latents
+
+    def slow(latents, *arguments):
+        decoded.append(len(latents))
+        if len(decoded) == 2:  # after block 1
+            seen.set()
+            go_on.wait(30)
+        return decode(latents, *arguments)
+
+    pipe.decode_latents = slow
+    states = draw(pipe, checked(pipe, Request(decoding="sequential")), lock)
+    next(states)
+    assert seen.wait(30)
+    states.close()
+    go_on.set()
+    assert list(draw(pipe, checked(pipe, Request(decoding="sequential")), lock))[-1].result is not None
+    assert len(decoded) == 2 + 4
+
+
+def test_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear = Image.new("RGBA", (30, 20), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (255, 0, 0, 255))
+    exif = Image.Exif()
+    exif[274] = 6
+    clear.save(tmp_path / "turned.png", exif=exif)
+    image = read_upload(str(tmp_path / "turned.png"))
+    assert (image.mode, image.size) == ("RGB", (20, 30))
+    assert image.getpixel((19, 0)) == (255, 0, 0) and image.getpixel((5, 5)) == (255, 255, 255)
+
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "half.png").write_bytes((tmp_path / "turned.png").read_bytes()[:60])
+    for name in ("text.png", "half.png", "none.png"):
+        with pytest.raises(ValueError, match=f"cannot read the image {name}"):
+            read_upload(str(tmp_path / name))
+    with pytest.raises(ValueError, match="Choose a picture"):
+        read_upload(None)
+
+    monkeypatch.setattr("tarflow.demo.rebuild.read_image", None)  # a large picture is never decoded
+    assert MOST_PIXELS < 8000 * 6250
+    Image.new("1", (8000, 6250)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match=r"8,000 × 6,250 pixels, 50 million; at most 40 million"):
+        read_upload(str(tmp_path / "large.png"))
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match=r"bomb\.png"):
+        read_upload(str(tmp_path / "bomb.png"))
+
+
+@torch.no_grad()
+def test_encode_and_rebuild() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    pipe = make_pipeline("prefix")
+    rebuilt = rebuild(pipe, image, caption="a red ring")
+    assert rebuilt.fitted.size == rebuilt.reconstruction.size == rebuilt.round_trip.size == (32, 32)
+    assert rebuilt.error < 1e-4
+    assert rebuilt.quantity == "latent_nats_per_dim" and rebuilt.likelihood != rebuilt.likelihood_alone
+    pixels, decoded = (np.asarray(part, np.float64) for part in (rebuilt.fitted, rebuilt.reconstruction))
+    assert rebuilt.psnr == pytest.approx(10 * np.log10(255**2 / ((pixels - decoded) ** 2).mean()), abs=1e-3)
+    assert np.abs(np.asarray(rebuilt.round_trip, int) - np.asarray(rebuilt.reconstruction, int)).max() <= 1
+    assert rebuild(pipe, image).likelihood is None
+    assert rebuild(pipe, image).likelihood_alone == rebuilt.likelihood_alone
+    assert rebuild(make_pipeline(), image, label=2).likelihood is not None
+
+    of_pixels = rebuild(make_pipeline("none", vae=False), image)
+    assert of_pixels.reconstruction is of_pixels.psnr is of_pixels.likelihood is None
+    assert of_pixels.quantity == "bits_per_dim" and of_pixels.noise.mode == "RGB"
+    assert np.abs(np.asarray(of_pixels.round_trip, int) - np.asarray(of_pixels.fitted, int)).max() <= 1
+    assert to_model(torch.tensor([255], dtype=torch.uint8)) == 1
+
+
+def test_noise_as_a_picture() -> None:
+    z = torch.zeros(8, 2, 3)
+    z[1, 0, 2] = 9.0  # first row of tiles, second tile
+    grey = np.asarray(noise_picture(z))
+    assert grey.shape == (4, 12) and grey[0, 5] == 255 and (grey == 128).sum() == 47
+
+
+def test_what_is_told_of_a_pipeline(tmp_path: Path) -> None:
+    folder = tmp_path / "fruit" / "pipeline"
+    pipe = make_pipeline("prefix")
+    pipe.save_pretrained(folder)
+    (folder / "README.md").write_text("---\ntags: x\n---\n# Fruit\n![p](https://x/y.png) <img src='z'> good")
+    (folder / "examples.json").write_text(json.dumps(["a red ring", "", 3]))
+    assert about.name_of(pipe) == "a pipeline" and about.card(pipe) == "" and about.examples(pipe) == []
+    pipe = type(pipe).from_pretrained(folder)
+    assert about.name_of(pipe) == "fruit"
+    assert about.card(pipe) == "# Fruit\n  good"
+    assert about.examples(pipe) == ["a red ring"]
+    details = dict(about.details(pipe))
+    assert details["training noise σ"] == "0.3" and "vae 3.1 million" in details["parameters"]
+    for damaged in ("{", '{"a": 1}', "3"):
+        (folder / "examples.json").write_text(damaged)
+        assert about.examples(pipe) == []
+
+
+def test_starting_it_fails_in_one_sentence(tmp_path, monkeypatch, capsys) -> None:
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            main(list(arguments))
+        assert "\n" not in str(left.value)
+        return str(left.value)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page, "shipped", tuple)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "gradio", None)
+        assert "pip install 'tarflow[demo]'" in refused()
+    pytest.importorskip("gradio")
+    assert "make quickstart" in refused()
+    assert "no pipeline 'nowhere'" in refused("--pipeline", "nowhere", "--port", str(screenshot_demo.free_port()))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        assert f"cannot listen at port {taken}" in refused("--pipeline", "nowhere", "--port", taken)
+    assert "the port must be 1 to 65535" in refused("--pipeline", "nowhere", "--port", "70000")
+    monkeypatch.setattr(page, "shipped", lambda: ("emoji",))
+    assert page.default_pipeline() == "emoji"
+
+
+def test_actions_turn_errors_into_sentences_and_go_on() -> None:
+    pytest.importorskip("gradio")
+    from tarflow.demo.actions import Actions
+
+    actions = Actions(make_pipeline("prefix"))
+    inputs = (None, 2.0, 2, "sequential", "score", 5)
+    assert "the prompt is empty" in list(actions.generate(" ", *inputs))[-1][0]
+    prepare, actions.pipe.prepare_latents = actions.pipe.prepare_latents, None
+    assert "The run failed: " in list(actions.generate("a <b>ring", *inputs))[-1][0]
+    assert "Choose a picture first." in actions.rebuild(None, "", None)[1]
+    actions.pipe.prepare_latents = prepare
+    *_, (status, pictures, strip, download) = actions.generate("a <b>ring", *inputs)
+    assert "largest" in status and pictures.count("<img") == 2 and strip.count("<img") == 4
+    with zipfile.ZipFile(download["value"]) as archive:
+        assert archive.namelist() == ["drawing-5-0.png", "drawing-5-1.png"]
+        assert Image.open(archive.open("drawing-5-1.png")).size == (32, 32)
+
+
+def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw, refuse, upload, stop; and neither the browser nor the server asks another host for anything."""
+    pytest.importorskip("gradio")
+    pytest.importorskip("playwright")
+    if screenshot_demo.browser() is None:
+        pytest.skip(f"no browser: none of {', '.join(screenshot_demo.BROWSERS)} is installed")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    hosts = set()
+    connect = socket.socket.connect
+
+    def recorded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            hosts.add(address[0])
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", recorded)
+    (tmp_path / "broken.png").write_text("no picture")
+    Image.new("RGBA", (50, 40), (0, 90, 200, 120)).save(tmp_path / "good.png")
+    folder = tmp_path / "rings" / "pipeline"
+    make_pipeline("prefix").save_pretrained(folder)
+    (folder / "README.md").write_text("# Rings\n![far](https://example.com/far.png)")
+    app = page.start(page.build(open_pipeline(str(folder), "cpu")), "127.0.0.1", screenshot_demo.free_port())
+    try:
+        with screenshot_demo.opened(app.local_url, 1280, 900) as view:
+            view.set_default_timeout(20_000)
+            view.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
+            view.reload()
+            view.wait_for_selector("#draw")
+            screenshot_demo.press(view, "#draw", "#status")
+            assert "the prompt is empty" in view.inner_text("#status .error")
+            screenshot_demo.draw(view, "a red ring", 3, 2)
+            assert "largest" in view.inner_text("#status")
+            assert view.locator("#pictures img").count() == 2 and view.locator("#strip figure").count() == 4
+            with view.expect_download() as download:
+                view.click("#download")
+            assert zipfile.is_zipfile(download.value.path())
+            rebuild_in(view, tmp_path / "broken.png")
+            assert "Cannot read the image broken.png" in view.inner_text("#numbers .error")
+            view.get_by_label("Clear").or_(view.get_by_label("Remove Image")).first.click()
+            rebuild_in(view, tmp_path / "good.png")
+            view.wait_for_selector("#cards figure")
+            assert view.locator("#cards figure").count() == 4 and "PSNR" in view.inner_text("#numbers")
+        assert list((tmp_path / "uploads").rglob("good.png"))
+    finally:
+        app.close(verbose=False)
+    assert all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts - {""}), hosts
+    until = time.monotonic() + 20  # the server is given up on after 5 seconds, but goes on to its end
+    while left := [file for file in (tmp_path / "uploads").rglob("*") if file.is_file()]:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+def rebuild_in(view, file: Path) -> None:
+    """Upload a file on the page and wait for what becomes of it."""
+    view.get_by_role("tab", name="Encode and rebuild").click()
+    with view.expect_response(lambda response: "/upload" in response.url):
+        view.locator("input[type=file]").first.set_input_files(file)
+    view.wait_for_timeout(300)
+    screenshot_demo.press(view, "#rebuild", "#numbers")
