@@ -30,6 +30,9 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if not 0 < args.port < 2**16:
         raise ValueError(f"--port must be 1 to 65535, got {args.port}")
-    from tarflow.demo.page import serve  # imported here: it takes seconds, for which wrong options need not wait
+    # Imported here: it takes seconds, for which wrong options need not wait.
+    from tarflow.cli.quiet import quiet_libraries
+    from tarflow.demo.page import serve
 
+    quiet_libraries()
     serve(args.pipeline, args.host, args.port, args.open, args.device)
