@@ -20,7 +20,6 @@ from PIL import Image
 from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 
-from tarflow.data.images import to_model
 from tarflow.demo import about, page
 from tarflow.demo.__main__ import main
 from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Request, checked, draw, noise_removals
@@ -187,7 +186,6 @@ def test_encode_and_rebuild() -> None:
     assert of_pixels.reconstruction is of_pixels.psnr is of_pixels.likelihood is None
     assert of_pixels.quantity == "bits_per_dim" and of_pixels.noise.mode == "RGB"
     assert np.abs(np.asarray(of_pixels.round_trip, int) - np.asarray(of_pixels.fitted, int)).max() <= 1
-    assert to_model(torch.tensor([255], dtype=torch.uint8)) == 1
 
 
 def test_noise_as_a_picture() -> None:
