@@ -30,8 +30,9 @@ from tarflow.training.autoencoder_model import (
     fix_posterior,
     kl_divergence,
 )
-from tarflow.training.autoencoder_report import evaluate, write_metrics
-from tarflow.training.autoencoder_step import AutoencoderStepper
+from tarflow.training.autoencoder_report import evaluate
+from tarflow.training.picture_step import PictureStepper
+from tarflow.training.picture_trainer import write_metrics
 
 MODEL: dict[str, Any] = {
     "latent_channels": 2,
@@ -113,14 +114,14 @@ class TestTraining:
     def test_resume_after_sigterm_is_bit_identical(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = [*ADVERSARIAL, "--steps", "7", "--checkpoint_every", "3", "--accumulation", "2"]
         train(tmp_path / "whole", *settings)
-        take = AutoencoderStepper.take
+        take = PictureStepper.take
 
-        def signalled(self: AutoencoderStepper, batches: Any, step: int, total: int) -> dict[str, Tensor]:
+        def signalled(self: PictureStepper, batches: Any, step: int, total: int) -> dict[str, Tensor]:
             if step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
             return take(self, batches, step, total)
 
-        monkeypatch.setattr(AutoencoderStepper, "take", signalled)
+        monkeypatch.setattr(PictureStepper, "take", signalled)
         assert train(tmp_path / "parts", *settings) == {"step": 5, "stopped": True}
         monkeypatch.undo()
         assert not (tmp_path / "parts").exists()
@@ -151,11 +152,11 @@ class TestTraining:
         train(tmp_path / "first", "--steps", "2")
         start = ["--init_from", str(tmp_path / "first"), "--steps", "1"]
         trained = trainer([*SETTINGS, *start, "--output", str(tmp_path / "second")])
-        for name, value in trained.stepper.reconstruction.vae.state_dict().items():
+        for name, value in trained.task.network.vae.state_dict().items():
             assert torch.equal(value, weights(tmp_path / "first")[name])
         assert trained.run()["step"] == 1
         assert any(not torch.equal(v, weights(tmp_path / "first")[k]) for k, v in weights(tmp_path / "second").items())
-        assert trainer(arguments(tmp_path / "third", *start, sample_size=16)).stepper.latent_shape == (2, 8, 8)
+        assert trainer(arguments(tmp_path / "third", *start, sample_size=16)).task.latent_shape == (2, 8, 8)
         with pytest.raises(ValueError, match=r"model.latent_channels is 4, but the autoencoder .* has 2"):
             trainer(arguments(tmp_path / "third", *start, latent_channels=4))
         assert not (tmp_path / "third_run").exists() or not (tmp_path / "third_run" / "checkpoints").exists()

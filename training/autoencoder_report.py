@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,13 +100,3 @@ def banded_grid(rows: Sequence[Tensor]) -> Tensor:
     bands = [part[first : first + COLUMNS] for first in range(0, len(rows[0]), COLUMNS) for part in rows]
     full = [torch.cat([band, band.new_full((COLUMNS - len(band), *band.shape[1:]), 255)]) for band in bands]
     return make_grid(torch.cat(full).float() / 255, nrow=COLUMNS)
-
-
-def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Add metrics, with their "step", to a file of one JSON object a line. Lines of the same or later steps, which a run
-    wrote that was interrupted, are dropped."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] < metrics["step"]]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in [*kept, json.dumps(metrics)]))
-    temporary.rename(path)

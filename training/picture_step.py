@@ -53,8 +53,9 @@ class Task(Protocol):
             places: of the pictures in the step's batch of all processes and passes.
         """
 
-    def report(self, step: int, last: bool) -> dict[str, float]:
-        """Evaluate ``network`` as it is, save what is to be saved, and return metrics. The main process calls this."""
+    def report(self, step: int, last: bool) -> dict[str, Any]:
+        """Evaluate ``network`` as it is, save what is to be saved, and return metrics, numbers or lists of them. The
+        main process calls this."""
 
 
 class PictureStepper:

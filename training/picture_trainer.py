@@ -64,7 +64,7 @@ class PictureTrainer:
             warmup_steps, weight_decay, max_grad_norm, ema_decay, mixed_precision, num_workers, seed, image_size,
             eval_every, checkpoint_every, keep_checkpoints, log_every, trackers and resume.
         resolved: their YAML, saved with the run.
-        folder: of the run: settings, logs, checkpoints.
+        folder: of the run: settings, logs, metrics.jsonl, checkpoints.
         accelerator: of `picture_accelerator`.
         task: what to train.
 
@@ -80,12 +80,15 @@ class PictureTrainer:
         if state is not None:
             check_facts(checkpoint, state, self.facts())
         self.stepper = PictureStepper(config, accelerator, task)
+        self.metrics = folder / "metrics.jsonl"
         self.step, self.total_steps, self.lowered = 0, config.steps, False  # whether max_minutes has lowered the steps
         if state is not None:
             self.load(checkpoint, state)
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(resolved)
+            if checkpoint is None:
+                self.metrics.unlink(missing_ok=True)
         if config.trackers:
             accelerator.init_trackers("logs")
 
@@ -175,7 +178,7 @@ class PictureTrainer:
         means = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
         means["lr"] = self.stepper.optimizers[0].param_groups[0]["lr"]
         self.accelerator.log({f"train/{name}": value for name, value in means.items()}, self.step)
-        progress.set_postfix({name: f"{means[name]:.4f}" for name in ("loss", "l1")})
+        progress.set_postfix({name: f"{means[name]:.4f}" for name in ("loss", "kl", "l1") if name in means})
 
     def at_intervals(self) -> None:
         """Evaluation and checkpoints where they are due."""
@@ -190,10 +193,11 @@ class PictureTrainer:
         if self.accelerator.is_main_process:
             self.stepper.model.eval()
             with self.stepper.averages.applied():
-                found = self.task.report(self.step, last)
-            metrics |= found
-            self.accelerator.log({f"held_out/{name}": value for name, value in found.items()}, self.step)
-            tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+                metrics |= self.task.report(self.step, last)
+            write_metrics(self.metrics, metrics)
+            numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+            self.accelerator.log({f"held_out/{name}": value for name, value in numbers.items()}, self.step)
+            tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         self.accelerator.wait_for_everyone()
         return metrics
 
@@ -226,3 +230,13 @@ def check_facts(checkpoint: Path, state: dict[str, Any], facts: dict[str, Any]) 
         there = state.get("facts", {}).get(name)
         if there != here:
             raise ValueError(f"the checkpoint {str(checkpoint)!r} differs: {name} is {there} there and {here} here")
+
+
+def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    """Add metrics, with their "step", to a file of one JSON object a line. Lines of the same or later steps, which a run
+    wrote that was interrupted, are dropped."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["step"] < metrics["step"]]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in [*kept, json.dumps(metrics)]))
+    temporary.rename(path)
