@@ -83,7 +83,7 @@ def result_facts(result: Result) -> str:
             ("residual |f(x) − z|", f"largest {largest:.1e}, mean {mean:.1e}"),
             (
                 "time",
-                f"{result.seconds:.2f} s{each}{', once only with trying the decodings' if result.calibrated else ''}",
+                f"{result.seconds:.2f} s{each}{', a first trial of decodings included' if result.calibrated else ''}",
             ),
             ("decoding", decodings),
         ]

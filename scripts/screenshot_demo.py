@@ -71,12 +71,12 @@ def draw(page: Any, prompt: str | None, seed: int, count: int) -> None:
 
 def press(page: Any, button: str, place: str) -> None:
     """Press a button, and wait until a place (both CSS selectors) has other numbers or another error than before."""
-    before = page.inner_text(place)
+    shown = f"{place} dl, {place} .error"
+    before = page.inner_text(shown) if page.locator(shown).count() else ""
     page.click(button)
     page.wait_for_function(
-        "([place, before]) => { const e = document.querySelector(place); "
-        "return e.innerText !== before && e.querySelector('dl, .error') !== null }",
-        arg=[place, before],
+        "([shown, before]) => ![before, undefined].includes(document.querySelector(shown)?.innerText)",
+        arg=[shown, before],
         timeout=600_000,
     )
 
