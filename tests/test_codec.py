@@ -18,7 +18,8 @@ from helpers import SHARED
 from PIL import Image
 from torch import Tensor
 
-from tarflow.vae.codec import SHIPPED, LatentCodec, load_autoencoder, measure_latents
+from tarflow.models import AUTOENCODERS
+from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
 
@@ -195,7 +196,7 @@ def test_unknown_autoencoders_are_errors(tmp_path: Path) -> None:
 
 
 def test_the_shipped_autoencoder() -> None:
-    for name in SHIPPED:
+    for name in AUTOENCODERS:
         codec = LatentCodec(load_autoencoder(name))
         latents = codec.encode(torch.zeros(1, 3, 64, 64))
         assert (codec.factor, latents.shape) == (8, (1, 8, 8, 8))

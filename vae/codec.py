@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-#: The autoencoder that ships with the project: trained on its drawings and on emoji, factor 8, 8 channels.
-SHIPPED = {"drawings_emoji_f8c8": Path(__file__).parent / "drawings_emoji_f8c8"}
+from tarflow.models import AUTOENCODERS
 
 
 def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
@@ -28,13 +26,13 @@ def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
         return None
     import diffusers  # imported here: only training and the shipped autoencoder need it
 
-    path = str(SHIPPED.get(name, name))
+    path = str(AUTOENCODERS.get(name, name))
     try:
         config = diffusers.AutoencoderKL.load_config(path, subfolder=subfolder)
         class_name = config["_class_name"]
         vae = getattr(diffusers, class_name).from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
     except (OSError, AttributeError, KeyError) as error:
-        known = ", ".join(SHIPPED)
+        known = ", ".join(AUTOENCODERS)
         reason = " ".join(str(error).split())
         raise ValueError(
             f"cannot load the autoencoder {name!r} (shipped: {known}; else a folder or hub id): {reason}"
