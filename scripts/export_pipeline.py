@@ -1,0 +1,67 @@
+"""Copy a pipeline with the weights of flow and decoders in 16 bits, as the shipped ones are.
+
+    python scripts/export_pipeline.py --pipeline runs/NAME/pipeline --output models/NAME
+
+What the output folder already has of cards (README.md) and example prompts (examples.json) stays there. Loading gives
+float32 again; the text encoder, which is small, keeps its precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+from tarflow.pipeline.folder import own_folder
+from tarflow.pipeline.opening import open_pipeline
+from tarflow.training.arguments import fail
+
+KEPT = ("README.md", "examples.json")
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def export(pipeline: str, output: str, dtype: torch.dtype) -> int:
+    """Write the copy; returns the size of its files in bytes.
+
+    Raises:
+        ValueError: if there is no such pipeline, ``output`` is a folder of something else, or a weight is too large
+            for the type.
+        OSError: if a file cannot be written.
+    """
+    target = own_folder(pipeline, output)
+    texts = {path.relative_to(target): path.read_bytes() for name in KEPT for path in target.rglob(name)}
+    pipe = open_pipeline(pipeline, "cpu")
+    for name in ("flow", "vae", "finetuned_decoder"):
+        module = getattr(pipe, name)
+        if module is not None:
+            rounded(module, name, dtype)
+    pipe.save_pretrained(target)
+    for place, text in texts.items():
+        (target / place).write_bytes(text)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def rounded(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Weights in another type, in place."""
+    module.to(dtype)
+    for key, value in module.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name}.{key} has numbers that {dtype} cannot hold: take --dtype float32")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", required=True, help="folder, shipped name or hub id")
+    parser.add_argument("--output", required=True, help="folder of the copy; replaced if it is a pipeline")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    args = parser.parse_args(argv)
+    try:
+        size = export(args.pipeline, args.output, getattr(torch, args.dtype))
+    except (ValueError, OSError) as error:
+        fail(error)
+    print(f"{args.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Pipelines copied in 16 bits, as the shipped ones are."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+from safetensors.torch import load_file
+
+from tarflow import TARFlowModel, TARFlowPipeline
+
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "export_pipeline.py"))
+WEIGHTS = Path("flow", "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    flow = TARFlowModel(in_channels=3, sample_size=8, layers_per_block=[1, 1], width=32, head_dim=16)
+    TARFlowPipeline(flow, noise_std=0.1).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def test_weights_take_half_and_cards_stay(pipeline: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(target)])
+    (target / "README.md").write_text("a card")
+    SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(target)])
+    assert (target / "README.md").read_text() == "a card"
+    stored = load_file(target / WEIGHTS)
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    loaded = TARFlowPipeline.from_pretrained(target).flow
+    assert loaded.dtype == torch.float32
+    for name, value in load_file(pipeline / WEIGHTS).items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_what_cannot_be_copied(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit):
+        SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(tmp_path / "other")])
+    assert "which is no pipeline folder" in capsys.readouterr().err
+    pipe = TARFlowPipeline.from_pretrained(pipeline)
+    with torch.no_grad():
+        next(pipe.flow.parameters()).fill_(1e5)
+    pipe.save_pretrained(pipeline)
+    with pytest.raises(SystemExit):
+        SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(tmp_path / "copy")])
+    assert "has numbers that torch.float16 cannot hold" in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()
