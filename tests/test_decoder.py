@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, AutoencoderTiny
 from helpers import ROOT, small_model
@@ -17,9 +18,10 @@ from test_pipeline import draw as draw_images
 from test_pipeline import make_pipeline
 
 from tarflow import TARFlowPipeline, models
+from tarflow.data.images import collate, to_model
 from tarflow.pipeline.folder import add_decoder
 from tarflow.training.arguments import parse_dataclass
-from tarflow.training.decoder import DecoderConfig, finetune_decoder
+from tarflow.training.decoder import DecoderConfig, DecoderTask, finetune_decoder
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder
 
@@ -172,6 +174,21 @@ def finetune(pipeline, output, *arguments) -> dict[str, float]:
         *("--eval_every", "0", "--eval_images", "16", "--checkpoint_every", "0", "--steps", "6"),
     ]
     return finetune_decoder(*parse_dataclass(DecoderConfig, [*settings, *arguments]))
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_noise_is_on_draws_or_means_of_the_posterior(tmp_path, sampled) -> None:
+    tiny_pipeline(tmp_path / "pipeline")
+    settings = ["--pipeline", str(tmp_path / "pipeline"), "--data.image_size", "16", "--noise_std", "0"]
+    settings += ["--mixed_precision", "no", "--sample_posterior", str(sampled).lower()]
+    config, _ = parse_dataclass(DecoderConfig, settings)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    task = DecoderTask(config, Accelerator(cpu=True))
+    batch = collate([task.train[i] for i in range(4)])
+    seen = []
+    task.decode(lambda raw: seen.append(raw), batch, 0, range(4))
+    mean = task.pipe.vae.encode(to_model(batch["image"])).latent_dist.mean
+    assert torch.allclose(seen[0], mean, atol=1e-5) != sampled
 
 
 def files_of(folder) -> dict[str, bytes]:

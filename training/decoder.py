@@ -38,6 +38,8 @@ class DecoderConfig:
         save_to: folder of the pipeline with its new decoder. None puts the decoder into the pipeline's own folder.
         set_default: the pipeline's calls take the new decoder unless they say otherwise; False leaves their default.
         noise_std: σ of the noise on the latents; None is the pipeline's training noise, which its samples have.
+        sample_posterior: noise on draws from the autoencoder's posterior, or else on its means: as the flow was trained
+            (``vae.sample_posterior`` there).
         dtype: of the saved decoder.
         loss: what makes decoded pictures like their originals.
         steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
@@ -60,6 +62,7 @@ class DecoderConfig:
     save_to: str | None = None
     set_default: bool = True
     noise_std: float | None = None
+    sample_posterior: bool = True
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     loss: PictureLossConfig = field(default_factory=PictureLossConfig)
     steps: int = 5000
@@ -166,7 +169,7 @@ class DecoderTask:
     def decode(
         self, model: nn.Module, batch: dict[str, Any], step: int, places: Sequence[int]
     ) -> tuple[Tensor, Tensor, dict[str, tuple[float, Tensor]]]:
-        """Draws of the posterior with noise, decoded, as the flow sees them in its training; no further losses."""
+        """Latents with noise, decoded, as the flow sees them in its training; no further losses."""
         seed, device, codec = self.config.seed, self.accelerator.device, self.pipe.codec
         images = to_model(batch["image"].to(device, non_blocking=True))
         with torch.no_grad():
@@ -176,7 +179,8 @@ class DecoderTask:
             with self.accelerator.autocast():
                 mean, std = codec.encode_posterior(images)
             noise, of_posterior = draw_noise(seed, step, places, (2, *mean.shape[1:]), device).unbind(1)
-            scaled = mean if std is None else mean + std * of_posterior
+            drawn = self.config.sample_posterior and std is not None
+            scaled = mean + std * of_posterior if drawn else mean
             raw = codec.raw(codec.normalise(scaled) + self.noise_std * noise)
         return model(raw), images, {}
 
