@@ -122,7 +122,7 @@ def training_memory(
         arguments: of `TARFlowModel`.
         prefix_length: tokens of the condition with the conditioning "prefix".
         precision: "float32", or "bfloat16" for float32 weights under autocast.
-        mode: one of `MODES`.
+        mode: one of `MODES`, or "reversible" for coupling models.
         published: the published step instead, see `tarflow.evaluation.published_training`; it has no other mode.
         device: whose operations are counted: "cuda" needs one, if it is fake or not. On a CPU short sequences have an
             attention of their own, which keeps more.
@@ -131,7 +131,7 @@ def training_memory(
     with FakeTensorMode() if fake else nullcontext():
         with torch.device(device):
             model = TARFlowModel(**arguments)
-        model.set_checkpointing(*MODES[mode])
+        model.set_checkpointing(*MODES.get(mode, (mode, 1)))
         inputs = random_inputs(model, batch, prefix_length)
         parameters = list(model.parameters())
         optimizer = optimizer_as_published(model, 0.0) if published else torch.optim.AdamW(parameters, fused=True)

@@ -28,6 +28,9 @@ class FlowBlock(TokenNetwork):
         config: what the block is made of.
     """
 
+    #: Whether `inverse` is one parallel pass, as in the subclasses; here it makes token after token.
+    one_pass = False
+
     def __init__(self, config: BlockConfig):
         # [raw scale; shift]; zeros, so an untrained block is the identity
         super().__init__(config, outputs=config.token_dim * (1 if config.scale == "additive" else 2))

@@ -35,7 +35,8 @@ class BlockChoice:
     """What was found for one block.
 
     Attributes:
-        method, segment: as of `Decoding`.
+        method, segment: as of `Decoding`; "parallel" where there is one pass and nothing to choose, whose time is all
+            of the following.
         step_ms, sweep_ms: one sequential step; one parallel pass over all tokens.
         sweeps: passes that the fastest sweeping method needed; None if none was worth trying.
         sequential_ms, best_ms: the whole block, sequentially (estimated, or measured if that is less) and by the
@@ -105,6 +106,11 @@ def calibrate_block(
         result = function()
         return clock(z.device) - start, result
 
+    if block.one_pass:
+        row_major = reorder(z, block.config.order)
+        seconds, (x, _) = timed(lambda: block.inverse(row_major, grid, cond, null_cond, guidance))
+        whole = round(1e3 * seconds, 4)
+        return BlockChoice("parallel", None, whole, whole, 1, whole, whole), reorder(x, block.config.order)
     run, count = new_run(), min(TIMED_STEPS, z.shape[1])
     base = run.cache.length
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tarflow.flows.affine import SCALES
+from tarflow.flows.groups import GROUPS
 from tarflow.flows.order import ORDERS
 from tarflow.flows.positions import TEXT_FREQUENCIES
 
 CONDITIONINGS = ("none", "class_vectors", "class_prefix", "prefix")
 DENOISERS = ("none", "unconditional", "conditional")
+MIXINGS = ("none", "lu")
 POSITIONS = ("learned", "rotary", "rotary_1d")
 CHOICES = {
     "mlp": ("gelu", "geglu"),
@@ -18,6 +20,8 @@ CHOICES = {
     "positions": POSITIONS,
     "conditioning": CONDITIONINGS,
     "order": ORDERS,
+    "groups": GROUPS,
+    "mixing": MIXINGS,
 }
 
 
@@ -26,7 +30,8 @@ class BlockConfig:
     """Settings of one block; those that `TARFlowModel` has too mean the same there.
 
     ``conditioning`` is "none" for a block that does not see the condition; ``text_axis`` says whether rotary positions
-    keep room for a prefix, which they do in all blocks of a model with one. ``causal`` is False for the denoiser only.
+    keep room for a prefix, which they do in all blocks of a model with one. ``causal`` is False for the denoiser and
+    for coupling blocks, whose tokens stay in row-major order; ``swapped`` says which of their groups is seen.
     """
 
     token_dim: int
@@ -54,6 +59,10 @@ class BlockConfig:
     cond_dim: int
     order: str
     causal: bool
+    groups: str
+    swapped: bool
+    mixing: str
+    actnorm: bool
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

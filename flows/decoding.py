@@ -16,7 +16,7 @@ from tarflow.flows.affine import affine_forward
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.order import reorder
 
-METHODS = ("auto", "sequential", "jacobi", "gs_jacobi")
+METHODS = ("auto", "sequential", "jacobi", "gs_jacobi", "parallel")
 #: Samples agree with sequential ones to 1e-3 with the default tolerance, and to 0.1 with the fast one.
 DEFAULT_TOLERANCE = 1e-4
 FAST_TOLERANCE = 1e-2
@@ -28,8 +28,9 @@ class Decoding:
 
     Attributes:
         method: "sequential", token after token, exact to rounding; "jacobi", all tokens at once, again and again until
-            nothing changes; "gs_jacobi" (Gauss–Seidel–Jacobi), segment after segment, Jacobi within; "auto", what
-            `calibrate` found to be the fastest on this device.
+            nothing changes; "gs_jacobi" (Gauss–Seidel–Jacobi), segment after segment, Jacobi within; "parallel", the
+            one exact pass of coupling and inverse autoregressive blocks, which they also take for "sequential"; "auto",
+            what `calibrate` found to be the fastest on this device.
         tolerance: sweeps over a segment end for a sample when no number of it changed by more than this, or is
             expected to, by how fast the changes shrink. After as many sweeps as the segment has tokens it is exact
             anyway.
@@ -138,6 +139,20 @@ class BlockRun:
         return run
 
 
+def check_method(decoding: Decoding, one_pass: bool) -> None:
+    """An error for a method that is not for blocks that are inverted in one pass, or only for them."""
+    if one_pass and decoding.method not in ("sequential", "parallel"):
+        raise ValueError(
+            f"this model's blocks are inverted exactly in one parallel pass, so there is no {decoding.method!r}: leave "
+            "decoding out"
+        )
+    if not one_pass and decoding.method == "parallel":
+        raise ValueError(
+            "the decoding method 'parallel' is for coupling and inverse autoregressive blocks; these ones make token "
+            "after token: leave decoding out"
+        )
+
+
 def expand_rows(cond: Tensor | None, block: Any, batch: int) -> Tensor:
     """A block's condition with one row per sample; class vectors without a label take the "no class" row."""
     if cond is None:
@@ -181,6 +196,9 @@ def residual(
     """
     tokens, grid = model.patchify(x)
     for block in model.blocks:
+        if block.one_pass:
+            tokens, _ = block(tokens, grid, cond, null_cond, guidance)
+            continue
         run = BlockRun(block, len(tokens), grid, cond, null_cond, guidance, cached=False)
         ordered = reorder(tokens, block.config.order)
         out = ordered.clone()

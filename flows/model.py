@@ -1,33 +1,31 @@
-"""TARFlowModel: the whole flow. TARFlow and STARFlow are configurations of it.
+"""TARFlowModel: the whole flow. TARFlow, STARFlow and their ancestors are configurations of it.
 
 Shapes: B batch, C channels, H × W size of the latents, p patch size, T = H/p · W/p tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from tarflow.flows import sampling
-from tarflow.flows.block import FlowBlock
-from tarflow.flows.config import CONDITIONINGS, DENOISERS, BlockConfig
-from tarflow.flows.denoiser import Denoiser
+from tarflow.flows.build import check_model, make_blocks, make_denoiser
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.network import recomputed
-from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, unpatchify
+from tarflow.flows.order import patchify, unpatchify
+from tarflow.flows.reversible import through_blocks
 
 #: What `TARFlowModel.set_checkpointing` takes.
-CHECKPOINTED = ("none", "block", "layer", "both")
+CHECKPOINTED = ("none", "block", "layer", "both", "reversible")
 
 
 class TARFlowModel(ModelMixin, ConfigMixin):
-    """Autoregressive flow blocks, listed from the data to the noise.
+    """Flow blocks, listed from the data to the noise.
 
     Args:
         in_channels: C.
@@ -42,6 +40,7 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         norm: "layer_norm" or "rms_norm", before attention and MLP; ``post_norm`` after them, ``final_norm`` before the
             output and ``qk_norm`` are RMSNorm with either; ``bias`` of attention and MLP.
         start_token: a learned input before token 0, which is then transformed too; else outputs are shifted by one.
+            In coupling blocks it stands in the places that are not seen; else zeros do.
         scale: "exp", "softplus" or "additive" (volume preserving).
         soft_clip: bound s·tanh(·/s) of the affine parameters; 0 is off.
         positions: "learned", "rotary" or "rotary_1d"; ``position_length`` (None: the grid's side) scales rotary ones.
@@ -53,6 +52,12 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         learned_prior: keep a running prior variance per number (see `update_prior`).
         learned_denoiser: also a network that predicts the score, "none", "unconditional" or "conditional" (it sees the
             condition); of ``denoiser_layers`` layers of the shallow blocks' width.
+        block: "autoregressive" (TARFlow, STARFlow), "coupling" (NICE, RealNVP, Glow: one group of tokens is changed by
+            what is seen of the other, in one pass in both directions) or "inverse_autoregressive" (IAF: drawing is one
+            pass, likelihood goes token after token).
+        groups: of coupling blocks, "checkerboard" or "halves"; which one is seen alternates as the orders do.
+        mixing: before each coupling block "lu", a learned invertible matrix over a token's numbers, or "none";
+            ``actnorm`` a learned shift and scale of each before that, see `initialize_actnorm`.
 
     Raises:
         ValueError: for settings that do not fit together.
@@ -94,86 +99,39 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         learned_prior: bool = False,
         learned_denoiser: str = "none",
         denoiser_layers: int = 8,
+        block: str = "autoregressive",
+        groups: str = "checkerboard",
+        mixing: str = "none",
+        actnorm: bool = False,
     ):
         super().__init__()
-        check_model(
-            layers_per_block, sample_size, patch_size, patch_layout, conditioning, condition_blocks, learned_denoiser
-        )
-        if conditioning.startswith("class") and num_classes < 1:
-            raise ValueError(f"conditioning {conditioning!r} needs num_classes of at least 1, got {num_classes}")
-        if conditioning == "prefix" and cond_dim < 1:
-            raise ValueError(f"conditioning 'prefix' needs cond_dim of at least 1, got {cond_dim}")
-        grid_size = sample_size // patch_size
-        last = len(layers_per_block) - 1
-
-        def network_config(layers: int, network_width: int, sees: bool, order: str) -> BlockConfig:
-            if num_heads is None and network_width % head_dim:
-                raise ValueError(
-                    f"head_dim {head_dim} does not divide the width {network_width}; set num_heads, or other"
-                )
-            heads = num_heads or network_width // head_dim
-            return BlockConfig(
-                token_dim=in_channels * patch_size**2,
-                grid_size=grid_size,
-                layers=layers,
-                width=network_width,
-                head_dim=head_dim,
-                num_heads=heads,
-                num_kv_heads=num_kv_heads or heads,
-                mlp_ratio=mlp_ratio,
-                mlp=mlp,
-                norm=norm,
-                final_norm=final_norm,
-                qk_norm=qk_norm,
-                post_norm=post_norm,
-                bias=bias,
-                start_token=start_token,
-                scale=scale,
-                soft_clip=soft_clip,
-                positions=positions,
-                position_length=position_length or grid_size,
-                text_axis=conditioning in ("class_prefix", "prefix"),
-                conditioning=conditioning if sees else "none",
-                num_classes=num_classes,
-                cond_dim=num_classes + 1 if conditioning == "class_prefix" else cond_dim,
-                order=order,
-                causal=True,
-            )
-
-        self.blocks = nn.ModuleList()
-        for index, layers in enumerate(layers_per_block):
-            if layers > 0:
-                block_width = deep_width if index == last and deep_width else width
-                sees = condition_blocks == "all" or index == last
-                self.blocks.append(
-                    FlowBlock(network_config(layers, block_width, sees, block_order(index, first_order)))
-                )
-        self.denoiser: Denoiser | None = None
-        if learned_denoiser != "none":
-            config = network_config(denoiser_layers, width, learned_denoiser == "conditional", "row_major")
-            config = replace(config, causal=False, final_norm=True)
-            self.denoiser = Denoiser(config, outputs=config.token_dim)
+        check_model(self.config)
+        self.blocks = make_blocks(self.config)
+        self.denoiser = make_denoiser(self.config)
         self.prior_variance: Tensor | None
-        variance = torch.ones(grid_size**2, in_channels * patch_size**2) if learned_prior else None
-        self.register_buffer("prior_variance", variance)
-        self.checkpoint_blocks = False
+        numbers = (sample_size // patch_size) ** 2, in_channels * patch_size**2
+        self.register_buffer("prior_variance", torch.ones(numbers) if learned_prior else None)
+        self.checkpoint_blocks = self.reversible = False
 
     def set_checkpointing(self, unit: str, every: int = 1) -> None:
         """Which activations the backward pass computes again instead of keeping them, to save memory.
 
         Args:
             unit: "none"; "block", of which only the input tokens stay, (B, T, C) for each block; "layer", of which only
-                the input (B, T, D) stays; "both", layers while a block is computed again.
+                the input (B, T, D) stays; "both", layers while a block is computed again; "reversible", for coupling
+                blocks, nothing but the last output: inputs are rebuilt from it.
             every: with "layer" and "both", of every so many layers only; of the others all activations stay.
 
         Raises:
-            ValueError: for another unit, or ``every`` below 1.
+            ValueError: for another unit, "reversible" with blocks of another kind, or ``every`` below 1.
         """
         if unit not in CHECKPOINTED:
             raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTED)}, got {unit!r}")
         if every < 1:
             raise ValueError(f"checkpointing needs a layer distance of at least 1, got {every}")
-        self.checkpoint_blocks = unit in ("block", "both")
+        if unit == "reversible" and self.config.block != "coupling":
+            raise ValueError(f"checkpointing 'reversible' is for block 'coupling', not {self.config.block!r}")
+        self.checkpoint_blocks, self.reversible = unit in ("block", "both"), unit == "reversible"
         for network in [*self.blocks, *([] if self.denoiser is None else [self.denoiser])]:
             network.checkpoint_every = every if unit in ("layer", "both") else 0
 
@@ -208,6 +166,11 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         """
         condition = self.condition(class_labels, cond, x.shape[0])
         tokens, grid = self.patchify(x)
+        if self.reversible and torch.is_grad_enabled():
+            if return_block_outputs:
+                raise ValueError("checkpointing 'reversible' keeps no blocks' outputs: take another, or leave them out")
+            tokens, log_det = through_blocks(self.blocks, tokens, grid, condition)
+            return self.unpatchify(tokens, grid), log_det
         log_det: Tensor | float = 0.0
         outputs = []
         for block in self.blocks:
@@ -231,7 +194,7 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         null_cond: Tensor | None = None,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Noise to data, sequentially.
+        """Noise to data, sequentially, or in one pass where the blocks are inverted so.
 
         Args:
             z: (B, C, H, W).
@@ -248,6 +211,20 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         if guidance is not None and guidance.weight > 0:
             null = self.condition(None, null_cond, z.shape[0])
         return sampling.generate(self, z, condition, null, guidance)
+
+    @torch.no_grad()
+    def initialize_actnorm(self, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> None:
+        """Set each actnorm so that the numbers that come to it from a batch have mean 0 and deviation 1. Without this
+        they start as the identity.
+
+        Args:
+            x, class_labels, cond: as in `forward`; some hundred samples.
+        """
+        condition = self.condition(class_labels, cond, x.shape[0])
+        tokens, grid = self.patchify(x)
+        for block in self.blocks if self.config.actnorm else ():
+            block.actnorm.initialize(tokens)
+            tokens, _ = block(tokens, grid, condition)
 
     def scaled_score(self, y: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """σ·∇(−log p(y)) as the learned denoiser predicts it, (B, C, H, W), at least float32.
@@ -339,32 +316,3 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         """Standard normal noise (B, C, H, W) as a draw from the prior."""
         variance = self.prior_variance_image()
         return noise if variance is None else noise * variance.sqrt().to(noise.dtype)
-
-
-def check_model(
-    layers_per_block: tuple[int, ...],
-    sample_size: int,
-    patch_size: int,
-    patch_layout: str,
-    conditioning: str,
-    condition_blocks: str,
-    learned_denoiser: str,
-) -> None:
-    """Errors of a model's settings that no single block can see."""
-    if not layers_per_block or layers_per_block[-1] < 1 or min(layers_per_block) < 0:
-        raise ValueError(
-            f"layers_per_block must list at least one block, none negative, the last one with layers; "
-            f"got {list(layers_per_block)}"
-        )
-    if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
-        raise ValueError(f"sample_size ({sample_size}) must be a positive multiple of patch_size ({patch_size})")
-    if patch_layout not in PATCH_LAYOUTS:
-        raise ValueError(f"patch_layout must be one of {', '.join(PATCH_LAYOUTS)}, got {patch_layout!r}")
-    if conditioning not in CONDITIONINGS:
-        raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {conditioning!r}")
-    if condition_blocks not in ("all", "deep"):
-        raise ValueError(f"condition_blocks must be 'all' or 'deep', got {condition_blocks!r}")
-    if learned_denoiser not in DENOISERS:
-        raise ValueError(f"learned_denoiser must be one of {', '.join(DENOISERS)}, got {learned_denoiser!r}")
-    if learned_denoiser == "conditional" and conditioning == "none":
-        raise ValueError("learned_denoiser is 'conditional', but conditioning is 'none'")

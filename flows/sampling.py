@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tarflow.flows.affine import at_least_float32
-from tarflow.flows.decoding import BlockRun, Decoding, check_finite
+from tarflow.flows.decoding import BlockRun, Decoding, check_finite, check_method
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
@@ -39,7 +39,7 @@ def decode(
         z: row-major tokens (B, T, C); not changed.
         grid: rows and columns of tokens.
         cond, null_cond, guidance: see `BlockRun`.
-        decoding: how; sequentially if not given. "auto" must have been resolved.
+        decoding: how; exactly (sequentially or in one pass) if not given. "auto" must have been resolved.
         name: of the block, for errors.
         fast: compiled steps for sequential decoding, if any.
 
@@ -47,7 +47,7 @@ def decode(
         x (B, T, C), row-major, and the log|det dz/dx| (B,) of the (guided) map at x.
 
     Raises:
-        ValueError: for a segment longer than the sequence.
+        ValueError: for a segment longer than the sequence, or a method that is not for this kind of block.
         FloatingPointError: for numbers that are not finite; names the block and the token.
     """
     decoding = decoding or Decoding()
@@ -55,7 +55,12 @@ def decode(
         raise ValueError("the method 'auto' is resolved by `calibrate`, not here")
     if decoding.segment is not None and decoding.segment > z.shape[1]:
         raise ValueError(f"the decoding segment has {decoding.segment} tokens, but the sequence only {z.shape[1]}")
+    check_method(decoding, block.one_pass)
     with torch.autocast(z.device.type, enabled=False):
+        if block.one_pass:
+            x, log_det = block.inverse(at_least_float32(z), grid, cond, null_cond, guidance)
+            check_finite(reorder(x, block.config.order), name)
+            return x, log_det
         run = BlockRun(block, z.shape[0], grid, cond, null_cond, guidance)
         z = at_least_float32(reorder(z, block.config.order))
         if decoding.method == "sequential":

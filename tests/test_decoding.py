@@ -201,7 +201,7 @@ def test_pipeline_with_fast_steps() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="must be one of auto, sequential, jacobi, gs_jacobi, got 'magic'"):
+    with pytest.raises(ValueError, match="must be one of auto, sequential, jacobi, gs_jacobi, parallel, got 'magic'"):
         Decoding("magic")
     with pytest.raises(ValueError, match=r"tolerance must be positive, got 0"):
         Decoding("jacobi", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from tarflow.flows.model import TARFlowModel
 from tarflow.training.averages import WeightAverages
 
 NAME = re.compile(r"^step_(\d+)$")
@@ -123,8 +125,11 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
         ValueError: that names the first difference, and what to do.
     """
     facts, name = json.loads(json.dumps(facts)), str(path)
+    # A setting that one of the two does not name has its default, also in checkpoints from before there was the setting.
+    defaults = {key: value.default for key, value in inspect.signature(TARFlowModel).parameters.items()}
+    defaults = json.loads(json.dumps(defaults))
     for key in sorted(set(facts["flow"]) | set(state["flow"])):
-        there, here = (flow.get(key) for flow in (state["flow"], facts["flow"]))
+        there, here = (flow.get(key, defaults.get(key)) for flow in (state["flow"], facts["flow"]))
         if there != here:
             raise ValueError(
                 f"the checkpoint {name!r} has another architecture: flow.{key} is {there!r} there and {here!r} here"

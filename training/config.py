@@ -133,7 +133,8 @@ class TrainConfig:
         mixed_precision: "no", "bf16" or "fp16".
         compile: compile the Transformer layers (`torch.compile`); the first steps take minutes, the others less time.
         checkpointing: activations that are computed again in the backward pass to save memory: "none", of each
-            "block", of each "layer" (with ``checkpointing_every`` only of every so many layers), or "both".
+            "block", of each "layer" (with ``checkpointing_every`` only of every so many layers), or "both"; or
+            "reversible", for coupling blocks, all of them, from the last output.
         ema_decay: of the averaged weights that are evaluated and saved; averages with ``more_ema_decays`` are kept,
             evaluated at the end and saved beside them.
         max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
@@ -151,7 +152,7 @@ class TrainConfig:
     latent_norm_weight: float = 0.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
-    checkpointing: Literal["none", "block", "layer", "both"] = "none"
+    checkpointing: Literal["none", "block", "layer", "both", "reversible"] = "none"
     checkpointing_every: int = 1
     ema_decay: float = 0.9999
     more_ema_decays: list[float] = field(default_factory=list)
@@ -275,6 +276,10 @@ class RunConfig:
             check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
         if self.train.noise == "uniform":
             check(self.vae.pixels, "train.noise is 'uniform', which is for pixels: set vae.name to none")
+        check(
+            self.train.checkpointing != "reversible" or self.train.latent_norm_weight == 0,
+            "train.latent_norm_weight needs the blocks' outputs, which train.checkpointing 'reversible' does not keep",
+        )
         if self.flow.get("learned_denoiser", "none") != "none":
             check(
                 self.train.noise == "gaussian" and self.train.noise_std > 0,

@@ -88,6 +88,11 @@ def check_parallel(accelerator: Accelerator, config: RunConfig) -> None:
             "under FSDP a learned denoiser cannot be trained with train.accumulation above 1: raise train.batch_size "
             "instead, or use configs/accelerate/ddp.yaml"
         )
+    if accelerator.is_fsdp2 and config.train.checkpointing == "reversible":
+        raise ValueError(
+            "under FSDP weights are not whole in the backward pass, which train.checkpointing 'reversible' needs: use "
+            "'block', or configs/accelerate/ddp.yaml"
+        )
     if config.text.shard and not accelerator.is_fsdp2:
         raise ValueError("text.shard is true, but this is no FSDP run: start it with configs/accelerate/fsdp2.yaml")
 
