@@ -1,13 +1,16 @@
-"""Densities in nats: of the prior, of the model per sample, per dimension; and the training loss."""
+"""Densities in nats: of the prior, of the model per sample, per token, per dimension; and the training loss."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow.flows.affine import at_least_float32
+from tarflow.flows.affine import affine_forward, at_least_float32
+from tarflow.flows.decoding import BlockRun
+from tarflow.flows.order import reorder
 
 
 def prior_log_prob(z: Tensor, variance: Tensor | None = None) -> Tensor:
@@ -23,6 +26,51 @@ def log_prob(model: Any, x: Tensor, class_labels: Tensor | None = None, cond: Te
     """log p(x) of a `TARFlowModel` in nats, (B,); x in image layout (B, C, H, W)."""
     z, log_det = model(x, class_labels=class_labels, cond=cond)
     return prior_log_prob(z, model.prior_variance_image()) + log_det
+
+
+def block_affine(
+    block: Any, x: Tensor, grid: tuple[int, int], condition: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Shift and log-scale of a `FlowBlock` at row-major tokens x (B, T, C): (B, T, C) each, row-major too.
+
+    Args:
+        condition: as the blocks take it (`TARFlowModel.condition`).
+
+    Raises:
+        ValueError: if the block is not autoregressive from noise to data.
+    """
+    if block.one_pass:
+        raise ValueError("shares of tokens and filling of holes are for autoregressive blocks; this model has others")
+    run = BlockRun(block, len(x), grid, condition, None, None, cached=False)
+    shift, log_scale = run.parameters(reorder(x, block.config.order), run.first, run.num_tokens)
+    parts = (F.pad(part, (0, 0, run.first, 0)) for part in (shift, log_scale))  # token 0 may pass unchanged
+    shift, log_scale = (reorder(part, block.config.order) for part in parts)
+    return shift, log_scale
+
+
+def token_log_prob(model: Any, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    """log p(x) in nats, shared out over the grid of tokens, (B, h, w); the sum over a picture is `log_prob`.
+
+    A token's share is the prior's density of z at its place, and the −log-scales that the blocks applied at its place.
+    With more than one block z there has seen other tokens too, so a share is no conditional probability of its token
+    but says where the model finds the picture expensive.
+
+    Args:
+        model: a `TARFlowModel`.
+        x: (B, C, H, W); class_labels, cond: as of its ``forward``.
+    """
+    condition = model.condition(class_labels, cond, len(x))
+    tokens, grid = model.patchify(x)
+    share: Tensor | float = 0.0
+    for block in model.blocks:
+        shift, log_scale = block_affine(block, tokens, grid, condition)
+        tokens, _ = affine_forward(tokens, shift, log_scale)
+        share = share - log_scale.sum(2)  # (B, T)
+    if model.prior_variance is not None:
+        std = model.prior_variance.sqrt().to(tokens.dtype)  # (T, C)
+        tokens, share = tokens / std, share - std.log().sum(1)
+    prior = prior_log_prob(tokens.flatten(0, 1)).unflatten(0, share.shape)
+    return (share + prior).unflatten(1, grid)
 
 
 def nats_per_dim(log_prob: Tensor, dims: int) -> Tensor:

@@ -26,6 +26,7 @@ from tarflow.flows.model import TARFlowModel
 from tarflow.models import resolve
 from tarflow.pipeline import checks
 from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
+from tarflow.pipeline.editing import ExactFlowTools
 from tarflow.pipeline.folder import written_beside
 from tarflow.pipeline.text import encode_captions
 from tarflow.vae.codec import LatentCodec
@@ -53,7 +54,7 @@ class TARFlowPipelineOutput(BaseOutput):
     residual_mean: Tensor | None = None
 
 
-class TARFlowPipeline(DiffusionPipeline):
+class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
     """Draws images with a latent flow.
 
     Args:
@@ -165,6 +166,7 @@ class TARFlowPipeline(DiffusionPipeline):
         segment: int | None = None,
         return_residual: bool = False,
         decoder: str | None = None,
+        temperature: float = 1.0,
     ) -> TARFlowPipelineOutput | tuple:
         """Draw images; one step is the inversion of one flow block.
 
@@ -197,6 +199,7 @@ class TARFlowPipeline(DiffusionPipeline):
                 `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
                 unit size, agree with sequential ones to 1e-3, with "fast" to 0.1; ``return_residual`` tells.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
+            temperature: factor on the prior noise; below 1 pictures are likelier and less varied.
 
         Returns:
             `TARFlowPipelineOutput`, or with ``return_dict=False`` a tuple of its fields that are not None.
@@ -210,6 +213,8 @@ class TARFlowPipeline(DiffusionPipeline):
             prompt, class_labels, negative_prompt, prompt_embeds, scale, callback_on_step_end_tensor_inputs
         )
         denoise, decoder = self.check_outputs(denoise, output_type, decoder)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
         if decoding == "fast":
             decoding, tolerance = "auto", FAST_TOLERANCE
         if isinstance(decoding, str):
@@ -253,7 +258,7 @@ class TARFlowPipeline(DiffusionPipeline):
             batch = len(labels)
 
         # 2. Noise
-        noise = self.prepare_latents(batch, shape, device, generator, latents)
+        noise = temperature * self.prepare_latents(batch, shape, device, generator, latents)
 
         # 3. Noise to latents, block after block
         self.run_offload_hook(self.flow)
