@@ -13,6 +13,7 @@ from tarflow.flows.block import FlowBlock
 from tarflow.flows.decoding import BlockRun, Decoding
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
+from tarflow.flows.kv_cache import GrowingCache
 from tarflow.flows.order import reorder
 from tarflow.flows.sequential import decode_sequential
 
@@ -36,8 +37,7 @@ class InverseAutoregressiveBlock(FlowBlock):
     ) -> tuple[Tensor, Tensor]:
         """Data to noise, token after token.
 
-        With gradients each token is a pass over all before it, T passes kept for the backward pass: for small grids.
-        Without, keys and values are cached.
+        With gradients the keys and values of all T passes are kept for the backward pass, T² slots: for small grids.
 
         Args:
             x: row-major tokens (B, T, C).
@@ -51,15 +51,17 @@ class InverseAutoregressiveBlock(FlowBlock):
             return self.encode(x, grid, cond, null_cond, guidance)
         self.refuse_guidance(guidance)
         ordered = at_least_float32(reorder(x, self.config.order))
-        context, made, log_scales = self.context(cond, grid), [], []
+        context, cache = self.context(cond, grid), GrowingCache(self.config.layers)
         if self.start_token is None:  # token 0 is unchanged
-            made, log_scales, first = [ordered[:, :1]], [torch.zeros_like(ordered[:, :1])], []
+            made, log_scales = [ordered[:, :1]], [torch.zeros_like(ordered[:, :1])]
         else:
-            first = [self.start_token.to(ordered.dtype).expand(len(ordered), 1, -1)]
+            made, log_scales = [], []
         for token in range(len(made), ordered.shape[1]):
-            shift, log_scale = self.affine_parameters(torch.cat([*first, *made], dim=1), 0, context)
-            log_scales.append(log_scale[:, -1:])
-            made.append(affine_inverse(ordered[:, token : token + 1], shift[:, -1:], log_scales[-1]))
+            last = made[-1] if made else self.start_token.to(ordered.dtype).expand(len(ordered), 1, -1)
+            slot = max(cache.length - context.prefix_length, 0)
+            shift, log_scale = self.affine_parameters(last, slot, context, cache)
+            log_scales.append(log_scale)
+            made.append(affine_inverse(ordered[:, token : token + 1], shift, log_scale))
         z = reorder(torch.cat(made, dim=1), self.config.order)
         return z, torch.cat(log_scales, dim=1).flatten(1).sum(1)
 

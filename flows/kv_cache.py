@@ -54,3 +54,29 @@ class KVCache:
         other = copy.copy(self)
         other.keys_values = self.keys_values[:, rows]
         return other
+
+
+class GrowingCache:
+    """The same for passes with gradients, which cannot write in place: each new slot makes longer tensors.
+
+    Args:
+        layers: of the network.
+    """
+
+    def __init__(self, layers: int):
+        self.keys_values: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.length = 0
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As of `KVCache`."""
+        old = self.keys_values[layer]
+        new = (
+            (keys, values)
+            if old is None
+            else tuple(torch.cat(pair, dim=2) for pair in zip(old, (keys, values), strict=True))
+        )
+        self.keys_values[layer] = new
+        return new
+
+    def advance(self, slots: int) -> None:
+        self.length += slots

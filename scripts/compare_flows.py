@@ -1,0 +1,27 @@
+"""NICE, RealNVP, Glow, IAF, TARFlow and STARFlow side by side: the same data, number of parameters and steps.
+
+    python scripts/compare_flows.py --quick true
+    python scripts/compare_flows.py --quick true --parts '[plane, digits]' --output runs/flows
+
+Densities of the plane, digits of scikit-learn, latents of the project's drawings, and memory against depth. Each
+training is kept in a file of its own, so the same command goes on where it stopped; tables (``flows.md``) and pictures
+are made of all. ``pip install 'tarflow[family]'`` brings scikit-learn, and zuko, whose flows stand beside ours.
+"""
+
+from __future__ import annotations
+
+from tarflow.evaluation.flow_comparison import FlowComparison, compare_flows
+from tarflow.training.arguments import fail, parse_dataclass
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        config, _ = parse_dataclass(FlowComparison, argv, __doc__)
+        path = compare_flows(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(ValueError(" ".join(str(error).split())))
+    print(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
