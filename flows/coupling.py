@@ -54,11 +54,7 @@ class CouplingBlock(FlowBlock):
         Returns:
             z (B, T, C) and log|det dz/dx| (B,).
         """
-        log_det: Tensor | float = 0.0
-        for part in (self.actnorm, self.mixing):
-            if part is not None:
-                x, part_log_det = part(x)
-                log_det = log_det + part_log_det
+        x, log_det = self.mixed(x)
         z, coupling_log_det = affine_forward(x, *self.group_parameters(x, grid, cond, null_cond, guidance))
         return z, log_det + coupling_log_det
 
@@ -80,12 +76,27 @@ class CouplingBlock(FlowBlock):
                 it is in an autoregressive block; annealed it has its full weight, as for the token that is made last.
         """
         shift, log_scale = self.group_parameters(z, grid, cond, null_cond, guidance)
-        x, log_det = affine_inverse(z, shift, log_scale), -log_scale.flatten(1).sum(1)
-        for part in (self.mixing, self.actnorm):
+        x, log_det = self.unmixed(affine_inverse(z, shift, log_scale))
+        return x, log_det - log_scale.flatten(1).sum(1)
+
+    def mixed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes before the coupling, actnorm and mixing: tokens (B, T, C) and log|det| (B,)."""
+        x = at_least_float32(x)
+        log_det = x.new_zeros(len(x))
+        for part in (self.actnorm, self.mixing):
             if part is not None:
-                x, part_log_det = part.inverse(x)
+                x, part_log_det = part(x)
                 log_det = log_det + part_log_det
         return x, log_det
+
+    def unmixed(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `mixed`, with the same log|det|."""
+        log_det = z.new_zeros(len(z))
+        for part in (self.mixing, self.actnorm):
+            if part is not None:
+                z, part_log_det = part.inverse(z)
+                log_det = log_det + part_log_det
+        return z, log_det
 
     def group_parameters(
         self,

@@ -1,4 +1,4 @@
-"""Reversible training: blocks whose inputs are rebuilt from their outputs in the backward pass (Gomez et al., The
+"""Reversible training: coupling blocks whose inputs are rebuilt from their outputs in the backward pass (Gomez et al., The
 Reversible Residual Network, 2017), so that memory does not grow with their number.
 
 Shapes: B batch, T tokens, C channels of a token.
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tarflow.flows.affine import affine_forward, affine_inverse
 
 
 class ReversibleBlocks(torch.autograd.Function):
@@ -39,23 +41,59 @@ class ReversibleBlocks(torch.autograd.Function):
         found: dict[int, Tensor | None] = {}  # by the parameter's id
         with torch.autocast(*ctx.autocast):
             for block in reversed(ctx.blocks):
-                with torch.no_grad():
-                    x, _ = block.inverse(z, ctx.grid, cond)
-                with torch.enable_grad():
-                    x = x.detach().requires_grad_()
-                    seen = cond.detach().requires_grad_() if ctx.needs_input_grad[3] else cond
-                    outputs = block(x, ctx.grid, seen)
-                parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-                inputs = [x, *parameters, *([seen] if ctx.needs_input_grad[3] else [])]
-                pairs = zip(outputs, (grad_tokens, grad_log_det), strict=True)
-                outputs, given = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
-                grads = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
-                found |= {id(parameter): grad for parameter, grad in zip(parameters, grads[1:], strict=False)}
-                if ctx.needs_input_grad[3] and grads[-1] is not None:
-                    grad_cond = grads[-1] if grad_cond is None else grad_cond + grads[-1]
-                z, grad_tokens = x.detach(), grads[0]
+                seen = cond.detach().requires_grad_() if ctx.needs_input_grad[3] else cond
+                z, grad_tokens, grads = backward_of_block(block, z, ctx.grid, seen, grad_tokens, grad_log_det)
+                of_cond = grads.pop(id(seen), None)
+                if of_cond is not None:
+                    grad_cond = of_cond if grad_cond is None else grad_cond + of_cond
+                found |= grads
         of_parameters = [found.get(id(parameter)) for parameter in parameters_of(ctx.blocks)]
         return None, None, grad_tokens.to(ctx.dtype), grad_cond, *of_parameters
+
+
+@torch.enable_grad()
+def backward_of_block(
+    block: Any, z: Tensor, grid: tuple[int, int], cond: Tensor | None, grad_z: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, Tensor, dict[int, Tensor | None]]:
+    """A coupling block's input, rebuilt from its output, the gradient there, and those of parameters and condition.
+
+    One pass of the network serves both: it reads the seen group, which is the same in z as before the coupling.
+
+    Args:
+        block: a `CouplingBlock`.
+        z: its output (B, T, C); grad_z, grad_log_det: gradients of what it gave.
+        cond: the condition; it gets a gradient if it asks for one.
+
+    Returns:
+        x (B, T, C), its gradient, and gradients by the parameter's id.
+    """
+    seen = z.detach().requires_grad_()
+    shift, log_scale = block.group_parameters(seen, grid, cond, None, None)
+    with torch.no_grad():
+        before = affine_inverse(z, shift, log_scale)
+        x, _ = block.unmixed(before)
+    before.requires_grad_()
+    parts = [part for part in (block.actnorm, block.mixing) if part is not None]
+    mixers = [parameter for part in parts for parameter in part.parameters()]
+    others = [parameter for parameter in block.parameters() if all(parameter is not mixer for mixer in mixers)]
+    others += [cond] if cond is not None and cond.requires_grad else []
+    outputs = affine_forward(before, shift, log_scale)
+    of_before, of_seen, *grads = gradients_of(outputs, [before, seen, *others], (grad_z, grad_log_det))
+    grad_before = of_before if of_seen is None else of_before + of_seen
+    found = {id(tensor): grad for tensor, grad in zip(others, grads, strict=True)}
+    if not parts:
+        return x.detach(), grad_before, found
+    x.requires_grad_()
+    grad_x, *grads = gradients_of(block.mixed(x), [x, *mixers], (grad_before, grad_log_det))
+    return x.detach(), grad_x, found | {id(mixer): grad for mixer, grad in zip(mixers, grads, strict=True)}
+
+
+def gradients_of(outputs: Sequence[Tensor], inputs: list[Tensor], given: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of inputs from those of outputs; None for inputs that are frozen or have no part in them."""
+    outputs, given = zip(*(pair for pair in zip(outputs, given, strict=True) if pair[0].requires_grad), strict=True)
+    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    grads = iter(torch.autograd.grad(outputs, needed, given, allow_unused=True))
+    return [next(grads) if tensor.requires_grad else None for tensor in inputs]
 
 
 def parameters_of(blocks: Sequence[Any]) -> list[Tensor]:
@@ -67,10 +105,10 @@ def through_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Data to noise through all blocks, with ordinary gradients and the activations of one block at a time.
 
-    The backward pass inverts a block and runs it again, so a step takes two more passes of the network than usual.
+    The backward pass runs each block's network once more, as it does when a block's activations are computed again.
 
     Args:
-        blocks: of which `inverse` is one pass and gives back the input.
+        blocks: `CouplingBlock`s.
         tokens: (B, T, C); grid, cond: as the blocks take them.
 
     Returns:
