@@ -56,6 +56,7 @@ def plane_picture(columns: dict[str, dict[str, Result]], data: dict[str, Tensor]
         upper, lower = axes[2 * row], axes[2 * row + 1]
         upper[0].hist2d(*data[density].T.numpy(), bins=80, range=[[-EXTENT, EXTENT]] * 2, cmap="magma")
         upper[0].set_title(density, fontsize=8)
+        upper[0].set_aspect("equal")
         lower[0].axis("off")
         brightest = max(float(tensors["density"].quantile(0.995)) for _, tensors in flows.values())
         for column, name in enumerate(names, start=1):
