@@ -7,48 +7,65 @@ Shapes: B batch, T tokens, C channels of a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tarflow.flows.affine import affine_forward, affine_inverse
+from tarflow.flows.affine import affine_forward, affine_inverse, at_least_float32
 
 
-class ReversibleBlocks(torch.autograd.Function):
-    """All blocks as one function, which keeps its last output alone; see `through_blocks`."""
+@dataclass
+class Carrier:
+    """The tokens that the backward pass has come to.
+
+    Attributes:
+        tokens: the output (B, T, C) of block ``place``, without a graph.
+    """
+
+    tokens: Tensor
+    place: int
+
+
+class ReversibleBlock(torch.autograd.Function):
+    """One block, which keeps nothing: its output is in the `Carrier` when its backward pass begins, and its input, for
+    the block before, when that ends."""
 
     @staticmethod
     def forward(
-        ctx: Any, blocks: Sequence[Any], grid: tuple[int, int], tokens: Tensor, cond: Tensor | None, *_: Tensor
+        ctx: Any,
+        block: Any,
+        place: int,
+        carrier: Carrier,
+        grid: tuple[int, int],
+        tokens: Tensor,
+        log_det: Tensor,
+        cond: Tensor | None,
+        *_: Tensor,
     ) -> tuple[Tensor, Tensor]:
         device = tokens.device.type
-        ctx.blocks, ctx.grid, ctx.dtype = blocks, grid, tokens.dtype
+        ctx.block, ctx.place, ctx.carrier, ctx.grid, ctx.dtype = block, place, carrier, grid, tokens.dtype
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        log_det: Tensor | float = 0.0
-        for block in blocks:
-            tokens, block_log_det = block(tokens, grid, cond)
-            log_det = log_det + block_log_det
-        ctx.save_for_backward(tokens, cond)
-        return tokens, log_det
+        ctx.save_for_backward(cond)
+        z, block_log_det = block(tokens, grid, cond)
+        carrier.tokens, carrier.place = z.detach(), place
+        return z, log_det + block_log_det
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tokens: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        z, cond = ctx.saved_tensors
-        grad_cond: Tensor | None = None
-        found: dict[int, Tensor | None] = {}  # by the parameter's id
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        (cond,), carrier = ctx.saved_tensors, ctx.carrier
+        if carrier.place != ctx.place:
+            raise RuntimeError("reversible training has one backward pass: inputs that it rebuilt are gone after it")
+        wants_cond = ctx.needs_input_grad[6]
+        seen = cond.detach().requires_grad_() if wants_cond else cond
         with torch.autocast(*ctx.autocast):
-            for block in reversed(ctx.blocks):
-                seen = cond.detach().requires_grad_() if ctx.needs_input_grad[3] else cond
-                z, grad_tokens, grads = backward_of_block(block, z, ctx.grid, seen, grad_tokens, grad_log_det)
-                of_cond = grads.pop(id(seen), None)
-                if of_cond is not None:
-                    grad_cond = of_cond if grad_cond is None else grad_cond + of_cond
-                found |= grads
-        of_parameters = [found.get(id(parameter)) for parameter in parameters_of(ctx.blocks)]
-        return None, None, grad_tokens.to(ctx.dtype), grad_cond, *of_parameters
+            x, grad_x, grads = backward_of_block(ctx.block, carrier.tokens, ctx.grid, seen, grad_z, grad_log_det)
+        carrier.tokens, carrier.place = x, ctx.place - 1
+        of_parameters = [grads.get(id(parameter)) for parameter in ctx.block.parameters()]
+        return None, None, None, None, grad_x.to(ctx.dtype), grad_log_det, grads.get(id(seen)), *of_parameters
 
 
 @torch.enable_grad()
@@ -96,16 +113,13 @@ def gradients_of(outputs: Sequence[Tensor], inputs: list[Tensor], given: Sequenc
     return [next(grads) if tensor.requires_grad else None for tensor in inputs]
 
 
-def parameters_of(blocks: Sequence[Any]) -> list[Tensor]:
-    return [parameter for block in blocks for parameter in block.parameters()]
-
-
 def through_blocks(
     blocks: Sequence[Any], tokens: Tensor, grid: tuple[int, int], cond: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Data to noise through all blocks, with ordinary gradients and the activations of one block at a time.
 
-    The backward pass runs each block's network once more, as it does when a block's activations are computed again.
+    The backward pass, of which there can be one, runs each block's network once more, as it does when a block's
+    activations are computed again.
 
     Args:
         blocks: `CouplingBlock`s.
@@ -114,4 +128,7 @@ def through_blocks(
     Returns:
         z (B, T, C) and the sum of the log|det| (B,).
     """
-    return ReversibleBlocks.apply(tuple(blocks), grid, tokens, cond, *parameters_of(blocks))
+    carrier, log_det = Carrier(tokens.detach(), -1), at_least_float32(tokens).new_zeros(len(tokens))
+    for place, block in enumerate(blocks):
+        tokens, log_det = ReversibleBlock.apply(block, place, carrier, grid, tokens, log_det, cond, *block.parameters())
+    return tokens, log_det
