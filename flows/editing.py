@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tarflow.flows.affine import affine_forward, affine_inverse, at_least_float32
 from tarflow.flows.decoding import BlockRun, check_finite
-from tarflow.flows.likelihood import block_affine, log_prob, prior_log_prob
+from tarflow.flows.likelihood import block_affine, check_autoregressive, log_prob, prior_log_prob
 from tarflow.flows.order import reorder
 from tarflow.flows.sequential import fitting_threads
 from tarflow.flows.step import DecodeStep
@@ -108,6 +108,7 @@ class HeldFlow:
         self.prior_std = 1.0 if model.prior_variance is None else model.prior_variance.sqrt()  # (T, D)
         self.references = [tokens]  # what goes into each block, and z
         for block in model.blocks:
+            check_autoregressive(block)
             self.references.append(block(self.references[-1], self.grid, self.condition)[0])
 
     @torch.no_grad()

@@ -28,6 +28,12 @@ def log_prob(model: Any, x: Tensor, class_labels: Tensor | None = None, cond: Te
     return prior_log_prob(z, model.prior_variance_image()) + log_det
 
 
+def check_autoregressive(block: Any) -> None:
+    """An error for a block that does not make token after token."""
+    if block.one_pass:
+        raise ValueError("shares of tokens and filling of holes are for autoregressive blocks; this model has others")
+
+
 def block_affine(
     block: Any, x: Tensor, grid: tuple[int, int], condition: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -39,8 +45,7 @@ def block_affine(
     Raises:
         ValueError: if the block is not autoregressive from noise to data.
     """
-    if block.one_pass:
-        raise ValueError("shares of tokens and filling of holes are for autoregressive blocks; this model has others")
+    check_autoregressive(block)
     run = BlockRun(block, len(x), grid, condition, None, None, cached=False)
     shift, log_scale = run.parameters(reorder(x, block.config.order), run.first, run.num_tokens)
     parts = (F.pad(part, (0, 0, run.first, 0)) for part in (shift, log_scale))  # token 0 may pass unchanged

@@ -78,8 +78,8 @@ class ExactFlowTools(ExactFlowSteps):
     All take pictures as a PIL picture, a list of them, or a tensor (B, 3, H, W) of 8 bits or in [0, 1]; of the model's
     size, or with ``fit`` cut to it. A condition is ``prompt`` (captions), ``prompt_embeds`` (encoded ones, (B, L, E)) or
     ``class_labels`` (indices or names), one or one for each picture; without any, it is "no condition". ``noise`` says
-    whether pictures get the training noise, as all that the flow was trained on had it: without it they are less likely
-    than any picture that it knows, and edits of them are worse. ``generator`` draws it, and what else is random.
+    whether pictures get the training noise, as all that the flow was trained on had it: without it they lie where no
+    picture of the training did, and look likelier than any. ``generator`` draws it, and what else is random.
 
     They raise a ValueError, in one sentence, for input that does not fit.
     """
