@@ -9,6 +9,8 @@ float32 again; the text encoder, which is small, keeps its precision.
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -37,9 +39,18 @@ def export(pipeline: str, output: str, dtype: torch.dtype) -> int:
         if module is not None:
             rounded(module, name, dtype)
     pipe.save_pretrained(target)
+    forget_paths(target)
     for place, text in texts.items():
         (target / place).write_bytes(text)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def forget_paths(folder: Path) -> None:
+    """Take out of the settings where the parts were loaded from, which says nothing on other machines."""
+    for file in folder.rglob("*.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def rounded(module: nn.Module, name: str, dtype: torch.dtype) -> None:

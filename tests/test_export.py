@@ -30,6 +30,7 @@ def test_weights_take_half_and_cards_stay(pipeline: Path, tmp_path: Path) -> Non
     (target / "README.md").write_text("a card")
     SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(target)])
     assert (target / "README.md").read_text() == "a card"
+    assert not [file for file in target.rglob("*.json") if "_name_or_path" in file.read_text()]
     stored = load_file(target / WEIGHTS)
     assert {value.dtype for value in stored.values()} == {torch.float16}
     loaded = TARFlowPipeline.from_pretrained(target).flow
