@@ -42,7 +42,7 @@ class FlowComparison:
     Attributes:
         output: folder of the runs, ``flows.md`` and pictures. What is there of the same settings is not made again.
         parts: some of "plane", "digits", "latents" and "memory".
-        quick: few steps; a quarter of an hour on two CPU cores, where the other form takes hours.
+        quick: few steps, meant for a quarter of an hour on two CPU cores; the other form takes hours.
         seed: of weights and batches.
     """
 

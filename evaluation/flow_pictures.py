@@ -119,6 +119,7 @@ def memory_picture(memory: dict[str, dict[str, int]], path: Path) -> None:
     ticks = [int(blocks) for blocks in next(iter(memory.values()))]
     axis.set(xscale="log", yscale="log", xlabel="coupling blocks", ylabel="activations, MB", xticks=ticks)
     axis.set_xticklabels(ticks)
+    axis.minorticks_off()
 
     axis.legend(fontsize=7)
     save(drawing, path)
