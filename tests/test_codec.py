@@ -18,7 +18,7 @@ from helpers import SHARED
 from PIL import Image
 from torch import Tensor
 
-from tarflow.models import AUTOENCODERS
+from tarflow.models import AUTOENCODERS as SHIPPED
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
@@ -195,8 +195,8 @@ def test_unknown_autoencoders_are_errors(tmp_path: Path) -> None:
         load_autoencoder(str(tmp_path))
 
 
-def test_the_shipped_autoencoder() -> None:
-    for name in AUTOENCODERS:
+def test_the_shipped_autoencoders() -> None:
+    for name in SHIPPED:
         codec = LatentCodec(load_autoencoder(name))
         latents = codec.encode(torch.zeros(1, 3, 64, 64))
         assert (codec.factor, latents.shape) == (8, (1, 8, 8, 8))

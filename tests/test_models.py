@@ -1,0 +1,83 @@
+"""The pipelines that ship with the project: small, documented, loaded by name, and drawing what is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+
+from tarflow import TARFlowPipeline
+from tarflow.data.drawing_checker import match_shares
+from tarflow.evaluation.match import all_captions, generate
+from tarflow.models import FOLDER, resolve, shipped
+
+#: Each card has these sections.
+SECTIONS = ("Use", "Data", "Recipe", "Measured", "Limits", "Licence")
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> dict[str, TARFlowPipeline]:
+    loaded = {name: TARFlowPipeline.from_pretrained(name) for name in shipped()}
+    for pipe in loaded.values():
+        pipe.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_there_are_three_and_they_are_small() -> None:
+    assert shipped() == ("drawings_class", "drawings_text", "emoji")
+    weights = [*FOLDER.rglob("*.safetensors"), *(ROOT / "vae").rglob("*.safetensors")]
+    assert sum(path.stat().st_size for path in weights) < 60e6
+    for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
+        assert not list(FOLDER.rglob(pattern))
+
+
+def test_names_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve("emoji") == str(FOLDER / "emoji")
+    assert resolve("someone/emoji") == "someone/emoji"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji").mkdir()
+    assert resolve("emoji") == "emoji"  # a folder here comes first
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_has_a_card(name: str) -> None:
+    card = (FOLDER / name / "README.md").read_text(encoding="utf-8")
+    assert [section for section in SECTIONS if f"\n## {section}\n" not in card] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "condition"),
+    [
+        ("emoji", {"prompt": ["red heart, noto style", "grinning face, twemoji style"]}),
+        ("drawings_text", {"prompt": ["a small blue ring on a light background", "a large red star"]}),
+        ("drawings_class", {"class_labels": ["blue ring", "red star"]}),
+    ],
+)
+def test_inverts_itself_and_depends_on_the_condition(pipelines, name: str, condition: dict) -> None:
+    noise = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+    output = pipelines[name](**condition, latents=noise, decoding="sequential", return_residual=True, output_type="np")
+    assert output.residual_max.max() < 1e-3
+    first, second = output.images
+    assert first.std() > 0.05
+    assert np.abs(first - second).mean() > 0.02
+
+
+def test_draws_the_drawings_that_are_asked_for(pipelines) -> None:
+    captions = all_captions()[::4]
+    shares = match_shares(generate(pipelines["drawings_text"], {"prompt": captions}, 27), captions)
+    assert shares["colour"] > 0.9
+    assert shares["all"] > 0.7
+
+
+def test_draws_emoji_of_the_colour_that_is_asked_for(pipelines) -> None:
+    prompts = [f"{colour} heart, noto style" for colour in ("red", "blue")] * 4
+    generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
+    images = pipelines["emoji"](prompts, generator=generators, decoding="sequential", output_type="np").images
+    # Redness against blueness, away from the white background, of each picture.
+    colours = [image[image.max(-1) - image.min(-1) > 0.1].mean(0) for image in images]
+    redness = [colour[0] - colour[2] for colour in colours]
+    assert min(redness[::2]) > 0.1
+    assert np.mean(redness[1::2]) < -0.05
