@@ -402,7 +402,9 @@ def test_checkpointing_changes_no_gradient(unit: str, every: int) -> None:
 
 def test_bad_checkpointing() -> None:
     model = small_model()
-    with pytest.raises(ValueError, match="checkpointing must be one of none, block, layer, both, reversible, got 'all'"):
+    with pytest.raises(
+        ValueError, match="checkpointing must be one of none, block, layer, both, reversible, got 'all'"
+    ):
         model.set_checkpointing("all")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         model.set_checkpointing("layer", 0)
