@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from tarflow.cli.generate import DECODE_WITH
 from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
 from tarflow.evaluation.generation import image_seed
 from tarflow.pipeline.aspect import aspect_size
+from tarflow.pipeline.checks import NOISE_REMOVALS
 from tarflow.pipeline.limits import available_bytes, check_num_images, gigabytes, largest_count
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.training.report import make_grid
@@ -119,7 +119,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     guidance = pipe.config.guidance_scale if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
         raise ValueError("--negative-prompt needs --guidance above 1")
-    denoise, decoder = DECODE_WITH[args.decode_with]
+    denoise, decoder = NOISE_REMOVALS.get(args.decode_with, (None, None))  # not given: the pipeline's own way
     pipe.check_outputs(denoise, "pil", decoder)
     width, height = args.size or (None, None)
     return {

@@ -9,6 +9,7 @@ import re
 from tarflow.cli.parsing import CommandParser
 from tarflow.cli.pictures import Target
 from tarflow.pipeline.aspect import ASPECT_RATIOS
+from tarflow.pipeline.checks import NOISE_REMOVALS
 
 DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as the pipeline was trained.
 
@@ -19,14 +20,6 @@ DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as
 Several pictures become a grid in one file, with a row for each caption or class; a folder (a name that ends with /)
 gets a file for each. Existing files of the same name are replaced."""
 
-#: What --decode-with stands for: the arguments ``denoise`` and ``decoder`` of a pipeline's call.
-DECODE_WITH = {
-    None: (None, None),
-    "none": (False, "vae"),
-    "score": ("score", "vae"),
-    "learned": ("learned", "vae"),
-    "finetuned": (None, "finetuned"),
-}
 #: One folder gets no more: beyond that, `tarflow evaluate fid gen` can be interrupted and continued.
 MOST_IMAGES = 100_000
 MOST_SEED = 2**32
@@ -50,7 +43,7 @@ def parser() -> CommandParser:
     add("--decoding", choices=("sequential", "auto", "jacobi", "fast"), default="sequential", help="how the flow is "
         "inverted: sequential, exact to rounding; jacobi, many tokens at once; auto, the faster of these here, within "
         "0.001; fast, within 0.1")  # fmt: skip
-    add("--decode-with", choices=tuple(filter(None, DECODE_WITH)), help="how the training noise is removed: not at "
+    add("--decode-with", choices=tuple(NOISE_REMOVALS), help="how the training noise is removed: not at "
         "all, by a score step, a learned denoiser or a finetuned decoder (default: the pipeline's own way)")  # fmt: skip
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     return parser

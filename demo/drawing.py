@@ -22,17 +22,11 @@ from tarflow.evaluation.generation import image_seed
 from tarflow.flows.calibration import clock, conditions_key
 from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE
 from tarflow.flows.guidance import Guidance
+from tarflow.pipeline.checks import NOISE_REMOVALS
 from tarflow.pipeline.limits import check_num_images
 
 #: How the page names the ways to invert a block, and the parts of the sequence that its "gs_jacobi" sweeps in turn.
 DECODINGS, SEGMENTS = ("auto", "sequential", "jacobi", "gs_jacobi", "fast"), 4
-#: What removes the training noise, and the pipeline's arguments for it.
-NOISE_REMOVALS: dict[str, dict[str, Any]] = {
-    "none": {"denoise": False, "decoder": "vae"},
-    "score": {"denoise": "score"},
-    "learned": {"denoise": "learned"},
-    "finetuned": {"decoder": "finetuned"},
-}
 MOST_IMAGES = 16
 LONGEST_PROMPT = 1000
 LARGEST_GUIDANCE = 10.0
@@ -266,7 +260,7 @@ def arguments(pipe: Any, request: Request) -> dict[str, Any]:
     segment = math.ceil(tokens / SEGMENTS) if request.decoding == "gs_jacobi" else None
     return {
         **condition,
-        **NOISE_REMOVALS[request.noise_removal],
+        **dict(zip(("denoise", "decoder"), NOISE_REMOVALS[request.noise_removal], strict=True)),
         "guidance_scale": request.guidance_scale,
         "decoding": request.decoding,
         "segment": segment,

@@ -13,29 +13,22 @@ from tarflow.data.images import Images, collate, to_uint8
 from tarflow.evaluation.likelihood import check_arguments, condition_of, noisy
 from tarflow.evaluation.picture_quality import psnr, ssim
 from tarflow.evaluation.subset import spread
-
-#: Ways from noisy latents to pictures: ``denoise`` and ``decoder`` of a pipeline's call.
-METHODS: dict[str, tuple[bool | str, str]] = {
-    "none": (False, "vae"),
-    "score": (True, "vae"),
-    "learned": ("learned", "vae"),
-    "finetuned": (False, "finetuned"),
-}
+from tarflow.pipeline.checks import NOISE_REMOVALS
 
 
 def available_methods(pipe: Any) -> list[str]:
-    """Those of `METHODS` that a pipeline has the parts for."""
+    """Those of `NOISE_REMOVALS` that a pipeline has the parts for."""
     missing = set()
     if pipe.flow.config.learned_denoiser == "none":
         missing.add("learned")
     if pipe.finetuned_decoder is None:
         missing.add("finetuned")
-    return [name for name in METHODS if name not in missing]
+    return [name for name in NOISE_REMOVALS if name not in missing]
 
 
 def decode_by(pipe: Any, method: str, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """Noisy latents (B, C, h, w) → images (B, 3, H, W) in about [−1, 1]; ``condition`` as the flow takes it."""
-    denoise, decoder = METHODS[method]
+    denoise, decoder = NOISE_REMOVALS[method]
     return pipe.decode_latents(pipe.remove_noise(latents, denoise, **condition), decoder)
 
 
@@ -55,7 +48,7 @@ class NoisyPictures:
 
     @torch.no_grad()
     def decoded(self, pipe: Any, method: str) -> list[Tensor]:
-        """uint8 pictures (B, 3, H, W) of all batches by one of `METHODS`."""
+        """uint8 pictures (B, 3, H, W) of all batches by one of `NOISE_REMOVALS`."""
         parts = zip(self.latents, self.conditions, strict=True)
         return [to_uint8(decode_by(pipe, method, latents, condition)).cpu() for latents, condition in parts]
 

@@ -6,6 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 DECODERS = ("vae", "finetuned")
+#: Ways from noisy latents to pictures by their names for users: ``denoise`` and ``decoder`` of a pipeline's call.
+NOISE_REMOVALS: dict[str, tuple[bool | str, str]] = {
+    "none": (False, "vae"),
+    "score": (True, "vae"),
+    "learned": ("learned", "vae"),
+    "finetuned": (False, "finetuned"),
+}
 
 
 def check_inputs(

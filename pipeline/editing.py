@@ -96,7 +96,7 @@ class ExactFlowTools(ExactFlowSteps):
         fit: bool = False,
     ) -> EncodingOutput:
         """Pictures → z, and how exactly z leads back; exact to rounding with or without ``noise``."""
-        x = self._noisy(self._latents(read_images(image, self._size, fit)), generator, noise)
+        x = self._read(image, fit, generator, noise)
         condition = self._condition(len(x), prompt, class_labels, prompt_embeds)
         z = self._encoded(x, condition)
         error = (self._decoded(z, condition) - x).abs().flatten(1).amax(1)
@@ -114,7 +114,7 @@ class ExactFlowTools(ExactFlowSteps):
         fit: bool = False,
     ) -> LikelihoodOutput:
         """log p of the pictures' latents under the condition, and where on the picture it comes from."""
-        x = self._noisy(self._latents(read_images(image, self._size, fit)), generator, noise)
+        x = self._read(image, fit, generator, noise)
         condition = self._condition(len(x), prompt, class_labels, prompt_embeds)
         autoregressive = not any(block.one_pass for block in self.flow.blocks)
         shares = token_log_prob(self.flow, x, **condition) if autoregressive else None
@@ -163,7 +163,7 @@ class ExactFlowTools(ExactFlowSteps):
         Args:
             strength: 0 gives the picture itself, 1 one that has nothing to do with it but the condition.
         """
-        x = self._noisy(self._latents(read_images(image, self._size, fit)), generator, noise)
+        x = self._read(image, fit, generator, noise)
         condition = self._condition(len(x), prompt, class_labels)
         z = self._encoded(x, condition)
         fresh = randn_tensor(z.shape, generator, z.device, z.dtype)
@@ -192,7 +192,7 @@ class ExactFlowTools(ExactFlowSteps):
             guidance_scale: of the decoding, away from no condition; 1 is off. With guidance the same condition no longer
                 gives the same picture.
         """
-        x = self._noisy(self._latents(read_images(image, self._size, fit)), generator, noise)
+        x = self._read(image, fit, generator, noise)
         z = self._encoded(x, self._condition(len(x), source_prompt, source_labels))
         return self._edited(z, self._condition(len(x), target_prompt, target_labels), output_type, guidance_scale)
 

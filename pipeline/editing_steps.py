@@ -11,7 +11,7 @@ from torch import Tensor
 from tarflow.flows import editing
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.likelihood import dequantize
-from tarflow.pipeline.editing_inputs import as_many
+from tarflow.pipeline.editing_inputs import as_many, read_images
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -63,6 +63,10 @@ class ExactFlowSteps:
         if self.vae is None and self.config.noise_std == 0:
             return dequantize((latents + 1) * 127.5, torch.special.ndtr(fresh))
         return latents + self.config.noise_std * fresh
+
+    def _read(self, image: Any, fit: bool, generator: Generators, noise: bool) -> Tensor:
+        """A caller's pictures as latents, as the flow was trained on them."""
+        return self._noisy(self._latents(read_images(image, self._size, fit)), generator, noise)
 
     def _encoded(self, x: Tensor, condition: dict) -> Tensor:
         """Noisy latents → standard normal z."""
