@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tarflow.data.config import DataConfig
-
-
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from tarflow.training.checks import check
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tarflow.evaluation.backbones import Normalize, first_line, torchvision_backbone
+from tarflow.training.loss_config import LPIPS
 
-#: The package of Zhang et al., whose layers are weighted by what people found similar; it fetches its own weights.
-LPIPS = "lpips"
 #: Where a Torchvision network's features are taken if not said otherwise: the last ones of each resolution.
 LAYERS: dict[str, tuple[str, ...]] = {
     "mobilenet_v2": ("features.1", "features.3", "features.6", "features.13", "features.17"),
