@@ -31,8 +31,8 @@ from tarflow.training.autoencoder_model import (
     kl_divergence,
 )
 from tarflow.training.autoencoder_report import evaluate
+from tarflow.training.network_trainer import write_metrics
 from tarflow.training.picture_step import PictureStepper
-from tarflow.training.picture_trainer import write_metrics
 
 MODEL: dict[str, Any] = {
     "latent_channels": 2,

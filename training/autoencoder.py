@@ -22,11 +22,12 @@ from tarflow.training.autoencoder_model import (
 from tarflow.training.autoencoder_report import HeldOutPictures
 from tarflow.training.draws import draw_noise
 from tarflow.training.mixture import Mixture
-from tarflow.training.picture_trainer import PictureTrainer, picture_accelerator
+from tarflow.training.network_trainer import NetworkTrainer, network_accelerator
+from tarflow.training.picture_step import PictureStepper
 
 
 class AutoencoderTask:
-    """What is trained, see `tarflow.training.picture_step.Task`: an autoencoder in its training form.
+    """What is trained, see `tarflow.training.picture_step.PictureTask`: an autoencoder in its training form.
 
     Args:
         config: of the run.
@@ -73,7 +74,7 @@ class AutoencoderTask:
         return metrics
 
 
-class AutoencoderTrainer(PictureTrainer):
+class AutoencoderTrainer(NetworkTrainer):
     """One run: `AutoencoderTrainer(config, resolved).run()`.
 
     Args:
@@ -87,6 +88,6 @@ class AutoencoderTrainer(PictureTrainer):
     def __init__(self, config: TrainVaeConfig, resolved: str):
         output = Path(config.output)
         folder = output.with_name(output.name + "_run")
-        accelerator = picture_accelerator(config, folder)
+        accelerator = network_accelerator(config, folder)
         task = AutoencoderTask(config, accelerator.device, output, folder)
-        super().__init__(config, resolved, folder, accelerator, task)
+        super().__init__(config, resolved, folder, accelerator, task, PictureStepper(config, accelerator, task))

@@ -20,8 +20,9 @@ from tarflow.pipeline.opening import locate, open_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.config import check
 from tarflow.training.draws import draw_chances, draw_noise
+from tarflow.training.network_trainer import NetworkTrainer, network_accelerator
 from tarflow.training.picture_loss import PictureLossConfig
-from tarflow.training.picture_trainer import PictureTrainer, picture_accelerator
+from tarflow.training.picture_step import PictureStepper
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder
 
@@ -114,7 +115,7 @@ class DecoderConfig:
 
 
 class DecoderTask:
-    """What `PictureTrainer` trains: a copy of the autoencoder's decoder.
+    """What `NetworkTrainer` trains: a copy of the autoencoder's decoder.
 
     Args:
         config: of the run.
@@ -228,5 +229,7 @@ def finetune_decoder(config: DecoderConfig, resolved: str) -> dict[str, float]:
         ValueError: if settings, pipeline, data or checkpoint do not fit.
         OSError: if a file cannot be written.
     """
-    accelerator = picture_accelerator(config, config.folder)
-    return PictureTrainer(config, resolved, config.folder, accelerator, DecoderTask(config, accelerator)).run()
+    accelerator = network_accelerator(config, config.folder)
+    task = DecoderTask(config, accelerator)
+    stepper = PictureStepper(config, accelerator, task)
+    return NetworkTrainer(config, resolved, config.folder, accelerator, task, stepper).run()

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from tarflow.training.averages import WeightAverages
-from tarflow.training.config import OptimConfig
+from tarflow.training.network_step import NetworkStepper, Task
 from tarflow.training.picture_loss import PictureLoss
-from tarflow.training.schedule import schedule_factor
-
-#: So many losses or gradients in a row that are not finite are skipped before training stops.
-MAX_BAD_STEPS = 5
-#: A cosine down to 0 after the warm-up.
-SCHEDULE = OptimConfig(min_lr_ratio=0.0)
 
 
-class Task(Protocol):
-    """What is trained.
-
-    Attributes:
-        network: what learns.
-        train: the training pictures, as `Images` or another endless or finite data set has them.
-    """
-
-    network: nn.Module
-    train: Dataset
+class PictureTask(Task, Protocol):
+    """What is trained, see `Task`."""
 
     @property
     def last_layer(self) -> nn.Parameter:
         """Weights of the layer of ``network`` that makes the pixels."""
-
-    def facts(self) -> dict[str, Any]:
-        """What must be the same when training goes on from a checkpoint, by readable names, as JSON has it."""
 
     def decode(
         self, model: nn.Module, batch: dict[str, Any], step: int, places: Sequence[int]
@@ -53,39 +32,23 @@ class Task(Protocol):
             places: of the pictures in the step's batch of all processes and passes.
         """
 
-    def report(self, step: int, last: bool) -> dict[str, Any]:
-        """Evaluate ``network`` as it is, save what is to be saved, and return metrics, numbers or lists of them. The
-        main process calls this."""
 
-
-class PictureStepper:
-    """Puts what learns on its device, and takes optimizer steps.
+class PictureStepper(NetworkStepper):
+    """Takes optimizer steps that make decoded pictures like their originals.
 
     Args:
-        config: of the run, see `PictureTrainer`.
+        config: of the run, see `NetworkTrainer`; also loss (`PictureLossConfig`) and image_size.
         accelerator: of the run.
         task: what to train.
-
-    Attributes:
-        model: what Accelerate made of the task's network.
-        optimizers: the network's, and the discriminator's if there is one.
-        averages: of the network's weights.
-        bad_steps: how many of the last steps, in a row, were not finite.
-        skipped: messages of unreadable pictures.
 
     Raises:
         ValueError: if the loss does not fit the weights or the pictures.
     """
 
-    def __init__(self, config: Any, accelerator: Accelerator, task: Task):
-        self.config, self.accelerator, self.task = config, accelerator, task
-        self.loss = PictureLoss(config.loss)
+    def __init__(self, config: Any, accelerator: Accelerator, task: PictureTask):
+        self.task, self.loss = task, PictureLoss(config.loss)
         self.loss.check_size(config.image_size)
-        optimizer = torch.optim.AdamW(
-            task.network.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
-        )
-        self.model, optimizer = accelerator.prepare(task.network, optimizer)
-        self.optimizers = [optimizer]
+        super().__init__(config, accelerator, task.network, betas=(0.9, 0.99))
         self.loss.to(accelerator.device)
         if self.loss.discriminator is not None:
             optimizer = torch.optim.Adam(
@@ -93,47 +56,17 @@ class PictureStepper:
             )
             self.loss.discriminator, optimizer = accelerator.prepare(self.loss.discriminator, optimizer)
             self.optimizers.append(optimizer)
-        self.averages = WeightAverages(list(self.model.parameters()), [config.ema_decay])
-        self.bad_steps = 0
-        self.skipped: set[str] = set()
 
-    def take(self, batches: Iterator[dict[str, Any]], step: int, total: int) -> dict[str, Tensor]:
-        """One optimizer step.
+    def facts(self) -> dict[str, Any]:
+        loss = self.config.loss
+        network = [loss.discriminator_width, loss.discriminator_layers] if loss.adversarial > 0 else None
+        return {"loss.discriminator_width and layers": network}
 
-        Args:
-            batches: this process's, one for each forward pass.
-            step: its number.
-            total: steps of the run, for the learning rate.
+    def models(self, step: int) -> list[nn.Module]:
+        return [self.model, *([self.loss.discriminator] if self.loss.is_adversarial(step) else [])]
 
-        Returns:
-            this process's loss, its parts and the gradient's norm.
-        """
-        config, accelerator = self.config, self.accelerator
-        self.set_learning_rates(step, total)
-        self.model.train()
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-        models, norm = [self.model], torch.tensor(0.0)
-        if self.loss.is_adversarial(step):
-            models.append(self.loss.discriminator)
-        for part in range(config.accumulation):
-            batch = next(batches)
-            self.skipped.update(batch["skipped"])
-            first = (part * accelerator.num_processes + accelerator.process_index) * config.batch_size
-            with accelerator.accumulate(*models):
-                losses = self.backward(batch, step, range(first, first + config.batch_size))
-                for name, value in losses.items():
-                    sums[name] += value / config.accumulation
-                if accelerator.sync_gradients:
-                    norm = self.update(models, float(sums["loss"]), step)
-        return {**sums, "grad_norm": norm}
-
-    def set_learning_rates(self, step: int, total: int) -> None:
-        config = self.config
-        factor = schedule_factor(step, total, config.warmup_steps, SCHEDULE)
-        rates = [config.lr * factor, config.loss.discriminator_lr]
-        for optimizer, rate in zip(self.optimizers, rates, strict=False):  # there may be no discriminator
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    def rates(self, factor: float) -> list[float]:
+        return [self.config.lr * factor, self.config.loss.discriminator_lr][: len(self.optimizers)]
 
     def backward(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Tensor]:
         """Gradients of one pass, the network's and then the discriminator's; returns the losses."""
@@ -150,24 +83,3 @@ class PictureStepper:
             accelerator.backward(discriminator_loss)
             parts["discriminator"] = discriminator_loss.detach()
         return {"loss": loss.detach(), **parts}
-
-    def update(self, models: list[nn.Module], loss: float, step: int) -> Tensor:
-        """Change the weights, unless a gradient is not finite; returns the norm of the network's."""
-        accelerator = self.accelerator
-        norms = [accelerator.clip_grad_norm_(model.parameters(), self.config.max_grad_norm) for model in models]
-        finite = all(math.isfinite(float(norm)) for norm in norms)
-        for optimizer in self.optimizers[: len(models)]:
-            if finite or accelerator.scaler is not None:  # which leaves out what is not finite, and lowers its scale
-                optimizer.step()
-            optimizer.zero_grad()
-        if finite and not self.optimizers[0].step_was_skipped:
-            self.averages.step()
-        # Gradients of fp16 may overflow for some steps, until the scale fits; losses may not.
-        fine = finite or (accelerator.scaler is not None and math.isfinite(loss))
-        self.bad_steps = 0 if fine else self.bad_steps + 1
-        if self.bad_steps >= MAX_BAD_STEPS:
-            raise ValueError(
-                f"training stopped at step {step}: the loss ({loss}) or its gradient was not finite in {self.bad_steps} "
-                f"steps in a row; lower lr ({self.config.lr}) or resume from a checkpoint"
-            )
-        return norms[0].detach()

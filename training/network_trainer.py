@@ -1,4 +1,4 @@
-"""The loop that trains networks which decode pictures: a whole autoencoder, or a decoder alone."""
+"""The loop that trains networks other than the flow: a whole autoencoder, a decoder alone, a student."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 
 from tarflow.training.batches import StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import checkpoints, find_checkpoint, read_state, save_checkpoint
+from tarflow.training.network_step import NetworkStepper, Task
 from tarflow.training.parallel import TIMEOUT, StopRequest, processes_on_cpus
-from tarflow.training.picture_step import PictureStepper, Task
 from tarflow.training.schedule import TimeLimit
 
 
-def picture_accelerator(config: Any, folder: Path) -> Accelerator:
-    """The accelerator of a run in ``folder``, whose settings `PictureTrainer` explains; it seeds everything.
+def network_accelerator(config: Any, folder: Path) -> Accelerator:
+    """The accelerator of a run in ``folder``, whose settings `NetworkTrainer` explains; it seeds everything.
 
     Raises:
         ValueError: if the launcher wants FSDP.
@@ -35,7 +35,7 @@ def picture_accelerator(config: Any, folder: Path) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     if accelerator.distributed_type is DistributedType.FSDP:
-        raise ValueError("autoencoders and decoders are not sharded: start with configs/accelerate/ddp.yaml")
+        raise ValueError("this network is not sharded: start with configs/accelerate/ddp.yaml")
     set_seed(config.seed)
     return accelerator
 
@@ -56,30 +56,39 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     return None
 
 
-class PictureTrainer:
-    """One run: `PictureTrainer(config, resolved, folder, accelerator, task).run()`.
+class NetworkTrainer:
+    """One run: `NetworkTrainer(config, resolved, folder, accelerator, task, stepper).run()`.
 
     Args:
-        config: settings by the names loss (`PictureLossConfig`), steps, max_minutes, batch_size, accumulation, lr,
-            warmup_steps, weight_decay, max_grad_norm, ema_decay, mixed_precision, num_workers, seed, image_size,
+        config: settings by the names steps, max_minutes, batch_size, accumulation, lr,
+            warmup_steps, weight_decay, max_grad_norm, ema_decay, mixed_precision, num_workers, seed,
             eval_every, checkpoint_every, keep_checkpoints, log_every, trackers and resume.
         resolved: their YAML, saved with the run.
         folder: of the run: settings, logs, metrics.jsonl, checkpoints.
-        accelerator: of `picture_accelerator`.
+        accelerator: of `network_accelerator`.
         task: what to train.
+        stepper: takes its steps.
 
     Raises:
         ValueError: if the settings do not fit the checkpoint to resume from.
     """
 
-    def __init__(self, config: Any, resolved: str, folder: Path, accelerator: Accelerator, task: Task):
-        self.config, self.folder, self.accelerator, self.task = config, folder, accelerator, task
+    def __init__(
+        self,
+        config: Any,
+        resolved: str,
+        folder: Path,
+        accelerator: Accelerator,
+        task: Task,
+        stepper: NetworkStepper,
+    ):
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.task, self.stepper = task, stepper
         # Settings are checked before anything is written.
         checkpoint = checkpoint_to_resume(folder, config.resume)
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
             check_facts(checkpoint, state, self.facts())
-        self.stepper = PictureStepper(config, accelerator, task)
         self.metrics = folder / "metrics.jsonl"
         self.step, self.total_steps, self.lowered = 0, config.steps, False  # whether max_minutes has lowered the steps
         if state is not None:
@@ -94,14 +103,12 @@ class PictureTrainer:
 
     def facts(self) -> dict[str, Any]:
         """What must be the same when training goes on."""
-        config, loss = self.config, self.config.loss
-        network = [loss.discriminator_width, loss.discriminator_layers] if loss.adversarial > 0 else None
+        config = self.config
         own = {
             "ema_decay": config.ema_decay,
             "pictures per step": config.batch_size * config.accumulation * self.accelerator.num_processes,
-            "loss.discriminator_width and layers": network,
         }
-        return json.loads(json.dumps({**self.task.facts(), **own}))
+        return json.loads(json.dumps({**self.task.facts(), **own, **self.stepper.facts()}))
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
