@@ -76,7 +76,7 @@ class BlockRun:
         cached: bool = True,
     ):
         self.block, self.batch, self.num_tokens = block, batch, grid[0] * grid[1]
-        guided = guidance is not None and guidance.weight > 0
+        guided = guidance is not None and guidance.active
         self.guidance = guidance if guided and (block.sees_condition or guidance.temperature != 1) else None
         device, dtype = block.proj_in.weight.device, block.proj_in.weight.dtype
         rows, self.temperature = batch, None
@@ -194,17 +194,44 @@ def residual(
     Returns:
         the largest and the mean of each sample, (B,) both.
     """
+    tokens = guided_states(model, x, cond, null_cond, guidance)[-1]
+    error = (tokens - model.patchify(z)[0]).abs().flatten(1)
+    return error.amax(1), error.mean(1)
+
+
+@torch.no_grad()
+def guided_states(
+    model: Any,
+    x: Tensor,
+    cond: Tensor | None = None,
+    null_cond: Tensor | None = None,
+    guidance: Guidance | None = None,
+) -> list[Tensor]:
+    """What each block of the (guided) map from data to noise makes, in one parallel pass.
+
+    Given the tokens before it, a guided token is still an affine function of its noise, so the guided map too goes from
+    data to noise without drawing.
+
+    Args:
+        model: a `TARFlowModel`.
+        x: data with the training noise (B, C, H, W).
+        cond, null_cond, guidance: see `BlockRun`.
+
+    Returns:
+        row-major tokens (B, T, C), from the block next to the data to z.
+    """
     tokens, grid = model.patchify(x)
+    states = []
     for block in model.blocks:
         if block.one_pass:
             tokens, _ = block(tokens, grid, cond, null_cond, guidance)
-            continue
-        run = BlockRun(block, len(tokens), grid, cond, null_cond, guidance, cached=False)
-        ordered = reorder(tokens, block.config.order)
-        out = ordered.clone()
-        if run.num_tokens > run.first:
-            shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
-            out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)
-        tokens = reorder(out, block.config.order)
-    error = (tokens - model.patchify(z)[0]).abs().flatten(1)
-    return error.amax(1), error.mean(1)
+        else:
+            run = BlockRun(block, len(tokens), grid, cond, null_cond, guidance, cached=False)
+            ordered = reorder(tokens, block.config.order)
+            out = ordered.clone()
+            if run.num_tokens > run.first:
+                shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
+                out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)
+            tokens = reorder(out, block.config.order)
+        states.append(tokens)
+    return states

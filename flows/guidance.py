@@ -16,21 +16,21 @@ class Guidance:
     """How a guided block combines its conditional and unconditional parameters.
 
     Attributes:
-        weight: w ≥ 0.
+        weight: w ≥ 0; one for each sample, (B, 1, 1), where a flow maps data to noise (see `guided_states`).
         method: "gaussian" (STARFlow's closed form) or "linear" (TARFlow's).
         parts: which parameters the linear form changes: "a" the log-scale, "b" the shift, "ab" both.
         annealed: the linear form's weight grows with the token's place in the block's order.
         temperature: of the attention in the second pass; 1 is ordinary.
     """
 
-    weight: float
+    weight: float | Tensor
     method: str = "gaussian"
     parts: str = "ab"
     annealed: bool = False
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
+        if not isinstance(self.weight, Tensor) and not self.weight >= 0:
             raise ValueError(
                 f"the guidance weight must be 0 or positive (guidance_scale at least 1), got {self.weight}"
             )
@@ -40,6 +40,11 @@ class Guidance:
             raise ValueError(f"the guided parts must be 'a', 'b' or 'ab', got {self.parts!r}")
         if not self.temperature > 0:
             raise ValueError(f"the attention temperature must be positive, got {self.temperature}")
+
+    @property
+    def active(self) -> bool:
+        """Whether there is any guidance."""
+        return isinstance(self.weight, Tensor) or self.weight > 0
 
     def __call__(
         self, cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], token: int | Tensor, num_tokens: int
@@ -51,7 +56,9 @@ class Guidance:
         return guide_linear(cond, uncond, weight, self.parts)
 
 
-def guide_gaussian(cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Tensor]:
+def guide_gaussian(
+    cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], weight: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """The Gaussian proportional to N_c^(1+w) / N_u^w, with the variance ratio clipped at 1 (STARFlow, closed form).
 
     s = min(1, σc/σu)², σ = σc/√(1 + w − w·s), μ = ((1 + w)·μc − w·s·μu)/(1 + w − w·s), per element.
@@ -64,7 +71,7 @@ def guide_gaussian(cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], w
 
 
 def guide_linear(
-    cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], weight: float, parts: str = "ab"
+    cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], weight: float | Tensor, parts: str = "ab"
 ) -> tuple[Tensor, Tensor]:
     """p + w·(p − p_u) for the log-scale ("a"), the shift ("b") or both (TARFlow)."""
     (shift, log_scale), (shift_u, log_scale_u) = cond, uncond

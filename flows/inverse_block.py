@@ -113,7 +113,7 @@ class InverseAutoregressiveBlock(FlowBlock):
 
     def refuse_guidance(self, guidance: Guidance | None) -> None:
         """Guidance compares what a token may be given the tokens before it, which these blocks never know."""
-        if guidance is not None and guidance.weight > 0 and (self.sees_condition or guidance.temperature != 1):
+        if guidance is not None and guidance.active and (self.sees_condition or guidance.temperature != 1):
             raise ValueError(
                 "inverse autoregressive blocks have no guidance: they know the noise before a token, not the tokens; "
                 "set guidance_scale to 1"

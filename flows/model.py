@@ -208,7 +208,7 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         """
         condition = self.condition(class_labels, cond, z.shape[0])
         null = None
-        if guidance is not None and guidance.weight > 0:
+        if guidance is not None and guidance.active:
             null = self.condition(None, null_cond, z.shape[0])
         return sampling.generate(self, z, condition, null, guidance)
 
