@@ -30,10 +30,10 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
 
 
 def pipeline_hash(pipe: TARFlowPipeline) -> str:
-    """SHA-256 of a pipeline's settings, weights and vocabulary. Its default decoder does not count, as records of
-    images name the decoder that was taken."""
+    """SHA-256 of a pipeline's settings, weights and vocabulary. Its default decoder and denoising do not count, as
+    records of images name those that were taken."""
     digest, tuned = hashlib.sha256(), pipe.finetuned_decoder
-    left_out = ("decoder",) if tuned is not None else ("decoder", "finetuned_decoder")
+    left_out = ("decoder", "denoise") if tuned is not None else ("decoder", "denoise", "finetuned_decoder")
     for part in (pipe, pipe.flow, pipe.vae):
         settings = {} if part is None else {key: value for key, value in part.config.items() if key[0] != "_"}
         settings = {key: value for key, value in settings.items() if part is not pipe or key not in left_out}

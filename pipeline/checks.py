@@ -64,14 +64,19 @@ def check_output_type(config: Any, output_type: str, pixels: bool) -> None:
 
 
 def resolve_denoising(
-    config: Any, denoise: bool | str | None, decoder: str | None, default: str, pixels: bool, finetuned: bool
+    config: Any,
+    denoise: bool | str | None,
+    decoder: str | None,
+    default: tuple[str, bool],
+    pixels: bool,
+    finetuned: bool,
 ) -> tuple[bool | str, str]:
     """How the training noise is removed: by a step before decoding, or by a decoder that learned it.
 
     Args:
         config: of the flow.
         denoise, decoder: of the call; see `TARFlowPipeline`.
-        default: the pipeline's own decoder.
+        default: the pipeline's own decoder, and whether it takes the score step before the autoencoder's.
         pixels: the pipeline has no autoencoder.
         finetuned: it has a finetuned decoder.
 
@@ -90,7 +95,7 @@ def resolve_denoising(
     if denoise == "learned" and config.learned_denoiser == "none":
         raise ValueError("this model has no learned denoiser; denoise=True is the score step")
     if decoder is None:
-        decoder = "vae" if denoise else default
+        decoder = "vae" if denoise else default[0]
     if decoder == "finetuned" and pixels:
         raise ValueError("this model draws pixels: there is no decoder, finetuned or not; leave decoder out")
     if decoder == "finetuned" and not finetuned:
@@ -98,7 +103,7 @@ def resolve_denoising(
             "this pipeline has no finetuned decoder: make one with scripts/finetune_decoder.py, or take decoder='vae'"
         )
     if denoise is None:
-        return decoder == "vae", decoder
+        return decoder == "vae" and default[1], decoder
     return (True if denoise == "score" else denoise), decoder
 
 

@@ -23,8 +23,9 @@ from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
+from tarflow.flows.student import StudentModel, check_flow
 from tarflow.models import resolve
-from tarflow.pipeline import checks
+from tarflow.pipeline import checks, one_pass
 from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
 from tarflow.pipeline.editing import ExactFlowTools
 from tarflow.pipeline.folder import written_beside
@@ -70,6 +71,8 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
             alone.
         decoder: the default of a call, "vae" or "finetuned".
         finetuned_decoder: a decoder that removes the training noise itself, or None.
+        denoise: whether a call takes the score step before the autoencoder's decoder if it does not say; False where
+            the autoencoder was trained to decode noisy latents.
     """
 
     model_cpu_offload_seq = "text_encoder->flow->vae->finetuned_decoder"
@@ -92,10 +95,16 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         caption_template: str | None = None,
         decoder: str = "vae",
         finetuned_decoder: LatentDecoder | None = None,
+        denoise: bool = True,
     ):
         super().__init__()
         self.register_modules(
-            flow=flow, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, finetuned_decoder=finetuned_decoder
+            flow=flow,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            finetuned_decoder=finetuned_decoder,
+            student=student,
         )
         self.register_to_config(
             latents_mean=latents_mean,
@@ -107,12 +116,14 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
             guidance_method=guidance_method,
             caption_template=caption_template,
             decoder=decoder,
+            denoise=denoise,
         )
         self.codec = LatentCodec(vae, latents_mean, latents_std)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)
         self._fast_steps: FastSteps | None = None
         self._calibration_store: CalibrationStore | None = None
         self._calibrated_state: tuple[int, int] | None = None
+        self._checked_state: tuple[int, ...] | None = None
         self.labels = {name.lower(): int(index) for index, name in (id2label or {}).items()}
 
     @classmethod
@@ -193,7 +204,8 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
             callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}); the dictionary
                 that it returns may replace the latents.
 
-            decoding: how blocks are inverted: "auto" (the fastest on this device, found by a short calibration at the
+            decoding: "student", one pass of the pipeline's student instead of the flow's inverse; or how blocks are
+                inverted: "auto" (the fastest on this device, found by a short calibration at the
                 first call with a batch size, see `calibrations`), "sequential" (exact to rounding), "jacobi",
                 "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of `FAST_TOLERANCE`); or a
                 `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
@@ -212,12 +224,20 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         self.check_inputs(
             prompt, class_labels, negative_prompt, prompt_embeds, scale, callback_on_step_end_tensor_inputs
         )
-        denoise, decoder = self.check_outputs(denoise, output_type, decoder)
+        learned = decoding == one_pass.STUDENT
+        method = guidance_method or self.config.guidance_method
+        guidance = Guidance(scale - 1, method, guidance_parts, guidance_annealed, attention_temperature)
+        guided = guidance.weight > 0
+        if learned:
+            one_pass.check_call(self, scale, guidance, not (negative_prompt is None and negative_prompt_embeds is None))
+            denoise, decoder = one_pass.resolve_noise(self, denoise, output_type, decoder)
+        else:
+            denoise, decoder = self.check_outputs(denoise, output_type, decoder)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if decoding == "fast":
             decoding, tolerance = "auto", FAST_TOLERANCE
-        if isinstance(decoding, str):
+        if isinstance(decoding, str) and not learned:
             decoding = Decoding(decoding, tolerance, segment)
         if aspect_ratio is not None:
             if height is not None or width is not None:
@@ -230,9 +250,7 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         shape = self.latent_shape(height, width)
         aspect_ratio = aspect_ratio or nearest_aspect_ratio(*shape[1:])
         device = self._execution_device
-        method = guidance_method or self.config.guidance_method
-        guidance = Guidance(scale - 1, method, guidance_parts, guidance_annealed, attention_temperature)
-        guided = guidance.weight > 0
+        guided = guided and (not learned or return_residual)  # a student needs no second condition
 
         # 1. Conditions
         kind = self.flow.config.conditioning
@@ -260,11 +278,11 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         # 2. Noise
         noise = temperature * self.prepare_latents(batch, shape, device, generator, latents)
 
-        # 3. Noise to latents, block after block
+        # 3. Noise to latents, block after block or by the student
         self.run_offload_hook(self.flow)
         condition = self.flow.condition(labels, cond, batch)
         null_condition = self.flow.condition(None, null, batch) if guided else None
-        with self.progress_bar(total=len(self.flow.blocks)) as progress:
+        with self.progress_bar(total=1 if learned else len(self.flow.blocks)) as progress:
 
             def after_block(index: int, block_latents: Tensor) -> Tensor | None:
                 progress.update()
@@ -274,13 +292,20 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
                 tensors = {"latents": block_latents} if wanted is None or "latents" in wanted else {}
                 return (callback_on_step_end(self, index, index, tensors) or {}).get("latents")
 
-            methods = self.resolve_decoding(decoding, noise, condition, null_condition, guidance)
-            x, _ = sampling.generate(
-                self.flow, noise, condition, null_condition, guidance, after_block, methods, self._fast_steps
-            )
+            if learned:
+                self.run_offload_hook(self.student)
+                x, exact = one_pass.draw(self.student, noise, labels, cond, scale - 1)
+                changed = after_block(0, x)
+                x = x if changed is None else changed
+            else:
+                methods = self.resolve_decoding(decoding, noise, condition, null_condition, guidance)
+                x, _ = sampling.generate(
+                    self.flow, noise, condition, null_condition, guidance, after_block, methods, self._fast_steps
+                )
+                exact = x
         errors = (None, None)
         if return_residual:
-            errors = residual(self.flow, x, noise, condition, null_condition, guidance)
+            errors = residual(self.flow, exact, noise, condition, null_condition, guidance)
 
         # 4. Training noise away, then pixels
         x = self.remove_noise(x, denoise, labels, cond)
@@ -316,6 +341,14 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
             self._calibrated_state = state
             self._calibration_store = CalibrationStore(self.config.get("_name_or_path") or None, fingerprint(self.flow))
         return self._calibration_store
+
+    def check_student(self) -> None:
+        """An error unless the pipeline's student was trained for its flow."""
+        versions = [sum(one._version for one in part.parameters()) for part in (self.flow, self.student)]
+        state = (id(self.flow), id(self.student), *versions)
+        if state != self._checked_state:
+            check_flow(self.student, self.flow)
+            self._checked_state = state
 
     def resolve_decoding(
         self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
@@ -355,7 +388,8 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         config, pixels = self.flow.config, self.vae is None
         checks.check_output_type(config, output_type, pixels)
         finetuned = self.finetuned_decoder is not None
-        return checks.resolve_denoising(config, denoise, decoder, self.config.decoder, pixels, finetuned)
+        default = self.config.decoder, self.config.denoise
+        return checks.resolve_denoising(config, denoise, decoder, default, pixels, finetuned)
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Channels, height and width of the latents for an image size."""
