@@ -1,4 +1,4 @@
-"""Pipeline folders on disk: replaced as a whole, and given a finetuned decoder."""
+"""Pipeline folders on disk: replaced as a whole, and given further components."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tarflow.models import resolve
-from tarflow.vae.decoder import LatentDecoder
 
 INDEX = "model_index.json"
-#: The component's name in the pipeline, and its folder.
-COMPONENT = "finetuned_decoder"
 
 
 @contextmanager
@@ -61,13 +59,15 @@ def own_folder(pipeline: str, save_to: str | None) -> Path:
     return folder
 
 
-def add_decoder(source: Path, target: Path, decoder: LatentDecoder, default: bool) -> None:
-    """Make ``target`` what the pipeline folder ``source`` is, with a finetuned decoder; they may be the same.
+def add_component(source: Path, target: Path, name: str, component: Any, **settings: Any) -> None:
+    """Make ``target`` what the pipeline folder ``source`` is, with a further component; they may be the same.
 
     All other files are the very same, whatever their format, README.md and calibrations included.
 
     Args:
-        default: calls take the finetuned decoder unless they ask for the autoencoder's.
+        name: of the component in the pipeline, and of its folder.
+        component: a model with Diffusers' ``save_pretrained``.
+        settings: of the pipeline's configuration, which are changed.
 
     Raises:
         OSError: if writing fails; then ``target`` is as before.
@@ -76,11 +76,10 @@ def add_decoder(source: Path, target: Path, decoder: LatentDecoder, default: boo
     with written_beside(target) as temporary:
         # In place the old names vanish: links need no second copy of the weights, which may be large.
         shutil.copytree(source, temporary, copy_function=link_or_copy if in_place else shutil.copy2)
-        shutil.rmtree(temporary / COMPONENT, ignore_errors=True)
-        decoder.save_pretrained(temporary / COMPONENT)
+        shutil.rmtree(temporary / name, ignore_errors=True)
+        component.save_pretrained(temporary / name)
         index = json.loads((temporary / INDEX).read_text(encoding="utf-8"))
-        index[COMPONENT] = [LatentDecoder.__module__, LatentDecoder.__name__]
-        index["decoder"] = "finetuned" if default else index.get("decoder", "vae")
+        index |= {name: [type(component).__module__, type(component).__name__], **settings}
         (temporary / INDEX).unlink()  # the old one may be the same file
         (temporary / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -96,6 +96,7 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         decoder: str = "vae",
         finetuned_decoder: LatentDecoder | None = None,
         denoise: bool = True,
+        student: StudentModel | None = None,
     ):
         super().__init__()
         self.register_modules(

@@ -19,7 +19,7 @@ from test_pipeline import make_pipeline
 
 from tarflow import TARFlowPipeline, models
 from tarflow.data.images import collate, to_model
-from tarflow.pipeline.folder import add_decoder
+from tarflow.pipeline.folder import add_component
 from tarflow.training.arguments import parse_dataclass
 from tarflow.training.decoder import DecoderConfig, DecoderTask, finetune_decoder
 from tarflow.vae.codec import weights_hash
@@ -268,6 +268,6 @@ def test_a_full_disk_leaves_the_pipeline_as_it_was(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(LatentDecoder, "save_pretrained", full)
     folder = tmp_path / "pipeline"
     with pytest.raises(OSError, match="No space left"):
-        add_decoder(folder, folder, LatentDecoder.from_autoencoder(pipe.vae), default=True)
+        add_component(folder, folder, "finetuned_decoder", LatentDecoder.from_autoencoder(pipe.vae), decoder="finetuned")
     assert files_of(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]

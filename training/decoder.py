@@ -15,7 +15,7 @@ from torchvision.utils import make_grid, save_image
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model
 from tarflow.evaluation.noisy_pictures import NoisyPictures, noisy_pictures
-from tarflow.pipeline.folder import add_decoder, own_folder
+from tarflow.pipeline.folder import add_component, own_folder
 from tarflow.pipeline.opening import locate, open_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.config import check
@@ -214,7 +214,8 @@ class DecoderTask:
         """Put the decoder into the pipeline's folder, or a copy of it."""
         if self.config.dtype != "float32":
             decoder.to(getattr(torch, self.config.dtype))
-        add_decoder(self.source, self.target, decoder, self.config.set_default)
+        settings = {"decoder": "finetuned"} if self.config.set_default else {}
+        add_component(self.source, self.target, "finetuned_decoder", decoder, **settings)
         print(f"the finetuned decoder is in {self.target}")
 
 

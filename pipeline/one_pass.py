@@ -1,0 +1,75 @@
+"""Drawing with a pipeline's student: what it can do of what a call asks for, and its one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tarflow.flows.guidance import Guidance
+
+#: What a call's ``decoding`` is called then.
+STUDENT = "student"
+
+
+def check_call(pipe: Any, scale: float, guidance: Guidance, negative: bool) -> None:
+    """Whether the pipeline's student can stand in for its flow in a call.
+
+    Args:
+        pipe: the pipeline.
+        scale: the call's guidance scale.
+        guidance: the same with its method.
+        negative: a negative prompt was given.
+
+    Raises:
+        ValueError: if there is no student, it is of another flow, or it was not trained for such guidance.
+    """
+    student = pipe.student
+    if student is None:
+        raise ValueError(
+            "this pipeline has no student: train one with train_student.py --pipeline FOLDER, or take another decoding"
+        )
+    pipe.check_student()
+    largest = student.config.max_guidance_scale
+    if scale > largest:
+        trained = "without guidance" if largest == 1 else f"with guidance scales from 1 to {largest:g}"
+        raise ValueError(
+            f"guidance_scale is {scale:g}, but this student was trained {trained}: take a scale in that range, or "
+            "another decoding"
+        )
+    if scale == 1:
+        return
+    plain = Guidance(guidance.weight, student.config.guidance_method)
+    if guidance != plain:
+        raise ValueError(
+            f"this student knows the guidance method {plain.method!r} alone, with both parts, not annealed, and an "
+            "attention temperature of 1: leave the others out, or take another decoding"
+        )
+    if negative:
+        raise ValueError("a student has learned guidance away from no condition: leave negative_prompt out")
+
+
+def resolve_noise(
+    pipe: Any, denoise: bool | str | None, output_type: str, decoder: str | None
+) -> tuple[bool | str, str]:
+    """How the training noise is removed after a student, and the decoder, as `TARFlowPipeline.check_outputs` gives
+    them: a student of clean latents has removed it.
+
+    Raises:
+        ValueError: if more is asked for.
+    """
+    if pipe.student.config.target == "noisy":
+        return pipe.check_outputs(denoise, output_type, decoder)
+    if denoise or decoder == "finetuned":
+        asked = f"denoise={denoise!r}" if denoise else "decoder='finetuned'"
+        raise ValueError(f"this student's latents have no noise left to remove: leave {asked} out")
+    return pipe.check_outputs(False, output_type, "vae")
+
+
+def draw(
+    student: Any, noise: Tensor, class_labels: Tensor | None, cond: Tensor | None, weight: float
+) -> tuple[Tensor, Tensor]:
+    """A student's samples, (B, C, h, w): its latents, and those with the training noise, by which it can be measured
+    (the former again, if it was not taught the latter)."""
+    x, states = student(noise.to(student.dtype), class_labels, cond, weight, return_states=True)
+    return x, (states[-1] if student.config.target == "clean" and states else x)
