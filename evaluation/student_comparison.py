@@ -1,0 +1,172 @@
+"""A student beside its flow: speed, distance from the exact inverse, and pictures of the same noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tarflow.data.config import DataConfig
+from tarflow.evaluation.conditions import make_conditions
+from tarflow.evaluation.decoding_comparison import labelled_rows
+from tarflow.evaluation.generation import image_seed
+from tarflow.evaluation.machine import machine
+from tarflow.evaluation.student_error import block_errors, exact_states
+from tarflow.flows.calibration import clock
+from tarflow.flows.guidance import Guidance
+from tarflow.pipeline.one_pass import STUDENT, draw
+
+#: What is timed: the latents alone, without removal of noise and decoding, and whole calls.
+TIMED = {"latents": {"output_type": "latent"}, "pictures": {"output_type": "pt"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentComparisonConfig:
+    """What to compare.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id of a pipeline with a student.
+        out: folder for student.json, student.md and samples.png.
+        data, split: of the captions, if the model takes some and ``captions`` does not name others.
+        captions, labels: see `GenerationConfig`.
+        guidance_scale: None is the pipeline's own, or the student's largest if that is smaller.
+        batch_sizes: images at once, each timed.
+        decoding: of the flow, to compare with.
+        repeats: of the clock's measurements, of which the medians count; the two take turns.
+        num: samples whose errors are measured; ``columns`` of them are shown.
+        seed: of the noise.
+    """
+
+    pipeline: str
+    out: str
+    data: DataConfig | None = None
+    split: Literal["train", "validation"] = "validation"
+    captions: str | None = None
+    labels: int | str | None = None
+    guidance_scale: float | None = None
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    decoding: Literal["sequential", "auto", "fast"] = "sequential"
+    repeats: int = 7
+    num: int = 64
+    columns: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "num", "columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes must list numbers of at least 1, got {self.batch_sizes}")
+
+
+@torch.no_grad()
+def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any]:
+    """Compare, and write tables and pictures.
+
+    Args:
+        config: what to compare.
+        pipe: the pipeline, on its device.
+
+    Returns:
+        "speed": a row for each batch size and each of `TIMED`, with the medians of "flow" and "student" in images per
+        second and the median of their ratios; "errors": of the samples and after each block, see `block_errors`.
+
+    Raises:
+        ValueError: if settings and pipeline do not fit.
+    """
+    pipe.check_outputs(None, "pt", None, student=True)
+    pipe.check_student()
+    scale = config.guidance_scale
+    if scale is None:
+        scale = min(pipe.config.guidance_scale, pipe.student.config.max_guidance_scale)
+    captions = config.captions
+    if captions is None and config.data is not None and pipe.flow.config.conditioning == "prefix":
+        captions = "data"
+    conditions = make_conditions(pipe, config.seed, config.labels, None, captions, config.data, config.split)
+
+    def call(count: int, decoding: str, **options: Any) -> Any:
+        generators = [torch.Generator().manual_seed(image_seed(config.seed, index)) for index in range(count)]
+        arguments = conditions.arguments(range(count))
+        return pipe(**arguments, generator=generators, guidance_scale=scale, decoding=decoding, **options).images
+
+    speed = []
+    for batch in config.batch_sizes:
+        for name, options in TIMED.items():
+            if name == "latents":  # of both as they come, with or without the training noise
+                options = {**options, "denoise": False}
+            ways = {
+                "flow": lambda batch=batch, options=options: call(batch, config.decoding, **options),
+                "student": lambda batch=batch, options=options: call(batch, STUDENT, **options),
+            }
+            speed.append({"batch": batch, "timed": name, **timed(ways, batch, config.repeats, pipe.flow.device)})
+    report = {
+        "speed": speed,
+        "errors": errors_of(pipe, conditions.arguments(range(config.num)), scale, config),
+        "guidance_scale": scale,
+        "settings": dataclasses.asdict(config),
+        "machine": machine(pipe.flow.device),
+    }
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    rows = {name: call(config.columns, name, output_type="pt") for name in (config.decoding, STUDENT)}
+    rows = {name: (images.cpu() * 255).round().to(torch.uint8) for name, images in rows.items()}
+    labelled_rows({"flow": rows[config.decoding], "student": rows[STUDENT]}).save(out / "samples.png")
+    write_tables(report, pipe, out)
+    return report
+
+
+def timed(ways: dict[str, Callable[[], Any]], batch: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Medians of images per second of two ways that take turns, after one call each that does not count, and the median
+    "ratio" of the second's speed to the first's."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            began = clock(device)
+            way()
+            if repeat:
+                seconds[name].append(clock(device) - began)
+    first, second = seconds.values()
+    ratio = statistics.median(slow / fast for slow, fast in zip(first, second, strict=True))
+    return {**{name: batch / statistics.median(times) for name, times in seconds.items()}, "ratio": ratio}
+
+
+def errors_of(pipe: Any, arguments: dict[str, Any], scale: float, config: StudentComparisonConfig) -> list[float]:
+    """How far the flow takes the student's samples from where it should, see `block_errors`."""
+    flow, device = pipe.flow, pipe.flow.device
+    noise = torch.randn(
+        config.num, *pipe.latent_shape(None, None), generator=torch.Generator().manual_seed(config.seed)
+    )
+    z = flow.scale_noise(noise.to(device))
+    labels = cond = null = None
+    if "prompt" in arguments:
+        cond, null = pipe.encode_prompt(arguments["prompt"], None, device, do_guidance=True)
+    elif "class_labels" in arguments:
+        labels = torch.tensor(arguments["class_labels"], device=device)
+    guidance = Guidance(scale - 1, pipe.student.config.guidance_method)
+    condition = flow.condition(labels, cond, config.num)
+    null_condition = flow.condition(None, null, config.num) if guidance.active else None
+    exact = exact_states(flow, z, condition, null_condition, guidance)
+    _, noisy = draw(pipe.student, z, labels, cond, guidance.weight)
+    return block_errors(flow, noisy, exact, condition, null_condition, guidance)
+
+
+def write_tables(report: dict[str, Any], pipe: Any, out: Path) -> None:
+    """Write ``student.json`` and ``student.md``."""
+    (out / "student.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    size = pipe.flow.config.sample_size // pipe.flow.config.patch_size
+    lines = [f"| batch | timed | flow, {report['settings']['decoding']}, images/s | student, images/s | ratio |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for row in report["speed"]:
+        values = (f"{row[name]:.4g}" for name in ("flow", "student"))
+        lines.append(f"| {row['batch']} | {row['timed']} | {' | '.join(values)} | {row['ratio']:.3g} |")
+    lines += ["", f"{size * size} tokens, guidance scale {report['guidance_scale']:g}; {report['machine']}; medians."]
+    lines += ["", "| mean error of the samples | after each block, data to noise |", "| --- | --- |"]
+    after = ", ".join(f"{error:.3g}" for error in report["errors"][1:])
+    lines.append(f"| {report['errors'][0]:.3g} | {after} |")
+    (out / "student.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,28 @@
+"""A student beside its flow: images per second, distance from the flow's exact inverse, pictures of the same noise.
+
+    python scripts/compare_student.py --pipeline runs/NAME/pipeline --out comparison
+
+The folder gets a table (``student.md``, ``student.json``) and ``samples.png``, the flow's samples above the student's.
+What the samples are worth, ``scripts/sweep.py --decoding '[sequential, student]'`` measures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tarflow.evaluation.student_comparison import StudentComparisonConfig, compare_student
+from tarflow.pipeline.opening import open_pipeline
+from tarflow.training.arguments import fail, parse_dataclass
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        config, _ = parse_dataclass(StudentComparisonConfig, argv, __doc__)
+        compare_student(config, open_pipeline(config.pipeline))
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(ValueError(" ".join(str(error).split())))
+    print((Path(config.out).expanduser() / "student.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Students that make a sample in one pass: the network, the pipeline's mode, the training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from helpers import ROOT, condition_of, perturb, random_images, small_model
+from test_decoder import files_of, small_autoencoder
+from test_pipeline import CAPTIONS, draw, make_pipeline
+
+from tarflow import TARFlowPipeline
+from tarflow.evaluation.student_comparison import StudentComparisonConfig, compare_student
+from tarflow.evaluation.student_error import block_errors, exact_states
+from tarflow.flows import sampling
+from tarflow.flows.decoding import guided_states
+from tarflow.flows.guidance import Guidance
+from tarflow.flows.student import StudentModel, flow_hashes
+from tarflow.training.arguments import parse_dataclass
+from tarflow.training.student import train_student
+from tarflow.training.student_config import StudentConfig
+from tarflow.training.student_loss import alignment_loss, extrapolated, teacher_states
+
+
+def small_student(flow, **changes) -> StudentModel:
+    """A perturbed student of three layers for a flow of two blocks."""
+    config = flow.config
+    arguments = {
+        **{name: config[name] for name in ("in_channels", "sample_size", "patch_size", "patch_layout")},
+        **{name: config[name] for name in ("conditioning", "num_classes", "cond_dim")},
+        "num_layers": 3,
+        "width": 64,
+        "head_dim": 32,
+        "state_layers": (1, 2),
+        "max_guidance_scale": 1.0 if config.conditioning == "none" else 3.0,
+        "flow_hashes": flow_hashes(flow),
+    }
+    return perturb(StudentModel(**{**arguments, **changes}), 0.05).eval()
+
+
+def with_student(pipe: TARFlowPipeline, **changes) -> TARFlowPipeline:
+    pipe.register_modules(student=small_student(pipe.flow, **changes))
+    return pipe
+
+
+class TestPairs:
+    @pytest.mark.parametrize("method", ["gaussian", "linear"])
+    @pytest.mark.parametrize("conditioning", ["class_prefix", "class_vectors", "prefix"])
+    def test_the_guided_flow_maps_its_samples_back(self, conditioning, method) -> None:
+        model = small_model(conditioning=conditioning).double()
+        condition = condition_of(model, 3)
+        null = model.condition(None, torch.zeros(1, 3, 5).double() if conditioning == "prefix" else None, 3)
+        cond, z = (
+            model.condition(*(condition.get(name) for name in ("class_labels", "cond")), 3),
+            random_images(model, 3),
+        )
+        weights = torch.tensor([0.0, 0.7, 2.0]).double()
+        drawn = [
+            sampling.generate(
+                model, z[i : i + 1], cond[i : i + 1], null[i : i + 1], Guidance(float(weights[i]), method)
+            )[0]
+            for i in range(3)
+        ]
+        states = teacher_states(model, torch.cat(drawn), cond, null, weights, method)
+        assert len(states) == len(model.blocks) + 1
+        torch.testing.assert_close(states[0], z, rtol=0, atol=1e-9)
+
+    def test_plain_states_are_the_flows_own(self) -> None:
+        model = small_model(conditioning="class_prefix").double()
+        x, condition = random_images(model, 2), condition_of(model, 2)
+        z, _, outputs = model(x, **condition, return_block_outputs=True)
+        states = teacher_states(model, x, model.condition(condition["class_labels"], None, 2), None, None, "linear")
+        for state, wanted in zip(states, [z, outputs[0], x], strict=True):
+            torch.testing.assert_close(state, wanted, rtol=0, atol=1e-12)
+
+    def test_errors_of_the_exact_inverse_are_zero(self) -> None:
+        model = small_model(conditioning="class_prefix").double()
+        labels, z, guidance = torch.tensor([0, 2]), random_images(model, 2), Guidance(1.5)
+        conditions = model.condition(labels, None, 2), model.condition(None, None, 2), guidance
+        exact = exact_states(model, z, *conditions)
+        assert max(block_errors(model, exact[0], exact, *conditions)) < 1e-9
+        moved = block_errors(model, exact[0] + 0.5, exact, *conditions)
+        assert len(moved) == len(model.blocks) + 1
+        assert moved[0] == pytest.approx(0.5)
+        assert min(moved[1:]) > 0.1
+
+    def test_coupling_blocks_have_states_too(self) -> None:
+        model = small_model(conditioning="class_prefix", block="coupling").double()
+        labels, z = torch.tensor([0, 2]), random_images(model, 2)
+        conditions = model.condition(labels, None, 2), model.condition(None, None, 2), Guidance(1.5)
+        x, _ = sampling.generate(model, z, *conditions)
+        torch.testing.assert_close(
+            model.unpatchify(guided_states(model, x, *conditions)[-1], (2, 2)), z, rtol=0, atol=1e-9
+        )
+
+    def test_losses(self) -> None:
+        a, b, c = (torch.full((2, 1, 2, 2), value) for value in (1.0, 3.0, 0.0))
+        assert float(alignment_loss([a, a], [b, c])) == pytest.approx((4 + 1) / 2)
+        assert torch.equal(extrapolated(b, a, torch.tensor([0.0, 2.0]))[:, 0, 0, 0], torch.tensor([3.0, 7.0]))
+
+
+class TestModel:
+    @pytest.mark.parametrize("conditioning", ["none", "class_prefix", "class_vectors", "prefix"])
+    @pytest.mark.parametrize("through_states", [True, False])
+    def test_everything_is_seen_and_learns(self, conditioning, through_states, tmp_path) -> None:
+        flow = small_model(conditioning=conditioning)
+        student = small_student(flow, through_states=through_states)
+        z, condition = random_images(flow, 2).requires_grad_(), condition_of(flow, 2)
+        weight = {} if conditioning == "none" else {"guidance_weight": torch.tensor([0.5, 2.0])}
+        x, states = student(z, **condition, **weight, return_states=True)
+        (gradient,) = torch.autograd.grad(x[0, 0, 0, 0], z, retain_graph=True)
+        assert gradient[0].abs().min() > 0  # the first token sees the last
+        assert not gradient[1].any()
+        (x.pow(2).mean() + sum(state.pow(2).mean() for state in states)).backward()
+        assert [name for name, parameter in student.named_parameters() if parameter.grad is None] == []
+        if conditioning != "none":
+            assert not torch.allclose(x, student(z, **condition, guidance_weight=0.0))
+        student.save_pretrained(tmp_path)
+        assert torch.equal(StudentModel.from_pretrained(tmp_path)(z, **condition, **weight), x)
+
+    def test_another_size_and_bfloat16(self) -> None:
+        student = small_student(small_model(conditioning="none"))
+        assert student(torch.randn(1, 2, 8, 6)).shape == (1, 2, 8, 6)
+        z = torch.randn(2, 2, 4, 4)
+        torch.testing.assert_close(student.bfloat16()(z.bfloat16()), student.float()(z), rtol=0.1, atol=0.02)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"width": 48}, r"head_dim \(32\) must divide the student's width \(48\)"),
+            ({"target": "other"}, "target must be one of clean, noisy, got 'other'"),
+            ({"state_layers": (2, 4)}, r"state_layers must rise within 1 to 3.*got \[2, 4\]"),
+            ({"max_guidance_scale": 0.5}, r"max_guidance_scale must be at least 1 \(off\), got 0.5"),
+        ],
+    )
+    def test_bad_settings(self, changes, message) -> None:
+        with pytest.raises(ValueError, match=message):
+            small_student(small_model(conditioning="class_prefix"), **changes)
+
+    def test_conditions_that_do_not_fit(self) -> None:
+        with pytest.raises(ValueError, match=r"class_labels must have the shape \(2,\), got None"):
+            small_student(small_model(conditioning="class_prefix"))(torch.randn(2, 2, 4, 4))
+        with pytest.raises(ValueError, match=r"cond must have the shape \(2, L, 5\), got \(2, 3, 6\)"):
+            small_student(small_model(conditioning="prefix"))(torch.randn(2, 2, 4, 4), cond=torch.randn(2, 3, 6))
+
+
+class TestPipeline:
+    @pytest.mark.parametrize("conditioning", ["none", "class_prefix", "prefix"])
+    def test_a_saved_student_draws(self, conditioning, tmp_path) -> None:
+        pipe = with_student(make_pipeline(conditioning))
+        pipe.save_pretrained(tmp_path / "pipeline")
+        loaded = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+        loaded.set_progress_bar_config(disable=True)
+        options = {
+            "none": {"num_images": 2},
+            "class_prefix": {"class_labels": [0, "church"], "guidance_scale": 2.0},
+            "prefix": {"prompt": CAPTIONS, "guidance_scale": 2.0},
+        }[conditioning]
+        images = draw(pipe, decoding="student", **options)
+        assert np.array_equal(images, draw(loaded, decoding="student", **options))
+        loaded.enable_model_cpu_offload(device="cpu")
+        assert np.array_equal(images, draw(loaded, decoding="student", **options))
+        latents = draw(pipe, decoding="student", output_type="latent", **options)
+        noise = torch.cat([torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+        labels = torch.tensor([0, 1]) if conditioning == "class_prefix" else None
+        cond = pipe.encode_prompt(CAPTIONS, None, "cpu", do_guidance=False)[0] if conditioning == "prefix" else None
+        wanted = pipe.student(noise, labels, cond, options.get("guidance_scale", 1.0) - 1)
+        torch.testing.assert_close(latents, wanted.detach(), rtol=0, atol=1e-5)
+        assert not np.array_equal(images, draw(pipe, decoding="sequential", **options))
+
+    def test_noise_of_its_targets(self) -> None:
+        pipe, calls = with_student(make_pipeline("none"), target="noisy", state_layers=(1,)), []
+        options = {"num_images": 2, "decoding": "student", "output_type": "latent"}
+        raw, denoised = (draw(pipe, denoise=flag, **options) for flag in (False, True))
+        assert torch.equal(draw(pipe, **options), denoised)
+        assert not torch.equal(raw, denoised)
+        pipe = with_student(make_pipeline("none"))
+
+        def remember(pipe, index, step, tensors):
+            calls.append((index, step, tensors["latents"].clone()))
+            return {}
+
+        output = pipe(num_images=2, decoding="student", return_residual=True, callback_on_step_end=remember)
+        assert [call[:2] for call in calls] == [(0, 0)]
+        assert output.residual_mean.shape == (2,)
+        assert bool((output.residual_mean > 0.01).all())
+
+    def test_it_knows_its_flow_from_smaller_files(self, tmp_path) -> None:
+        pipe = with_student(make_pipeline("none"))
+        for dtype in (torch.float16, torch.bfloat16):
+            folder = tmp_path / str(dtype)
+            pipe.flow.to(dtype).save_pretrained(tmp_path / "flow")
+            pipe.save_pretrained(folder)
+            loaded = TARFlowPipeline.from_pretrained(folder)
+            loaded.set_progress_bar_config(disable=True)
+            loaded(num_images=1, decoding="student")
+            pipe = with_student(make_pipeline("none"))
+        with torch.no_grad():
+            next(pipe.flow.parameters()).add_(1e-3)
+        with pytest.raises(ValueError, match="this student is of another flow: the weights' SHA-256 begins with"):
+            pipe(num_images=1, decoding="student")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"guidance_scale": 4.0},
+                "guidance_scale is 4, but this student was trained with guidance scales from 1 to 3",
+            ),
+            ({"guidance_scale": 2.0, "guidance_method": "linear"}, "knows the guidance method 'gaussian' alone"),
+            ({"guidance_scale": 2.0, "negative_prompt": "a red ring"}, "leave negative_prompt out"),
+            ({"denoise": True}, "no noise left to remove: leave denoise=True out"),
+            ({"decoder": "finetuned"}, "no noise left to remove: leave decoder='finetuned' out"),
+        ],
+    )
+    def test_calls_that_do_not_fit(self, options, message) -> None:
+        pipe = with_student(make_pipeline("prefix"))
+        with pytest.raises(ValueError, match=message):
+            pipe(CAPTIONS, decoding="student", **options)
+
+    def test_pipelines_without_one(self) -> None:
+        with pytest.raises(ValueError, match=r"no student: train one with train_student.py --pipeline FOLDER"):
+            make_pipeline("none")(decoding="student")
+
+
+def tiny_pipeline(folder, conditioning="class_prefix") -> TARFlowPipeline:
+    """A pipeline of drawings of 16 × 16 pixels, 16 tokens, in its folder."""
+    torch.manual_seed(0)
+    vae = small_autoencoder(scaling_factor=1.0, shift_factor=None, mid_block_add_attention=False)
+    classes = 36 if conditioning == "class_prefix" else 0
+    flow = small_model(in_channels=8, sample_size=8, conditioning=conditioning, num_classes=classes, cond_dim=0)
+    pipe = TARFlowPipeline(flow, vae, noise_std=0.3, guidance_scale=2.0 if classes else 1.0)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def train(pipeline, output, *arguments) -> dict:
+    """Run as a fresh process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    settings = [
+        *("--pipeline", str(pipeline), "--output", str(output), "--data.image_size", "16", "--trackers", "[]"),
+        *("--mixed_precision", "no", "--batch_size", "8", "--lr", "3e-3", "--warmup_steps", "2", "--ema_decay", "0.9"),
+        *("--eval_every", "0", "--eval_images", "16", "--grid_images", "3", "--checkpoint_every", "0", "--steps", "6"),
+        *("--num_layers", "3", "--width", "64", "--head_dim", "32"),
+    ]
+    return train_student(*parse_dataclass(StudentConfig, [*settings, *arguments]))
+
+
+class TestTraining:
+    def test_it_learns_the_way_back(self, tmp_path) -> None:
+        pipe = tiny_pipeline(tmp_path / "pipeline")
+        first = train(tmp_path / "pipeline", tmp_path / "a", "--steps", "1", "--save_to", str(tmp_path / "new"))
+        last = train(tmp_path / "pipeline", tmp_path / "b", "--steps", "60", "--eval_every", "30", "--batch_size", "16")
+        assert np.isfinite(last["psnr"])
+        assert last["error_samples"] < 0.8 * first["error_samples"]
+        assert last["error_noise"] < 0.8 * first["error_noise"]
+        assert len(last["errors_by_block"]) == len(pipe.flow.blocks)
+        assert (tmp_path / "b" / "samples" / "samples_00000030.png").is_file()
+        trained = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+        trained.set_progress_bar_config(disable=True)
+        assert trained.student.config.max_guidance_scale == 2
+        assert trained(class_labels=[0, 1], decoding="student").images[0].size == (16, 16)
+        settings = ["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "c"), "--batch_sizes", "[2]"]
+        config, _ = parse_dataclass(StudentComparisonConfig, [*settings, "--repeats", "1", "--num", "4"])
+        report = compare_student(config, trained)
+        assert [row["timed"] for row in report["speed"]] == ["latents", "pictures"]
+        assert report["errors"][-1] == pytest.approx(last["error_noise"], rel=0.5)
+        assert {path.name for path in (tmp_path / "c").iterdir()} == {"student.json", "student.md", "samples.png"}
+        assert files_of(tmp_path / "pipeline" / "flow") == files_of(tmp_path / "new" / "flow")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--alignment", "none", "--guidance_scale", "1"],
+            ["--alignment", "states", "--target", "noisy"],
+            ["--guidance", "extrapolated", "--data.flip", "true"],
+            ["--own_share", "0.5", "--own_after", "0"],
+        ],
+    )
+    def test_every_choice_has_its_effect(self, tmp_path, options) -> None:
+        tiny_pipeline(tmp_path / "pipeline")
+        results = [train(tmp_path / "pipeline", tmp_path / name, *more) for name, more in (("a", []), ("b", options))]
+        assert np.isfinite(results[1]["psnr"])
+        assert results[0]["psnr"] != results[1]["psnr"]
+
+    def test_unconditional_flows_have_students(self, tmp_path) -> None:
+        tiny_pipeline(tmp_path / "pipeline", "none")
+        assert np.isfinite(train(tmp_path / "pipeline", tmp_path / "a")["psnr"])
+        with pytest.raises(ValueError, match=r"unconditional: there is no guidance, but guidance_scale is 2\.0"):
+            train(tmp_path / "pipeline", tmp_path / "b", "--guidance_scale", "2")
+
+    def test_resuming_is_bit_identical(self, tmp_path) -> None:
+        options = ["--checkpoint_every", "3", "--data.flip", "true", "--own_share", "0.5", "--accumulation", "2"]
+        for name in ("whole", "parts"):
+            tiny_pipeline(tmp_path / name)
+            train(tmp_path / name, tmp_path / f"run_{name}", *options)
+        shutil.rmtree(tmp_path / "run_parts" / "checkpoints" / "step_00000006")
+        shutil.rmtree(tmp_path / "parts")
+        tiny_pipeline(tmp_path / "parts")
+        train(tmp_path / "parts", tmp_path / "run_parts", *options, "--resume", "latest")
+        assert files_of(tmp_path / "whole") == files_of(tmp_path / "parts")
+        with pytest.raises(ValueError, match=r"student\.width is 64 there and 32 here"):
+            train(tmp_path / "parts", tmp_path / "run_parts", *options, "--resume", "latest", "--width", "32")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--data.image_size", "32"], r"has pictures of 16 pixels, but data\.image_size is 32"),
+            (["--num_layers", "2"], "num_layers must be at least 3, one more than the states of the flow"),
+            (["--perceptual", "1"], "perceptual_weights must name the weights' file"),
+            (["--unguided_share", "2"], r"unguided_share must be in \[0, 1\], got 2"),
+            (["--guidance_scale", "0.5"], r"guidance_scale must be at least 1 \(off\), got 0\.5"),
+        ],
+    )
+    def test_bad_settings(self, tmp_path, options, message) -> None:
+        tiny_pipeline(tmp_path / "pipeline")
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "pipeline", tmp_path / "a", *options)
+        assert not (tmp_path / "a").exists()
+
+    def test_shipped_configurations_are_valid(self) -> None:
+        for path in sorted((ROOT / "configs").glob("student_*.yaml")):
+            config, _ = parse_dataclass(StudentConfig, ["--config", str(path)])
+            assert config.folder == Path("runs") / path.stem.replace("student_", "") / "student" or config.output
