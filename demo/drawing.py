@@ -24,6 +24,7 @@ from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE
 from tarflow.flows.guidance import Guidance
 from tarflow.pipeline.checks import NOISE_REMOVALS
 from tarflow.pipeline.limits import check_num_images
+from tarflow.pipeline.one_pass import STUDENT
 
 #: How the page names the ways to invert a block, and the parts of the sequence that its "gs_jacobi" sweeps in turn.
 DECODINGS, SEGMENTS = ("auto", "sequential", "jacobi", "gs_jacobi", "fast"), 4
@@ -47,8 +48,8 @@ class Request:
         prompt: a caption, for text-conditioned models.
         label: index of the class, for class-conditioned ones.
         guidance_scale: 1 is off.
-        decoding: one of `DECODINGS`.
-        noise_removal: one of `NOISE_REMOVALS`.
+        decoding: one of `DECODINGS`, or "student".
+        noise_removal: one of `NOISE_REMOVALS`; a student of clean latents leaves nothing to remove.
         seed: image i depends on it and i alone, as with `tarflow generate`.
         count: how many images.
     """
@@ -109,6 +110,11 @@ class Progress:
     result: Result | None = None
 
 
+def decodings(pipe: Any) -> list[str]:
+    """How this pipeline can make latents of noise."""
+    return [*DECODINGS, *([] if pipe.student is None else [STUDENT])]
+
+
 def noise_removals(pipe: Any) -> list[str]:
     """What this pipeline can remove the training noise by, its own default first."""
     names = ["none"]
@@ -137,8 +143,10 @@ def checked(pipe: Any, request: Request) -> Request:
     scale = request.guidance_scale
     if not isinstance(scale, int | float) or not 1 <= scale <= LARGEST_GUIDANCE:
         raise ValueError(f"The guidance scale must be a number from 1 (off) to {LARGEST_GUIDANCE:g}.")
-    if request.decoding not in DECODINGS:
-        raise ValueError(f"The decoding must be one of {', '.join(DECODINGS)}.")
+    if request.decoding not in decodings(pipe):
+        raise ValueError(f"The decoding must be one of {', '.join(decodings(pipe))}.")
+    if request.decoding == STUDENT and scale > pipe.student.config.max_guidance_scale:
+        raise ValueError(f"The student knows guidance scales up to {pipe.student.config.max_guidance_scale:g}.")
     if request.noise_removal not in noise_removals(pipe):
         raise ValueError(f"This pipeline removes noise by {', '.join(noise_removals(pipe))}.")
     check_num_images(pipe, count, guided=scale > 1)
@@ -206,7 +214,7 @@ def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue,
 
 def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Event) -> None:
     """Draw, and put a `Progress` for each stage."""
-    blocks = len(pipe.flow.blocks)
+    blocks = 1 if request.decoding == STUDENT else len(pipe.flow.blocks)
     stages: list[Stage] = []
     shown_for = 0.0
 
@@ -223,6 +231,7 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
     def after_block(_: Any, index: int, __: int, tensors: dict[str, Tensor]) -> dict:
         done = index + 1
         name = f"block {done}" if done < blocks else f"block {done}, raw"
+        name = STUDENT if request.decoding == STUDENT else name
         show(name, tensors["latents"], f"block {done + 1} of {blocks}" if done < blocks else "removing the noise")
         return {}
 
@@ -241,12 +250,17 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
         callback_on_step_end=after_block,
     )
     seconds = clock(pipe.flow.device) - began - shown_for
-    if request.noise_removal != "none":
+    if request.noise_removal != "none" and not cleaned(pipe, request):
         stages.append(Stage("noise removed", output.images))
     residuals = (output.residual_max.tolist(), output.residual_mean.tolist())
     calibrated = len(pipe.calibrations) > known
     result = Result(output.images, *residuals, seconds, calibrated, taken_decodings(pipe, request, noise))
     events.put(Progress(list(stages), 1.0, "done", result=result))
+
+
+def cleaned(pipe: Any, request: Request) -> bool:
+    """Whether a student has removed the training noise itself."""
+    return request.decoding == STUDENT and pipe.student.config.target == "clean"
 
 
 def arguments(pipe: Any, request: Request) -> dict[str, Any]:
@@ -258,9 +272,10 @@ def arguments(pipe: Any, request: Request) -> dict[str, Any]:
         condition |= {"prompt": request.prompt} if kind == "prefix" else {"class_labels": request.label}
     tokens = (pipe.flow.config.sample_size // pipe.flow.config.patch_size) ** 2
     segment = math.ceil(tokens / SEGMENTS) if request.decoding == "gs_jacobi" else None
+    removal = (None, None) if cleaned(pipe, request) else NOISE_REMOVALS[request.noise_removal]
     return {
         **condition,
-        **dict(zip(("denoise", "decoder"), NOISE_REMOVALS[request.noise_removal], strict=True)),
+        **dict(zip(("denoise", "decoder"), removal, strict=True)),
         "guidance_scale": request.guidance_scale,
         "decoding": request.decoding,
         "segment": segment,

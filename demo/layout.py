@@ -9,7 +9,7 @@ import gradio as gr
 
 from tarflow.demo import about, markup
 from tarflow.demo.actions import Actions
-from tarflow.demo.drawing import DECODINGS, LARGEST_GUIDANCE, MOST_IMAGES, noise_removals
+from tarflow.demo.drawing import LARGEST_GUIDANCE, MOST_IMAGES, decodings, noise_removals
 
 EMPTY = '<div class="empty">{}</div>'
 #: Below a million, so that it is easily typed.
@@ -70,7 +70,7 @@ def generate_tab(actions: Actions) -> None:
                 [(NOISE_REMOVAL_NAMES[name], name) for name in removals], value=removals[0], label="Remove noise by"
             )
             decoding = gr.Radio(
-                list(DECODINGS), value="auto", label="Invert blocks by", info="auto tries them at its first run"
+                decodings(actions.pipe), value="auto", label="Invert blocks by", info="auto tries them at its first run"
             )
         with gr.Column(scale=7, min_width=320):
             with gr.Row():

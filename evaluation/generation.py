@@ -57,7 +57,8 @@ class GenerationConfig:
         guidance_scale: 1 is off; None is the pipeline's own.
         denoise, decoder: how the training noise is removed, see `TARFlowPipeline`; None is the pipeline's own way.
         noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
-        decoding, tolerance: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding.
+        decoding, tolerance: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding;
+            "student" is one pass of the pipeline's student.
         dtype: of the weights.
         fast: compile the sequential decode step, see `TARFlowPipeline.enable_fast_decoding`.
     """
@@ -77,7 +78,7 @@ class GenerationConfig:
     denoise: bool | Literal["score", "learned"] | None = None
     decoder: Literal["vae", "finetuned"] | None = None
     noise_std: float | None = None
-    decoding: Literal["sequential", "auto", "fast", "jacobi"] = "sequential"
+    decoding: Literal["sequential", "auto", "fast", "jacobi", "student"] = "sequential"
     tolerance: float = DEFAULT_TOLERANCE
     dtype: Literal["float32", "bfloat16"] = "float32"
     fast: bool = False

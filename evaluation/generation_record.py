@@ -10,6 +10,7 @@ from typing import Any
 
 from tarflow.evaluation.conditions import Conditions
 from tarflow.evaluation.sample_conditions import CONDITIONS
+from tarflow.pipeline.one_pass import STUDENT
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.vae.codec import weights_hash
 
@@ -20,7 +21,9 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
     """Everything that decides what image i is, as JSON has it."""
     names = ("batch_size", "seed", "format", "guidance_scale", "noise_std", "decoding", "dtype", "fast")
     settings = {"pipeline": pipeline_hash(pipe), **{name: getattr(config, name) for name in names}}
-    settings["denoise"], settings["decoder"] = pipe.check_outputs(config.denoise, "np", config.decoder)
+    settings["denoise"], settings["decoder"] = pipe.check_outputs(
+        config.denoise, "np", config.decoder, config.decoding == STUDENT
+    )
     for name in ("guidance_scale", "noise_std"):
         if settings[name] is None:
             settings[name] = getattr(pipe.config, name)
@@ -32,13 +35,15 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
 def pipeline_hash(pipe: TARFlowPipeline) -> str:
     """SHA-256 of a pipeline's settings, weights and vocabulary. Its default decoder and denoising do not count, as
     records of images name those that were taken."""
-    digest, tuned = hashlib.sha256(), pipe.finetuned_decoder
-    left_out = ("decoder", "denoise") if tuned is not None else ("decoder", "denoise", "finetuned_decoder")
+    digest, further = hashlib.sha256(), ("finetuned_decoder", "student")
+    absent = [name for name in further if getattr(pipe, name) is None]
+    left_out = ("decoder", "denoise", *absent)
     for part in (pipe, pipe.flow, pipe.vae):
         settings = {} if part is None else {key: value for key, value in part.config.items() if key[0] != "_"}
         settings = {key: value for key, value in settings.items() if part is not pipe or key not in left_out}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for module in (pipe.flow, pipe.vae, pipe.text_encoder, *([] if tuned is None else [tuned])):
+    present = [getattr(pipe, name) for name in further if name not in absent]
+    for module in (pipe.flow, pipe.vae, pipe.text_encoder, *present):
         digest.update(b"none" if module is None else weights_hash(module).encode())
     if pipe.tokenizer is not None:
         digest.update(repr(sorted(pipe.tokenizer.get_vocab().items())).encode())

@@ -55,7 +55,7 @@ class SweepConfig:
     denoise: list[bool | Literal["score", "learned"]] | None = None
     decoder: list[Literal["vae", "finetuned"]] | None = None
     noise_std: list[float] | None = None
-    decoding: list[Literal["sequential", "auto", "fast", "jacobi"]] | None = None
+    decoding: list[Literal["sequential", "auto", "fast", "jacobi", "student"]] | None = None
     ref: str | None = None
     metrics: list[Metric] = field(default_factory=lambda: ["frechet"])
     match: bool = False

@@ -16,20 +16,16 @@ def check_call(pipe: Any, scale: float, guidance: Guidance, negative: bool) -> N
     """Whether the pipeline's student can stand in for its flow in a call.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline, with a student.
         scale: the call's guidance scale.
         guidance: the same with its method.
         negative: a negative prompt was given.
 
     Raises:
-        ValueError: if there is no student, it is of another flow, or it was not trained for such guidance.
+        ValueError: if the student is of another flow, or was not trained for such guidance.
     """
-    student = pipe.student
-    if student is None:
-        raise ValueError(
-            "this pipeline has no student: train one with train_student.py --pipeline FOLDER, or take another decoding"
-        )
     pipe.check_student()
+    student = pipe.student
     largest = student.config.max_guidance_scale
     if scale > largest:
         trained = "without guidance" if largest == 1 else f"with guidance scales from 1 to {largest:g}"
@@ -49,21 +45,22 @@ def check_call(pipe: Any, scale: float, guidance: Guidance, negative: bool) -> N
         raise ValueError("a student has learned guidance away from no condition: leave negative_prompt out")
 
 
-def resolve_noise(
-    pipe: Any, denoise: bool | str | None, output_type: str, decoder: str | None
-) -> tuple[bool | str, str]:
-    """How the training noise is removed after a student, and the decoder, as `TARFlowPipeline.check_outputs` gives
-    them: a student of clean latents has removed it.
+def noise_left(pipe: Any, denoise: bool | str | None, decoder: str | None) -> bool:
+    """Whether a student's latents still have the training noise; if not, nothing can remove it again.
 
     Raises:
-        ValueError: if more is asked for.
+        ValueError: if there is no student, or more is asked for.
     """
+    if pipe.student is None:
+        raise ValueError(
+            "this pipeline has no student: train one with train_student.py --pipeline FOLDER, or take another decoding"
+        )
     if pipe.student.config.target == "noisy":
-        return pipe.check_outputs(denoise, output_type, decoder)
+        return True
     if denoise or decoder == "finetuned":
         asked = f"denoise={denoise!r}" if denoise else "decoder='finetuned'"
         raise ValueError(f"this student's latents have no noise left to remove: leave {asked} out")
-    return pipe.check_outputs(False, output_type, "vae")
+    return False
 
 
 def draw(

@@ -73,10 +73,11 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         finetuned_decoder: a decoder that removes the training noise itself, or None.
         denoise: whether a call takes the score step before the autoencoder's decoder if it does not say; False where
             the autoencoder was trained to decode noisy latents.
+        student: a network that makes a sample in one pass, see ``train_student.py``, or None.
     """
 
-    model_cpu_offload_seq = "text_encoder->flow->vae->finetuned_decoder"
-    _optional_components = ["vae", "text_encoder", "tokenizer", "finetuned_decoder"]  # noqa: RUF012 (the library's interface)
+    model_cpu_offload_seq = "text_encoder->flow->student->vae->finetuned_decoder"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "finetuned_decoder", "student"]  # noqa: RUF012 (the library's interface)
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
@@ -229,11 +230,9 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         method = guidance_method or self.config.guidance_method
         guidance = Guidance(scale - 1, method, guidance_parts, guidance_annealed, attention_temperature)
         guided = guidance.weight > 0
+        denoise, decoder = self.check_outputs(denoise, output_type, decoder, learned)
         if learned:
             one_pass.check_call(self, scale, guidance, not (negative_prompt is None and negative_prompt_embeds is None))
-            denoise, decoder = one_pass.resolve_noise(self, denoise, output_type, decoder)
-        else:
-            denoise, decoder = self.check_outputs(denoise, output_type, decoder)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if decoding == "fast":
@@ -382,10 +381,12 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         checks.check_callback(callback_tensor_inputs, self._callback_tensor_inputs)
 
     def check_outputs(
-        self, denoise: bool | str | None, output_type: str, decoder: str | None = None
+        self, denoise: bool | str | None, output_type: str, decoder: str | None = None, student: bool = False
     ) -> tuple[bool | str, str]:
         """Whether the pipeline can do what is asked of its samples, and what that is: ``denoise`` as True (the score
-        step), False or "learned", and ``decoder`` as "vae" or "finetuned"."""
+        step), False or "learned", and ``decoder`` as "vae" or "finetuned"; ``student`` if that draws them."""
+        if student and not one_pass.noise_left(self, denoise, decoder):
+            denoise, decoder = False, "vae"
         config, pixels = self.flow.config, self.vae is None
         checks.check_output_type(config, output_type, pixels)
         finetuned = self.finetuned_decoder is not None
