@@ -31,6 +31,15 @@ ARGUMENTS = [
     *("--log.trackers", "[]", "--log.log_every", "1", "--log.eval_every", "3", "--log.eval_images", "10"),
     *("--log.sample_every", "0", "--log.sample_images", "2", "--log.checkpoint_every", "4"),
 ]
+#: An autoencoder that is trained along, of 16 pixels to latents of 8 × 8, for three steps.
+JOINT = [
+    *("--vae.train", "joint", "--train.noise_std", "0", "--data.image_size", "16", "--vae.name", "new"),
+    *("--joint.model.latent_channels", "2", "--joint.model.block_out_channels", "[8, 16]"),
+    *("--joint.model.down_block_types", '["DownEncoderBlock2D", "DownEncoderBlock2D"]'),
+    *("--joint.model.up_block_types", '["UpDecoderBlock2D", "UpDecoderBlock2D"]'),
+    *("--joint.model.norm_num_groups", "4", "--train.steps", "3", "--train.more_ema_decays", "[]"),
+    *("--log.checkpoint_every", "0"),
+]
 SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
 
 
@@ -68,16 +77,25 @@ def held_out(result: dict[str, Any]) -> dict[tuple[int, str], float]:
     return {(values["step"], name): values[name] for values in result["logged"] for name in names if name in values}
 
 
+def reconstructions(result: dict[str, Any]) -> list[float]:
+    return [values[name] for values in result["logged"] for name in values if name.endswith(("psnr", "means_std"))]
+
+
+def run_logged(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What a training in this process logs."""
+    logged: list[dict[str, float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.log", lambda self, values, step: logged.append({"step": step, **values}))
+        train(folder, *arguments, flow=TEXT_FLOW)
+    return {"logged": logged}
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The run that all others must equal: batches of eight in one process, two passes a step."""
     folder = tmp_path_factory.mktemp("one")
     arguments = [*ARGUMENTS, *SMALL_TEXT, "--train.batch_size", "4", "--train.accumulation", "2"]
-    logged: list[dict[str, float]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("accelerate.Accelerator.log", lambda self, values, step: logged.append({"step": step, **values}))
-        train(folder / "run", *arguments, "--train.steps", "6", flow=TEXT_FLOW)
-    return folder / "run", {"logged": logged}
+    return folder / "run", run_logged(folder / "run", *arguments, "--train.steps", "6")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -87,6 +105,7 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
     if kind == "ddp":  # a checkpoint of one process goes on with two
         resume = ["--resume", str(one_process[0] / "checkpoints" / "step_00000004")]
         runs["resumed"] = [*arguments, "--output", str(tmp_path / "resumed"), *resume]
+        runs["joint"] = [*arguments, *JOINT, "--output", str(tmp_path / "joint")]
         runs["full"] = [*arguments, "--output", str(tmp_path / "disk_full")]
     results = launch(kind, 2, runs, tmp_path)
     assert results["whole"]["processes"] == 2
@@ -98,6 +117,11 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
     assert sorted(path.name for path in (tmp_path / "whole" / "samples").iterdir()) == [
         f"samples_0000000{step}{suffix}.png" for step in (3, 6) for suffix in ("", "_raw")
     ]
+
+    if kind == "ddp":  # an autoencoder that is trained along
+        logged = run_logged(tmp_path / "joint_one", *arguments, *JOINT, "--train.accumulation", "2")
+        assert losses(results["joint"]) == pytest.approx(losses(logged), abs=1e-5)
+        assert reconstructions(results["joint"]) == pytest.approx(reconstructions(logged), rel=1e-3)
 
     resume = ["--resume", str(tmp_path / "whole" / "checkpoints" / "step_00000004")]
     if kind == "ddp":  # one process cannot write a checkpoint: all stop, and nothing stays half-written

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tarflow import TARFlowPipeline
 from tarflow.data.images import collate, to_model
 from tarflow.flows.denoising import learned_denoise, score_denoise
+from tarflow.flows.model import TARFlowModel
 from tarflow.training.arguments import parse_config
 from tarflow.training.batches import StepSampler, fixed_batches
 from tarflow.training.config import OptimConfig
@@ -311,3 +312,25 @@ def test_latents_are_draws_or_means_of_the_posterior(tmp_path, sampled):
     means = parts.codec.encode(to_model(batch["image"].to(latents.device)))
     difference = (latents - means).std()
     assert 0.005 < difference < 0.2 if sampled else difference < 1e-6
+
+
+def test_actnorms_are_set_by_latents_when_a_run_starts(tmp_path, monkeypatch):
+    flow = CLASS_FLOW.replace('"class_prefix"', '"class_vectors", "block": "coupling", "mixing": "lu", "actnorm": true')
+    calls, initialize = [], TARFlowModel.initialize_actnorm
+    monkeypatch.setattr(
+        TARFlowModel, "initialize_actnorm", lambda self, *rest: calls.append(len(rest[0])) or initialize(self, *rest)
+    )
+    options = ["--train.steps", "2", "--log.checkpoint_every", "1", "--optim.lr", "1e-9"]
+    trainer, _ = train(tmp_path / "run", *options, flow=flow)
+    assert calls == [256]
+    batch = collate([trainer.parts.train[i] for i in range(64)])
+    latents = trainer.inputs.training(batch, 0, range(64))["latents"]
+    tokens, _ = trainer.flow.patchify(latents)
+    z, _ = trainer.flow.blocks[0].actnorm(tokens)
+    assert z.mean((0, 1)).abs().max() < 0.3
+    assert (z.std((0, 1)) - 1).abs().max() < 0.3
+    resume = ["--resume", str(tmp_path / "run" / "checkpoints" / "step_00000001")]
+    train(tmp_path / "again", *options, *resume, flow=flow)
+    train(tmp_path / "fine", *options, "--init_from", str(tmp_path / "run" / "pipeline"), flow="{}")
+    assert calls == [256]  # weights that come from elsewhere stay
+    assert all(torch.equal(value, weights(tmp_path / "again")[key]) for key, value in weights(tmp_path / "run").items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,23 @@ def make_autoencoder(config: TrainVaeConfig) -> AutoencoderKL:
             f"init_from must name an AutoencoderKL, but {config.init_from!r} is a {type(start).__name__}",
         )
         arguments = started_arguments(arguments, start, config.init_from)
-    check_arguments(arguments, config.image_size)
-    try:
-        vae = AutoencoderKL(**arguments)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"these model arguments make no AutoencoderKL: {' '.join(str(error).split())}") from error
+    vae = new_autoencoder(arguments, config.image_size)
     if start is not None:
         vae.load_state_dict(start.state_dict())
     return vae.train()
+
+
+def new_autoencoder(arguments: dict[str, Any], image_size: int) -> AutoencoderKL:
+    """An autoencoder with random weights.
+
+    Raises:
+        ValueError: for arguments that do not fit together or pictures of that size.
+    """
+    check_arguments(arguments, image_size)
+    try:
+        return AutoencoderKL(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"these model arguments make no AutoencoderKL: {' '.join(str(error).split())}") from error
 
 
 def argument_defaults() -> dict[str, Any]:
@@ -125,16 +135,16 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fix_posterior(vae: AutoencoderKL, std: float) -> None:
-    """Make the posterior's σ ``std`` for all pictures: what the encoder's last convolution gives as log σ² becomes a
-    bias alone."""
+def fix_posterior(vae: AutoencoderKL, std: float | Sequence[float]) -> None:
+    """Make the posterior's σ ``std`` for all pictures, one number or one for each channel: what the encoder's last
+    convolution gives as log σ² becomes a bias alone."""
     last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
     rows = slice(vae.config.latent_channels, None)  # the means come first
     last.weight[rows] = 0.0
-    last.bias[rows] = 2 * math.log(std)
+    last.bias[rows] = 2 * torch.tensor(std, dtype=last.bias.dtype, device=last.bias.device).log()
 
 
-def copy_for_use(vae: AutoencoderKL, posterior_std: float | None) -> AutoencoderKL:
+def copy_for_use(vae: AutoencoderKL, posterior_std: float | Sequence[float] | None) -> AutoencoderKL:
     """A copy as it is evaluated and saved, on the same device: with its posterior fixed if that is constant."""
     copy = AutoencoderKL(**{key: vae.config[key] for key in argument_defaults()}).to(vae.device)
     copy.load_state_dict(vae.state_dict())

@@ -119,7 +119,8 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
     Args:
         path, state: the checkpoint and its run.json.
         facts: what must be the same in the run: the complete arguments of its model as "flow", "ema_decays",
-            "images_per_step", and whether it is "sharded", under FSDP.
+            "images_per_step", whether it is "sharded", under FSDP, and by names of their own those of "joint", None if
+            the autoencoder is frozen.
 
     Raises:
         ValueError: that names the first difference, and what to do.
@@ -141,6 +142,15 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
             f"the checkpoint {name!r} was trained with {state['images_per_step']} pictures a step, not "
             f"{facts['images_per_step']}: set train.batch_size and train.accumulation to the same with these processes"
         )
+    here, there = facts.get("joint") or {}, state.get("joint") or {}
+    if bool(here) != bool(there):
+        ways = "joint" if there else "frozen"
+        raise ValueError(f"the checkpoint {name!r} was trained with vae.train {ways!r}: set it to that")
+    for key in sorted(set(here) | set(there)):
+        if there.get(key) != here.get(key):
+            raise ValueError(
+                f"the checkpoint {name!r} differs: {key} is {there.get(key)} there and {here.get(key)} here"
+            )
     if state["sharded"] != facts["sharded"]:
         ways = "with FSDP" if state["sharded"] else "without FSDP"
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tarflow.data.config import DataConfig
 from tarflow.training.checks import check
+from tarflow.training.joint_config import JointConfig, check_joint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,18 +15,21 @@ class VaeConfig:
     """The autoencoder.
 
     Attributes:
-        name: a shipped one ("drawings_emoji_f8c8"), a folder, a hub id, or "none" (or null) to model pixels.
+        name: a shipped one ("drawings_emoji_f8c8"), a folder, a hub id, "new" (one of `JointConfig`'s arguments), or
+            "none" (or null) to model pixels.
         subfolder: where in the folder or hub id it lies, for example "vae".
         measure_images: how many training pictures the latents' mean and standard deviation are measured on; 0 leaves
             latents as the autoencoder's own scaling factor makes them.
         sample_posterior: train on draws from the autoencoder's posterior, or else on its means. An autoencoder with a
-            constant posterior deviation is as noisy as that; ``train.noise_std`` comes on top.
+            constant posterior deviation is as noisy as that; ``train.noise_std`` comes on top. For frozen ones.
+        train: "frozen", or "joint" to train it along with the flow, see `JointConfig`.
     """
 
     name: str | None = "drawings_emoji_f8c8"
     subfolder: str | None = None
     measure_images: int = 1024
     sample_posterior: bool = True
+    train: Literal["frozen", "joint"] = "frozen"
 
     def __post_init__(self) -> None:
         check(self.measure_images >= 0, f"vae.measure_images must be 0 (off) or positive, got {self.measure_images}")
@@ -246,7 +250,7 @@ class RunConfig:
 
     Attributes:
         output: folder of the run: resolved config, logs, grids, checkpoints, pipeline.
-        data, vae, text, optim, train, log, metric: the sections.
+        data, vae, joint, text, optim, train, log, metric: the sections.
         flow: arguments of `TARFlowModel`. in_channels, sample_size, num_classes and cond_dim may be left out: they
             follow from the autoencoder, the data and the text encoder.
         init_from: folder or hub id of a pipeline whose flow, small text encoder and latent statistics training starts
@@ -258,6 +262,7 @@ class RunConfig:
     output: str
     data: DataConfig
     vae: VaeConfig = field(default_factory=VaeConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
     text: TextConfig = field(default_factory=TextConfig)
     flow: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -268,6 +273,7 @@ class RunConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
+        check_joint(self)
         if self.data.source == "latents":
             check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
         if self.train.noise == "uniform":
@@ -291,3 +297,15 @@ class RunConfig:
 def has_denoiser(config: RunConfig) -> bool:
     """Whether a learned denoiser is trained along."""
     return config.flow.get("learned_denoiser", "none") != "none"
+
+
+def is_joint(config: RunConfig) -> bool:
+    """Whether the autoencoder is trained along."""
+    return config.vae.train == "joint"
+
+
+def noise_std(config: RunConfig) -> float:
+    """σ of the Gaussian noise that the flow's latents or pixels have; 0 with uniform noise."""
+    if is_joint(config):
+        return config.joint.posterior_std
+    return config.train.noise_std if config.train.noise == "gaussian" else 0.0

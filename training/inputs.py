@@ -12,7 +12,7 @@ from torch import Tensor
 from tarflow.data.images import to_model
 from tarflow.flows.likelihood import dequantize
 from tarflow.pipeline.text import encode_captions
-from tarflow.training.config import RunConfig
+from tarflow.training.config import RunConfig, is_joint, noise_std
 from tarflow.training.draws import draw_chances, draw_noise
 from tarflow.training.setup import Parts
 from tarflow.training.text import token_ids
@@ -43,21 +43,24 @@ class InputMaker:
     @torch.no_grad()
     def training(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Any]:
         """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from if
-        the settings have it."""
+        the settings have it. Of an autoencoder that is trained along, the pictures and the noise."""
         train = self.config.train
         flip, drop = draw_chances(train.seed, step, places, self.device)
+        flipped = flip < 0.5 if self.config.data.flip else None
+        more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, drop < train.drop_rate)}
+        if is_joint(self.config):
+            arguments = self.parts.flow_arguments
+            shape = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
+            noise = draw_noise(train.seed, step, places, shape, self.device)
+            return {"images": to_model(self.chosen(batch, "image", flipped)), "noise": noise, **more}
         with self.autocast():
-            mean, std = self.posterior(batch, flip < 0.5 if self.config.data.flip else None)
+            mean, std = self.posterior(batch, flipped)
         if std is None or not self.config.vae.sample_posterior:
             noise = self.noise(step, places, mean)
         else:
             noise, of_posterior = draw_noise(train.seed, step, places, (2, *mean.shape[1:]), self.device).unbind(1)
             mean = mean + std * of_posterior
-        return {
-            "latents": self.noisy(mean, noise),
-            "latent_norm_weight": train.latent_norm_weight,
-            **self.conditions(batch, drop < train.drop_rate),
-        }
+        return {"latents": self.noisy(mean, noise), **more}
 
     @torch.no_grad()
     def evaluation(self, batch: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
@@ -69,21 +72,21 @@ class InputMaker:
     def posterior(self, batch: dict[str, Any], flipped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation of the scaled latents, (B, C, h, w) each, of the pictures or, where ``flipped``
         (B,), of their mirror images. Pixels that get uniform noise stay 8-bit numbers."""
-
-        def chosen(name: str) -> Tensor:
-            values = self.moved(batch[name])
-            if flipped is None:
-                return values
-            mirrored = values.flip(-1) if name == "image" else self.moved(batch[f"{name}_flipped"])
-            return torch.where(flipped[:, None, None, None], mirrored, values)
-
         if "latent_mean" in batch:
-            return chosen("latent_mean"), chosen("latent_std")
-        images = chosen("image")
+            return self.chosen(batch, "latent_mean", flipped), self.chosen(batch, "latent_std", flipped)
+        images = self.chosen(batch, "image", flipped)
         if self.config.train.noise == "uniform":
             return images, None
         mean, std = self.parts.codec.encode_posterior(to_model(images))
         return mean.float(), std
+
+    def chosen(self, batch: dict[str, Any], name: str, flipped: Tensor | None) -> Tensor:
+        """Pictures or latents of a batch or, where ``flipped`` (B,), those of the mirror images."""
+        values = self.moved(batch[name])
+        if flipped is None:
+            return values
+        mirrored = values.flip(-1) if name == "image" else self.moved(batch[f"{name}_flipped"])
+        return torch.where(flipped[:, None, None, None], mirrored, values)
 
     def moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -97,7 +100,7 @@ class InputMaker:
         """Normalised latents (or pixels) with the training noise, (B, C, h, w) float32."""
         if self.config.train.noise == "uniform":
             return dequantize(latents, noise)
-        return self.parts.codec.normalise(latents) + self.config.train.noise_std * noise
+        return self.parts.codec.normalise(latents) + noise_std(self.config) * noise
 
     def conditions(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
         """Labels, token ids or encoded captions; "none" where ``dropped`` (B,)."""

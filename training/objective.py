@@ -53,8 +53,7 @@ class FlowObjective(nn.Module):
         cast = self.training and torch.is_autocast_enabled(device)
         with torch.autocast(device, torch.get_autocast_dtype(device), enabled=cast):
             if input_ids is not None:
-                hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-                cond = hidden * attention_mask[..., None].to(hidden.dtype)
+                cond = self.encoded(input_ids, attention_mask)
             if score_target is not None:
                 cond = None if cond is None else cond.detach()  # the text encoder learns from the flow alone
                 predicted = self.flow.scaled_score(latents, class_labels=class_labels, cond=cond)
@@ -66,6 +65,25 @@ class FlowObjective(nn.Module):
                 loss = loss + latent_norm_weight * sum(output.pow(2).mean() for output in outputs[0][:-1])
             log_prob = prior_log_prob(z, self.flow.prior_variance_image()) + log_det
             return {"loss": loss, "nats_per_dim": nats_per_dim(log_prob.detach(), z[0].numel()), "z": z.detach()}
+
+    def encoded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Captions (B, L) as the trained text encoder has them, (B, L, E), zero behind their ends."""
+        hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden * attention_mask[..., None].to(hidden.dtype)
+
+    @torch.no_grad()
+    def initialize_actnorm(
+        self,
+        latents: Tensor,
+        class_labels: Tensor | None = None,
+        cond: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        """Set the flow's actnorms by a batch of the arguments of `forward`, see `TARFlowModel.initialize_actnorm`."""
+        if input_ids is not None:
+            cond = self.encoded(input_ids, attention_mask)
+        self.flow.initialize_actnorm(latents, class_labels, cond)
 
 
 def score_target(gradient: Tensor, noise_std: float, loss_scale: float) -> Tensor:
@@ -87,10 +105,13 @@ def trained_parameters(objective: nn.Module) -> list[Any]:
     return [parameter for parameter in objective.parameters() if parameter.requires_grad]
 
 
-def parameter_groups(objective: FlowObjective, lr: float, denoiser_lr: float) -> list[dict[str, Any]]:
-    """Groups for the optimizer with their peak learning rates: everything but the learned denoiser, and it."""
-    denoiser = [] if objective.flow.denoiser is None else list(objective.flow.denoiser.parameters())
-    ours = {id(parameter) for parameter in denoiser}
-    others = [parameter for parameter in trained_parameters(objective) if id(parameter) not in ours]
-    groups = [{"params": others, "lr": lr, "peak_lr": lr}]
-    return [*groups, {"params": denoiser, "lr": denoiser_lr, "peak_lr": denoiser_lr}] if denoiser else groups
+def parameter_groups(
+    objective: FlowObjective, lr: float, denoiser_lr: float, vae_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer with their peak learning rates: everything but the learned denoiser and the autoencoder
+    of a `JointObjective`, and each of them that there is."""
+    parts = [(objective.flow.denoiser, denoiser_lr), (getattr(objective, "vae", None), vae_lr)]
+    groups = [(list(module.parameters()), rate) for module, rate in parts if module is not None]
+    apart = {id(parameter) for parameters, _ in groups for parameter in parameters}
+    others = [parameter for parameter in trained_parameters(objective) if id(parameter) not in apart]
+    return [{"params": params, "lr": rate, "peak_lr": rate} for params, rate in [(others, lr), *groups]]

@@ -22,7 +22,7 @@ from accelerate.utils import (
 
 from tarflow.data.latents import CachedLatents
 from tarflow.training.checkpoint import agreed_error
-from tarflow.training.config import RunConfig, has_denoiser
+from tarflow.training.config import RunConfig, has_denoiser, is_joint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Drawing a grid on one process, or writing a large checkpoint, may keep the others waiting longer than ten minutes.
@@ -88,6 +88,8 @@ def check_parallel(accelerator: Accelerator, config: RunConfig) -> None:
             "under FSDP a learned denoiser cannot be trained with train.accumulation above 1: raise train.batch_size "
             "instead, or use configs/accelerate/ddp.yaml"
         )
+    if accelerator.is_fsdp2 and is_joint(config):
+        raise ValueError("vae.train 'joint' cannot be sharded (FSDP): use configs/accelerate/ddp.yaml")
     if accelerator.is_fsdp2 and config.train.checkpointing == "reversible":
         raise ValueError(
             "under FSDP weights are not whole in the backward pass, which train.checkpointing 'reversible' needs: use "

@@ -15,8 +15,9 @@ from tarflow.flows.likelihood import bits_per_dim
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.batches import fixed_batches, read_batch
-from tarflow.training.config import RunConfig
+from tarflow.training.config import RunConfig, is_joint, noise_std
 from tarflow.training.inputs import InputMaker
+from tarflow.training.joint import trained_autoencoder
 from tarflow.training.setup import Parts
 
 
@@ -72,15 +73,19 @@ def build_pipeline(weights: dict[str, Tensor], parts: Parts, config: RunConfig) 
     if config.text.kind == "small":
         text_encoder = T5EncoderModel(text_encoder.config)
         text_encoder.load_state_dict(part_of(weights, "text_encoder."))
+    vae = parts.load_vae()
+    if is_joint(config):
+        vae = trained_autoencoder(part_of(weights, "vae."), vae, parts.codec.latents_std, noise_std(config))
     names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
     return TARFlowPipeline(
         flow=flow.eval(),
-        vae=parts.load_vae(),
+        vae=vae,
         text_encoder=None if text_encoder is None else text_encoder.eval(),
         tokenizer=tokenizer,
         latents_mean=parts.codec.latents_mean,
         latents_std=parts.codec.latents_std,
-        noise_std=config.train.noise_std if config.train.noise == "gaussian" else 0.0,
+        noise_std=noise_std(config),
+        denoise=not is_joint(config),
         id2label=dict(enumerate(names)) if names else None,
         max_sequence_length=config.text.max_length,
         guidance_scale=config.log.guidance_scale,
@@ -108,10 +113,11 @@ def grid_conditions(parts: Parts, config: RunConfig) -> dict[str, Any]:
 
 
 def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> None:
-    """Grids from fixed noise, before and after the denoising step: samples_STEP_raw.png and samples_STEP.png."""
+    """Grids from fixed noise, before and after the denoising step: samples_STEP_raw.png and samples_STEP.png; only the
+    second, without the step, if the pipeline takes none."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
-    for denoise, suffix in ((False, "_raw"), (True, "")):
+    for denoise, suffix in ((False, "_raw"), (True, "")) if pipe.config.denoise else ((False, ""),):
         images = pipe(
             **grid_conditions(parts, config),
             denoise=denoise,

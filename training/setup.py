@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 import yaml
+from diffusers import AutoencoderKL
 
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model
 from tarflow.data.latents import CachedLatents, read_manifest
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import embedding_width
+from tarflow.training.autoencoder_model import new_autoencoder
 from tarflow.training.batches import fixed_batches, read_batch
-from tarflow.training.config import RunConfig, VaeConfig
+from tarflow.training.config import RunConfig, VaeConfig, is_joint
 from tarflow.training.start import Start, model_for_size
 from tarflow.training.text import load_text
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
@@ -71,7 +73,7 @@ def make_parts(
     cached = isinstance(train, CachedLatents)
     if cached:
         check_cache(config, train)
-    vae = None if cached else load_autoencoder(config.vae.name, config.vae.subfolder)
+    vae = None if cached else open_autoencoder(config)
     if vae is not None:
         vae.to(device)
     if not cached and config.data.image_size % (factor := LatentCodec(vae).factor):
@@ -115,6 +117,23 @@ def make_parts(
     text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
     held_out = validation if len(validation) else None
     return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
+
+
+def open_autoencoder(config: RunConfig) -> Any:
+    """The run's autoencoder, frozen as yet; None for pixels.
+
+    Raises:
+        ValueError: if there is none of that name, or it cannot be trained along as the settings want it.
+    """
+    if config.vae.name == "new":
+        torch.manual_seed(config.train.seed)
+        return new_autoencoder(config.joint.model, config.data.image_size).eval().requires_grad_(False)
+    vae = load_autoencoder(config.vae.name, config.vae.subfolder)
+    if is_joint(config) and not isinstance(vae, AutoencoderKL):
+        raise ValueError(
+            f"vae.train is 'joint', which is for an AutoencoderKL, but {config.vae.name!r} is a {type(vae).__name__}"
+        )
+    return vae
 
 
 def open_split(config: RunConfig, split: str) -> Images | CachedLatents:
@@ -178,9 +197,14 @@ def make_codec(
     if statistics is None and vae is None:
         return LatentCodec(None)  # pixels
     if statistics is None:
-        batches = (read_batch(train, indices) for indices in fixed_batches(train, config.measure_images, 64))
-        statistics = measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))
+        statistics = measure(vae, train, config.measure_images, device)
     return LatentCodec(vae, *statistics)
+
+
+def measure(vae: Any, images: Images, count: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of the scaled latents of some pictures, see `measure_latents`."""
+    batches = (read_batch(images, indices) for indices in fixed_batches(images, count, 64))
+    return measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))
 
 
 def latent_shape(config: RunConfig, train: Images | CachedLatents, codec: LatentCodec) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class Stepper:
             total: steps of the run, for the learning rate.
 
         Returns:
-            this process's loss, nats per dimension, gradient norm, and the learned denoiser's loss.
+            this process's loss, nats per dimension, gradient norm, and what else `backward` gives.
         """
         config, accelerator, begun = self.config, self.accelerator, time.perf_counter()
         self.set_learning_rate(step, total)
@@ -74,22 +74,31 @@ class Stepper:
             batch = next(batches)
             self.waited += time.perf_counter() - asked
             self.skipped.update(batch["skipped"])
-            with accelerator.accumulate(self.model):
-                inputs = self.inputs.training(batch, step, self.places(part))
-                inputs["latents"].requires_grad_(has_denoiser(config))
-                output = self.model(**inputs)
-                accelerator.backward(output["loss"])
-                if has_denoiser(config):
-                    sums["denoiser_loss"] += self.backward_denoiser(inputs)
-                sums["loss"] += output["loss"].detach()
-                sums["nats_per_dim"] += output["nats_per_dim"].mean()
+            with accelerator.accumulate(*self.learning(step)):
+                losses, z = self.backward(self.inputs.training(batch, step, self.places(part)), step)
+                for name, value in losses.items():
+                    sums[name] += value
                 if self.flow.prior_variance is not None:
-                    latents.append(output["z"])
+                    latents.append(z)
                 if accelerator.sync_gradients:
-                    norm = self.clip_gradients()
+                    norm = self.clip_gradients(step)
                     self.update(norm, sums["loss"], latents, step)
         self.seconds += time.perf_counter() - begun
         return {name: value / config.train.accumulation for name, value in sums.items()} | {"grad_norm": norm}
+
+    def learning(self, step: int) -> list[torch.nn.Module]:
+        """The modules whose gradients a step adds up."""
+        return [self.model]
+
+    def backward(self, inputs: dict[str, Any], step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Gradients of one pass; returns losses by name, the sum as "loss", and z (B, C, H, W)."""
+        inputs["latents"].requires_grad_(has_denoiser(self.config))
+        output = self.model(**inputs)
+        self.accelerator.backward(output["loss"])
+        losses = {"loss": output["loss"].detach(), "nats_per_dim": output["nats_per_dim"].mean()}
+        if has_denoiser(self.config):
+            losses["denoiser_loss"] = self.backward_denoiser(inputs)
+        return losses, output["z"]
 
     def places(self, part: int) -> range:
         """Where this process's pictures of a pass are in the step's batch."""
@@ -114,12 +123,16 @@ class Stepper:
         elif scaled:
             self.accelerator.scaler.update()  # which it expects before gradients are unscaled again
         if finite and not spike and not self.optimizer.step_was_skipped:
-            self.averages.step()
-            if latents:
-                self.flow.update_prior(self.accelerator.gather(torch.cat(latents)))
+            self.take_in(latents, step)
         self.optimizer.zero_grad()
         # Gradients of fp16 may overflow for some steps, until the scale fits; losses may not.
         self.count_bad_step(finite or (scaled and math.isfinite(float(loss))), loss, step)
+
+    def take_in(self, latents: list[torch.Tensor], step: int) -> None:
+        """What follows the weights, after they have changed."""
+        self.averages.step()
+        if latents:
+            self.flow.update_prior(self.accelerator.gather(torch.cat(latents)))
 
     def backward_denoiser(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Backward pass of the learned denoiser, with the score that the flow's one has left; returns its loss."""
@@ -132,7 +145,7 @@ class Stepper:
         accelerator.backward(loss)
         return loss.detach()
 
-    def clip_gradients(self) -> torch.Tensor:
+    def clip_gradients(self, step: int) -> torch.Tensor:
         """Clip each optimizer group by itself; returns the largest norm."""
         limit, groups = self.config.optim.max_grad_norm, self.optimizer.param_groups
         if len(groups) == 1:

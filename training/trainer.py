@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
+from tarflow.training.assembly import initialize_actnorm, make_objective, make_stepper, open_held_out, open_metric
 from tarflow.training.averages import WeightAverages
 from tarflow.training.batches import StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import check_state, find_checkpoint, read_state, save_checkpoint
-from tarflow.training.config import RunConfig
+from tarflow.training.config import RunConfig, is_joint
 from tarflow.training.inputs import InputMaker
-from tarflow.training.objective import FlowObjective, parameter_groups, trained_parameters
+from tarflow.training.joint import joint_facts
+from tarflow.training.joint_report import reconstruction_metrics
+from tarflow.training.objective import parameter_groups, trained_parameters
 from tarflow.training.parallel import StopRequest, check_parallel, full_weights, make_accelerator, verify_caches
-from tarflow.training.report import HeldOut, build_pipeline, metrics_of, write_grids
+from tarflow.training.report import build_pipeline, metrics_of, write_grids
 from tarflow.training.schedule import TimeLimit, images_per_step, total_steps
-from tarflow.training.setup import as_cached, make_parts
+from tarflow.training.setup import as_cached, make_parts, measure
 from tarflow.training.start import load_start
-from tarflow.training.step import Stepper
 
 #: What a resumed run takes from its own settings.
 OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
@@ -59,13 +62,13 @@ class Trainer:
             check_state(checkpoint, state, self.checkpoint_facts())
         elif config.data.verify:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
-        self.prepare_model()
+        self.prepare_model(fresh=state is None and start is None)
         self.longest = self.total_steps = total_steps(config, self.images_per_step)
         self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
         if state is not None:
             self.load(checkpoint, state)
-        self.held_out = self.open_held_out()
-        self.metric = self.open_metric()
+        self.held_out = open_held_out(config, self.parts, self.accelerator)
+        self.metric = open_metric(config, self.parts, self.accelerator)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / "config.yaml.tmp"
@@ -74,8 +77,9 @@ class Trainer:
         if config.log.trackers:
             self.accelerator.init_trackers("logs")
 
-    def prepare_model(self) -> None:
-        """Flow, optimizer and averages, on their devices, compiled, divided and so on as the settings have it."""
+    def prepare_model(self, fresh: bool) -> None:
+        """Flow, optimizer and averages, on their devices, compiled, divided and so on as the settings have it; ``fresh``
+        if their weights are not to come from elsewhere."""
         config, accelerator, parts = self.config, self.accelerator, self.parts
         train, optim = config.train, config.optim
         inside = config.text.kind == "small" or (config.text.shard and accelerator.is_fsdp2)
@@ -84,17 +88,21 @@ class Trainer:
             parts.flow.compile_repeated_blocks(dynamic=False)
         if parts.text_encoder is not None and not inside:
             parts.text_encoder.to(accelerator.device)
-        self.objective = FlowObjective(parts.flow, parts.text_encoder if inside else None)
+        self.objective = make_objective(config, parts, parts.text_encoder if inside else None)
         self.inputs = InputMaker(config, parts, accelerator.device, inside, accelerator.autocast)
+        if fresh:
+            initialize_actnorm(self.objective, self.inputs, parts)
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.objective, optim.lr, optim.denoiser_lr),
+            parameter_groups(self.objective, optim.lr, optim.denoiser_lr, config.joint.lr),
             betas=optim.betas,
             weight_decay=optim.weight_decay,
             fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(self.objective, optimizer)
         self.averages = WeightAverages(trained_parameters(self.model), train.ema_decays)
-        self.stepper = Stepper(config, accelerator, self.model, self.flow, self.optimizer, self.averages, self.inputs)
+        self.stepper = make_stepper(
+            self.objective, config, accelerator, self.model, self.flow, self.optimizer, self.averages, self.inputs
+        )
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -106,23 +114,6 @@ class Trainer:
         self.step, self.stepper.spikes, self.lowered = state["step"], state["spikes"], state["lowered"]
         if self.config.train.max_minutes is not None:
             self.total_steps = state["total_steps"]
-
-    def open_held_out(self) -> HeldOut | None:
-        if self.parts.validation is None:
-            return None
-        count, size = self.config.log.eval_images, self.config.train.batch_size
-        accelerator = self.accelerator
-        return HeldOut(self.parts.validation, count, size, accelerator.process_index, accelerator.num_processes)
-
-    def open_metric(self) -> Any:
-        """What measures samples, on the main process."""
-        if self.config.metric.every == 0 or not self.accelerator.is_main_process:
-            return None
-        if self.parts.validation is None:
-            raise ValueError("metric.every is set, but nothing is held out: raise data.validation_fraction")
-        from tarflow.training.metric import SampleMetric  # imported here: few runs need its libraries
-
-        return SampleMetric(self.config.metric, self.parts.validation, self.accelerator.device)
 
     @property
     def flow(self) -> Any:
@@ -206,7 +197,7 @@ class Trainer:
 
         measure = due(self.config.metric.every)
         if due(log.eval_every) or due(log.sample_every) or due(log.save_pipeline_every) or measure:
-            with self.averages.applied():
+            with self.averaged():
                 if due(log.eval_every):
                     metrics = self.evaluate()
                 saved = f"pipeline_{step:08d}" if due(log.save_pipeline_every) else None
@@ -218,11 +209,11 @@ class Trainer:
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         if self.config.log.checkpoint_every:
             self.save_checkpoint()
-        with self.averages.applied():
+        with self.averaged():
             metrics = self.evaluate() or metrics
             metrics |= self.show(self.config.log.sample_every > 0, "pipeline", self.config.metric.every > 0)
         for number, decay in enumerate(self.averages.decays[1:], start=1):
-            with self.averages.applied(number):
+            with self.averaged(number):
                 self.evaluate(f"held_out_ema_{decay}")
                 self.show(False, f"pipeline_ema_{decay}")
         if self.stepper.skipped and self.accelerator.is_main_process:
@@ -244,12 +235,24 @@ class Trainer:
         self.accelerator.end_training()
         return {"steps": self.step, "stopped": True}
 
+    @contextmanager
+    def averaged(self, number: int = 0) -> Iterator[None]:
+        """The weights are those of one average, with latent statistics of their own if the autoencoder learns."""
+        with self.averages.applied(number):
+            if is_joint(self.config) and self.config.joint.renormalise:
+                codec, config = self.parts.codec, self.config.vae
+                statistics = measure(codec.vae, self.parts.train, config.measure_images, self.accelerator.device)
+                codec.latents_mean, codec.latents_std = statistics
+            yield
+
     def evaluate(self, name: str = "held_out") -> dict[str, float]:
         """Held-out metrics of the weights as they are."""
         if self.held_out is None:
             return {}
         self.model.eval()
         metrics = metrics_of(self.held_out.nats_per_dim(self.model, self.inputs, self.accelerator), self.config)
+        if is_joint(self.config):
+            metrics |= reconstruction_metrics(self.held_out, self.parts.codec, self.config, self.accelerator)
         self.accelerator.log({f"{name}/{key}": value for key, value in metrics.items()}, self.step)
         if self.accelerator.is_main_process:
             words = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
@@ -286,6 +289,7 @@ class Trainer:
             "ema_decays": self.config.train.ema_decays,
             "images_per_step": self.images_per_step,
             "sharded": self.accelerator.is_fsdp2,
+            "joint": joint_facts(self.config, self.parts.codec.vae) if is_joint(self.config) else None,
         }
 
     def save_checkpoint(self) -> Path:
