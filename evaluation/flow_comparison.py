@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tarflow.data.drawings import CLASS_NAMES
 from tarflow.evaluation import flow_pictures as pictures
 from tarflow.evaluation.flow_data import points
 from tarflow.evaluation.flow_family import FAMILY
 from tarflow.evaluation.flow_images import ABLATIONS as DIGIT_ABLATIONS
-from tarflow.evaluation.flow_images import DISTILLED, GUIDANCES, digit_results
+from tarflow.evaluation.flow_images import DISTILLED, DRAWINGS, SLOW_ABLATIONS, digit_results
 from tarflow.evaluation.flow_latents import latent_results
 from tarflow.evaluation.flow_plane import ABLATED, OUTSIDE, plane_results
 from tarflow.evaluation.flow_plane import ABLATIONS as PLANE_ABLATIONS
@@ -20,8 +23,8 @@ from tarflow.evaluation.training_memory import training_memory
 
 PARTS = ("plane", "digits", "latents", "memory")
 #: Steps of each part: in the quick form, and in the other.
-QUICK, LONG = {"plane": 400, "digits": 250, "latents": 200}, {"plane": 4000, "digits": 2000, "latents": 3000}
-QUICK_DRAWINGS, LONG_DRAWINGS = 1500, 12000
+QUICK, LONG = {"plane": 400, "digits": 600, "latents": 500}, {"plane": 4000, "digits": 4000, "latents": 6000}
+QUICK_DRAWINGS, LONG_DRAWINGS = 3000, 12000
 #: The model whose memory is counted, by the number of its blocks and by what is computed again.
 MEMORY_SHAPE: dict[str, Any] = {
     "in_channels": 8,
@@ -32,6 +35,10 @@ MEMORY_SHAPE: dict[str, Any] = {
     "mixing": "lu",
     "actnorm": True,
 }
+#: Columns of the tables: training, and drawing one or a hundred together.
+SPEEDS = ("images/s, training", "sampling, batch 1", "batch 100")
+#: Columns of the picture of drawings.
+SHOWN_CLASSES = 12
 MEMORY_BLOCKS, MEMORY_MODES, MEMORY_BATCH = (2, 4, 8, 16), ("none", "block", "reversible"), 16
 
 
@@ -70,7 +77,8 @@ def compare_flows(config: FlowComparison) -> Path:
         elif part == "digits" and importlib.util.find_spec("sklearn") is None:
             print("scikit-learn is not installed, so its digits are left out: pip install 'tarflow[family]'")
         elif part == "digits":
-            text += digit_report(digit_results(runs, steps["digits"], config.seed), folder)
+            left_out = SLOW_ABLATIONS if config.quick else ()
+            text += digit_report(digit_results(runs, steps["digits"], config.seed, left_out), folder)
         elif part == "latents":
             count = QUICK_DRAWINGS if config.quick else LONG_DRAWINGS
             text += latent_report(latent_results(runs, steps["latents"], count, config.seed), folder)
@@ -146,36 +154,39 @@ def digit_report(results: dict[str, Result], folder: Path) -> list[str]:
     tensors = {name: result[1] for name, result in results.items()}
     flows = [*FAMILY, DISTILLED]
     pictures.rows_picture({name: tensors[name]["samples"] for name in flows}, folder / "flows_digits.png", 3)
-    rows = {f"guidance {form}": tensors["TARFlow"][f"guided_{form}"] for form in GUIDANCES}
-    for name in DIGIT_ABLATIONS:
+    rows = {"TARFlow": tensors["TARFlow"]["samples"], **tensors["TARFlow"]["drawings"]}
+    for name in (name for name in DIGIT_ABLATIONS if name in results):
         rows[name] = tensors[name]["samples"]
         if "denoised" in tensors[name]:
             rows[f"{name}, score step"] = tensors[name]["denoised"]
     pictures.rows_picture(rows, folder / "flows_digits_ablations.png", 3)
-    header = ["flow", "parameters", "bits per dimension", "read as their class", "images/s, training"]
+    header = ["flow", "parameters", "bits per dimension", "read as their class"]
     lines, ablations = [], []
     for name, (numbers, _) in results.items():
         line = [name, numbers["parameters"], numbers.get("bits"), percent(numbers["accuracy"])]
-        speeds = [numbers["images_per_second"], numbers["samples_per_second"]]
+        speeds = [numbers[f"{kind}_per_second"] for kind in ("images", "single_samples", "samples")]
         if name in flows:
             lines.append([*line, *speeds, numbers.get("divergence")])
         else:
             ablations.append([*line, percent(numbers.get("denoised_accuracy")), *speeds])
-    for form in GUIDANCES:
-        share = percent(results["TARFlow"][0][f"guided_{form}_accuracy"])
-        ablations.append([f"guidance {form}", None, None, share, None, None, None])
-    ablation_header = [*header[:4], "after the score step", header[4], "images/s, sampling"]
+    for name in DRAWINGS:
+        ablations.append([name, None, None, percent(results["TARFlow"][0]["accuracies"][name]), *[None] * 4])
     return [
-        markdown([*header, "images/s, sampling", "nats per number from the teacher"], lines),
-        markdown(ablation_header, ablations),
+        markdown([*header, *SPEEDS, "nats per number from the teacher"], lines),
+        markdown([*header, "after the score step", *SPEEDS], ablations),
     ]
 
 
 def latent_report(results: dict[str, Result], folder: Path) -> list[str]:
     """Table and picture of drawings."""
-    rows = {name: result[1]["samples"] for name, result in results.items()}
-    pictures.rows_picture(rows, folder / "flows_drawings.png", 1, 12)
-    header = ["flow", "parameters", "nats per latent dimension", "colour", "shape", "images/s, training"]
+    shown = 7 * torch.arange(SHOWN_CLASSES) % len(CLASS_NAMES)  # both colour and shape change
+    rows = {}
+    for name, (_, tensors) in results.items():
+        rows[name] = tensors["samples"][shown]
+        if "guided" in tensors:
+            rows[f"{name}, guided"] = tensors["guided"][shown]
+    pictures.rows_picture(rows, folder / "flows_drawings.png", 1, SHOWN_CLASSES)
+    header = ["flow", "parameters", "nats per latent dimension", "colour", "shape", "colour, guided", "shape, guided"]
     lines = [
         [
             name,
@@ -183,13 +194,16 @@ def latent_report(results: dict[str, Result], folder: Path) -> list[str]:
             numbers["nats"],
             percent(numbers["colour"]),
             percent(numbers["shape"]),
+            percent(numbers.get("guided_colour")),
+            percent(numbers.get("guided_shape")),
             numbers["images_per_second"],
+            numbers["single_samples_per_second"],
             numbers["samples_per_second"],
             numbers.get("divergence"),
         ]
         for name, (numbers, _) in results.items()
     ]
-    return [markdown([*header, "images/s, sampling", "nats per number from the teacher"], lines)]
+    return [markdown([*header, *SPEEDS, "nats per number from the teacher"], lines)]
 
 
 def memory_report(memory: dict[str, dict[str, int]], folder: Path) -> list[str]:

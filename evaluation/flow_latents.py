@@ -16,6 +16,7 @@ from tarflow.evaluation.flow_family import FAMILY, draw
 from tarflow.evaluation.flow_images import BATCH, DISTILLED, LEARNING_RATE, gaussian, labelled_batches, labelled_run
 from tarflow.evaluation.flow_runs import Result, Runs, file_name
 from tarflow.flows.denoising import score_denoise
+from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 
 LATENTS: dict[str, Any] = {
@@ -24,17 +25,18 @@ LATENTS: dict[str, Any] = {
     "patch_size": 2,
     "width": 96,
     "head_dim": 32,
-    "conditioning": "class_vectors",
+    "conditioning": "class_prefix",
     "num_classes": len(CLASS_NAMES),
 }
 #: IAF's likelihood goes token after token, so there it is distilled alone.
 NAMES = [*(name for name in FAMILY if name != "IAF"), DISTILLED]
-NOISE, ROUNDS = 0.3, 4
+NOISE, ROUNDS, GUIDANCE = 0.2, 4, Guidance(1.0)
 
 
 def latent_results(runs: Runs, steps: int, pictures: int, seed: int = 0) -> dict[str, Result]:
-    """Results by flow, as of `labelled_run`; also shares of decoded samples, with and without the score step, whose
-    ``colour`` and ``shape`` are their class's; tensors ``samples`` (N, 3, 64, 64) uint8 and ``state``."""
+    """Results by flow, as of `labelled_run`; also shares of decoded samples whose ``colour`` and ``shape`` are their
+    class's, and the same of ``guided`` ones, but for IAF, which takes no guidance; tensors ``samples`` and ``guided``
+    (N, 3, 64, 64) uint8, after the score step, and ``state``."""
     found: list[Samples] = []  # made only if a run needs it
 
     def samples() -> Samples:
@@ -66,14 +68,18 @@ def latent_run(
     batches = labelled_batches(samples, arguments["num_classes"], add_noise)
     numbers, model = labelled_run(arguments, batches, held_out, steps, seed, teacher)
     labels = torch.arange(ROUNDS * model.null_label) % model.null_label
-    made, _ = draw(model, len(labels), labels)
-    denoised = score_denoise(model, made, NOISE, class_labels=labels)
-    pictures = {}
-    for key, latents in (("raw_", made), ("", denoised)):
+    tensors: dict[str, Any] = {"state": model.state_dict()}
+    ways: dict[str, Guidance | None] = {"samples": None}
+    if arguments.get("block") != "inverse_autoregressive":
+        ways["guided"] = GUIDANCE
+    for way, guidance in ways.items():
+        made = draw(model, len(labels), labels, guidance=guidance)
+        latents = score_denoise(model, made, NOISE, class_labels=labels)
         with torch.no_grad():
-            pictures[key] = to_uint8(torch.cat([samples.codec.decode(part) for part in latents.split(32)]))
-        numbers |= {f"{key}{what}": share for what, share in class_shares(pictures[key], labels).items()}
-    return numbers, {"samples": pictures[""], "raw_samples": pictures["raw_"], "state": model.state_dict()}
+            tensors[way] = to_uint8(torch.cat([samples.codec.decode(part) for part in latents.split(32)]))
+        prefix = "" if guidance is None else "guided_"
+        numbers |= {f"{prefix}{what}": share for what, share in class_shares(tensors[way], labels).items()}
+    return numbers, tensors
 
 
 def class_shares(pictures: Tensor, labels: Tensor) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tarflow.evaluation.flow_data import PLANES, Samples, plane_samples
-from tarflow.evaluation.flow_family import FAMILY, draw, fit, held_out_nats
+from tarflow.evaluation.flow_family import FAMILY, draw, drawing_speed, fit, held_out_nats
 from tarflow.evaluation.flow_runs import Result, Runs, file_name
 from tarflow.flows.likelihood import log_prob
 from tarflow.flows.model import TARFlowModel
@@ -91,7 +91,8 @@ def plane_run(name: str, samples: Samples, steps: int, seed: int) -> Result:
     numbers = fit(model, batches_of(samples), steps, BATCH, LEARNING_RATE, seed=seed)
     model.eval()
     numbers["nats"], numbers["error"] = held_out_nats(model, samples.held_out, None)
-    made, numbers["samples_per_second"] = draw(model, 2000, shape=(1, 1, 2))
+    made = draw(model, 2000, shape=(1, 1, 2))
+    numbers["samples_per_second"] = drawing_speed(model, 2000, shape=(1, 1, 2))
     numbers["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad():
         density = log_prob(model, picture_points()).exp().view(PIXELS, PIXELS)
