@@ -38,6 +38,7 @@ class StudentComparisonConfig:
         guidance_scale: None is the pipeline's own, or the student's largest if that is smaller.
         batch_sizes: images at once, each timed.
         decoding: of the flow, to compare with.
+        student_dtype: of the student's weights.
         repeats: of the clock's measurements, of which the medians count; the two take turns.
         num: samples whose errors are measured; ``columns`` of them are shown.
         seed: of the noise.
@@ -52,6 +53,7 @@ class StudentComparisonConfig:
     guidance_scale: float | None = None
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
     decoding: Literal["sequential", "auto", "fast"] = "sequential"
+    student_dtype: Literal["float32", "bfloat16"] = "float32"
     repeats: int = 7
     num: int = 64
     columns: int = 12
@@ -82,6 +84,7 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     """
     pipe.check_outputs(None, "pt", None, student=True)
     pipe.check_student()
+    pipe.student.to(getattr(torch, config.student_dtype))
     scale = config.guidance_scale
     if scale is None:
         scale = min(pipe.config.guidance_scale, pipe.student.config.max_guidance_scale)

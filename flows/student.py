@@ -35,7 +35,8 @@ class StudentModel(ModelMixin, ConfigMixin):
     """Noise, condition and guidance weight → latents.
 
     Args:
-        in_channels, sample_size, patch_size, patch_layout: of the flow.
+        in_channels, sample_size: of the flow.
+        patch_size, patch_layout: of the student's own tokens; larger patches than the flow's make it faster.
         num_layers, width, head_dim: of the Transformer.
         conditioning, num_classes, cond_dim: of the flow; the student reads its condition as prefix tokens.
         state_layers: after how many layers each of the flow's intermediate states is read from the student, from the
@@ -167,6 +168,8 @@ class StudentModel(ModelMixin, ConfigMixin):
 
 def check_student(config: Any) -> None:
     """Errors of a `StudentModel`'s arguments that do not fit together."""
+    if config.patch_size < 1 or config.sample_size % config.patch_size:
+        raise ValueError(f"patch_size ({config.patch_size}) must divide sample_size ({config.sample_size})")
     if config.width % config.head_dim:
         raise ValueError(f"head_dim ({config.head_dim}) must divide the student's width ({config.width})")
     if config.conditioning not in CONDITIONINGS:

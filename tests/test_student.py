@@ -280,6 +280,7 @@ class TestTraining:
             ["--alignment", "states", "--target", "noisy"],
             ["--guidance", "extrapolated", "--data.flip", "true"],
             ["--own_share", "0.5", "--own_after", "0"],
+            ["--patch_size", "4"],
         ],
     )
     def test_every_choice_has_its_effect(self, tmp_path, options) -> None:

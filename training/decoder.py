@@ -20,6 +20,7 @@ from tarflow.pipeline.opening import locate, open_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.config import check
 from tarflow.training.draws import draw_chances, draw_noise
+from tarflow.training.network_config import NetworkConfig
 from tarflow.training.network_trainer import NetworkTrainer, network_accelerator
 from tarflow.training.picture_loss import PictureLossConfig
 from tarflow.training.picture_step import PictureStepper
@@ -28,10 +29,10 @@ from tarflow.vae.decoder import LatentDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(NetworkConfig):
     """Everything about finetuning a decoder.
 
-    Attributes:
+    Attributes, besides those of `NetworkConfig`:
         pipeline: folder, shipped name or hub id.
         data: the pictures, of the model's size.
         output: folder of the run: resolved settings, logs, grids, checkpoints. None is ``runs/NAME_decoder``, with the
@@ -41,20 +42,8 @@ class DecoderConfig:
         noise_std: σ of the noise on the latents; None is the pipeline's training noise, which its samples have.
         sample_posterior: noise on draws from the autoencoder's posterior, or else on its means: as the flow was trained
             (``vae.sample_posterior`` there).
-        dtype: of the saved decoder.
         loss: what makes decoded pictures like their originals.
-        steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
-            as long.
-        batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
-        lr: the peak, after ``warmup_steps``; a cosine takes it down to 0.
-        max_grad_norm: gradients of a larger norm, the discriminator's too, are scaled down to it.
-        ema_decay: of the averaged weights, which are evaluated and saved.
-        eval_every: steps between evaluations on ``eval_images`` held-out pictures, with a grid of ``grid_images``; 0
-            leaves the one at the end.
-        checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay; 0 is off.
-        log_every: steps between logged losses, by ``trackers`` of Accelerate.
-        seed: of noise and the pictures' order.
-        resume: "latest", a checkpoint folder, "auto" (the latest if there is one), or None to start anew.
+        grid_images: in the grid of each evaluation.
     """
 
     pipeline: str
@@ -64,40 +53,15 @@ class DecoderConfig:
     set_default: bool = True
     noise_std: float | None = None
     sample_posterior: bool = True
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     loss: PictureLossConfig = field(default_factory=PictureLossConfig)
-    steps: int = 5000
-    max_minutes: float | None = None
-    batch_size: int = 32
-    accumulation: int = 1
     lr: float = 3e-4
-    warmup_steps: int = 100
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    num_workers: int = 0
-    eval_every: int = 500
-    eval_images: int = 256
     grid_images: int = 8
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 20
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    seed: int = 0
-    resume: str | None = None
 
     def __post_init__(self) -> None:
-        names = "steps batch_size accumulation eval_images grid_images keep_checkpoints log_every"
-        for name in names.split():
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
-            check(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "num_workers", "eval_every", "checkpoint_every"):
-            check(getattr(self, name) >= 0, f"{name} must be 0 or positive, got {getattr(self, name)}")
+        super().__post_init__()
+        check(self.grid_images >= 1, f"grid_images must be at least 1, got {self.grid_images}")
         check(self.noise_std is None or self.noise_std >= 0, f"noise_std must be 0 or positive, got {self.noise_std}")
-        check(self.max_minutes is None or self.max_minutes > 0, f"max_minutes must be positive, got {self.max_minutes}")
-        check(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
     @property
     def image_size(self) -> int:

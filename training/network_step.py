@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from tarflow.training.averages import WeightAverages
 from tarflow.training.config import OptimConfig
+from tarflow.training.network_config import NetworkConfig
 from tarflow.training.schedule import schedule_factor
 
 #: So many losses or gradients in a row that are not finite are skipped before training stops.
@@ -45,7 +46,7 @@ class NetworkStepper:
     """Puts what learns on its device, and takes optimizer steps; subclasses say what the loss is.
 
     Args:
-        config: of the run, see `NetworkTrainer`.
+        config: of the run.
         accelerator: of the run.
         network: what to train.
         betas: of AdamW.
@@ -58,7 +59,7 @@ class NetworkStepper:
         skipped: messages of unreadable pictures.
     """
 
-    def __init__(self, config: Any, accelerator: Accelerator, network: nn.Module, betas: tuple[float, float]):
+    def __init__(self, config: NetworkConfig, accelerator: Accelerator, network: nn.Module, betas: tuple[float, float]):
         self.config, self.accelerator = config, accelerator
         optimizer = torch.optim.AdamW(network.parameters(), config.lr, betas=betas, weight_decay=config.weight_decay)
         self.model, optimizer = accelerator.prepare(network, optimizer)

@@ -15,13 +15,14 @@ from tqdm.auto import tqdm
 
 from tarflow.training.batches import StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import checkpoints, find_checkpoint, read_state, save_checkpoint
+from tarflow.training.network_config import NetworkConfig
 from tarflow.training.network_step import NetworkStepper, Task
 from tarflow.training.parallel import TIMEOUT, StopRequest, processes_on_cpus
 from tarflow.training.schedule import TimeLimit
 
 
-def network_accelerator(config: Any, folder: Path) -> Accelerator:
-    """The accelerator of a run in ``folder``, whose settings `NetworkTrainer` explains; it seeds everything.
+def network_accelerator(config: NetworkConfig, folder: Path) -> Accelerator:
+    """The accelerator of a run in ``folder``; it seeds everything.
 
     Raises:
         ValueError: if the launcher wants FSDP.
@@ -60,9 +61,7 @@ class NetworkTrainer:
     """One run: `NetworkTrainer(config, resolved, folder, accelerator, task, stepper).run()`.
 
     Args:
-        config: settings by the names steps, max_minutes, batch_size, accumulation, lr,
-            warmup_steps, weight_decay, max_grad_norm, ema_decay, mixed_precision, num_workers, seed,
-            eval_every, checkpoint_every, keep_checkpoints, log_every, trackers and resume.
+        config: the settings.
         resolved: their YAML, saved with the run.
         folder: of the run: settings, logs, metrics.jsonl, checkpoints.
         accelerator: of `network_accelerator`.
@@ -75,7 +74,7 @@ class NetworkTrainer:
 
     def __init__(
         self,
-        config: Any,
+        config: NetworkConfig,
         resolved: str,
         folder: Path,
         accelerator: Accelerator,

@@ -37,7 +37,7 @@ class PictureStepper(NetworkStepper):
     """Takes optimizer steps that make decoded pictures like their originals.
 
     Args:
-        config: of the run, see `NetworkTrainer`; also loss (`PictureLossConfig`) and image_size.
+        config: of the run, also with loss (`PictureLossConfig`) and image_size.
         accelerator: of the run.
         task: what to train.
 

@@ -172,7 +172,7 @@ def student_arguments(config: StudentConfig, pipe: Any) -> dict[str, Any]:
     return {
         "in_channels": flow.in_channels,
         "sample_size": flow.sample_size,
-        "patch_size": flow.patch_size,
+        "patch_size": flow.patch_size if config.patch_size is None else config.patch_size,
         "patch_layout": flow.patch_layout,
         "num_layers": config.num_layers,
         "width": config.width,

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.backbones import Normalize
 from tarflow.training.config import check
+from tarflow.training.network_config import NetworkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig:
+class StudentConfig(NetworkConfig):
     """Everything about training a student of a pipeline's flow.
 
-    Attributes:
+    Attributes, besides those of `NetworkConfig`:
         pipeline: folder, shipped name or hub id.
         data: the pictures, of the model's size.
         output: folder of the run: resolved settings, logs, grids, checkpoints. None is ``runs/NAME_student``, with the
             name of the pipeline's folder, or of the folder above if it is called "pipeline".
         save_to: folder of the pipeline with its student. None puts the student into the pipeline's own folder.
-        dtype: of the saved student.
         num_layers, width, head_dim: of the student, see `StudentModel`.
+        patch_size: of the student's tokens; None is the flow's. A student is not bound to it: larger patches are fewer
+            tokens.
         target: what it makes, "clean" latents, or "noisy" ones as the flow's inverse does, which want a score step.
         alignment: what leads its layers along the flow's way back: "projected", its layers before the last are read by
             learned projections, which are to give the flow's states; "states", those readings are all that the next
@@ -41,28 +43,17 @@ class StudentConfig:
         perceptual: weight of a perceptual loss of ``perceptual_pictures`` decoded pictures of each pass; 0 is off.
             ``perceptual_network``, ``perceptual_weights``, ``perceptual_normalize``, ``perceptual_layers``: see
             `PerceptualLoss`.
-        steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
-            as long.
-        batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
-        lr: the peak, after ``warmup_steps``; a cosine takes it down to 0.
-        max_grad_norm: gradients of a larger norm are scaled down to it.
-        ema_decay: of the averaged weights, which are evaluated and saved.
-        eval_every: steps between evaluations on ``eval_images`` held-out pictures, with a grid of ``grid_images``; 0
-            leaves the one at the end.
-        checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay; 0 is off.
-        log_every: steps between logged losses, by ``trackers`` of Accelerate.
-        seed: of weights, noise, guidance scales and the pictures' order.
-        resume: "latest", a checkpoint folder, "auto" (the latest if there is one), or None to start anew.
+        grid_images: in the grid of each evaluation, the flow's samples above the student's.
     """
 
     pipeline: str
     data: DataConfig
     output: str | None = None
     save_to: str | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     num_layers: int = 8
     width: int = 256
     head_dim: int = 64
+    patch_size: int | None = None
     target: Literal["clean", "noisy"] = "clean"
     alignment: Literal["projected", "states", "none"] = "projected"
     alignment_weight: float = 1.0
@@ -79,39 +70,22 @@ class StudentConfig:
     perceptual_layers: list[str] | None = None
     perceptual_pictures: int = 8
     steps: int = 10000
-    max_minutes: float | None = None
     batch_size: int = 64
-    accumulation: int = 1
-    lr: float = 1e-3
-    warmup_steps: int = 100
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    num_workers: int = 0
     eval_every: int = 1000
     eval_images: int = 128
     grid_images: int = 12
     checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    log_every: int = 20
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    seed: int = 0
-    resume: str | None = None
 
     def __post_init__(self) -> None:
-        names = "num_layers width head_dim steps batch_size accumulation eval_images grid_images keep_checkpoints"
-        for name in [*names.split(), "log_every", "perceptual_pictures"]:
+        super().__post_init__()
+        for name in ("num_layers", "width", "head_dim", "grid_images", "perceptual_pictures"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
-            check(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        names = "alignment_weight perceptual warmup_steps weight_decay num_workers eval_every checkpoint_every"
-        for name in names.split():
+        check(self.patch_size is None or self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
+        for name in ("alignment_weight", "perceptual"):
             check(getattr(self, name) >= 0, f"{name} must be 0 or positive, got {getattr(self, name)}")
         for name in ("unguided_share", "own_share", "own_after"):
             check(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
-        check(self.max_minutes is None or self.max_minutes > 0, f"max_minutes must be positive, got {self.max_minutes}")
-        check(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
         check(
             self.guidance_scale is None or self.guidance_scale >= 1,
             f"guidance_scale must be at least 1 (off), got {self.guidance_scale}",

@@ -45,7 +45,8 @@ def alignment_loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
 
 def extrapolated(x: Tensor, unconditional: Tensor, weight: Tensor) -> Tensor:
-    """x + w·(x − x_u): what a guided sample is to be, from a sample with and one without the condition (BiFlow).
+    """x + w·(x − x_u): a guided sample as classifier-free guidance of one-pass networks has it, from a sample with and
+    one without the condition.
 
     Args:
         x: latents (B, C, H, W).
