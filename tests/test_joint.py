@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
-from helpers import small_model
+from helpers import ROOT, small_model
 from safetensors.torch import load_file
 from test_training import CLASS_FLOW, train
 
-from tarflow import TARFlowPipeline
+from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.data.config import DataConfig
 from tarflow.flows.likelihood import log_prob
 from tarflow.training.arguments import parse_config
+from tarflow.training.cache_plan import CacheConfig
+from tarflow.training.config import VaeConfig
 from tarflow.training.joint import JointObjective, renormalise
 from tarflow.training.joint_config import JointConfig
 from tarflow.training.parallel import check_parallel
@@ -224,3 +228,20 @@ def test_other_autoencoders_and_sharding_are_refused(tmp_path) -> None:
     config, _ = parse_config(["--data", "{}", "--flow", CLASS_FLOW, *NEW, "--output", "x"])
     with pytest.raises(ValueError, match=r"cannot be sharded \(FSDP\): use configs/accelerate/ddp.yaml"):
         check_parallel(SimpleNamespace(is_fsdp2=True), config)
+    with pytest.raises(ValueError, match="latents of an autoencoder that learns cannot be cached"):
+        CacheConfig(output="x", data=DataConfig(source="drawings"), vae=VaeConfig(train="joint"))
+
+
+def test_configurations_of_few_tokens() -> None:
+    """Pictures of 128 pixels become 64 tokens of 32 numbers, of a frozen autoencoder and of one that is trained along."""
+    joint, _ = parse_config(["--config", str(ROOT / "configs" / "emoji128_f16_joint.yaml")])
+    frozen, _ = parse_config(["--config", str(ROOT / "configs" / "emoji128_f16.yaml")])
+    model = yaml.safe_load((ROOT / "configs" / "vae_f16.yaml").read_text())["model"]
+    assert joint.joint.model == model
+    assert (joint.flow, joint.data.image_size) == (frozen.flow, frozen.data.image_size)
+    with torch.device("meta"):
+        vae = AutoencoderKL(**model)
+        latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent_dist.mean
+        flow = TARFlowModel(**joint.flow, in_channels=32, sample_size=8, cond_dim=joint.text.width)
+    assert latents.shape == (1, 32, 8, 8)
+    assert flow.patchify(latents)[0].shape == (1, 64, 32)

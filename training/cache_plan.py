@@ -61,6 +61,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check(not self.vae.pixels, "vae.name is none: without an autoencoder there is nothing to cache")
+        check(
+            self.vae.train == "frozen", "vae.train is 'joint': latents of an autoencoder that learns cannot be cached"
+        )
         check(self.data.source != "latents", "data.source is 'latents': a cache is made of pictures")
         for name in ("shard_size", "batch_size", "unit"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
