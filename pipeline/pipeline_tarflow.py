@@ -198,7 +198,8 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
             prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts.
             denoise: how to remove the training noise before decoding: True or "score" by one score step, "learned" by
                 the model's learned denoiser, False not at all. None is the score step with the autoencoder's decoder
-                and nothing with the finetuned one, which removes the noise itself.
+                (nothing if the pipeline's setting ``denoise`` is False) and nothing with the finetuned one, which
+                removes the noise itself.
             decoder: "vae", the autoencoder's, or "finetuned" (see ``scripts/finetune_decoder.py``), which goes with no
                 other removal of noise. None is the autoencoder's if ``denoise`` names a step, else the pipeline's own
                 default.
