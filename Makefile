@@ -17,7 +17,7 @@ quickstart: $(INSTALLED)
 	.venv/bin/python quickstart.py
 
 demo: $(INSTALLED)
-	.venv/bin/python -m tarflow.demo $(if $(PIPELINE),--pipeline '$(PIPELINE)') --host '$(HOST)' --port '$(PORT)'
+	.venv/bin/tarflow demo $(if $(PIPELINE),--pipeline '$(PIPELINE)') --host '$(HOST)' --port '$(PORT)'
 
 test: $(INSTALLED)
 	.venv/bin/python -m ruff check .

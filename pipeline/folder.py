@@ -30,7 +30,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         yield temporary
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot save the pipeline to {str(target)!r}: {error}") from error
+        raise OSError(f"cannot write {str(target)!r}: {error}") from error
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)

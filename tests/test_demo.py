@@ -20,8 +20,8 @@ from PIL import Image
 from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 
+from tarflow.cli.main import main
 from tarflow.demo import about, page
-from tarflow.demo.__main__ import main
 from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Request, checked, draw, noise_removals
 from tarflow.demo.rebuild import MOST_PIXELS, noise_picture, read_upload, rebuild
 from tarflow.evaluation.generation import image_seed
@@ -216,9 +216,11 @@ def test_what_is_told_of_a_pipeline(tmp_path: Path) -> None:
 def test_starting_it_fails_in_one_sentence(tmp_path, monkeypatch, capsys) -> None:
     def refused(*arguments: str) -> str:
         with pytest.raises(SystemExit) as left:
-            main(list(arguments))
-        assert "\n" not in str(left.value)
-        return str(left.value)
+            main(["demo", *arguments])
+        assert left.value.code == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(page, "shipped", tuple)
@@ -233,7 +235,7 @@ def test_starting_it_fails_in_one_sentence(tmp_path, monkeypatch, capsys) -> Non
         other.listen()
         taken = str(other.getsockname()[1])
         assert f"cannot listen at port {taken}" in refused("--pipeline", "nowhere", "--port", taken)
-    assert "the port must be 1 to 65535" in refused("--pipeline", "nowhere", "--port", "70000")
+    assert "--port must be 1 to 65535" in refused("--pipeline", "nowhere", "--port", "70000")
     monkeypatch.setattr(page, "shipped", lambda: ("emoji",))
     assert page.default_pipeline() == "emoji"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from tarflow.pipeline.folder import written_beside
 from tarflow.training.autoencoder_config import TrainVaeConfig
 from tarflow.training.config import check
 from tarflow.vae.codec import load_autoencoder
@@ -156,14 +156,8 @@ def copy_for_use(vae: AutoencoderKL, posterior_std: float | Sequence[float] | No
 def save_autoencoder(vae: AutoencoderKL, output: Path, dtype: str, card: str) -> None:
     """Write the autoencoder beside its place and move it there, so that the folder is whole or not there; its weights
     are of type ``dtype`` afterwards."""
-    temporary, gone = (output.with_name(output.name + ending) for ending in (".tmp", ".gone"))
-    for folder in (temporary, gone):
-        shutil.rmtree(folder, ignore_errors=True)
     nn.Module.to(vae, getattr(torch, dtype))  # Diffusers' own method warns of layers to keep in float32: there are none
-    vae.save_pretrained(temporary)
-    if card:
-        (temporary / "README.md").write_text(card)
-    if output.exists():
-        output.rename(gone)
-    temporary.rename(output)
-    shutil.rmtree(gone, ignore_errors=True)
+    with written_beside(output) as temporary:
+        vae.save_pretrained(temporary)
+        if card:
+            (temporary / "README.md").write_text(card)
