@@ -4,7 +4,8 @@
 
 It writes gpu_check.json and gpu_check.md: agreement with the CPU, bf16, CUDA graphs and compiled steps; training: a
 short run, compiled, checkpointed, sharded and resumed, its tests, its memory against what was counted, its speed with
-the 1.4-billion-parameter shape; and the sampling benchmark of that shape with guidance. Each check has a share of the time;
+the 1.4-billion-parameter shape; a student's pass against
+sequential decoding; and the sampling benchmark of that shape with guidance. Each check has a share of the time;
 what one leaves over is the next ones'. A check that fails or runs out of time is reported, not hidden; the exit status
 is 1 if any did. ``--small`` takes a small model and any device, to see that the script itself works.
 """
@@ -99,11 +100,12 @@ CHECKS: dict[str, tuple[Callable[[str, bool, float], dict[str, Any]], float]] = 
     "bfloat16": (gpu_checks.check_bfloat16, 0.06),
     "training": (check_training, 0.12),
     "memory": (gpu_checks.check_memory, 0.06),
-    "training speed": (gpu_checks.check_training_speed, 0.23),
-    "compiled training": (gpu_checks.check_compiled_training, 0.07),
+    "training speed": (gpu_checks.check_training_speed, 0.18),
+    "compiled training": (gpu_checks.check_compiled_training, 0.05),
     "sharded training": (check_sharded_training, 0.09),
     "tests": (check_tests, 0.10),
     "graphs and compiled steps": (gpu_checks.check_fast_steps, 0.08),
+    "student": (gpu_checks.check_student, 0.07),
     "sampling": (gpu_checks.check_sampling, 0.14),
 }
 
