@@ -39,6 +39,7 @@ class StudentComparisonConfig:
         batch_sizes: images at once, each timed.
         decoding: of the flow, to compare with.
         student_dtype: of the student's weights.
+        compile: compile the student, and the flow's sequential step, see `TARFlowPipeline.enable_fast_decoding`.
         repeats: of the clock's measurements, of which the medians count; the two take turns.
         num: samples whose errors are measured; ``columns`` of them are shown.
         seed: of the noise.
@@ -54,6 +55,7 @@ class StudentComparisonConfig:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
     decoding: Literal["sequential", "auto", "fast"] = "sequential"
     student_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     repeats: int = 7
     num: int = 64
     columns: int = 12
@@ -85,6 +87,8 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     pipe.check_outputs(None, "pt", None, student=True)
     pipe.check_student()
     pipe.student.to(getattr(torch, config.student_dtype))
+    if config.compile:
+        pipe.enable_fast_decoding()
     scale = config.guidance_scale
     if scale is None:
         scale = min(pipe.config.guidance_scale, pipe.student.config.max_guidance_scale)
@@ -168,7 +172,9 @@ def write_tables(report: dict[str, Any], pipe: Any, out: Path) -> None:
     for row in report["speed"]:
         values = (f"{row[name]:.4g}" for name in ("flow", "student"))
         lines.append(f"| {row['batch']} | {row['timed']} | {' | '.join(values)} | {row['ratio']:.3g} |")
-    lines += ["", f"{size * size} tokens, guidance scale {report['guidance_scale']:g}; {report['machine']}; medians."]
+    settings = f"guidance scale {report['guidance_scale']:g}, student in {report['settings']['student_dtype']}"
+    settings += ", both compiled" if report["settings"]["compile"] else ""
+    lines += ["", f"{size * size} tokens, {settings}; {report['machine']}; medians."]
     lines += ["", "| mean error of the samples | after each block, data to noise |", "| --- | --- |"]
     after = ", ".join(f"{error:.3g}" for error in report["errors"][1:])
     lines.append(f"| {report['errors'][0]:.3g} | {after} |")

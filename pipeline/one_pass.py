@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tarflow.flows.guidance import Guidance
@@ -64,9 +66,25 @@ def noise_left(pipe: Any, denoise: bool | str | None, decoder: str | None) -> bo
 
 
 def draw(
-    student: Any, noise: Tensor, class_labels: Tensor | None, cond: Tensor | None, weight: float
+    student: Any,
+    noise: Tensor,
+    class_labels: Tensor | None,
+    cond: Tensor | None,
+    weight: float,
+    compiled: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A student's samples, (B, C, h, w): its latents, and those with the training noise, by which it can be measured
-    (the former again, if it was not taught the latter)."""
-    x, states = student(noise.to(student.dtype), class_labels, cond, weight, return_states=True)
+    (the former again, if it was not taught the latter).
+
+    Args:
+        student: the `StudentModel`.
+        noise: (B, C, h, w).
+        class_labels, cond: indices (B,) or encoded captions (B, L, E) of a conditional model.
+        weight: guidance scale − 1.
+        compiled: what `torch.compile` made of the student, if anything.
+    """
+    dtype = student.proj_in.weight.dtype
+    weights = torch.full((len(noise),), weight, device=noise.device)  # a tensor: compiled once for all weights
+    network = student if compiled is None else compiled
+    x, states = network(noise.to(dtype), class_labels, cond, weights, return_states=True)
     return x, (states[-1] if student.config.target == "clean" and states else x)

@@ -172,6 +172,17 @@ class TestPipeline:
         torch.testing.assert_close(latents, wanted.detach(), rtol=0, atol=1e-5)
         assert not np.array_equal(images, draw(pipe, decoding="sequential", **options))
 
+    def test_compiled_it_draws_the_same(self) -> None:
+        pipe = with_student(make_pipeline("class_prefix"))
+        options = {"class_labels": [0, 1], "decoding": "student", "output_type": "latent"}
+        plain = [draw(pipe, guidance_scale=scale, **options) for scale in (1.0, 2.5)]
+        pipe.enable_fast_decoding(backend="aot_eager")
+        for scale, latents in zip((1.0, 2.5), plain, strict=True):
+            torch.testing.assert_close(draw(pipe, guidance_scale=scale, **options), latents, rtol=0, atol=1e-5)
+        assert not torch.allclose(*plain)
+        pipe.disable_fast_decoding()
+        assert torch.equal(draw(pipe, guidance_scale=1.0, **options), plain[0])
+
     def test_noise_of_its_targets(self) -> None:
         pipe, calls = with_student(make_pipeline("none"), target="noisy", state_layers=(1,)), []
         options = {"num_images": 2, "decoding": "student", "output_type": "latent"}
