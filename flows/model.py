@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from tarflow.flows import sampling
 from tarflow.flows.build import check_model, make_blocks, make_denoiser
+from tarflow.flows.condition import as_condition
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.network import recomputed
 from tarflow.flows.order import patchify, unpatchify
@@ -247,39 +247,7 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if the condition is of the wrong kind or shape, or a label is out of range.
         """
-        kind = self.config.conditioning
-        if kind == "prefix":
-            if class_labels is not None:
-                raise ValueError("this model is conditioned on a prefix (cond), not on class labels")
-            if cond is None:
-                raise ValueError("this model needs cond, also for no condition: pass the encoded empty caption")
-            if cond.ndim != 3 or cond.shape[2] != self.config.cond_dim or cond.shape[0] not in (1, batch):
-                expected = f"({batch}, L, {self.config.cond_dim})"
-                raise ValueError(f"cond must have the shape {expected}, got {tuple(cond.shape)}")
-            return cond.expand(batch, -1, -1)
-        if cond is not None:
-            raise ValueError(f"this model has the conditioning {kind!r} and takes no cond")
-        if kind == "none":
-            if class_labels is not None:
-                raise ValueError("this model is unconditional and takes no class_labels")
-            return None
-        if class_labels is None:
-            class_labels = torch.full((batch,), self.null_label, device=self.device)
-        if class_labels.shape != (batch,):
-            raise ValueError(f"class_labels must have the shape ({batch},), got {tuple(class_labels.shape)}")
-        # On a GPU the check would wait for it; there the data set and the pipeline have checked already.
-        if (
-            class_labels.device.type == "cpu"
-            and batch
-            and not 0 <= class_labels.min() <= class_labels.max() <= self.null_label
-        ):
-            raise ValueError(
-                f"class labels must be 0 to {self.null_label} ({self.null_label}: none), got {class_labels}"
-            )
-        if kind == "class_prefix":
-            dtype = self.blocks[-1].proj_in.weight.dtype
-            return F.one_hot(class_labels, self.config.num_classes + 1).to(dtype)[:, None]  # (B, 1, classes + 1)
-        return class_labels
+        return as_condition(self.config, class_labels, cond, batch, self.blocks[-1].proj_in.weight)
 
     def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, C, H, W) → row-major tokens (B, T, C·p·p) and the grid (H/p, W/p).
