@@ -34,8 +34,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "patch 1": {"patch_size": 1},
     "patch 4": {"patch_size": 4},
     "additive": {"scale": "additive"},
-    "σ 0.05": {"noise": 0.05},
-    "σ 0.3": {"noise": 0.3},
+    "noise 0.05": {"noise": 0.05},
+    "noise 0.3": {"noise": 0.3},
 }
 #: Of the ablations, those that the quick form leaves out: four times the tokens, four times the time.
 SLOW_ABLATIONS = ("patch 1",)

@@ -1,9 +1,9 @@
 """What an exact flow can do with pictures, one picture for each tool; see docs/exact_flow.md.
 
-    python scripts/exact_flow.py --tool encode --pipeline runs/quickstart/pipeline --out encode.png
+    python scripts/exact_flow.py --tool encode --pipeline drawings_text --out encode.png
     python scripts/exact_flow.py --tool inpaint --pipeline runs/NAME/pipeline --data.source folder \\
         --data.path my_pictures.zip --data.caption_template '{text}' --num 4 --out inpaint.png
-    python scripts/exact_flow.py --tool ood --pipeline runs/quickstart/pipeline --num 500 --outside.source folder \\
+    python scripts/exact_flow.py --tool ood --pipeline drawings_text --num 500 --outside.source folder \\
         --outside.path my_pictures.zip --out ood.png
 
 Pictures are those of ``data``, with their captions or classes as conditions. It prints what was measured.
@@ -115,8 +115,9 @@ def likelihood(config: ExactFlowConfig, pipe: Any) -> Rows:
     alone = pipe.log_likelihood(batch.images, generator=config.generator())
     for name, values in (("with its condition", out.nats_per_dim), ("with none", alone.nats_per_dim)):
         print(f"nats per dimension {name}:", " ".join(f"{value:.3f}" for value in values.tolist()))
-    low, high = out.map.min(), out.map.max()
-    expensive = ((high - out.map) / (high - low))[:, None]  # white where the model finds the picture expensive
+    low, high = out.map.flatten(1).aminmax(dim=1)
+    low, high = low[:, None, None], high[:, None, None]  # each picture from its cheapest token, black, to white
+    expensive = ((high - out.map) / (high - low))[:, None]
     return {"picture": batch.images, "-log p of\neach token": stretched(expensive.cpu(), batch.images.shape[-1])}
 
 
