@@ -34,16 +34,17 @@ def generate(pipe: Any, conditions: dict[str, list], batch_size: int, seed: int 
     return images
 
 
-def caption_shares(pipe: Any, rounds: int = 3, batch_size: int = 108) -> dict[str, float]:
-    """Shares of samples whose shape, colour and background match, over rounds × 108 captions."""
+def caption_shares(pipe: Any, rounds: int = 3, batch_size: int = 108, **options: Any) -> dict[str, float]:
+    """Shares of samples whose shape, colour and background match, over rounds × 108 captions; ``options`` are of the
+    pipeline's call."""
     captions = all_captions() * rounds
-    return match_shares(generate(pipe, {"prompt": captions}, batch_size), captions)
+    return match_shares(generate(pipe, {"prompt": captions}, batch_size, **options), captions)
 
 
-def class_shares(pipe: Any, rounds: int = 9, batch_size: int = 108) -> dict[str, float]:
+def class_shares(pipe: Any, rounds: int = 9, batch_size: int = 108, **options: Any) -> dict[str, float]:
     """The same for class labels, which name colour and shape, over rounds × 36 labels."""
     names = list(CLASS_NAMES) * rounds
-    readings = [read_drawing(image) for image in generate(pipe, {"class_labels": names}, batch_size)]
+    readings = [read_drawing(image) for image in generate(pipe, {"class_labels": names}, batch_size, **options)]
     colour = [reading.colour == name.split()[0] for reading, name in zip(readings, names, strict=True)]
     shape = [reading.shape == name.split()[1] for reading, name in zip(readings, names, strict=True)]
     both = [a and b for a, b in zip(colour, shape, strict=True)]
