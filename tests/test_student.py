@@ -10,10 +10,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from helpers import ROOT, condition_of, perturb, random_images, small_model
+from safetensors.torch import save_file
 from test_decoder import files_of, small_autoencoder
 from test_pipeline import CAPTIONS, draw, make_pipeline
+from torchvision.models import mobilenet_v2
 
 from tarflow import TARFlowPipeline
+from tarflow.cli.main import main
+from tarflow.evaluation.generation import GenerationConfig, generate_images
+from tarflow.evaluation.generation_record import read_record
 from tarflow.evaluation.student_comparison import StudentComparisonConfig, compare_student
 from tarflow.evaluation.student_error import block_errors, exact_states
 from tarflow.flows import sampling
@@ -200,6 +205,20 @@ class TestPipeline:
         assert output.residual_mean.shape == (2,)
         assert bool((output.residual_mean > 0.01).all())
 
+    def test_generation_and_the_command_line(self, tmp_path, capsys) -> None:
+        folder = tmp_path / "pipeline"
+        with_student(make_pipeline("class_prefix")).save_pretrained(folder)
+        settings = {"pipeline": str(folder), "num": 4, "batch_size": 2, "guidance_scale": 2.0}
+        generate_images(GenerationConfig(**settings, out=str(tmp_path / "a"), decoding="student"))
+        record = read_record(tmp_path / "a")
+        assert (record["settings"]["decoding"], record["settings"]["denoise"]) == ("student", False)
+        command = ["generate", "--pipeline", str(folder), "--class", "church", "--decoding", "student"]
+        main([*command, "--guidance", "2", "--out", str(tmp_path / "b.png"), "--seed", "1"])
+        assert (tmp_path / "b.png").is_file()
+        with pytest.raises(SystemExit):
+            main([*command, "--guidance", "4", "--out", str(tmp_path / "c.png")])
+        assert "guidance_scale is 4, but this student" in capsys.readouterr().err
+
     def test_it_knows_its_flow_from_smaller_files(self, tmp_path) -> None:
         pipe = with_student(make_pipeline("none"))
         for dtype in (torch.float16, torch.bfloat16):
@@ -296,6 +315,15 @@ class TestTraining:
     )
     def test_every_choice_has_its_effect(self, tmp_path, options) -> None:
         tiny_pipeline(tmp_path / "pipeline")
+        results = [train(tmp_path / "pipeline", tmp_path / name, *more) for name, more in (("a", []), ("b", options))]
+        assert np.isfinite(results[1]["psnr"])
+        assert results[0]["psnr"] != results[1]["psnr"]
+
+    def test_decoded_pictures_can_count_too(self, tmp_path) -> None:
+        tiny_pipeline(tmp_path / "pipeline")
+        save_file(mobilenet_v2().state_dict(), tmp_path / "mobilenet_v2.safetensors")
+        options = ["--perceptual", "5", "--perceptual_weights", str(tmp_path / "mobilenet_v2.safetensors")]
+        options += ["--perceptual_pictures", "4"]
         results = [train(tmp_path / "pipeline", tmp_path / name, *more) for name, more in (("a", []), ("b", options))]
         assert np.isfinite(results[1]["psnr"])
         assert results[0]["psnr"] != results[1]["psnr"]
