@@ -153,13 +153,13 @@ def digit_report(results: dict[str, Result], folder: Path) -> list[str]:
     """Tables and pictures of digits."""
     tensors = {name: result[1] for name, result in results.items()}
     flows = [*FAMILY, DISTILLED]
-    pictures.rows_picture({name: tensors[name]["samples"] for name in flows}, folder / "flows_digits.png", 3)
+    pictures.rows_picture({name: tensors[name]["samples"] for name in flows}, folder / "flows_digits.png", 4)
     rows = {"TARFlow": tensors["TARFlow"]["samples"], **tensors["TARFlow"]["drawings"]}
     for name in (name for name in DIGIT_ABLATIONS if name in results):
         rows[name] = tensors[name]["samples"]
         if "denoised" in tensors[name]:
             rows[f"{name}, score step"] = tensors[name]["denoised"]
-    pictures.rows_picture(rows, folder / "flows_digits_ablations.png", 3)
+    pictures.rows_picture(rows, folder / "flows_digits_ablations.png", 4)
     header = ["flow", "parameters", "bits per dimension", "read as their class"]
     lines, ablations = [], []
     for name, (numbers, _) in results.items():
