@@ -24,6 +24,8 @@ from tarflow.pipeline.one_pass import STUDENT, draw
 
 #: What is timed: the latents alone, without removal of noise and decoding, and whole calls.
 TIMED = {"latents": {"output_type": "latent"}, "pictures": {"output_type": "pt"}}
+#: Seconds of a turn: one call right after the other's would find none of its weights in the caches.
+TURN = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,15 +131,18 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
 
 
 def timed(ways: dict[str, Callable[[], Any]], batch: int, repeats: int, device: torch.device) -> dict[str, float]:
-    """Medians of images per second of two ways that take turns, after one call each that does not count, and the median
-    "ratio" of the second's speed to the first's."""
+    """Medians of images per second of two ways that take turns of at least `TURN` seconds, after one call each that does
+    not count, and the median "ratio" of the second's speed to the first's."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
+    for way in ways.values():
+        way()
+    for _ in range(repeats):
         for name, way in ways.items():
-            began = clock(device)
-            way()
-            if repeat:
-                seconds[name].append(clock(device) - began)
+            began, calls = clock(device), 0
+            while calls == 0 or clock(device) - began < TURN:
+                way()
+                calls += 1
+            seconds[name].append((clock(device) - began) / calls)
     first, second = seconds.values()
     ratio = statistics.median(slow / fast for slow, fast in zip(first, second, strict=True))
     return {**{name: batch / statistics.median(times) for name, times in seconds.items()}, "ratio": ratio}
