@@ -29,6 +29,7 @@ from tarflow.training.arguments import parse_dataclass
 from tarflow.training.student import train_student
 from tarflow.training.student_config import StudentConfig
 from tarflow.training.student_loss import alignment_loss, extrapolated, teacher_states
+from tarflow.training.student_step import StudentStepper
 
 
 def small_student(flow, **changes) -> StudentModel:
@@ -318,6 +319,14 @@ class TestTraining:
         results = [train(tmp_path / "pipeline", tmp_path / name, *more) for name, more in (("a", []), ("b", options))]
         assert np.isfinite(results[1]["psnr"])
         assert results[0]["psnr"] != results[1]["psnr"]
+
+    def test_own_samples_come_in_the_later_part_of_shortened_runs(self, tmp_path, monkeypatch) -> None:
+        tiny_pipeline(tmp_path / "pipeline")
+        begun, take = [], StudentStepper.take
+        monkeypatch.setattr(StudentStepper, "put_own_samples", lambda self, pictures, step, places: begun.append(step))
+        monkeypatch.setattr(StudentStepper, "take", lambda self, batches, step, total: take(self, batches, step, 4))
+        train(tmp_path / "pipeline", tmp_path / "a", "--own_share", "0.5")
+        assert begun == [2, 3, 4, 5]
 
     def test_decoded_pictures_can_count_too(self, tmp_path) -> None:
         tiny_pipeline(tmp_path / "pipeline")

@@ -80,12 +80,13 @@ class NetworkStepper:
         """The optimizers' learning rates, where the schedule's factor is this."""
         return [self.config.lr * factor]
 
-    def backward(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Tensor]:
+    def backward(self, batch: dict[str, Any], step: int, total: int, places: Sequence[int]) -> dict[str, Tensor]:
         """Gradients of one pass; returns "loss" and its parts.
 
         Args:
             batch: of the task's training pictures.
             step: its number.
+            total: steps of the run, as far as is known.
             places: of the pictures in the step's batch of all processes and passes.
         """
         raise NotImplementedError
@@ -111,7 +112,7 @@ class NetworkStepper:
             self.skipped.update(batch["skipped"])
             first = (part * accelerator.num_processes + accelerator.process_index) * config.batch_size
             with accelerator.accumulate(*models):
-                losses = self.backward(batch, step, range(first, first + config.batch_size))
+                losses = self.backward(batch, step, total, range(first, first + config.batch_size))
                 for name, value in losses.items():
                     sums[name] += value / config.accumulation
                 if accelerator.sync_gradients:

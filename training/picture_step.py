@@ -68,7 +68,7 @@ class PictureStepper(NetworkStepper):
     def rates(self, factor: float) -> list[float]:
         return [self.config.lr * factor, self.config.loss.discriminator_lr][: len(self.optimizers)]
 
-    def backward(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Tensor]:
+    def backward(self, batch: dict[str, Any], step: int, total: int, places: Sequence[int]) -> dict[str, Tensor]:
         """Gradients of one pass, the network's and then the discriminator's; returns the losses."""
         accelerator = self.accelerator
         decoded, images, further = self.task.decode(self.model, batch, step, places)

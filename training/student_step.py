@@ -67,10 +67,10 @@ class StudentStepper(NetworkStepper):
             ).to(accelerator.device)
             self.perceptual.check_size(pipe.flow.config.sample_size * pipe.codec.factor)
 
-    def backward(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Tensor]:
+    def backward(self, batch: dict[str, Any], step: int, total: int, places: Sequence[int]) -> dict[str, Tensor]:
         config, pictures = self.config, self.pictures(batch, step, places)
         with torch.no_grad(), self.accelerator.autocast():
-            if config.own_share > 0 and step >= config.own_after * config.steps:
+            if config.own_share > 0 and step >= config.own_after * total:
                 self.put_own_samples(pictures, step, places)
             guided = self.largest_weight > 0 and config.guidance == "flow"
             states = self.states(pictures, pictures.weight if guided else None)
