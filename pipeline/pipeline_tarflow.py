@@ -320,6 +320,16 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         output = TARFlowPipelineOutput(images=images, residual_max=errors[0], residual_mean=errors[1])
         return output if return_dict else output.to_tuple()
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where calls compute. Diffusers' own goes through all modules several times, which takes longer than a student's
+        pass; it is needed only where offloading has hooked into one."""
+        parts = (self.flow, self.student, self.vae, self.finetuned_decoder, self.text_encoder)
+        modules = (module for part in parts if part is not None for module in part.modules())
+        if any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in modules):
+            return super()._execution_device
+        return self.flow.blocks[-1].proj_in.weight.device
+
     def enable_fast_decoding(self, backend: str | None = "inductor") -> None:
         """Compile the student, and the sequential decode step (`torch.compile`, about half a minute for each block and
         shape at the first call with it); on CUDA devices replay that as a CUDA graph. Worth it for large models and
