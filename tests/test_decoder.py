@@ -268,6 +268,8 @@ def test_a_full_disk_leaves_the_pipeline_as_it_was(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(LatentDecoder, "save_pretrained", full)
     folder = tmp_path / "pipeline"
     with pytest.raises(OSError, match="No space left"):
-        add_component(folder, folder, "finetuned_decoder", LatentDecoder.from_autoencoder(pipe.vae), decoder="finetuned")
+        add_component(
+            folder, folder, "finetuned_decoder", LatentDecoder.from_autoencoder(pipe.vae), decoder="finetuned"
+        )
     assert files_of(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
