@@ -21,6 +21,7 @@ from tarflow.evaluation.generation import GenerationConfig, generate_images
 from tarflow.evaluation.generation_record import read_record
 from tarflow.evaluation.student_comparison import StudentComparisonConfig, compare_student
 from tarflow.evaluation.student_error import block_errors, exact_states
+from tarflow.evaluation.sweep import SweepConfig, run_sweep
 from tarflow.flows import sampling
 from tarflow.flows.decoding import guided_states
 from tarflow.flows.guidance import Guidance
@@ -219,6 +220,14 @@ class TestPipeline:
         with pytest.raises(SystemExit):
             main([*command, "--guidance", "4", "--out", str(tmp_path / "c.png")])
         assert "guidance_scale is 4, but this student" in capsys.readouterr().err
+
+    def test_sweeps_put_it_beside_its_flow(self, tmp_path) -> None:
+        with_student(make_pipeline("class_prefix")).save_pretrained(tmp_path / "pipeline")
+        gen = GenerationConfig(pipeline=str(tmp_path / "pipeline"), out=str(tmp_path / "sweep"), num=2, batch_size=2)
+        config = SweepConfig(gen=gen, decoding=["sequential", "student"], match=True)
+        rows = run_sweep(config, measure=lambda images: {"match_all": 0.5})
+        taken = [(row["settings"]["decoding"], row["settings"]["denoise"]) for row in rows]
+        assert taken == [("sequential", True), ("student", False)]
 
     def test_it_knows_its_flow_from_smaller_files(self, tmp_path) -> None:
         pipe = with_student(make_pipeline("none"))
