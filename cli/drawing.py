@@ -120,7 +120,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     if args.negative_prompt and guidance == 1:
         raise ValueError("--negative-prompt needs --guidance above 1")
     denoise, decoder = NOISE_REMOVALS.get(args.decode_with, (None, None))  # not given: the pipeline's own way
-    pipe.check_outputs(denoise, "pil", decoder, args.decoding == "student")
+    pipe.check_outputs(denoise, "pil", decoder, args.decoding)
     width, height = args.size or (None, None)
     return {
         "guidance_scale": guidance,

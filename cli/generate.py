@@ -40,8 +40,8 @@ def parser() -> CommandParser:
     add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the empty caption)")
     add("--size", metavar="WxH", help="width and height in pixels (default: the training size)")
     add("--aspect-ratio", choices=ASPECT_RATIOS, help="width to height, at the training size's area, instead of --size")
-    add("--decoding", choices=("sequential", "auto", "jacobi", "fast", "student"), default="sequential", help="how the flow is "
-        "inverted: sequential, exact to rounding; jacobi, many tokens at once; auto, the faster of these here, within "
+    add("--decoding", choices=("sequential", "auto", "jacobi", "fast", "student"), default="sequential", help="how the "
+        "flow is inverted: sequential, exact to rounding; jacobi, many tokens at once; auto, the faster of these here, within "
         "0.001; fast, within 0.1; or student, one pass of the pipeline's student")  # fmt: skip
     add("--decode-with", choices=tuple(NOISE_REMOVALS), help="how the training noise is removed: not at "
         "all, by a score step, a learned denoiser or a finetuned decoder (default: the pipeline's own way)")  # fmt: skip

@@ -33,7 +33,6 @@ from tarflow.evaluation.generation_record import (
 from tarflow.evaluation.image_store import NpzStore, PngStore
 from tarflow.evaluation.sample_conditions import CONDITIONS
 from tarflow.flows.decoding import DEFAULT_TOLERANCE
-from tarflow.pipeline.one_pass import STUDENT
 from tarflow.pipeline.opening import locate
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
@@ -128,7 +127,7 @@ def generate_images(
     if not 0 <= process < processes:
         raise ValueError(f"process must be 0 to {processes - 1}, got {process}")
     pipe = load_pipeline(config, device) if pipe is None else pipe
-    pipe.check_outputs(config.denoise, "np", config.decoder, config.decoding == STUDENT)
+    pipe.check_outputs(config.denoise, "np", config.decoder, config.decoding)
     conditions = make_conditions(
         pipe, config.seed, config.labels, config.label_counts, config.captions, config.data, config.split
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 from tarflow.evaluation.conditions import Conditions
 from tarflow.evaluation.sample_conditions import CONDITIONS
-from tarflow.pipeline.one_pass import STUDENT
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.vae.codec import weights_hash
 
@@ -21,9 +20,7 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
     """Everything that decides what image i is, as JSON has it."""
     names = ("batch_size", "seed", "format", "guidance_scale", "noise_std", "decoding", "dtype", "fast")
     settings = {"pipeline": pipeline_hash(pipe), **{name: getattr(config, name) for name in names}}
-    settings["denoise"], settings["decoder"] = pipe.check_outputs(
-        config.denoise, "np", config.decoder, config.decoding == STUDENT
-    )
+    settings["denoise"], settings["decoder"] = pipe.check_outputs(config.denoise, "np", config.decoder, config.decoding)
     for name in ("guidance_scale", "noise_std"):
         if settings[name] is None:
             settings[name] = getattr(pipe.config, name)

@@ -24,7 +24,6 @@ from tarflow.evaluation.neighbours import Describe, Neighbours, nearest_neighbou
 from tarflow.evaluation.report_files import read_curves, read_metrics
 from tarflow.evaluation.subset import Subset, evenly, spread
 from tarflow.evaluation.svg_charts import Series
-from tarflow.pipeline.one_pass import STUDENT
 
 PIXELS = "pixels"
 NEIGHBOURS = 3
@@ -235,7 +234,7 @@ def settings_of(
             model[part.replace("_", " ")] = f"{type(module).__name__}, {millions:,.1f} million parameters"
     model |= {"training noise σ": pipe.config.noise_std, "SHA-256": pipeline_hash(pipe)}
     guidance_scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
-    denoise, decoder = pipe.check_outputs(gen.denoise, "np", gen.decoder, gen.decoding == STUDENT)
+    denoise, decoder = pipe.check_outputs(gen.denoise, "np", gen.decoder, gen.decoding)
     sampling = {
         "guidance scale": guidance_scale,
         "guidance method": pipe.config.guidance_method,

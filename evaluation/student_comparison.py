@@ -17,13 +17,15 @@ from tarflow.evaluation.conditions import make_conditions
 from tarflow.evaluation.decoding_comparison import labelled_rows
 from tarflow.evaluation.generation import image_seed
 from tarflow.evaluation.machine import machine
-from tarflow.evaluation.student_error import block_errors, exact_states
+from tarflow.evaluation.student_error import exact_samples
 from tarflow.flows.calibration import clock
-from tarflow.flows.guidance import Guidance
 from tarflow.pipeline.one_pass import STUDENT, draw
 
-#: What is timed: the latents alone, without removal of noise and decoding, and whole calls.
-TIMED = {"latents": {"output_type": "latent"}, "pictures": {"output_type": "pt"}}
+#: What is timed: the latents as they come, with or without the training noise, and whole calls.
+TIMED: dict[str, dict[str, Any]] = {
+    "latents": {"output_type": "latent", "denoise": False},
+    "pictures": {"output_type": "pt"},
+}
 #: Seconds of a turn: one call right after the other's would find none of its weights in the caches.
 TURN = 0.3
 
@@ -86,7 +88,7 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     Raises:
         ValueError: if settings and pipeline do not fit.
     """
-    pipe.check_outputs(None, "pt", None, student=True)
+    pipe.check_outputs(None, "pt", None, STUDENT)
     pipe.check_student()
     pipe.student.to(getattr(torch, config.student_dtype))
     if config.compile:
@@ -107,16 +109,17 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     speed = []
     for batch in config.batch_sizes:
         for name, options in TIMED.items():
-            if name == "latents":  # of both as they come, with or without the training noise
-                options = {**options, "denoise": False}
             ways = {
                 "flow": lambda batch=batch, options=options: call(batch, config.decoding, **options),
                 "student": lambda batch=batch, options=options: call(batch, STUDENT, **options),
             }
             speed.append({"batch": batch, "timed": name, **timed(ways, batch, config.repeats, pipe.flow.device)})
+    arguments, method = conditions.arguments(range(config.num)), pipe.student.config.guidance_method
+    exact = exact_samples(pipe, arguments, config.num, scale, method, config.seed)
+    _, noisy = draw(pipe.student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
     report = {
         "speed": speed,
-        "errors": errors_of(pipe, conditions.arguments(range(config.num)), scale, config),
+        "errors": exact.errors(pipe.flow, noisy),
         "guidance_scale": scale,
         "settings": dataclasses.asdict(config),
         "machine": machine(pipe.flow.device),
@@ -146,26 +149,6 @@ def timed(ways: dict[str, Callable[[], Any]], batch: int, repeats: int, device: 
     first, second = seconds.values()
     ratio = statistics.median(slow / fast for slow, fast in zip(first, second, strict=True))
     return {**{name: batch / statistics.median(times) for name, times in seconds.items()}, "ratio": ratio}
-
-
-def errors_of(pipe: Any, arguments: dict[str, Any], scale: float, config: StudentComparisonConfig) -> list[float]:
-    """How far the flow takes the student's samples from where it should, see `block_errors`."""
-    flow, device = pipe.flow, pipe.flow.device
-    noise = torch.randn(
-        config.num, *pipe.latent_shape(None, None), generator=torch.Generator().manual_seed(config.seed)
-    )
-    z = flow.scale_noise(noise.to(device))
-    labels = cond = null = None
-    if "prompt" in arguments:
-        cond, null = pipe.encode_prompt(arguments["prompt"], None, device, do_guidance=True)
-    elif "class_labels" in arguments:
-        labels = torch.tensor(arguments["class_labels"], device=device)
-    guidance = Guidance(scale - 1, pipe.student.config.guidance_method)
-    condition = flow.condition(labels, cond, config.num)
-    null_condition = flow.condition(None, null, config.num) if guidance.active else None
-    exact = exact_states(flow, z, condition, null_condition, guidance)
-    _, noisy = draw(pipe.student, z, labels, cond, guidance.weight)
-    return block_errors(flow, noisy, exact, condition, null_condition, guidance)
 
 
 def write_tables(report: dict[str, Any], pipe: Any, out: Path) -> None:

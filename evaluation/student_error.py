@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,58 @@ from torch import Tensor
 from tarflow.flows import sampling
 from tarflow.flows.decoding import guided_states
 from tarflow.flows.guidance import Guidance
+
+
+@dataclass(frozen=True)
+class ExactSamples:
+    """What a flow makes of noise, which a student is measured by.
+
+    Attributes:
+        noise: z (B, C, h, w).
+        class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
+        conditions: condition, null condition and guidance, as `tarflow.flows.sampling.generate` takes them.
+        states: what `exact_states` gives.
+    """
+
+    noise: Tensor
+    class_labels: Tensor | None
+    cond: Tensor | None
+    conditions: tuple[Tensor | None, Tensor | None, Guidance]
+    states: list[Tensor]
+
+    @property
+    def guidance_weight(self) -> float:
+        """w of the samples."""
+        return self.conditions[2].weight
+
+    def errors(self, flow: Any, x: Tensor) -> list[float]:
+        """`block_errors` of a student's samples of the same noise, with the training noise."""
+        return block_errors(flow, x, self.states, *self.conditions)
+
+
+@torch.no_grad()
+def exact_samples(
+    pipe: Any, arguments: dict[str, Any], count: int, scale: float, method: str, seed: int
+) -> ExactSamples:
+    """Draw with a pipeline's flow, token after token.
+
+    Args:
+        arguments: of a pipeline's call: "prompt" or "class_labels" (indices), ``count`` of them, or neither.
+        scale, method: of the guidance.
+        seed: of the noise.
+    """
+    flow, device = pipe.flow, pipe.flow.device
+    noise = torch.randn(count, *pipe.latent_shape(None, None), generator=torch.Generator().manual_seed(seed))
+    z = flow.scale_noise(noise.to(device))
+    labels = cond = null = None
+    if "prompt" in arguments:
+        cond, null = pipe.encode_prompt(arguments["prompt"], None, device, do_guidance=True)
+    elif "class_labels" in arguments:
+        labels = torch.tensor(arguments["class_labels"], device=device)
+    guidance = Guidance(scale - 1, method)
+    null_condition = flow.condition(None, null, count) if guidance.active else None
+    conditions = flow.condition(labels, cond, count), null_condition, guidance
+    return ExactSamples(z, labels, cond, conditions, exact_states(flow, z, *conditions))
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ from tarflow.evaluation.processes import process_and_count
 from tarflow.evaluation.sample_conditions import matching_shares, read_conditions
 from tarflow.evaluation.statistics import KEPT_FEATURES, MOMENTS
 from tarflow.evaluation.sweep_tables import SWEPT, best_row, row_name, write_tables
-from tarflow.pipeline.one_pass import STUDENT
 
 Measure = Callable[[Path], dict[str, float]]
 ROWS, FIXED = "rows.jsonl", "sweep.json"
@@ -154,9 +153,7 @@ def run_sweep(
 def resolved(values: dict[str, Any], pipe: Any) -> dict[str, Any]:
     """A row's settings with the pipeline's own values in place of None; σ only where it matters."""
     own = {name: getattr(pipe.config, name) for name in ("guidance_scale", "noise_std")}
-    own["denoise"], own["decoder"] = pipe.check_outputs(
-        values["denoise"], "np", values["decoder"], values["decoding"] == STUDENT
-    )
+    own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"], values["decoding"])
     found = {name: own.get(name) if value is None else value for name, value in values.items()}
     if not found["denoise"]:
         found["noise_std"] = None

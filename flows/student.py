@@ -9,7 +9,6 @@ Shapes: B batch, C channels, H × W size of the latents, T tokens, D width, L pr
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class StudentModel(ModelMixin, ConfigMixin):
         max_guidance_scale: largest guidance scale that the student was trained with; 1 is none.
         guidance_method: "gaussian" or "linear", see `Guidance`.
         target: "clean" or "noisy", see `TARGETS`.
-        flow_hashes: of the flow whose inverse this is, see `flow_hashes`.
+        flow_hashes: SHA-256 of the weights of the flow whose inverse this is, in forms that it may be stored in.
 
     Raises:
         ValueError: for settings that do not fit together.
@@ -233,31 +232,3 @@ def read(head: nn.Sequential, hidden: Tensor) -> Tensor:
     hidden = at_least_float32(norm(hidden))
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden, linear.weight.to(hidden.dtype), linear.bias.to(hidden.dtype))
-
-
-def flow_hashes(flow: nn.Module) -> tuple[str, ...]:
-    """SHA-256 of a flow's parameters, sorted by name: as they are, and as they are after storage in float16 and
-    bfloat16, so that a student still knows its flow from a smaller file."""
-    parameters = sorted(flow.named_parameters())
-    return tuple(hash_of(parameters, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
-
-
-def hash_of(parameters: list[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> str:
-    """SHA-256 of named parameters, which are rounded to ``dtype``."""
-    digest = hashlib.sha256()
-    for name, value in parameters:
-        values = value.detach().cpu().to(dtype).float().contiguous()
-        digest.update(f"{name} {tuple(values.shape)}\n".encode())
-        digest.update(memoryview(values.flatten().numpy()))
-    return digest.hexdigest()
-
-
-def check_flow(student: StudentModel, flow: nn.Module) -> None:
-    """An error unless ``student`` was trained for this very flow."""
-    found = hash_of(sorted(flow.named_parameters()))
-    if found not in student.config.flow_hashes:
-        known = ", ".join(value[:12] for value in student.config.flow_hashes) or "none"
-        raise ValueError(
-            f"this student is of another flow: the weights' SHA-256 begins with {found[:12]}, and it knows {known}; train "
-            "one for this pipeline with train_student.py"
-        )

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflow.flows.guidance import Guidance
+from tarflow.vae.codec import tensors_hash
 
 #: What a call's ``decoding`` is called then.
 STUDENT = "student"
@@ -88,3 +89,21 @@ def draw(
     network = student if compiled is None else compiled
     x, states = network(noise.to(dtype), class_labels, cond, weights, return_states=True)
     return x, (states[-1] if student.config.target == "clean" and states else x)
+
+
+def flow_hashes(flow: nn.Module) -> tuple[str, ...]:
+    """SHA-256 of a flow's parameters: as they are, and as they are after storage in float16 and bfloat16, so that a
+    student still knows its flow from a smaller file."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(tensors_hash(flow.named_parameters(), dtype) for dtype in dtypes)
+
+
+def check_flow(student: Any, flow: nn.Module) -> None:
+    """An error unless ``student`` was trained for this very flow."""
+    found = tensors_hash(flow.named_parameters())
+    if found not in student.config.flow_hashes:
+        known = ", ".join(value[:12] for value in student.config.flow_hashes) or "none"
+        raise ValueError(
+            f"this student is of another flow: the weights' SHA-256 begins with {found[:12]}, and it knows {known}; train "
+            "one for this pipeline with train_student.py"
+        )

@@ -23,7 +23,7 @@ from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.student import StudentModel, check_flow
+from tarflow.flows.student import StudentModel
 from tarflow.models import resolve
 from tarflow.pipeline import checks, one_pass
 from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
@@ -124,8 +124,8 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)
         self._fast_steps: FastSteps | None = None
         self._calibration_store: CalibrationStore | None = None
-        self._calibrated_state: tuple[int, int] | None = None
-        self._checked_student: tuple[tuple, list, list] | None = None
+        self._calibrated_state: tuple[TARFlowModel, list[int]] | None = None
+        self._checked_student: tuple[StudentModel, tuple] | None = None
         self._fast_student: Callable[..., Any] | None = None
         self.labels = {name.lower(): int(index) for index, name in (id2label or {}).items()}
 
@@ -232,7 +232,7 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         method = guidance_method or self.config.guidance_method
         guidance = Guidance(scale - 1, method, guidance_parts, guidance_annealed, attention_temperature)
         guided = guidance.weight > 0
-        denoise, decoder = self.check_outputs(denoise, output_type, decoder, learned)
+        denoise, decoder = self.check_outputs(denoise, output_type, decoder, decoding)
         if learned:
             one_pass.check_call(self, scale, guidance, not (negative_prompt is None and negative_prompt_embeds is None))
         if not temperature > 0:
@@ -353,7 +353,7 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
 
     def calibration_store(self) -> CalibrationStore:
         """Calibrations of the flow as it is now; kept in the pipeline's folder if it was loaded from one."""
-        state = (id(self.flow), sum(parameter._version for parameter in self.flow.parameters()))
+        state = self.flow_state()
         if self._calibration_store is None or self._calibrated_state != state:
             self._calibrated_state = state
             self._calibration_store = CalibrationStore(self.config.get("_name_or_path") or None, fingerprint(self.flow))
@@ -361,15 +361,14 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
 
     def check_student(self) -> None:
         """An error unless the pipeline's student was trained for its flow; weights that were seen are not read again."""
-        parts = (self.flow, self.student)
-        if self._checked_student is not None:
-            checked, parameters, versions = self._checked_student
-            same = all(one is other for one, other in zip(checked, parts, strict=True))
-            if same and versions == [parameter._version for parameter in parameters]:
-                return
-        check_flow(self.student, self.flow)
-        parameters = list(self.flow.parameters())
-        self._checked_student = (parts, parameters, [parameter._version for parameter in parameters])
+        state = (self.student, self.flow_state())
+        if state != self._checked_student:
+            one_pass.check_flow(self.student, self.flow)
+            self._checked_student = state
+
+    def flow_state(self) -> tuple[TARFlowModel, list[int]]:
+        """What differs when the flow is another one or its weights have changed."""
+        return self.flow, [parameter._version for parameter in self.flow.parameters()]
 
     def resolve_decoding(
         self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
@@ -402,11 +401,11 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         checks.check_callback(callback_tensor_inputs, self._callback_tensor_inputs)
 
     def check_outputs(
-        self, denoise: bool | str | None, output_type: str, decoder: str | None = None, student: bool = False
+        self, denoise: bool | str | None, output_type: str, decoder: str | None = None, decoding: Any = None
     ) -> tuple[bool | str, str]:
         """Whether the pipeline can do what is asked of its samples, and what that is: ``denoise`` as True (the score
-        step), False or "learned", and ``decoder`` as "vae" or "finetuned"; ``student`` if that draws them."""
-        if student and not one_pass.noise_left(self, denoise, decoder):
+        step), False or "learned", and ``decoder`` as "vae" or "finetuned"; ``decoding`` as of a call."""
+        if decoding == one_pass.STUDENT and not one_pass.noise_left(self, denoise, decoder):
             denoise, decoder = False, "vae"
         config, pixels = self.flow.config, self.vae is None
         checks.check_output_type(config, output_type, pixels)

@@ -25,7 +25,8 @@ from tarflow.evaluation.sweep import SweepConfig, run_sweep
 from tarflow.flows import sampling
 from tarflow.flows.decoding import guided_states
 from tarflow.flows.guidance import Guidance
-from tarflow.flows.student import StudentModel, flow_hashes
+from tarflow.flows.student import StudentModel
+from tarflow.pipeline.one_pass import flow_hashes
 from tarflow.training.arguments import parse_dataclass
 from tarflow.training.student import train_student
 from tarflow.training.student_config import StudentConfig

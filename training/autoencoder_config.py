@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tarflow.data.config import DataConfig
-from tarflow.training.config import check
+from tarflow.training.checks import check
 from tarflow.training.network_config import NetworkConfig
 from tarflow.training.picture_loss import PictureLossConfig
 

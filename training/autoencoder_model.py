@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tarflow.pipeline.folder import written_beside
 from tarflow.training.autoencoder_config import TrainVaeConfig
-from tarflow.training.config import check
+from tarflow.training.checks import check
 from tarflow.vae.codec import load_autoencoder
 
 
@@ -144,10 +144,18 @@ def fix_posterior(vae: AutoencoderKL, std: float | Sequence[float]) -> None:
     last.bias[rows] = 2 * torch.tensor(std, dtype=last.bias.dtype, device=last.bias.device).log()
 
 
-def copy_for_use(vae: AutoencoderKL, posterior_std: float | Sequence[float] | None) -> AutoencoderKL:
+def copy_for_use(vae: AutoencoderKL, posterior_std: float | None) -> AutoencoderKL:
     """A copy as it is evaluated and saved, on the same device: with its posterior fixed if that is constant."""
-    copy = AutoencoderKL(**{key: vae.config[key] for key in argument_defaults()}).to(vae.device)
-    copy.load_state_dict(vae.state_dict())
+    return with_weights(vae, vae.state_dict(), posterior_std).to(vae.device)
+
+
+def with_weights(
+    vae: AutoencoderKL, weights: dict[str, Tensor], posterior_std: float | Sequence[float] | None
+) -> AutoencoderKL:
+    """An autoencoder with the settings of ``vae`` and other weights, in the host's memory, as it is evaluated and saved:
+    with its posterior fixed to a σ, see `fix_posterior`, unless that is None."""
+    copy = AutoencoderKL(**{key: vae.config[key] for key in argument_defaults()})
+    copy.load_state_dict(weights)
     if posterior_std is not None:
         fix_posterior(copy, posterior_std)
     return copy.eval().requires_grad_(False)

@@ -17,7 +17,8 @@ from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.data.latents import FORMAT
 from tarflow.training.batches import SHUFFLE_LIMIT
-from tarflow.training.config import TextConfig, VaeConfig, check
+from tarflow.training.checks import check
+from tarflow.training.config import TextConfig, VaeConfig
 
 SPLITS = ("train", "validation")
 

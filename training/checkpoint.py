@@ -146,14 +146,27 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
     if bool(here) != bool(there):
         ways = "joint" if there else "frozen"
         raise ValueError(f"the checkpoint {name!r} was trained with vae.train {ways!r}: set it to that")
-    for key in sorted(set(here) | set(there)):
-        if there.get(key) != here.get(key):
-            raise ValueError(
-                f"the checkpoint {name!r} differs: {key} is {there.get(key)} there and {here.get(key)} here"
-            )
+    check_facts(path, there, {key: here.get(key) for key in sorted(set(here) | set(there))})
     if state["sharded"] != facts["sharded"]:
         ways = "with FSDP" if state["sharded"] else "without FSDP"
         raise ValueError(
             f"the checkpoint {name!r} was written {ways}: resume it that way, or start from its pipeline folder "
             "with init_from"
         )
+
+
+def check_facts(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Whether a run can go on from a checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        there, here: what must be the same, by readable names, in the checkpoint and in the run.
+
+    Raises:
+        ValueError: that names the first difference.
+    """
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise ValueError(
+                f"the checkpoint {str(path)!r} differs: {name} is {there.get(name)} there and {value} here"
+            )

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from tarflow.flows.model import TARFlowModel
-from tarflow.training.autoencoder_model import argument_defaults, fix_posterior
+from tarflow.training.autoencoder_model import argument_defaults, with_weights
 from tarflow.training.checks import check
 from tarflow.training.config import RunConfig
 from tarflow.training.joint_config import JointConfig
@@ -141,21 +141,16 @@ def trained_autoencoder(
         latents_std: of the scaled means, by channel.
         std: σ in their units.
     """
-    copy = AutoencoderKL(**{key: vae.config[key] for key in argument_defaults()})
-    copy.load_state_dict(weights)
     _, scaling = LatentCodec(vae).factors
-    fix_posterior(copy, [std * value / scaling for value in latents_std])
-    return copy.eval().requires_grad_(False)
+    return with_weights(vae, weights, [std * value / scaling for value in latents_std])
 
 
 def joint_facts(config: RunConfig, vae: AutoencoderKL) -> dict[str, Any]:
     """What must be the same when training goes on, by readable names."""
-    loss = config.joint.loss
-    network = [loss.discriminator_width, loss.discriminator_layers] if loss.adversarial > 0 else None
     settings = {key: value for key, value in vae.config.items() if key in argument_defaults() and key != "sample_size"}
     return {
         "joint.posterior_std": config.joint.posterior_std,
         "joint.renormalise": config.joint.renormalise,
-        "joint.loss.discriminator_width and layers": network,
+        "joint.loss.discriminator_width and layers": config.joint.loss.discriminator_shape,
         **{f"the autoencoder's {key}": value for key, value in settings.items()},
     }

@@ -10,7 +10,7 @@ from tarflow.evaluation.picture_quality import psnr
 from tarflow.training.config import RunConfig, noise_std
 from tarflow.training.draws import draw_noise
 from tarflow.training.report import HeldOut
-from tarflow.vae.codec import LatentCodec, channel_sums
+from tarflow.vae.codec import LatentCodec, channel_statistics, channel_sums
 
 
 @torch.no_grad()
@@ -35,7 +35,6 @@ def reconstruction_metrics(
         ratios[2] += counted
         sums = sums + channel_sums(means)
     reduced = accelerator.reduce(torch.cat([ratios, sums.flatten().float()]).to(accelerator.device), "sum").cpu()
-    count, total, squares = reduced[3:].view(3, -1)
-    std = (squares / count - (total / count).square()).clamp(min=0).sqrt().mean()
+    _, std = channel_statistics(reduced[3:].view(3, -1))
     clean, noisy, pictures = reduced[:3].tolist()
-    return {"psnr": clean / pictures, "noisy_psnr": noisy / pictures, "means_std": float(std)}
+    return {"psnr": clean / pictures, "noisy_psnr": noisy / pictures, "means_std": sum(std) / len(std)}

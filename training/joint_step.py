@@ -25,18 +25,9 @@ class JointStepper(Stepper):
 
     def __init__(self, objective: JointObjective, *rest: Any):
         super().__init__(*rest)
-        self.objective, config = objective, self.config.joint.loss
-        self.loss = PictureLoss(config)
+        self.objective, self.loss = objective, PictureLoss(self.config.joint.loss)
         self.loss.check_size(self.config.data.image_size)
-        self.loss.to(self.accelerator.device)
-        self.discriminator_optimizer = None
-        if self.loss.discriminator is not None:
-            optimizer = torch.optim.Adam(
-                self.loss.discriminator.parameters(), config.discriminator_lr, betas=(0.5, 0.9)
-            )
-            self.loss.discriminator, self.discriminator_optimizer = self.accelerator.prepare(
-                self.loss.discriminator, optimizer
-            )
+        self.discriminator_optimizer = self.loss.prepare(self.accelerator)
         self.moments: list[Tensor] = []
 
     def learning(self, step: int) -> list[nn.Module]:

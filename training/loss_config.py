@@ -65,3 +65,8 @@ class PictureLossConfig:
             f"loss.discriminator_layers must be at least 1, got {self.discriminator_layers}",
         )
         check(self.discriminator_lr > 0, f"loss.discriminator_lr must be positive, got {self.discriminator_lr}")
+
+    @property
+    def discriminator_shape(self) -> list[int] | None:
+        """What its weights depend on; None without a discriminator."""
+        return [self.discriminator_width, self.discriminator_layers] if self.adversarial > 0 else None

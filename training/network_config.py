@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tarflow.training.config import check
+from tarflow.training.checks import check
 
 
 @dataclass(frozen=True, kw_only=True)

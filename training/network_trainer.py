@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tarflow.training.batches import StepSampler, groups_of, train_loader
-from tarflow.training.checkpoint import checkpoints, find_checkpoint, read_state, save_checkpoint
+from tarflow.training.checkpoint import check_facts, checkpoints, find_checkpoint, read_state, save_checkpoint
 from tarflow.training.network_config import NetworkConfig
 from tarflow.training.network_step import NetworkStepper, Task
 from tarflow.training.parallel import TIMEOUT, StopRequest, processes_on_cpus
@@ -87,7 +87,7 @@ class NetworkTrainer:
         checkpoint = checkpoint_to_resume(folder, config.resume)
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
-            check_facts(checkpoint, state, self.facts())
+            check_facts(checkpoint, state.get("facts", {}), self.facts())
         self.metrics = folder / "metrics.jsonl"
         self.step, self.total_steps, self.lowered = 0, config.steps, False  # whether max_minutes has lowered the steps
         if state is not None:
@@ -224,18 +224,6 @@ class NetworkTrainer:
             tqdm.write(f"stopped by SIGTERM at step {self.step}: {path} is saved; go on with --resume latest")
         self.accelerator.end_training()
         return {"step": self.step, "stopped": True}
-
-
-def check_facts(checkpoint: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Whether a run can go on from a checkpoint.
-
-    Raises:
-        ValueError: that names the first difference.
-    """
-    for name, here in facts.items():
-        there = state.get("facts", {}).get(name)
-        if there != here:
-            raise ValueError(f"the checkpoint {str(checkpoint)!r} differs: {name} is {there} there and {here} here")
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:

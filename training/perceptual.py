@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,19 @@ class PerceptualLoss(nn.Module):
             raise ValueError(
                 f"the perceptual network {self.name} cannot compare pictures of {size} pixels: {first_line(error)}"
             ) from error
+
+
+def make_perceptual(config: Any) -> PerceptualLoss | None:
+    """The loss that settings by the names perceptual_network, perceptual_weights, perceptual_normalize and
+    perceptual_layers describe, None if its weight ``perceptual`` is 0."""
+    if config.perceptual == 0:
+        return None
+    return PerceptualLoss(
+        config.perceptual_network,
+        config.perceptual_weights,
+        config.perceptual_normalize,
+        config.perceptual_layers,
+    )
 
 
 def unit_difference(found: Tensor, wanted: Tensor) -> Tensor:

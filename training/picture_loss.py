@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from tarflow.training.config import check
+from tarflow.training.checks import check
 from tarflow.training.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -14,14 +15,14 @@ from tarflow.training.discriminator import (
     hinge_discriminator_loss,
 )
 from tarflow.training.loss_config import PictureLossConfig
-from tarflow.training.perceptual import PerceptualLoss
+from tarflow.training.perceptual import make_perceptual
 
 
 class PictureLoss(nn.Module):
     """The loss of a decoder, and of its discriminator.
 
-    Weights of the discriminator, the only ones that learn, are those of ``discriminator``; ``Accelerator.prepare`` may
-    wrap it and its optimizer: ``loss.discriminator, optimizer = accelerator.prepare(loss.discriminator, optimizer)``.
+    Weights of the discriminator, the only ones that learn, are those of ``discriminator``, which Accelerate may have
+    wrapped, see `prepare`.
 
     Args:
         config: the weights.
@@ -36,14 +37,7 @@ class PictureLoss(nn.Module):
     def __init__(self, config: PictureLossConfig):
         super().__init__()
         self.config = config
-        self.perceptual = self.discriminator = None
-        if config.perceptual > 0:
-            self.perceptual = PerceptualLoss(
-                config.perceptual_network,
-                config.perceptual_weights,
-                config.perceptual_normalize,
-                config.perceptual_layers,
-            )
+        self.perceptual, self.discriminator = make_perceptual(config), None
         if config.adversarial > 0:
             self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
 
@@ -58,6 +52,15 @@ class PictureLoss(nn.Module):
                 f"pictures of {size} pixels are too small for loss.discriminator_layers "
                 f"{self.config.discriminator_layers}, which need {least}",
             )
+
+    def prepare(self, accelerator: Accelerator) -> torch.optim.Optimizer | None:
+        """Go to the accelerator's device; returns the discriminator's optimizer, prepared with it, or None."""
+        self.to(accelerator.device)
+        if self.discriminator is None:
+            return None
+        optimizer = torch.optim.Adam(self.discriminator.parameters(), self.config.discriminator_lr, betas=(0.5, 0.9))
+        self.discriminator, optimizer = accelerator.prepare(self.discriminator, optimizer)
+        return optimizer
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in step ``step``."""

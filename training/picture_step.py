@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -49,18 +48,12 @@ class PictureStepper(NetworkStepper):
         self.task, self.loss = task, PictureLoss(config.loss)
         self.loss.check_size(config.image_size)
         super().__init__(config, accelerator, task.network, betas=(0.9, 0.99))
-        self.loss.to(accelerator.device)
-        if self.loss.discriminator is not None:
-            optimizer = torch.optim.Adam(
-                self.loss.discriminator.parameters(), config.loss.discriminator_lr, betas=(0.5, 0.9)
-            )
-            self.loss.discriminator, optimizer = accelerator.prepare(self.loss.discriminator, optimizer)
+        optimizer = self.loss.prepare(accelerator)
+        if optimizer is not None:
             self.optimizers.append(optimizer)
 
     def facts(self) -> dict[str, Any]:
-        loss = self.config.loss
-        network = [loss.discriminator_width, loss.discriminator_layers] if loss.adversarial > 0 else None
-        return {"loss.discriminator_width and layers": network}
+        return {"loss.discriminator_width and layers": self.config.loss.discriminator_shape}
 
     def models(self, step: int) -> list[nn.Module]:
         return [self.model, *([self.loss.discriminator] if self.loss.is_adversarial(step) else [])]

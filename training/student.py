@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from tarflow.data.images import Images, to_uint8
 from tarflow.evaluation.noisy_pictures import NoisyPictures, noisy_pictures
-from tarflow.evaluation.student_error import block_errors, exact_states
-from tarflow.flows.guidance import Guidance
-from tarflow.flows.student import StudentModel, flow_hashes
-from tarflow.pipeline.folder import add_component, own_folder
-from tarflow.pipeline.one_pass import draw
-from tarflow.pipeline.opening import locate, open_pipeline
-from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-from tarflow.training.config import check
+from tarflow.evaluation.student_error import exact_samples
+from tarflow.flows.student import StudentModel
+from tarflow.pipeline.one_pass import draw, flow_hashes
+from tarflow.training.checks import check
+from tarflow.training.component import ComponentFolders, open_splits, write_rows
 from tarflow.training.network_trainer import NetworkTrainer, network_accelerator
 from tarflow.training.student_config import StudentConfig
 from tarflow.training.student_step import StudentStepper
@@ -38,17 +33,15 @@ class StudentTask:
 
     def __init__(self, config: StudentConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
-        place = locate(config.pipeline)
-        self.target = own_folder(config.pipeline, config.save_to)
-        self.source = Path(place) if Path(place).is_dir() else Path(TARFlowPipeline.download(place))
-        self.pipe = open_pipeline(str(self.source), accelerator.device)
-        self.train, held_out = Images(config.data, "train"), Images(config.data, "validation")
-        check_data(self.pipe, self.train, config)
+        self.folders = ComponentFolders(config)
+        self.pipe = self.folders.open(accelerator.device)
+        self.train, held_out = open_splits(config, self.pipe)
+        check_conditions(self.pipe, self.train)
         for module in (self.pipe.flow, self.pipe.vae, self.pipe.text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
-        self.hashes = flow_hashes(self.pipe.flow)
-        self.network = StudentModel(**student_arguments(config, self.pipe), flow_hashes=self.hashes)
+        hashes = flow_hashes(self.pipe.flow)
+        self.network = StudentModel(**student_arguments(config, self.pipe), flow_hashes=hashes)
         self.held_out: NoisyPictures | None = None
         if accelerator.is_main_process:
             if len(held_out) and self.pipe.vae is not None:
@@ -57,27 +50,18 @@ class StudentTask:
 
     @torch.no_grad()
     def prepare_samples(self, images: Images) -> None:
-        """The flow's own samples from fixed noise, their states and their pictures, which the student's are held
-        against."""
+        """The flow's own samples from fixed noise and their pictures, which the student's are held against."""
         pipe, count = self.pipe, min(self.config.grid_images, len(images))
-        flow, shape = pipe.flow, pipe.latent_shape(None, None)
-        kind, items = flow.config.conditioning, [images[place] for place in range(count)]
-        labels = cond = null = None
+        kind, items = pipe.flow.config.conditioning, [images[place] for place in range(count)]
+        arguments = {}
         if kind == "prefix":
-            captions = [item["caption"] for item in items]
-            cond, null = pipe.encode_prompt(captions, None, flow.device, do_guidance=True)
+            arguments = {"prompt": [item["caption"] for item in items]}
         elif kind != "none":
-            labels = torch.tensor([item["label"] for item in items], device=flow.device)
+            arguments = {"class_labels": [item["label"] for item in items]}
         scale = min(pipe.config.guidance_scale, self.network.config.max_guidance_scale)
-        guidance = Guidance(scale - 1, self.network.config.guidance_method)
-        noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(self.config.seed))
-        self.noise, self.guidance = flow.scale_noise(noise.to(flow.device)), guidance
-        self.labels, self.cond = labels, cond
-        self.condition = flow.condition(labels, cond, count)
-        self.null = flow.condition(None, null, count) if guidance.active else None
-        self.exact = exact_states(flow, self.noise, self.condition, self.null, guidance)
-        clean = pipe.remove_noise(self.exact[0], pipe.check_outputs(None, "pt", "vae")[0], labels, cond)
-        self.shown = to_uint8(pipe.decode_latents(clean)).cpu()
+        method = self.network.config.guidance_method
+        self.exact = exact_samples(pipe, arguments, count, scale, method, self.config.seed)
+        self.shown = self.decoded(self.exact.states[0], self.exact.class_labels, self.exact.cond, noisy=True)
 
     def facts(self) -> dict[str, Any]:
         settings = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
@@ -94,12 +78,14 @@ class StudentTask:
         student.load_state_dict(self.network.state_dict())
         student.to(self.accelerator.device)
         metrics = {} if self.held_out is None else self.reconstruction(student)
-        x, noisy = draw(student, self.noise, self.labels, self.cond, self.guidance.weight)
-        errors = block_errors(self.pipe.flow, noisy, self.exact, self.condition, self.null, self.guidance)
+        exact = self.exact
+        x, noisy = draw(student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
+        errors = exact.errors(self.pipe.flow, noisy)
         metrics |= {"error_samples": errors[0], "error_noise": errors[-1], "errors_by_block": errors[1:]}
-        self.write_grid(self.decoded(x, self.labels, self.cond), step)
+        pictures = self.decoded(x, exact.class_labels, exact.cond, self.config.target == "noisy")
+        write_rows([self.shown, pictures], self.config.folder / "samples" / f"samples_{step:08d}.png")
         if last:
-            self.save(student)
+            self.folders.add("student", student)
         return metrics
 
     def reconstruction(self, student: StudentModel) -> dict[str, float]:
@@ -107,44 +93,25 @@ class StudentTask:
         pictures = []
         for latents, condition in zip(self.held_out.latents, self.held_out.conditions, strict=True):
             z, _ = self.pipe.flow(latents, **condition)
-            x = student(z, condition.get("class_labels"), condition.get("cond"))
-            pictures.append(self.decoded(x, condition.get("class_labels"), condition.get("cond")))
+            labels, cond = condition.get("class_labels"), condition.get("cond")
+            pictures.append(self.decoded(student(z, labels, cond), labels, cond, self.config.target == "noisy"))
         return self.held_out.quality(pictures)
 
-    def decoded(self, x: Tensor, labels: Tensor | None, cond: Tensor | None) -> Tensor:
-        """Pictures of a student's latents, uint8 (B, 3, H, W)."""
+    def decoded(self, x: Tensor, labels: Tensor | None, cond: Tensor | None, noisy: bool) -> Tensor:
+        """Pictures of latents, uint8 (B, 3, H, W), without the training noise if they have it."""
         pipe = self.pipe
-        if self.config.target == "noisy":
+        if noisy:
             x = pipe.remove_noise(x, pipe.check_outputs(None, "pt", "vae")[0], labels, cond)
         return to_uint8(pipe.decode_latents(x)).cpu()
 
-    def write_grid(self, pictures: Tensor, step: int) -> None:
-        """Write the flow's samples and, below, the student's."""
-        folder = self.config.folder / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = torch.cat([self.shown, pictures]).float() / 255
-        save_image(make_grid(rows, nrow=len(pictures)), folder / f"samples_{step:08d}.png")
 
-    def save(self, student: StudentModel) -> None:
-        """Put the student into the pipeline's folder, or a copy of it."""
-        if self.config.dtype != "float32":
-            student.to(getattr(torch, self.config.dtype))
-        add_component(self.source, self.target, "student", student)
-        print(f"the student is in {self.target}")
-
-
-def check_data(pipe: Any, images: Images, config: StudentConfig) -> None:
-    """Whether pictures and pipeline fit.
+def check_conditions(pipe: Any, images: Images) -> None:
+    """Whether pictures have what the pipeline draws from.
 
     Raises:
         ValueError: if not.
     """
-    size, kind = pipe.flow.config.sample_size * pipe.codec.factor, pipe.flow.config.conditioning
-    check(
-        config.data.image_size == size,
-        f"the model has pictures of {size} pixels, but data.image_size is {config.data.image_size}",
-    )
-    check(len(images) > 0, "the data's training split is empty")
+    kind = pipe.flow.config.conditioning
     check(kind != "prefix" or images.has_captions, "the model draws from captions, but the data has none")
     if kind.startswith("class"):
         found, count = len(images.class_names or ()), pipe.flow.config.num_classes

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from tarflow.data.config import DataConfig
 from tarflow.evaluation.backbones import Normalize
-from tarflow.training.config import check
-from tarflow.training.network_config import NetworkConfig
+from tarflow.training.checks import check
+from tarflow.training.component import ComponentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig(NetworkConfig):
+class StudentConfig(ComponentConfig):
     """Everything about training a student of a pipeline's flow.
 
-    Attributes, besides those of `NetworkConfig`:
-        pipeline: folder, shipped name or hub id.
-        data: the pictures, of the model's size.
-        output: folder of the run: resolved settings, logs, grids, checkpoints. None is ``runs/NAME_student``, with the
-            name of the pipeline's folder, or of the folder above if it is called "pipeline".
-        save_to: folder of the pipeline with its student. None puts the student into the pipeline's own folder.
+    Attributes, besides those of `ComponentConfig`:
         num_layers, width, head_dim: of the student, see `StudentModel`.
         patch_size: of the student's tokens; None is the flow's. A student is not bound to it: larger patches are fewer
             tokens.
@@ -38,18 +31,13 @@ class StudentConfig(NetworkConfig):
             ``own_after`` of the steps (a fraction): the flow maps them to noise as it does any picture, so that the
             student learns where it will be used.
         own_after: see there.
-        sample_posterior: noise on draws from the autoencoder's posterior, or else on its means: as the flow was trained
-            (``vae.sample_posterior`` there).
         perceptual: weight of a perceptual loss of ``perceptual_pictures`` decoded pictures of each pass; 0 is off.
             ``perceptual_network``, ``perceptual_weights``, ``perceptual_normalize``, ``perceptual_layers``: see
             `PerceptualLoss`.
-        grid_images: in the grid of each evaluation, the flow's samples above the student's.
     """
 
-    pipeline: str
-    data: DataConfig
-    output: str | None = None
-    save_to: str | None = None
+    kind: ClassVar[str] = "student"
+
     num_layers: int = 8
     width: int = 256
     head_dim: int = 64
@@ -62,7 +50,6 @@ class StudentConfig(NetworkConfig):
     unguided_share: float = 0.25
     own_share: float = 0.0
     own_after: float = 0.5
-    sample_posterior: bool = True
     perceptual: float = 0.0
     perceptual_network: str = "mobilenet_v2"
     perceptual_weights: str | None = None
@@ -71,7 +58,6 @@ class StudentConfig(NetworkConfig):
     perceptual_pictures: int = 8
     steps: int = 10000
     batch_size: int = 64
-    mixed_precision: Literal["no", "bf16"] = "bf16"
     eval_every: int = 1000
     eval_images: int = 128
     grid_images: int = 12
@@ -79,7 +65,7 @@ class StudentConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_layers", "width", "head_dim", "grid_images", "perceptual_pictures"):
+        for name in ("num_layers", "width", "head_dim", "perceptual_pictures"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         check(self.patch_size is None or self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
         for name in ("alignment_weight", "perceptual"):
@@ -95,12 +81,3 @@ class StudentConfig(NetworkConfig):
             "perceptual is on, so perceptual_weights must name the weights' file of its network",
         )
         check(self.data.source != "latents", "a student learns from pictures: data.source cannot be 'latents'")
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        if self.output is not None:
-            return Path(self.output).expanduser()
-        path = Path(self.pipeline).expanduser()
-        name = path.parent.name if path.name == "pipeline" and path.parent.name else path.name
-        return Path("runs") / f"{name}_student"

@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tarflow.data.images import to_model
+from tarflow.evaluation.likelihood import condition_of
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.student import StudentModel
+from tarflow.training.component import noisy_latents
 from tarflow.training.draws import draw_chances, draw_noise
 from tarflow.training.network_step import NetworkStepper
-from tarflow.training.perceptual import PerceptualLoss
+from tarflow.training.perceptual import make_perceptual
 from tarflow.training.student_config import StudentConfig
 from tarflow.training.student_loss import alignment_loss, extrapolated, teacher_states
 
@@ -53,18 +54,14 @@ class StudentStepper(NetworkStepper):
 
     def __init__(self, config: StudentConfig, accelerator: Accelerator, network: StudentModel, pipe: Any):
         super().__init__(config, accelerator, network, betas=(0.9, 0.95))
-        self.network, self.pipe, self.perceptual = network, pipe, None
+        self.network, self.pipe = network, pipe
         self.largest_weight = network.config.max_guidance_scale - 1
         self.null_cond: Tensor | None = None
         if pipe.flow.config.conditioning == "prefix":
             self.null_cond = pipe.encode_prompt([""], None, accelerator.device, do_guidance=False)[0]
-        if config.perceptual > 0:
-            self.perceptual = PerceptualLoss(
-                config.perceptual_network,
-                config.perceptual_weights,
-                config.perceptual_normalize,
-                config.perceptual_layers,
-            ).to(accelerator.device)
+        self.perceptual = make_perceptual(config)
+        if self.perceptual is not None:
+            self.perceptual.to(accelerator.device)
             self.perceptual.check_size(pipe.flow.config.sample_size * pipe.codec.factor)
 
     def backward(self, batch: dict[str, Any], step: int, total: int, places: Sequence[int]) -> dict[str, Tensor]:
@@ -100,17 +97,12 @@ class StudentStepper(NetworkStepper):
         """A batch as the flow was trained on it, with guidance weights; some conditions are dropped if guidance is
         extrapolated."""
         config, pipe, device = self.config, self.pipe, self.accelerator.device
-        images = to_model(batch["image"].to(device, non_blocking=True))
         flip, lone = draw_chances(config.seed, step, places, device)
-        if config.data.flip:
-            images = torch.where(flip[:, None, None, None] < 0.5, images.flip(-1), images)
-        with self.accelerator.autocast():
-            mean, std = pipe.codec.encode_posterior(images)
-        noise, of_posterior = draw_noise(config.seed, step, places, (2, *mean.shape[1:]), device).unbind(1)
-        drawn = mean + std * of_posterior if config.sample_posterior and std is not None else mean
+        flipped = flip < 0.5 if config.data.flip else None
+        _, mean, noisy = noisy_latents(pipe, config, self.accelerator, batch, flipped, step, places)
         clean = pipe.codec.normalise(mean).float()
-        noisy = pipe.codec.normalise(drawn).float() + pipe.config.noise_std * noise
-        labels, cond = self.conditions(batch)
+        condition = condition_of(pipe, batch, len(clean), with_condition=True)
+        labels, cond = condition.get("class_labels"), condition.get("cond")
         unguided = lone < config.unguided_share
         chance = draw_noise(config.seed + 1, step, places, (1,), device, uniform=True)[:, 0]
         weight = torch.where(unguided, 0.0, self.largest_weight * chance)
@@ -121,15 +113,6 @@ class StudentStepper(NetworkStepper):
             if cond is not None:
                 cond = torch.where(dropped[:, None, None], self.null_cond, cond)
         return Pictures(clean, noisy, labels, cond, weight)
-
-    def conditions(self, batch: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Labels or encoded captions of a batch."""
-        kind, device = self.pipe.flow.config.conditioning, self.accelerator.device
-        if kind == "none":
-            return None, None
-        if kind.startswith("class"):
-            return batch["label"].to(device), None
-        return None, self.pipe.encode_prompt(list(batch["caption"]), None, device, do_guidance=False)[0]
 
     def states(self, pictures: Pictures, weight: Tensor | None) -> list[Tensor]:
         """The flow's states of the pictures, see `teacher_states`."""

@@ -7,7 +7,7 @@ mean and unit variance per channel, which the flow models.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -214,9 +214,14 @@ def channel_statistics(sums: Tensor) -> tuple[list[float], list[float]]:
 
 def weights_hash(module: torch.nn.Module) -> str:
     """SHA-256 of a module's parameters and buffers, sorted by name, as float32: the same for any lossless storage."""
+    return tensors_hash(module.state_dict().items())
+
+
+def tensors_hash(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> str:
+    """SHA-256 of named tensors, sorted by name, as float32 after they were rounded to ``dtype``."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        values = value.detach().cpu().float().contiguous()
+    for name, value in sorted(named, key=lambda pair: pair[0]):
+        values = value.detach().cpu().to(dtype).float().contiguous()
         digest.update(f"{name} {tuple(values.shape)}\n".encode())
         digest.update(memoryview(values.flatten().numpy()))
     return digest.hexdigest()
