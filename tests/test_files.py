@@ -1,0 +1,71 @@
+"""Files written whole or not at all, and files of one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tarflow.common.files import json_lines, read_json_lines, replaced, write_json, write_text
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "one")
+    write_text(path, "two\r\n")
+    assert path.read_bytes() == b"two\r\n"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_after_an_error_the_file_is_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "before")
+    with pytest.raises(KeyboardInterrupt), replaced(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_links_and_permissions_stay(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+def test_new_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("")
+    write_text(tmp_path / "ours", "")
+    assert os.stat(tmp_path / "ours").st_mode == os.stat(tmp_path / "usual").st_mode
+
+
+def test_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": "ß", "b": [1, 2]})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"a": "ß", "b": [1, 2]}
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", float("nan"))
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["b"] == [1, 2]
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\u0085", "\x1c", "é"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_of_json_end_at_line_feeds_alone(tmp_path: Path, inside: str, mark: bytes) -> None:
+    rows = [{"text": f"a{inside}b" if inside != "\x1c" else "ab"}, {"text": "c"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(mark + "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert read_json_lines(path) == [(1, rows[0]), (3, rows[1])]
+
+
+def test_errors_name_file_and_line() -> None:
+    with pytest.raises(ValueError, match=r"line 2 of rows\.jsonl is no JSON"):
+        json_lines('{"a": 1}\n{', "rows.jsonl")
+    with pytest.raises(ValueError, match=r"line 2 of rows\.jsonl is no UTF-8"):
+        json_lines('"a"\n"é"'.encode("latin-1"), "rows.jsonl")
