@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tarflow.flows.config import BlockConfig
-from tarflow.pipeline.pipeline_tarflow import DECODED_PIXELS, DENOISED_TOKENS
+from tarflow.pipeline.samples import DECODED_PIXELS, DENOISED_TOKENS
 
 FLOAT32 = 4
 #: Float32 copies of the latents while blocks are inverted: noise, tokens in both orders, what is made, log-scales.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,32 +11,27 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from tarflow.flows import sampling
-from tarflow.flows.calibration import BlockChoice, CalibrationStore, calibrate, conditions_key, fingerprint
-from tarflow.flows.calibration import decodings as calibrated_decodings
+from tarflow.flows.calibration import CalibrationStore
 from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, residual
-from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
-from tarflow.models import resolve
 from tarflow.pipeline import checks, one_pass
-from tarflow.pipeline.aspect import aspect_size, fill_template, nearest_aspect_ratio
+from tarflow.pipeline.aspect import aspect_size, nearest_aspect_ratio
 from tarflow.pipeline.editing import ExactFlowTools
-from tarflow.pipeline.folder import written_beside
-from tarflow.pipeline.text import encode_captions
+from tarflow.pipeline.hub import PipelineFiles
+from tarflow.pipeline.inversion import BlockInversion
+from tarflow.pipeline.offload import Offloading
+from tarflow.pipeline.prompts import PromptEncoding
+from tarflow.pipeline.samples import SampleDecoding
 from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import LatentDecoder
 
 Labels = int | str | list[int | str]
-
-#: So many tokens are denoised at once, and so many pixels decoded, whatever the batch: memory stays bounded.
-DENOISED_TOKENS = 2**14
-DECODED_PIXELS = 2**23
 
 
 @dataclass
@@ -55,7 +49,9 @@ class TARFlowPipelineOutput(BaseOutput):
     residual_mean: Tensor | None = None
 
 
-class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
+class TARFlowPipeline(
+    ExactFlowTools, PromptEncoding, BlockInversion, SampleDecoding, Offloading, PipelineFiles, DiffusionPipeline
+):
     """Draws images with a latent flow.
 
     Args:
@@ -128,26 +124,6 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         self._checked_student: tuple[StudentModel, tuple] | None = None
         self._fast_student: Callable[..., Any] | None = None
         self.labels = {name.lower(): int(index) for index, name in (id2label or {}).items()}
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TARFlowPipeline:
-        """Load a pipeline: a shipped one by its name (`tarflow.models.shipped`), a folder, or a hub id."""
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Fetch a pipeline from the Hub; Diffusers' own way refuses components of other libraries."""
-        known = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-        return snapshot_download(pretrained_model_name, **{key: kwargs[key] for key in known if key in kwargs})
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save beside the place and move there, so that the folder is whole or as before.
-
-        Raises:
-            OSError: if writing fails, for example on a full disk.
-        """
-        with written_beside(Path(save_directory)) as temporary:
-            super().save_pretrained(temporary, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -320,73 +296,6 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         output = TARFlowPipelineOutput(images=images, residual_max=errors[0], residual_mean=errors[1])
         return output if return_dict else output.to_tuple()
 
-    @property
-    def _execution_device(self) -> torch.device:
-        """Where calls compute. Diffusers' own goes through all modules several times, which takes longer than a student's
-        pass; it is needed only where offloading has hooked into one."""
-        parts = (self.flow, self.student, self.vae, self.finetuned_decoder, self.text_encoder)
-        modules = (module for part in parts if part is not None for module in part.modules())
-        if any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in modules):
-            return super()._execution_device
-        return self.flow.blocks[-1].proj_in.weight.device
-
-    def enable_fast_decoding(self, backend: str | None = "inductor") -> None:
-        """Compile the student, and the sequential decode step (`torch.compile`, about half a minute for each block and
-        shape at the first call with it); on CUDA devices replay that as a CUDA graph. Worth it for large models and
-        many calls, and for a student at small batches.
-
-        Args:
-            backend: of `torch.compile`; None only makes CUDA graphs.
-        """
-        self._fast_steps = FastSteps(backend)
-        if self.student is not None and backend is not None:
-            self._fast_student = torch.compile(self.student, backend=backend, dynamic=False)
-
-    def disable_fast_decoding(self) -> None:
-        """Go back to eager steps, and free what was compiled."""
-        self._fast_steps = self._fast_student = None
-
-    @property
-    def calibrations(self) -> dict[str, list[BlockChoice]]:
-        """What "auto" has found so far, by device, dtype, batch and so on: method and times for each block."""
-        return self.calibration_store().choices
-
-    def calibration_store(self) -> CalibrationStore:
-        """Calibrations of the flow as it is now; kept in the pipeline's folder if it was loaded from one."""
-        state = self.flow_state()
-        if self._calibration_store is None or self._calibrated_state != state:
-            self._calibrated_state = state
-            self._calibration_store = CalibrationStore(self.config.get("_name_or_path") or None, fingerprint(self.flow))
-        return self._calibration_store
-
-    def check_student(self) -> None:
-        """An error unless the pipeline's student was trained for its flow; weights that were seen are not read again."""
-        state = (self.student, self.flow_state())
-        if state != self._checked_student:
-            one_pass.check_flow(self.student, self.flow)
-            self._checked_student = state
-
-    def flow_state(self) -> tuple[TARFlowModel, list[int]]:
-        """What differs when the flow is another one or its weights have changed."""
-        return self.flow, [parameter._version for parameter in self.flow.parameters()]
-
-    def resolve_decoding(
-        self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
-    ) -> list[Decoding]:
-        """One decoding for each block; "auto" ones by calibration, on this very noise if there is none yet."""
-        decodings = list(decoding) if isinstance(decoding, list | tuple) else [decoding] * len(self.flow.blocks)
-        automatic = [one for one in decodings if one.method == "auto"]
-        if not automatic:
-            return decodings
-        store, tolerance = self.calibration_store(), automatic[0].tolerance
-        grid = self.flow.patchify(noise)[1]
-        fast = self._fast_steps
-        key = conditions_key(self.flow, len(noise), grid, guidance, tolerance, fast is not None)
-        if len(store.choices.get(key, ())) != len(self.flow.blocks):
-            store.put(key, calibrate(self.flow, noise, cond, null_cond, guidance, tolerance, fast))
-        found = calibrated_decodings(store.choices[key], tolerance)
-        return [best if one.method == "auto" else one for one, best in zip(decodings, found, strict=True)]
-
     def check_inputs(
         self,
         prompt: Any,
@@ -421,75 +330,6 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
         """Class labels, given by index or name, as indices."""
         return checks.label_indices(class_labels, self.labels, self.flow.config.num_classes)
 
-    def remove_noise(
-        self, latents: Tensor, denoise: bool | str, class_labels: Tensor | None = None, cond: Tensor | None = None
-    ) -> Tensor:
-        """Latents (B, C, h, w) without the training noise.
-
-        Args:
-            denoise: True or "score", "learned", or False, which changes nothing.
-            class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
-        """
-        if not denoise or self.config.noise_std == 0:
-            return latents
-        step = learned_denoise if denoise == "learned" else score_denoise
-        return in_parts(
-            lambda part, part_labels, part_cond: step(
-                self.flow, part, self.config.noise_std, class_labels=part_labels, cond=part_cond
-            ),
-            max(1, DENOISED_TOKENS // (latents.shape[2] * latents.shape[3] // self.flow.config.patch_size**2)),
-            (latents, class_labels, cond),
-        )
-
-    def decode_latents(self, latents: Tensor, decoder: str = "vae") -> Tensor:
-        """Latents (B, C, h, w) → images (B, 3, H, W) float32, about [−1, 1]; ``decoder`` is "vae" or "finetuned"."""
-        module = self.finetuned_decoder if decoder == "finetuned" else self.vae
-        self.run_offload_hook(module)
-        pixels = latents.shape[2] * latents.shape[3] * self.codec.factor**2
-        size = max(1, DECODED_PIXELS // pixels)
-        return in_parts(lambda part: self.codec.decode(part, module).float(), size, (latents,))
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        device: torch.device,
-        num_images_per_prompt: int = 1,
-        do_guidance: bool = True,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        max_sequence_length: int | None = None,
-        aspect_ratio: str = "1:1",
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encoded captions and, with guidance, encoded negative ones, (B, L, E) each; B counts images."""
-        length = max_sequence_length or self.config.max_sequence_length
-        if self.text_encoder is not None:
-            self.run_offload_hook(self.text_encoder)
-
-        def encode(captions: list[str]) -> Tensor:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
-            captions = fill_template(self.config.caption_template, captions, aspect_ratio)
-            return encode_captions(self.text_encoder, self.tokenizer, captions, length).to(device)
-
-        if prompt_embeds is None:
-            prompt_embeds = encode([prompt] if isinstance(prompt, str) else prompt)
-        prompt_embeds = prompt_embeds.to(device)
-        count = len(prompt_embeds)
-        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        if not do_guidance:
-            return prompt_embeds, None
-        if negative_prompt_embeds is None:
-            texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
-            if len(texts) not in (1, count):
-                raise ValueError(f"negative_prompt has {len(texts)} texts for {count} prompts; give one or as many")
-            negative_prompt_embeds = encode(texts)
-        negative_prompt_embeds = negative_prompt_embeds.to(device)
-        if len(negative_prompt_embeds) not in (1, count):
-            raise ValueError(f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {count} prompts")
-        negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
-        return prompt_embeds, negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-
     def prepare_latents(
         self,
         batch: int,
@@ -508,19 +348,3 @@ class TARFlowPipeline(ExactFlowTools, DiffusionPipeline):
                 raise ValueError(f"latents must have the shape {(batch, *shape)}, got {tuple(latents.shape)}")
             noise = latents.to(device=device, dtype=torch.float32)
         return self.flow.scale_noise(noise)
-
-    @staticmethod
-    def run_offload_hook(module: Any) -> None:
-        """Bring an offloaded module to its device: its hook waits for ``forward``, which is not what is called here."""
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(module)
-
-
-def in_parts(function: Callable[..., Tensor], size: int, tensors: tuple[Tensor | None, ...]) -> Tensor:
-    """``function`` of tensors (B, …), ``size`` rows at a time, put together again; None stays None."""
-    batch = len(tensors[0])
-    if batch <= size:
-        return function(*tensors)
-    parts = ((None if tensor is None else tensor[i : i + size] for tensor in tensors) for i in range(0, batch, size))
-    return torch.cat([function(*part) for part in parts])

@@ -136,7 +136,7 @@ def test_mistyped_paths_are_not_looked_for_on_the_hub(
     def fetch(*_: object, **__: object) -> None:
         raise AssertionError("looked for on the Hub")
 
-    monkeypatch.setattr("tarflow.pipeline.pipeline_tarflow.snapshot_download", fetch)
+    monkeypatch.setattr("tarflow.pipeline.hub.snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     gen = ["evaluate", "fid", "gen", "--pipeline", "runs/pipelin", "--out", "samples"]

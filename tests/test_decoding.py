@@ -144,8 +144,8 @@ def test_pipeline_decodings(tmp_path: Path) -> None:
 def test_parts_of_a_batch_are_the_batch(monkeypatch) -> None:
     pipe = make_pipeline()
     whole = draw(pipe, class_labels=[0, 1], decoding="sequential")
-    monkeypatch.setattr("tarflow.pipeline.pipeline_tarflow.DENOISED_TOKENS", 1)
-    monkeypatch.setattr("tarflow.pipeline.pipeline_tarflow.DECODED_PIXELS", 1)
+    monkeypatch.setattr("tarflow.pipeline.samples.DENOISED_TOKENS", 1)
+    monkeypatch.setattr("tarflow.pipeline.samples.DECODED_PIXELS", 1)
     parts = draw(pipe, class_labels=[0, 1], decoding="sequential")
     assert abs(whole - parts).max() < 1e-4
 

@@ -1,0 +1,77 @@
+"""How a pipeline inverts its flow's blocks: compiled steps, and what calibrations have found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.flows.calibration import BlockChoice, CalibrationStore, calibrate, conditions_key, fingerprint
+from tarflow.flows.calibration import decodings as calibrated_decodings
+from tarflow.flows.decoding import Decoding
+from tarflow.flows.fast_step import FastSteps
+from tarflow.flows.guidance import Guidance
+from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline import one_pass
+
+
+class BlockInversion:
+    """`TARFlowPipeline`'s choice of a decoding for each block, and its fast steps."""
+
+    def enable_fast_decoding(self, backend: str | None = "inductor") -> None:
+        """Compile the student, and the sequential decode step (`torch.compile`, about half a minute for each block and
+        shape at the first call with it); on CUDA devices replay that as a CUDA graph. Worth it for large models and
+        many calls, and for a student at small batches.
+
+        Args:
+            backend: of `torch.compile`; None only makes CUDA graphs.
+        """
+        self._fast_steps = FastSteps(backend)
+        if self.student is not None and backend is not None:
+            self._fast_student = torch.compile(self.student, backend=backend, dynamic=False)
+
+    def disable_fast_decoding(self) -> None:
+        """Go back to eager steps, and free what was compiled."""
+        self._fast_steps = self._fast_student = None
+
+    @property
+    def calibrations(self) -> dict[str, list[BlockChoice]]:
+        """What "auto" has found so far, by device, dtype, batch and so on: method and times for each block."""
+        return self.calibration_store().choices
+
+    def calibration_store(self) -> CalibrationStore:
+        """Calibrations of the flow as it is now; kept in the pipeline's folder if it was loaded from one."""
+        state = self.flow_state()
+        if self._calibration_store is None or self._calibrated_state != state:
+            self._calibrated_state = state
+            self._calibration_store = CalibrationStore(self.config.get("_name_or_path") or None, fingerprint(self.flow))
+        return self._calibration_store
+
+    def check_student(self) -> None:
+        """An error unless the pipeline's student was trained for its flow; weights that were seen are not read again."""
+        state = (self.student, self.flow_state())
+        if state != self._checked_student:
+            one_pass.check_flow(self.student, self.flow)
+            self._checked_student = state
+
+    def flow_state(self) -> tuple[TARFlowModel, list[int]]:
+        """What differs when the flow is another one or its weights have changed."""
+        return self.flow, [parameter._version for parameter in self.flow.parameters()]
+
+    def resolve_decoding(
+        self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
+    ) -> list[Decoding]:
+        """One decoding for each block; "auto" ones by calibration, on this very noise if there is none yet."""
+        decodings = list(decoding) if isinstance(decoding, list | tuple) else [decoding] * len(self.flow.blocks)
+        automatic = [one for one in decodings if one.method == "auto"]
+        if not automatic:
+            return decodings
+        store, tolerance = self.calibration_store(), automatic[0].tolerance
+        grid = self.flow.patchify(noise)[1]
+        fast = self._fast_steps
+        key = conditions_key(self.flow, len(noise), grid, guidance, tolerance, fast is not None)
+        if len(store.choices.get(key, ())) != len(self.flow.blocks):
+            store.put(key, calibrate(self.flow, noise, cond, null_cond, guidance, tolerance, fast))
+        found = calibrated_decodings(store.choices[key], tolerance)
+        return [best if one.method == "auto" else one for one, best in zip(decodings, found, strict=True)]

@@ -1,0 +1,54 @@
+"""Captions of a call as the flow's condition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tarflow.pipeline.aspect import fill_template
+from tarflow.pipeline.text import encode_captions
+
+
+class PromptEncoding:
+    """`TARFlowPipeline`'s way from texts to encoded captions."""
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+        do_guidance: bool = True,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        aspect_ratio: str = "1:1",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encoded captions and, with guidance, encoded negative ones, (B, L, E) each; B counts images."""
+        length = max_sequence_length or self.config.max_sequence_length
+        if self.text_encoder is not None:
+            self.run_offload_hook(self.text_encoder)
+
+        def encode(captions: list[str]) -> Tensor:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
+            captions = fill_template(self.config.caption_template, captions, aspect_ratio)
+            return encode_captions(self.text_encoder, self.tokenizer, captions, length).to(device)
+
+        if prompt_embeds is None:
+            prompt_embeds = encode([prompt] if isinstance(prompt, str) else prompt)
+        prompt_embeds = prompt_embeds.to(device)
+        count = len(prompt_embeds)
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        if not do_guidance:
+            return prompt_embeds, None
+        if negative_prompt_embeds is None:
+            texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+            if len(texts) not in (1, count):
+                raise ValueError(f"negative_prompt has {len(texts)} texts for {count} prompts; give one or as many")
+            negative_prompt_embeds = encode(texts)
+        negative_prompt_embeds = negative_prompt_embeds.to(device)
+        if len(negative_prompt_embeds) not in (1, count):
+            raise ValueError(f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {count} prompts")
+        negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+        return prompt_embeds, negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
