@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import version
 
 from tarflow.cli.parsing import dispatch
+from tarflow.common.command import ending
 
 HELP = """usage: tarflow COMMAND …
 
@@ -30,7 +31,7 @@ COMMANDS = ("generate", "train", "evaluate", "demo", "models")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command. Bad input is one sentence on stderr and exit status 2, Ctrl-C status 130.
+    """Run a command; errors and Ctrl-C end it as `ending` says.
 
     Args:
         argv: the arguments; None takes those of the command line.
@@ -39,11 +40,5 @@ def main(argv: list[str] | None = None) -> None:
     if argv == ["--version"]:
         print(f"tarflow {version('tarflow')}")
         return
-    try:
+    with ending():
         dispatch("tarflow", COMMANDS, argv, HELP)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -12,14 +12,15 @@ accelerate launch -m tarflow.cli train --config …
 from __future__ import annotations
 
 from tarflow.cli.parsing import with_config_file
-from tarflow.training.arguments import fail, parse_config
+from tarflow.common.command import ending
+from tarflow.training.arguments import parse_config
 from tarflow.training.trainer import Trainer
 
 
 def main(
     argv: list[str] | None = None, prog: str = "tarflow train", description: str | None = __doc__
 ) -> dict[str, float]:
-    """Train; bad input is one sentence and exit status 2.
+    """Train; errors end as `ending` says.
 
     Args:
         argv: the settings; None takes those of the command line.
@@ -28,9 +29,6 @@ def main(
     Returns:
         the run's last metrics.
     """
-    try:
+    with ending():
         config, resolved = parse_config(with_config_file(argv), description, prog)
         return Trainer(config, resolved).run()
-    except (ValueError, OSError) as error:
-        fail(error)
-        raise

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,18 +18,44 @@ def replaced(path: str | Path) -> Iterator[Path]:
     """A temporary path beside a file, which takes the file's place when the block ends without an error.
 
     Its folder is made if it is not there. A link stays a link: what it points to is replaced. After an error the file is
-    as before, and nothing else is left.
+    as before, and nothing else is left. A device or pipe, such as /dev/stdout, is written into.
 
     Args:
-        path: of the file.
+        path: of the file; a ``~`` at its beginning is the user's home.
 
     Raises:
-        OSError: if the folder cannot be made or written into; and what the block raises.
+        OSError: that names the file, if it cannot be written; and what the block raises.
     """
+    path = Path(path).expanduser()
+    if is_special(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            temporary.touch()
+            yield temporary
+            with path.open("wb") as file:
+                file.write(temporary.read_bytes())
+        return
     target = Path(os.path.realpath(path))
+    try:
+        with _replaced(target) as temporary:
+            yield temporary
+    except OSError as error:
+        # The temporary name, or none at all, would tell the user nothing.
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(".tmp")):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is of a device or a pipe, which must not be replaced by a file."""
+    return str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Two processes that write the same file have temporary files of their own.
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.open("xb").close()
         yield temporary
@@ -39,6 +66,39 @@ def replaced(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def check_writable(path: str | Path, folder: bool = False) -> None:
+    """Refuse a place that cannot be written to, before the work whose results are to go there.
+
+    Nothing is made: folders that are missing come with the first file.
+
+    Args:
+        path: of the file, or of the folder, to write; a ``~`` at its beginning is the user's home.
+        folder: whether it is a folder's.
+
+    Raises:
+        ValueError: that names it.
+    """
+    if not str(path):
+        raise ValueError("the name of a file or folder to write is empty: give one")
+    try:
+        target = Path(path).expanduser()
+        if is_special(target) and not folder:
+            return
+        target = Path(os.path.realpath(target))
+        if target.is_dir() and not folder:
+            raise ValueError(f"cannot write the file {str(path)!r}: it is a folder; name a file in it")
+        place = target if folder else target.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(f"cannot write {str(path)!r}: {str(place)!r} is a file and no folder")
+        probe = place / f".{secrets.token_hex(4)}.tmp"
+        probe.open("xb").close()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow.common.files import json_lines, read_json_lines, replaced, write_json, write_text
+from tarflow.common.files import check_writable, json_lines, read_json_lines, replaced, write_json, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -69,3 +70,68 @@ def test_errors_name_file_and_line() -> None:
         json_lines('{"a": 1}\n{', "rows.jsonl")
     with pytest.raises(ValueError, match=r"line 2 of rows\.jsonl is no UTF-8"):
         json_lines('"a"\n"é"'.encode("latin-1"), "rows.jsonl")
+
+
+def test_errors_of_writing_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.json"):
+        write_json(tmp_path / "x.json", 1)
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        write_json(tmp_path / "file" / "x.json", 1)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder'$"):
+        write_json(tmp_path / "folder", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_devices_and_pipes_are_written_into(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_writable(tmp_path / "pipe")
+        write_text(tmp_path / "pipe", "through")
+        assert os.read(reading, 100) == b"through"
+    finally:
+        os.close(reading)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    write_text("/dev/null", "gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_writable("~/new/x")
+    write_text("~/new/x", "at home")
+    assert (tmp_path / "new" / "x").read_text() == "at home"
+
+
+def test_places_are_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "er" / "x.json")
+    check_writable(tmp_path / "new", folder=True)
+    monkeypatch.chdir(tmp_path)
+    check_writable("x.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is made
+    for path, folder, message in (
+        ("", False, "is empty"),
+        (tmp_path, False, "it is a folder"),
+        (tmp_path / "file", True, "is a file and no folder"),
+        (tmp_path / "file" / "x", False, "is a file and no folder"),
+        (tmp_path / ("x" * 300), False, "File name too long"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_writable(path, folder)
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(ValueError, match=r"cannot write 'new/x\.json': Read-only file system"):
+        check_writable("new/x.json")

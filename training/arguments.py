@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
 from typing import Any
 
 import jsonargparse
 
+from tarflow.common.command import fail
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.config import RunConfig
+
+__all__ = ["check_flow_keys", "fail", "parse_config", "parse_dataclass"]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
@@ -66,13 +68,3 @@ def check_flow_keys(flow: dict[str, Any]) -> None:
     known = [name for name in inspect.signature(TARFlowModel.__init__).parameters if name != "self"]
     if unknown := sorted(set(flow) - set(known)):
         raise ValueError(f"unknown key flow.{unknown[0]}; the flow section has {', '.join(known)}")
-
-
-def fail(error: Exception) -> None:
-    """Print one sentence and leave with exit status 2. Of an error in a reading process, whose text is a traceback,
-    that is the last line."""
-    message = str(error).strip()
-    if message.startswith("Caught "):
-        message = message.splitlines()[-1].removeprefix("ValueError: ")
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
