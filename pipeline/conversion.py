@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tarflow.flows.conversion import convert_state_dict, is_starflow, model_arguments
 from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.folder import is_unused, written_into
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.text import embedding_width, load_text_encoder
 from tarflow.vae.codec import LatentCodec, load_autoencoder
@@ -243,7 +244,7 @@ def convert_checkpoint(
     Args:
         checkpoint: ``.pth`` (or ``.safetensors``) state dict.
         config: see `read_published_config`.
-        output: the new folder.
+        output: the new folder, which may be there if it is empty; its own README.md stays.
         vae, text_encoder: folder or hub id of each; left out of the pipeline if None.
         class_names: a text file with a name per line, or a JSON list.
         dtype: of the flow and the text encoder, a key of `DTYPES`; None keeps the checkpoint's.
@@ -254,7 +255,7 @@ def convert_checkpoint(
         OSError: if the folder cannot be written; then it is not there.
     """
     output = Path(output)
-    if output.exists():
+    if not is_unused(output):
         raise ValueError(f"the output {str(output)!r} exists already; remove it or name another")
     autoencoder = load_autoencoder(vae)
     factor = LatentCodec(autoencoder).factor if autoencoder is not None else 8
@@ -294,16 +295,12 @@ def convert_checkpoint(
         guidance_method="gaussian" if is_starflow(published.model) else "linear",
         caption_template=published.caption_template,
     )
-    temporary = output.with_name(output.name + ".tmp")
-    try:
+    with written_into(output) as temporary:
         pipe.save_pretrained(temporary)
         shutil.rmtree(temporary / "flow")
         write_flow(checkpoint, published.model, temporary / "flow", saved_dtype)
-        (temporary / "README.md").write_text(model_card(checkpoint, dtype), encoding="utf-8")
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if not (output / "README.md").exists():
+            (temporary / "README.md").write_text(model_card(checkpoint, dtype), encoding="utf-8")
     return output
 
 

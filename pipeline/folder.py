@@ -1,54 +1,152 @@
-"""Pipeline folders on disk: replaced as a whole, and given further components."""
+"""Pipeline folders on disk: written file by file, and given further components."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tarflow.common.files import write_json
 from tarflow.models import resolve
+from tarflow.pipeline.weight_files import superseded
 
 INDEX = "model_index.json"
+#: What may be in a folder that is otherwise empty: on a new disk, or in a new repository.
+HARMLESS = ("README.md", "LICENSE", "lost+found")
+#: Of files that are not in their place yet; one that nothing was written to for an hour was left by a killed process.
+TEMPORARY = ".tarflow-saving-"
+LEFT_OVER_SECONDS = 3600
 
 
 @contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place when the block ends; after an error ``target`` is as
-    before.
+def written_into(target: str | Path) -> Iterator[Path]:
+    """A temporary folder whose files go to ``target`` when the block ends, one by one, `INDEX` last.
+
+    Other files of ``target`` stay as they are, but for weights that would be read with or instead of the new ones
+    (`superseded`), which are removed. ``target`` is made if it is not there; it may be a link, a mount point, the current
+    folder, or in a folder that cannot be written to. After an error it is as before.
 
     Raises:
-        OSError: for any error inside, such as a full disk.
+        OSError: for files that cannot be written, for example on a full disk; and what the block raises.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    place = Path(os.path.realpath(Path(target).expanduser()))
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    temporary = place / f"{TEMPORARY}{secrets.token_hex(4)}"
     try:
-        yield temporary
-    except Exception as error:
+        place.mkdir(parents=True, exist_ok=True)
+        remove_left_over(place)
+        temporary.mkdir()
+        new = temporary / "new"
+        new.mkdir()
+        yield new
+        move_files(new, place, temporary / "old")
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write {str(target)!r}: {error}") from error
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # a folder that holds something now stays
+            for folder in made:
+                folder.rmdir()
+        # The libraries that write weights and tokenizers are in Rust, and have no OSError.
+        if isinstance(error, Exception) and (isinstance(error, OSError) or "(os error" in str(error)):
+            number = errno.ENOSPC if "(os error 28)" in str(error) else getattr(error, "errno", None)
+            raise OSError(number or errno.EIO, f"cannot write {str(target)!r}: {error}") from error
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_files(source: Path, target: Path, old: Path) -> None:
+    """Put the files below ``source`` to the same places below ``target``; what they replace goes below ``old``, and comes
+    back after an error."""
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if not path.is_dir())
+    files.sort(key=lambda file: file == Path(INDEX))
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for file in files:
+            place = target / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            done.append((place, set_aside(place, old / file)))
+            move(source / file, place)
+        for folder in {file.parent for file in files}:
+            new = [file.name for file in files if file.parent == folder]
+            for name in superseded([path.name for path in (target / folder).iterdir()], new):
+                done.append((target / folder / name, set_aside(target / folder / name, old / folder / name)))
+                (target / folder / name).unlink(missing_ok=True)
+    except BaseException:
+        for place, copy in reversed(done):
+            with suppress(OSError):
+                move(copy, place) if copy is not None else place.unlink(missing_ok=True)
+        raise
+
+
+def set_aside(file: Path, copy: Path) -> Path | None:
+    """A second name of a file, or the file itself under another name where there are no such; None if it is not there."""
+    if not os.path.lexists(file):
+        return None
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, copy, follow_symlinks=False)
+    except OSError:  # a file system without second names, or another one behind a link
+        try:
+            os.replace(file, copy)
+        except OSError:
+            shutil.copy2(file, copy, follow_symlinks=False)
+    return copy
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file, also to another file system, where a part of a pipeline may lie behind a link."""
+    if target.exists() and not target.is_symlink():
+        shutil.copymode(target, source)
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = target.with_name(f"{TEMPORARY}{secrets.token_hex(4)}")
+        try:
+            shutil.copy2(source, beside, follow_symlinks=False)
+            os.replace(beside, target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove temporary folders that killed processes have left."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):
+            newest = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
+            if time.time() - newest > LEFT_OVER_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is not there, or has nothing in it but hidden files and what is `HARMLESS`."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name.startswith(".") or path.name in HARMLESS for path in folder.iterdir())
 
 
 def own_folder(pipeline: str, save_to: str | None) -> Path:
     """The folder that a changed pipeline is written to: ``save_to``, or the pipeline's own.
 
     Raises:
-        ValueError: if the pipeline is no folder of the user's, and no other is given; or if ``save_to`` is there and
-            no pipeline, as it is replaced.
+        ValueError: if the pipeline is no folder of the user's, and no other is given; or if ``save_to`` is there, and
+            neither a pipeline nor empty.
     """
     if save_to is not None:
         target = Path(save_to).expanduser()
-        if target.exists() and not (target / INDEX).is_file():
-            raise ValueError(f"save_to would replace {save_to!r}, which is no pipeline folder: name a new one")
+        if not (is_unused(target) or (target / INDEX).is_file()):
+            raise ValueError(
+                f"{save_to!r}, where to save, is there and no pipeline folder: name a new or an empty folder, so that "
+                "nothing in it is mixed up"
+            )
         return target
     folder = Path(pipeline).expanduser()
     if str(resolve(pipeline)) != str(pipeline) or not (folder / INDEX).is_file():
@@ -62,7 +160,8 @@ def own_folder(pipeline: str, save_to: str | None) -> Path:
 def add_component(source: Path, target: Path, name: str, component: Any, **settings: Any) -> None:
     """Make ``target`` what the pipeline folder ``source`` is, with a further component; they may be the same.
 
-    All other files are the very same, whatever their format, README.md and calibrations included.
+    All files of the pipeline are the very same, whatever their format, calibrations included. What else ``source`` has,
+    such as README.md, is copied where ``target`` has no such file.
 
     Args:
         name: of the component in the pipeline, and of its folder.
@@ -72,21 +171,23 @@ def add_component(source: Path, target: Path, name: str, component: Any, **setti
     Raises:
         OSError: if writing fails; then ``target`` is as before.
     """
-    in_place = target.exists() and target.resolve() == source.resolve()
-    with written_beside(target) as temporary:
-        # In place the old names vanish: links need no second copy of the weights, which may be large.
-        shutil.copytree(source, temporary, copy_function=link_or_copy if in_place else shutil.copy2)
-        shutil.rmtree(temporary / name, ignore_errors=True)
+    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    with written_into(target) as temporary:
+        if not (target.exists() and target.resolve() == source.resolve()):
+            parts = [key for key, value in index.items() if isinstance(value, list) and key != name]
+            copy_pipeline(source, target, temporary, parts, name)
         component.save_pretrained(temporary / name)
-        index = json.loads((temporary / INDEX).read_text(encoding="utf-8"))
         index |= {name: [type(component).__module__, type(component).__name__], **settings}
-        (temporary / INDEX).unlink()  # the old one may be the same file
-        (temporary / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(temporary / INDEX, dict(sorted(index.items())))
 
 
-def link_or_copy(source: str, target: str) -> None:
-    """A second name of a file, or a copy where the file system has no such."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def copy_pipeline(source: Path, target: Path, temporary: Path, parts: list[str], without: str) -> None:
+    """Copy the pipeline ``source`` to ``temporary``: the folders of its ``parts``, and what ``target`` lacks; nothing
+    hidden, and not the component ``without``."""
+    for path in source.iterdir():
+        if path.name.startswith(".") or path.name in (INDEX, without):
+            continue
+        if path.name in parts and path.is_dir():
+            shutil.copytree(path, temporary / path.name)
+        elif not os.path.lexists(target / path.name):
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, temporary / path.name)

@@ -2,7 +2,7 @@
 
     python scripts/export_pipeline.py --pipeline runs/NAME/pipeline --output models/NAME
 
-What the output folder already has of cards (README.md) and example prompts (examples.json) stays there. Loading gives
+What the output folder has of other files, such as cards (README.md) and example prompts, stays there. Loading gives
 float32 again; the text encoder, which is small, keeps its precision.
 """
 
@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tarflow.pipeline.folder import own_folder
+from tarflow.pipeline.folder import own_folder, written_into
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.training.arguments import fail
 
-KEPT = ("README.md", "examples.json")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -32,16 +31,14 @@ def export(pipeline: str, output: str, dtype: torch.dtype) -> int:
         OSError: if a file cannot be written.
     """
     target = own_folder(pipeline, output)
-    texts = {path.relative_to(target): path.read_bytes() for name in KEPT for path in target.rglob(name)}
     pipe = open_pipeline(pipeline, "cpu")
     for name in ("flow", "vae", "finetuned_decoder"):
         module = getattr(pipe, name)
         if module is not None:
             rounded(module, name, dtype)
-    pipe.save_pretrained(target)
-    forget_paths(target)
-    for place, text in texts.items():
-        (target / place).write_bytes(text)
+    with written_into(target) as temporary:
+        pipe.save_pretrained(temporary)
+        forget_paths(temporary)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 
@@ -64,7 +61,9 @@ def rounded(module: nn.Module, name: str, dtype: torch.dtype) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", required=True, help="folder, shipped name or hub id")
-    parser.add_argument("--output", required=True, help="folder of the copy; replaced if it is a pipeline")
+    parser.add_argument(
+        "--output", required=True, help="folder of the copy; a pipeline there is replaced, other files stay"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     args = parser.parse_args(argv)
     try:

@@ -188,7 +188,7 @@ def test_other_bad_input(published: Path, monkeypatch) -> None:
     with pytest.raises(OSError, match="No space left"):
         convert_checkpoint(*paths, published / "pipeline")
     assert not list(published.glob("pipeline*"))
-    (published / "pipeline").mkdir()
+    (published / "pipeline" / "flow").mkdir(parents=True)
     with pytest.raises(ValueError, match="exists already"):
         convert_checkpoint(*paths, published / "pipeline")
     (published / "family.json").write_text(json.dumps({"family": "starflow", "model": {"in_channels": 3}}))

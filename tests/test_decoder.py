@@ -247,8 +247,8 @@ def test_where_the_decoder_goes(tmp_path, monkeypatch) -> None:
     pipe = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.config.decoder == "vae"
     assert pipe.finetuned_decoder is not None
-    (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=r"save_to would replace .*other'"):
+    (tmp_path / "other" / "vae").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"other', where to save, is there and no pipeline folder"):
         finetune(tmp_path / "pipeline", tmp_path / "c", "--save_to", str(tmp_path / "other"))
     monkeypatch.setattr(models, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match=r"'new' is no pipeline folder that could be changed.*--save_to FOLDER"):

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from tarflow.pipeline.folder import written_beside
+from tarflow.pipeline.folder import written_into
 from tarflow.training.autoencoder_config import TrainVaeConfig
 from tarflow.training.checks import check
 from tarflow.vae.codec import load_autoencoder
@@ -162,10 +162,10 @@ def with_weights(
 
 
 def save_autoencoder(vae: AutoencoderKL, output: Path, dtype: str, card: str) -> None:
-    """Write the autoencoder beside its place and move it there, so that the folder is whole or not there; its weights
-    are of type ``dtype`` afterwards."""
+    """Write the autoencoder, whole or not at all; its weights are of type ``dtype`` afterwards. A README.md that is there
+    stays: the user may have written in it."""
     nn.Module.to(vae, getattr(torch, dtype))  # Diffusers' own method warns of layers to keep in float32: there are none
-    with written_beside(output) as temporary:
+    with written_into(output) as temporary:
         vae.save_pretrained(temporary)
-        if card:
-            (temporary / "README.md").write_text(card)
+        if card and not (output / "README.md").exists():
+            (temporary / "README.md").write_text(card, encoding="utf-8")
