@@ -28,6 +28,7 @@ from tarflow.pipeline.inversion import BlockInversion
 from tarflow.pipeline.offload import Offloading
 from tarflow.pipeline.prompts import PromptEncoding
 from tarflow.pipeline.samples import SampleDecoding
+from tarflow.pipeline.text_options import TextOptions
 from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import LatentDecoder
 
@@ -70,6 +71,7 @@ class TARFlowPipeline(
         denoise: whether a call takes the score step before the autoencoder's decoder if it does not say; False where
             the autoencoder was trained to decode noisy latents.
         student: a network that makes a sample in one pass, see ``train_student.py``, or None.
+        text_options: how captions are put to the text encoder, by the names of `TextOptions`; None are the defaults.
     """
 
     model_cpu_offload_seq = "text_encoder->flow->student->vae->finetuned_decoder"
@@ -94,6 +96,7 @@ class TARFlowPipeline(
         finetuned_decoder: LatentDecoder | None = None,
         denoise: bool = True,
         student: StudentModel | None = None,
+        text_options: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -115,6 +118,7 @@ class TARFlowPipeline(
             caption_template=caption_template,
             decoder=decoder,
             denoise=denoise,
+            text_options=TextOptions.of(text_options).changed or None,
         )
         self.codec = LatentCodec(vae, latents_mean, latents_std)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)

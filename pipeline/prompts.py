@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tarflow.pipeline.aspect import fill_template
-from tarflow.pipeline.text import encode_captions
+from tarflow.pipeline.text import encode_captions, warn_of_cuts
+from tarflow.pipeline.text_options import TextOptions
 
 
 class PromptEncoding:
@@ -33,7 +34,10 @@ class PromptEncoding:
             if self.text_encoder is None or self.tokenizer is None:
                 raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
             captions = fill_template(self.config.caption_template, captions, aspect_ratio)
-            return encode_captions(self.text_encoder, self.tokenizer, captions, length).to(device)
+            options = TextOptions.of(self.config.get("text_options"))
+            embeds = encode_captions(self.text_encoder, self.tokenizer, captions, length, options, device)
+            warn_of_cuts(self.tokenizer, captions, length, options)
+            return embeds.to(device)
 
         if prompt_embeds is None:
             prompt_embeds = encode([prompt] if isinstance(prompt, str) else prompt)

@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT
 from safetensors.torch import load_file
 from test_training import TEXT_FLOW, train
+from text_models import make_encoder, make_tokenizer, saved
 from torch import Tensor
 from transformers import T5EncoderModel
 
@@ -167,14 +168,20 @@ def test_a_frozen_text_encoder_can_be_sharded(tmp_path: Path) -> None:
         for name, shard in (("sharded", "true"), ("whole", "false"))
     }
     runs["bf16"] = [*runs["sharded"], "--output", str(tmp_path / "bf16"), "--train.mixed_precision", "bf16"]
+    name = saved(tmp_path / "qwen", make_encoder("Qwen3Model", attention_dropout=0.5), make_tokenizer())
+    for run in ("sharded", "whole"):
+        changes = ["--text.name", name, "--text.hidden_layer", "-2", "--output", str(tmp_path / f"{run}_qwen")]
+        runs[f"{run}_qwen"] = [*runs[run], *changes]
     results = launch("fsdp2", 2, runs, tmp_path)
     assert len(losses(results["whole"])) == 3
     assert results["sharded"]["sharded"] == results["whole"]["sharded"] == 1.0
     assert results["sharded"]["parameters"] > results["whole"]["parameters"]
-    assert losses(results["sharded"]) == pytest.approx(losses(results["whole"]), abs=1e-5)
-    assert held_out(results["sharded"]) == pytest.approx(held_out(results["whole"]), abs=1e-5)
+    for one, other in (("sharded", "whole"), ("sharded_qwen", "whole_qwen")):
+        assert losses(results[one]) == pytest.approx(losses(results[other]), abs=1e-5)
+        assert held_out(results[one]) == pytest.approx(held_out(results[other]), abs=1e-5)
     assert losses(results["bf16"]) == pytest.approx(losses(results["whole"]), abs=0.02)
     assert losses(results["bf16"]) != losses(results["whole"])
-    pipe = TARFlowPipeline.from_pretrained(tmp_path / "sharded" / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe("a red circle").images[0].size == (32, 32)
+    for run in ("sharded", "sharded_qwen"):
+        pipe = TARFlowPipeline.from_pretrained(tmp_path / run / "pipeline")
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe("a red circle").images[0].size == (32, 32)

@@ -25,7 +25,7 @@ def make_objective(config: RunConfig, parts: Parts, text_encoder: nn.Module | No
     """What is minimised: of the flow, the autoencoder if it is trained along, and a text encoder that is."""
     if is_joint(config):
         return JointObjective(parts.flow, text_encoder, parts.codec, config.joint)
-    return FlowObjective(parts.flow, text_encoder)
+    return FlowObjective(parts.flow, text_encoder, config.text.hidden_layer)
 
 
 def initialize_actnorm(objective: FlowObjective, inputs: InputMaker, parts: Parts) -> None:

@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 
 from tarflow.data.images import Images, collate, to_model
 from tarflow.data.latents import FORMAT, MANIFEST, file_hash, read_header, read_manifest
-from tarflow.pipeline.text import encode_captions
+from tarflow.pipeline.text import cut_captions, encode_captions
 from tarflow.training.cache_plan import CacheConfig, Plan, Shard, difference, make_plan
 from tarflow.training.parallel import TIMEOUT, processes_on_cpus
-from tarflow.training.text import load_text
+from tarflow.training.text import cut_sentence, encoder_settings, load_text
 from tarflow.vae.codec import (
     LatentCodec,
     autoencoder_hash,
@@ -87,12 +87,7 @@ class Encoder:
         if config.text.kind == "pretrained":
             self.text_encoder, self.tokenizer = load_text(config.text, ())
             self.text_encoder.to(device)
-            self.text = {
-                "name": config.text.name,
-                "subfolder": config.text.subfolder,
-                "max_length": config.text.max_length,
-                "hash": weights_hash(self.text_encoder),
-            }
+            self.text = {**encoder_settings(config.text), "hash": weights_hash(self.text_encoder)}
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> dict[str, Tensor]:
@@ -109,10 +104,15 @@ class Encoder:
     @torch.no_grad()
     def captions(self, captions: list[str]) -> list[Tensor]:
         """Each caption's encoding (rows, E), without the zeros of its padding at the end."""
-        encoded = encode_captions(self.text_encoder, self.tokenizer, captions, self.config.text.max_length).cpu()
+        text = self.config.text
+        encoded = encode_captions(self.text_encoder, self.tokenizer, captions, text.max_length, text.options).cpu()
         rows = torch.arange(1, encoded.shape[1] + 1)
         lengths = (encoded.ne(0).any(-1) * rows).amax(1)  # (B,): the last row that is not zero
         return [one[:length] for one, length in zip(encoded, lengths.tolist(), strict=True)]
+
+    def cut(self, captions: list[str]) -> list[tuple[str, str]]:
+        """Captions that are too long, see `cut_captions`."""
+        return cut_captions(self.tokenizer, captions, self.config.text.max_length, self.config.text.options)
 
 
 class SizedImages(Dataset):
@@ -170,6 +170,7 @@ def encode_shard(
     texts: list[Tensor] = []
     conds: list[Tensor] = []
     skipped: set[str] = set()
+    cut: list[tuple[str, str]] = []
     sums = torch.zeros(3, 1, dtype=torch.float64)
     for batch in batches:
         found = encoder.latents(batch["image"])
@@ -184,6 +185,7 @@ def encode_shard(
         texts += [torch.tensor(list(caption.encode("utf-8")), dtype=torch.uint8) for caption in captions]
         if encoder.text is not None:
             conds += [cond.to(dtype) for cond in encoder.captions(captions)]
+            cut += encoder.cut(captions)
         skipped.update(batch["skipped"])
         progress.update(len(batch["image"]))
     # Convolutions may give channels-last tensors, which safetensors does not take.
@@ -198,7 +200,8 @@ def encode_shard(
             raise ValueError(f"{key} is not finite in {config.dtype}: take bfloat16 or float32, and mixed_precision no")
     shape = list(tensors["latent_mean"].shape[2:])
     example = min(skipped, default=None)
-    return tensors, {"shape": shape, "sums": sums.tolist(), "skipped": len(skipped), "example": example}
+    more = {"cut": len(cut), "cut_example": cut[0]} if cut else {}
+    return tensors, {"shape": shape, "sums": sums.tolist(), "skipped": len(skipped), "example": example, **more}
 
 
 def offsets(parts: list[Tensor]) -> Tensor:
@@ -269,6 +272,11 @@ def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dic
     sums = [torch.tensor(record["sums"], dtype=torch.float64) for record in records if record["split"] == "train"]
     mean, std = channel_statistics(torch.stack(sums).sum(0))
     names = plan.images["train"].class_names
+    text, cut = encoder.text, [record for record in records if record.get("cut")]
+    if cut:
+        count, total = sum(record["cut"] for record in cut), sum(plan.counts.values())
+        text = {**text, "cut": {"count": count, "of": str(total), "example": cut[0]["cut_example"]}}
+        tqdm.write(cut_sentence(count, str(total), config.text.max_length, cut[0]["cut_example"]))
     kept = ("file", "split", "shape", "first", "count", "bytes", "sha256")
     manifest = {
         "format": FORMAT,
@@ -284,7 +292,7 @@ def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dic
         "dtype": config.dtype,
         "flip": config.flip,
         "has_captions": plan.images["train"].has_captions,
-        "text": encoder.text,
+        "text": text,
         "class_names": None if names is None else list(names),
         "skipped": sum(record["skipped"] for record in records),
         "versions": {name: version(name) for name in ("tarflow", "torch", "diffusers", "transformers", "safetensors")},

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tarflow.data.config import DataConfig
+from tarflow.pipeline.text_options import TextOptions
 from tarflow.training.checks import check
 from tarflow.training.joint_config import JointConfig, check_joint
 
@@ -45,9 +46,13 @@ class TextConfig:
     """The text encoder; ``kind`` "none" for class-conditional and unconditional models.
 
     Attributes:
-        kind: "none"; "pretrained" (frozen, by ``name``: a folder or hub id of a T5 encoder); "small" (a T5 encoder of
-            the sizes below, trained from scratch with the flow, with a tokenizer made of the training captions).
+        kind: "none"; "pretrained" (frozen, by ``name``: a folder or hub id of any text encoder or decoder-only language
+            model of Transformers, see `load_text_encoder`); "small" (a T5 encoder of the sizes below, trained from
+            scratch with the flow, with a tokenizer made of the training captions).
+        subfolder, tokenizer_subfolder: where in ``name`` a pretrained encoder and its tokenizer are; without the second
+            the tokenizer is looked for in the same subfolder, in ``tokenizer`` beside ``text_encoder``, and in ``name``.
         max_length: captions are padded or cut to this many tokens.
+        hidden_layer, prefix, chat_template: of a pretrained encoder, see `TextOptions`.
         vocab_size: of the small encoder's tokenizer.
         shard: with FSDP, divide a pretrained encoder's weights among the processes too.
         vocab_captions: how many captions the tokenizer is made of.
@@ -57,7 +62,11 @@ class TextConfig:
     kind: Literal["none", "small", "pretrained"] = "none"
     name: str | None = None
     subfolder: str | None = None
+    tokenizer_subfolder: str | None = None
     max_length: int = 16
+    hidden_layer: int = -1
+    prefix: str | None = None
+    chat_template: bool = False
     vocab_size: int = 4000
     vocab_captions: int = 4000
     unit: Literal["word", "bpe"] = "word"
@@ -70,9 +79,18 @@ class TextConfig:
         check(not self.shard or self.kind == "pretrained", "text.shard is for text.kind 'pretrained', a frozen encoder")
         if self.kind == "pretrained":
             check(self.name is not None, "text.kind is 'pretrained', so text.name must be a folder or hub id")
+        else:
+            given = {**self.options.changed, "tokenizer_subfolder": self.tokenizer_subfolder}
+            for name, value in given.items():
+                check(value is None, f"text.{name} is for text.kind 'pretrained', but text.kind is {self.kind!r}")
         for name in ("max_length", "vocab_size", "vocab_captions", "width", "layers", "heads"):
             check(getattr(self, name) >= 1, f"text.{name} must be at least 1, got {getattr(self, name)}")
         check(self.width % self.heads == 0, f"text.heads ({self.heads}) must divide text.width ({self.width})")
+
+    @property
+    def options(self) -> TextOptions:
+        """What drawing must do alike."""
+        return TextOptions(hidden_layer=self.hidden_layer, prefix=self.prefix, chat_template=self.chat_template)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from tarflow.data.images import to_model
 from tarflow.flows.likelihood import dequantize
-from tarflow.pipeline.text import encode_captions
+from tarflow.pipeline.text import encode_captions, token_ids
 from tarflow.training.config import RunConfig, is_joint, noise_std
 from tarflow.training.draws import draw_chances, draw_noise
 from tarflow.training.setup import Parts
-from tarflow.training.text import token_ids
 
 
 class InputMaker:
@@ -116,6 +115,6 @@ class InputMaker:
         pairs = zip(batch["caption"], dropped.tolist(), strict=True)
         captions = ["" if drop else caption for caption, drop in pairs]
         if self.token_ids:
-            ids, mask = token_ids(parts.tokenizer, captions, text.max_length, self.device)
-            return {"input_ids": ids, "attention_mask": mask}
-        return {"cond": encode_captions(parts.text_encoder, parts.tokenizer, captions, text.max_length)}
+            ids, mask = token_ids(parts.tokenizer, captions, text.max_length, text.options)
+            return {"input_ids": self.moved(ids), "attention_mask": self.moved(mask)}
+        return {"cond": encode_captions(parts.text_encoder, parts.tokenizer, captions, text.max_length, text.options)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tarflow.flows.likelihood import flow_loss, nats_per_dim, prior_log_prob
 from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.text import hidden_states
 
 
 class FlowObjective(nn.Module):
@@ -20,11 +21,19 @@ class FlowObjective(nn.Module):
     Args:
         flow: the model.
         text_encoder: a trainable or sharded encoder; None if there is none or it stands by itself.
+        hidden_layer: which of its hidden states is the condition, see `TextOptions`.
     """
 
-    def __init__(self, flow: TARFlowModel, text_encoder: nn.Module | None = None):
+    def __init__(self, flow: TARFlowModel, text_encoder: nn.Module | None = None, hidden_layer: int = -1):
         super().__init__()
-        self.flow, self.text_encoder = flow, text_encoder
+        self.flow, self.text_encoder, self.hidden_layer = flow, text_encoder, hidden_layer
+
+    def train(self, mode: bool = True) -> FlowObjective:
+        """Set the mode of all parts but a frozen encoder, which has no dropout."""
+        super().train(mode)
+        if self.text_encoder is not None and not any(weight.requires_grad for weight in self.text_encoder.parameters()):
+            self.text_encoder.eval()
+        return self
 
     def forward(
         self,
@@ -67,9 +76,8 @@ class FlowObjective(nn.Module):
             return {"loss": loss, "nats_per_dim": nats_per_dim(log_prob.detach(), z[0].numel()), "z": z.detach()}
 
     def encoded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Captions (B, L) as the trained text encoder has them, (B, L, E), zero behind their ends."""
-        hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return hidden * attention_mask[..., None].to(hidden.dtype)
+        """Captions (B, L) as the text encoder has them, (B, L, E), zero behind their ends."""
+        return hidden_states(self.text_encoder, input_ids, attention_mask, self.hidden_layer)
 
     @torch.no_grad()
     def initialize_actnorm(

@@ -19,6 +19,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
+from torch import nn
 
 from tarflow.data.latents import CachedLatents
 from tarflow.training.checkpoint import agreed_error
@@ -35,7 +36,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     waiting, cpu = InitProcessGroupKwargs(timeout=TIMEOUT), processes_on_cpus()
     plugin = None
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        plugin = sharding(train.mixed_precision, config.text.shard)
+        plugin = sharding(train.mixed_precision)
         if train.checkpointing != "none":
             plugin.activation_checkpointing = False  # the run's own setting takes its place
         state = PartialState(cpu=cpu, timeout=TIMEOUT)
@@ -60,13 +61,9 @@ def processes_on_cpus() -> bool:
     return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
 
 
-def sharding(mixed_precision: str, text_encoder: bool) -> FullyShardedDataParallelPlugin:
+def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
     """FSDP2 as the launcher's settings have it, with this project's precision: the network's weights are cast, while
-    gradients are summed, and latents, affine maps and losses stay, in float32.
-
-    Args:
-        text_encoder: divide the layers of a T5 encoder too.
-    """
+    gradients are summed, and latents, affine maps and losses stay, in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     # Inputs and outputs are cast by the network itself, which knows what stays in float32.
@@ -76,9 +73,25 @@ def sharding(mixed_precision: str, text_encoder: bool) -> FullyShardedDataParall
     plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
     if plugin.fsdp_version != 2:
         raise ValueError(f"FSDP must be version 2 (fsdp_version: 2), got {plugin.fsdp_version}")
-    if text_encoder:
-        plugin.transformer_cls_names_to_wrap = [*(plugin.transformer_cls_names_to_wrap or ()), "T5Block"]
     return plugin
+
+
+def shard_layers(accelerator: Accelerator, text_encoder: nn.Module) -> None:
+    """Have the layers of a text encoder divided one by one too, when the model that it is part of is prepared."""
+    plugin = accelerator.state.fsdp_plugin
+    names = [*(plugin.transformer_cls_names_to_wrap or ()), *layer_classes(text_encoder)]
+    plugin.transformer_cls_names_to_wrap = list(dict.fromkeys(names))
+
+
+def layer_classes(text_encoder: nn.Module) -> list[str]:
+    """Names of the classes of a Transformer's layers: what its outermost lists of modules are made of."""
+    found: set[str] = set()
+    inner: set[nn.Module] = set()
+    for module in text_encoder.modules():  # outer ones come first
+        if isinstance(module, nn.ModuleList) and module not in inner:
+            found |= {type(layer).__name__ for layer in module}
+            inner |= {part for layer in module for part in layer.modules()}
+    return sorted(found)
 
 
 def check_parallel(accelerator: Accelerator, config: RunConfig) -> None:

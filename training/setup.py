@@ -20,7 +20,7 @@ from tarflow.training.autoencoder_model import new_autoencoder
 from tarflow.training.batches import fixed_batches, read_batch
 from tarflow.training.config import RunConfig, VaeConfig, is_joint
 from tarflow.training.start import Start, model_for_size
-from tarflow.training.text import load_text
+from tarflow.training.text import load_text, settings_difference
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
 
@@ -180,10 +180,9 @@ def as_cached(config: RunConfig, resolved: str) -> tuple[RunConfig, str]:
 def check_cache(config: RunConfig, cache: CachedLatents) -> None:
     """Whether captions were encoded as the settings say."""
     text = cache.manifest["text"]
-    if text is not None and config.text.kind == "pretrained":
-        found, wanted = (text["name"], text["max_length"]), (config.text.name, config.text.max_length)
-        if found != wanted:
-            raise ValueError(f"the captions were encoded with {found[0]!r} in {found[1]} tokens, not {wanted}")
+    encoded = text is not None and config.text.kind == "pretrained"
+    if encoded and (difference := settings_difference(text, config.text)):
+        raise ValueError(f"the captions were encoded with {difference}: set it so, or cache them anew")
     if text is not None and config.text.shard:
         raise ValueError("text.shard is true, but the captions are cached in encoded form: no encoder is needed")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.resize import resized_model
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.pipeline.text_options import TextOptions
 from tarflow.training.config import TextConfig
 from tarflow.training.text import load_text
 from tarflow.vae.codec import autoencoder_hash, weights_hash
@@ -40,6 +41,12 @@ class Start:
     def text(self, config: TextConfig) -> tuple[Any, Any]:
         """Text encoder and tokenizer: a small encoder is the pipeline's, a pretrained one is loaded anew."""
         if config.kind == "pretrained":
+            options = TextOptions.of(self.pipeline.config.get("text_options"))
+            for name, value in asdict(options).items():
+                if value != (given := getattr(config, name)):
+                    raise ValueError(
+                        f"text.{name} is {given!r}, but the pipeline {self.name!r} was trained with {value!r}: set it so"
+                    )
             encoder, tokenizer = load_text(config, ())
             own = self.pipeline.text_encoder
             if own is not None and weights_hash(own) != weights_hash(encoder):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from tarflow.pipeline.text import load_text_encoder
+from tarflow.pipeline.text import check_options, cut_captions
+from tarflow.pipeline.text_loading import load_text_encoder
+from tarflow.pipeline.text_options import TextOptions
 from tarflow.training.config import TextConfig
 
+#: So many captions are looked at for ones that are too long, and so many letters of an example shown.
+LOOKED_AT, SHOWN = 4096, 300
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -23,12 +27,14 @@ def load_text(config: TextConfig, captions: Iterable[str]) -> tuple[Any, Any]:
         captions: training captions, for a small encoder's tokenizer.
 
     Raises:
-        ValueError: if a pretrained encoder cannot be loaded.
+        ValueError: if a pretrained encoder cannot be loaded, or cannot do what the settings ask of it.
     """
     if config.kind == "none":
         return None, None
     if config.kind == "pretrained":
-        return load_text_encoder(config.name, config.subfolder)
+        encoder, tokenizer = load_text_encoder(config.name, config.subfolder, config.tokenizer_subfolder)
+        check_options(encoder, tokenizer, config.max_length, config.options)
+        return encoder, tokenizer
     tokenizer = train_tokenizer(captions, config)
     return T5EncoderModel(small_t5(config, len(tokenizer))), tokenizer
 
@@ -70,7 +76,68 @@ def train_tokenizer(captions: Iterable[str], config: TextConfig) -> PreTrainedTo
     )
 
 
-def token_ids(tokenizer: Any, captions: list[str], max_length: int, device: torch.device) -> tuple[Any, Any]:
-    """Padded token ids and attention mask, (B, max_length) each."""
-    tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
-    return tokens.input_ids.to(device), tokens.attention_mask.to(device)
+def encoder_settings(config: TextConfig) -> dict[str, Any]:
+    """What decides how captions are encoded, by name; what has its default is left out unless it always stood there."""
+    settings = {"name": config.name, "subfolder": config.subfolder, "max_length": config.max_length}
+    if config.tokenizer_subfolder is not None:
+        settings["tokenizer_subfolder"] = config.tokenizer_subfolder
+    return settings | config.options.changed
+
+
+def settings_difference(found: Mapping[str, Any], config: TextConfig) -> str | None:
+    """In words, the first setting in which captions were encoded otherwise; None if there is none.
+
+    Args:
+        found: `encoder_settings` with which they were, and more.
+        config: the text section.
+    """
+    here = {field.name: getattr(config, field.name) for field in fields(TextConfig)}
+    defaults = {field.name: field.default for field in fields(TextConfig)}
+    for name in ("name", "subfolder", "tokenizer_subfolder", "max_length", *asdict(TextOptions())):
+        there = found.get(name, defaults[name])
+        if there != here[name]:
+            return f"text.{name} {there!r}, but it is {here[name]!r} here"
+    return None
+
+
+def cut_captions_of(parts: Any, config: TextConfig) -> str | None:
+    """A sentence on a run's training captions that are too long; None if all fit, or there are none.
+
+    Args:
+        parts: `Parts` of the run. Of captions that were encoded when they were cached the cache knows.
+        config: the text section.
+    """
+    if parts.null_cond is not None:
+        found = parts.train.manifest["text"].get("cut")
+        return found and cut_sentence(found["count"], found["of"], config.max_length, found["example"])
+    return None if parts.tokenizer is None else cut_report(parts.tokenizer, parts.train, config)
+
+
+def cut_report(tokenizer: Any, captions: Any, config: TextConfig) -> str | None:
+    """A sentence on captions that are longer than ``text.max_length`` tokens; None if all fit.
+
+    Args:
+        captions: what has ``len`` and a ``caption`` by index; of more than `LOOKED_AT` as many at equal distances are
+            looked at.
+    """
+    step = -(-len(captions) // LOOKED_AT)
+    texts = [captions.caption(index) for index in range(0, len(captions), step or 1)]
+    cut = cut_captions(tokenizer, texts, config.max_length, config.options)
+    share = f"{len(texts)}" if step <= 1 else f"{len(texts)} looked at"
+    return cut_sentence(len(cut), share, config.max_length, cut[0]) if cut else None
+
+
+def cut_sentence(count: int, total: str, max_length: int, example: Sequence[str]) -> str:
+    """What is said of captions that are cut.
+
+    Args:
+        count: how many.
+        total: of how many, in words.
+        example: a caption and the part that is cut off.
+    """
+    caption, removed = (text if len(text) <= SHOWN else f"{text[:SHOWN]} …" for text in example)
+    are = "is" if count == 1 else "are"
+    return (
+        f"{count} of the {total} captions {are} longer than {max_length} tokens (text.max_length) and {are} cut, for "
+        f"example: {caption!r} loses {removed!r}"
+    )

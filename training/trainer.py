@@ -21,11 +21,19 @@ from tarflow.training.inputs import InputMaker
 from tarflow.training.joint import joint_facts
 from tarflow.training.joint_report import reconstruction_metrics
 from tarflow.training.objective import parameter_groups, trained_parameters
-from tarflow.training.parallel import StopRequest, check_parallel, full_weights, make_accelerator, verify_caches
+from tarflow.training.parallel import (
+    StopRequest,
+    check_parallel,
+    full_weights,
+    make_accelerator,
+    shard_layers,
+    verify_caches,
+)
 from tarflow.training.report import build_pipeline, metrics_of, write_grids
 from tarflow.training.schedule import TimeLimit, images_per_step, total_steps
 from tarflow.training.setup import as_cached, make_parts, measure
 from tarflow.training.start import load_start
+from tarflow.training.text import cut_captions_of
 
 #: What a resumed run takes from its own settings.
 OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
@@ -74,6 +82,8 @@ class Trainer:
             temporary = self.folder / "config.yaml.tmp"
             temporary.write_text(resolved)
             temporary.rename(self.folder / "config.yaml")
+            if sentence := cut_captions_of(self.parts, config.text):
+                tqdm.write(sentence)
         if config.log.trackers:
             self.accelerator.init_trackers("logs")
 
@@ -88,6 +98,8 @@ class Trainer:
             parts.flow.compile_repeated_blocks(dynamic=False)
         if parts.text_encoder is not None and not inside:
             parts.text_encoder.to(accelerator.device)
+        if inside and config.text.shard:
+            shard_layers(accelerator, parts.text_encoder)
         self.objective = make_objective(config, parts, parts.text_encoder if inside else None)
         self.inputs = InputMaker(config, parts, accelerator.device, inside, accelerator.autocast)
         if fresh:
