@@ -116,9 +116,16 @@ def test_pixels(tmp_path, kind):
 
 def test_learned_denoiser_learns_the_score(tmp_path):
     flow = CLASS_FLOW[:-1] + ', "learned_denoiser": "conditional", "denoiser_layers": 1}'
-    options = ["--optim.denoiser_lr", "3e-3", "--train.accumulation", "2"]
+    options = [
+        "--optim.lr",
+        "3e-4",
+        "--optim.denoiser_lr",
+        "3e-3",
+        "--train.accumulation",
+        "2",
+    ]  # a flow that changes slowly
     trainer, _ = train(tmp_path / "run", *options, "--train.steps", "1", flow=flow)
-    assert [group["peak_lr"] for group in trainer.optimizer.param_groups] == [1e-3, 3e-3]
+    assert [group["peak_lr"] for group in trainer.optimizer.param_groups] == [3e-4, 3e-3]
     trainer.total_steps = 1000
     batches = trainer.batches()
     for _ in range(60):

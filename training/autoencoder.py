@@ -62,7 +62,7 @@ class AutoencoderTask:
     ) -> tuple[Tensor, Tensor, dict[str, tuple[float, Tensor]]]:
         """Draws of the posterior, decoded; the further loss is the KL divergence."""
         images = to_model(batch["image"].to(self.device))
-        noise = draw_noise(self.config.seed, step, places, self.latent_shape, self.device)
+        noise = draw_noise(self.config.seed, step, places, self.latent_shape, self.device, "posterior")
         mean, log_variance, decoded = model(images, noise)
         return decoded, images, {"kl": (self.config.kl_weight, kl_divergence(mean, log_variance))}
 

@@ -71,7 +71,7 @@ def evaluate(
     sigma = torch.cat([posterior.std for posterior in posteriors])
     kl = torch.cat([posterior.kl() for posterior in posteriors]).mean() / mean[0].numel()
     center, spread_of = channel_statistics(channel_sums(mean))
-    noise = draw_noise(seed, -1, range(len(images)), mean.shape[1:], mean.device)
+    noise = draw_noise(seed, -1, range(len(images)), mean.shape[1:], mean.device, "held out")
     noise *= noise_std * torch.tensor(spread_of, device=mean.device).view(1, -1, 1, 1)
     clean, noisy = (decode(vae, latents, batch_size) for latents in (mean, mean + noise))
     sigmas = sigma.mean((0, 2, 3)).tolist()

@@ -133,8 +133,10 @@ def noisy_latents(
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
     with accelerator.autocast():
         mean, std = pipe.codec.encode_posterior(images)
-    noise, of_posterior = draw_noise(config.seed, step, places, (2, *mean.shape[1:]), accelerator.device).unbind(1)
-    drawn = mean + std * of_posterior if config.sample_posterior and std is not None else mean
+    shape, device, drawn = tuple(mean.shape[1:]), accelerator.device, mean
+    if config.sample_posterior and std is not None:
+        drawn = mean + std * draw_noise(config.seed, step, places, shape, device, "posterior")
+    noise = draw_noise(config.seed, step, places, shape, device, "noise")
     noisy = pipe.codec.normalise(drawn).float() + pipe.config.noise_std * noise
     return images, mean, noisy
 

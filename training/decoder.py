@@ -100,7 +100,7 @@ class DecoderTask:
         """Latents with noise, decoded, as the flow sees them in its training; no further losses."""
         flipped = None
         if self.config.data.flip:
-            flipped = draw_chances(self.config.seed, step, places, self.accelerator.device)[0] < 0.5
+            flipped = draw_chances(self.config.seed, step, places, self.accelerator.device, "flip") < 0.5
         images, _, noisy = noisy_latents(self.pipe, self.config, self.accelerator, batch, flipped, step, places)
         return model(self.pipe.codec.raw(noisy)), images, {}
 

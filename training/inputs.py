@@ -13,7 +13,7 @@ from tarflow.data.images import to_model
 from tarflow.flows.likelihood import dequantize
 from tarflow.pipeline.text import encode_captions, token_ids
 from tarflow.training.config import RunConfig, is_joint, noise_std
-from tarflow.training.draws import draw_chances, draw_noise
+from tarflow.training.draws import Purpose, draw_chances, draw_noise
 from tarflow.training.setup import Parts
 
 
@@ -44,21 +44,22 @@ class InputMaker:
         """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from if
         the settings have it. Of an autoencoder that is trained along, the pictures and the noise."""
         train = self.config.train
-        flip, drop = draw_chances(train.seed, step, places, self.device)
-        flipped = flip < 0.5 if self.config.data.flip else None
-        more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, drop < train.drop_rate)}
+        flipped = None
+        if self.config.data.flip:
+            flipped = draw_chances(train.seed, step, places, self.device, "flip") < 0.5
+        dropped = draw_chances(train.seed, step, places, self.device, "drop") < train.drop_rate
+        more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, dropped)}
         if is_joint(self.config):
             arguments = self.parts.flow_arguments
             shape = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
-            noise = draw_noise(train.seed, step, places, shape, self.device)
+            noise = draw_noise(train.seed, step, places, shape, self.device, "noise")
             return {"images": to_model(self.chosen(batch, "image", flipped)), "noise": noise, **more}
         with self.autocast():
             mean, std = self.posterior(batch, flipped)
-        if std is None or not self.config.vae.sample_posterior:
-            noise = self.noise(step, places, mean)
-        else:
-            noise, of_posterior = draw_noise(train.seed, step, places, (2, *mean.shape[1:]), self.device).unbind(1)
-            mean = mean + std * of_posterior
+        noise = self.noise(step, places, mean, "noise")
+        if std is not None and self.config.vae.sample_posterior:
+            shape = tuple(mean.shape[1:])
+            mean = mean + std * draw_noise(train.seed, step, places, shape, self.device, "posterior")
         return {"latents": self.noisy(mean, noise), **more}
 
     @torch.no_grad()
@@ -66,7 +67,7 @@ class InputMaker:
         """A held-out batch: posterior modes with noise that is the same at every call."""
         mean, _ = self.posterior(batch)
         kept = torch.zeros(len(mean), dtype=torch.bool, device=self.device)
-        return {"latents": self.noisy(mean, self.noise(-1, places, mean)), **self.conditions(batch, kept)}
+        return {"latents": self.noisy(mean, self.noise(-1, places, mean, "held out")), **self.conditions(batch, kept)}
 
     def posterior(self, batch: dict[str, Any], flipped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation of the scaled latents, (B, C, h, w) each, of the pictures or, where ``flipped``
@@ -90,10 +91,10 @@ class InputMaker:
     def moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def noise(self, step: int, places: Sequence[int], like: Tensor) -> Tensor:
+    def noise(self, step: int, places: Sequence[int], like: Tensor, purpose: Purpose) -> Tensor:
         train = self.config.train
         shape = tuple(like.shape[1:])
-        return draw_noise(train.seed, step, places, shape, self.device, train.noise == "uniform")
+        return draw_noise(train.seed, step, places, shape, self.device, purpose, train.noise == "uniform")
 
     def noisy(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Normalised latents (or pixels) with the training noise, (B, C, h, w) float32."""

@@ -29,7 +29,7 @@ def reconstruction_metrics(
         if not counted:
             continue
         means = codec.encode(to_model(originals.to(accelerator.device)))
-        noise = draw_noise(config.train.seed, -1, places[:counted], tuple(means.shape[1:]), means.device)
+        noise = draw_noise(config.train.seed, -1, places[:counted], tuple(means.shape[1:]), means.device, "held out")
         for place, latents in enumerate((means, means + noise_std(config) * noise)):
             ratios[place] += psnr(to_uint8(codec.decode(latents)).cpu(), originals).sum()
         ratios[2] += counted

@@ -12,6 +12,8 @@ from tarflow.data.images import Images
 
 #: More than any run takes; data sets of this length are gone through in their own order.
 LENGTH = 2**40
+#: Sets the choices apart from what the sources draw of the same seeds and numbers of pictures, backgrounds for example.
+STREAM = 2
 
 
 class Mixture(Dataset):
@@ -31,7 +33,7 @@ class Mixture(Dataset):
         return LENGTH
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self.seed, index))
+        rng = np.random.default_rng((self.seed, index, STREAM))
         source = self.sources[int(rng.choice(len(self.sources), p=self.shares))]
         item = source[int(rng.integers(len(source)))]
         if source.config.flip and rng.random() < 0.5:

@@ -97,14 +97,16 @@ class StudentStepper(NetworkStepper):
         """A batch as the flow was trained on it, with guidance weights; some conditions are dropped if guidance is
         extrapolated."""
         config, pipe, device = self.config, self.pipe, self.accelerator.device
-        flip, lone = draw_chances(config.seed, step, places, device)
-        flipped = flip < 0.5 if config.data.flip else None
+        flipped = None
+        if config.data.flip:
+            flipped = draw_chances(config.seed, step, places, device, "flip") < 0.5
         _, mean, noisy = noisy_latents(pipe, config, self.accelerator, batch, flipped, step, places)
         clean = pipe.codec.normalise(mean).float()
         condition = condition_of(pipe, batch, len(clean), with_condition=True)
         labels, cond = condition.get("class_labels"), condition.get("cond")
+        lone = draw_chances(config.seed, step, places, device, "unguided")
         unguided = lone < config.unguided_share
-        chance = draw_noise(config.seed + 1, step, places, (1,), device, uniform=True)[:, 0]
+        chance = draw_chances(config.seed, step, places, device, "guidance")
         weight = torch.where(unguided, 0.0, self.largest_weight * chance)
         if self.largest_weight > 0 and config.guidance == "extrapolated":
             dropped = lone < config.unguided_share / 2
@@ -128,7 +130,8 @@ class StudentStepper(NetworkStepper):
         if count == 0:
             return
         shape, sigma = tuple(pictures.clean.shape[1:]), self.pipe.config.noise_std
-        prior, noise = draw_noise(config.seed + 2, step, places[:count], (2, *shape), pictures.clean.device).unbind(1)
+        place = (config.seed, step, places[:count], shape, pictures.clean.device)
+        prior, noise = draw_noise(*place, "student prior"), draw_noise(*place, "student noise")
         labels, cond = (None if part is None else part[:count] for part in (pictures.labels, pictures.cond))
         own = self.network(flow.scale_noise(prior), labels, cond, pictures.weight[:count])
         noisy = own + sigma * noise if config.target == "clean" else own
