@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from tarflow import TARFlowPipeline
+from tarflow.common.command import ending
+from tarflow.common.files import replaced
 from tarflow.data.drawings import CLASS_NAMES
 from tarflow.evaluation.match import (
     all_captions,
@@ -24,26 +27,46 @@ from tarflow.evaluation.match import (
     round_trip_error,
 )
 from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import fail, parse_config
+from tarflow.training.arguments import parse_config
+from tarflow.training.config import RunConfig
 from tarflow.training.trainer import Trainer
+
+#: What training may have measured of held-out pictures, and how it is said.
+LIKELIHOODS = {
+    "latent_nats_per_dim": "held-out latent nats per dim",
+    "pixel_nats_per_dim": "held-out pixel nats per dim",
+    "bits_per_dim": "held-out bits per dim",
+}
 
 
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
     if "--config" not in argv and not any(argument.startswith("--config=") for argument in argv):
         argv = ["--config", "configs/quickstart_text.yaml", *argv]
-    try:
+    with ending():
         config, resolved = parse_config(argv, __doc__)
         metrics = Trainer(config, resolved).run()
-    except (ValueError, OSError) as error:
-        fail(error)
-    trained = time.perf_counter()
+        trained = time.perf_counter()
+        if metrics.get("stopped"):
+            return  # from outside, before a pipeline was saved; the training has said how to go on
+        rows = {"pipeline": f"{config.output}/pipeline"}
+        rows |= {"training curves": f"tensorboard --logdir {config.output}/logs"}
+        rows |= {LIKELIHOODS[name]: f"{metrics[name]:.4f}" for name in LIKELIHOODS if name in metrics}
+        rows |= draw_and_check(config)
+    rows["time"] = f"{trained - started:.0f} s training, {time.perf_counter() - trained:.0f} s drawing"
+    print()
+    for name, value in rows.items():
+        print(f"{name:<30} {value}")
 
-    folder = f"{config.output}/pipeline"
-    pipe = TARFlowPipeline.from_pretrained(folder).to(best_device())
+
+def draw_and_check(config: RunConfig) -> dict[str, str]:
+    """Draw a captioned grid with a run's pipeline of drawings, and check what it drew; returns rows to print."""
+    pipe = TARFlowPipeline.from_pretrained(f"{config.output}/pipeline").to(best_device())
     pipe.set_progress_bar_config(disable=True)
-    with_text = config.text.kind != "none"
-    if with_text:
+    conditioning = pipe.flow.config.conditioning
+    if config.data.source != "drawings" or conditioning == "none":
+        return {"captioned grid": "none: only drawings by caption or class can be checked"}
+    if conditioning == "prefix":
         shown = [all_captions()[3 * i + i % 3] for i in range(36)]  # every shape and colour, backgrounds in turn
         images = generate(pipe, {"prompt": shown}, 36, seed=1)
         shares = caption_shares(pipe)
@@ -54,18 +77,11 @@ def main(argv: list[str]) -> None:
         images = generate(pipe, {"class_labels": shown}, 36, seed=1)
         shares = class_shares(pipe)
         error = round_trip_error(pipe.flow, class_labels=torch.arange(8, device=pipe.device))
-    grid = f"{config.output}/grid.png"
-    captioned_grid(images, shown).save(grid)
-
-    finished = time.perf_counter()
-    print(f"\npipeline                       {folder}")
-    print(f"captioned grid                 {grid}")
-    print(f"training curves                tensorboard --logdir {config.output}/logs")
-    print(f"held-out latent nats per dim   {metrics['latent_nats_per_dim']:.4f}")
-    print(f"sampler's round-trip error     {error:.1e}")
-    for name, share in shares.items():
-        print(f"samples that match, {name:<10} {share:.1%}")
-    print(f"time                           {trained - started:.0f} s training, {finished - trained:.0f} s drawing")
+    grid = Path(config.output, "grid.png")
+    with replaced(grid) as temporary:
+        captioned_grid(images, shown).save(temporary, format="PNG")
+    rows = {"captioned grid": str(grid), "sampler's round-trip error": f"{error:.1e}"}
+    return rows | {f"samples that match, {name}": f"{share:.1%}" for name, share in shares.items()}
 
 
 if __name__ == "__main__":

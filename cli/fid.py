@@ -22,6 +22,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from tarflow.cli.parsing import with_config_file
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.backbones import Normalize
 from tarflow.evaluation.features import INCEPTION, Extractor, load_extractor
@@ -30,7 +32,7 @@ from tarflow.evaluation.generation import GenerationConfig, generate_images
 from tarflow.evaluation.image_sets import open_images
 from tarflow.evaluation.metrics import Metric
 from tarflow.evaluation.statistics import KEPT_FEATURES
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.arguments import parse_dataclass
 from tarflow.training.parallel import TIMEOUT, processes_on_cpus
 
 
@@ -145,6 +147,7 @@ class RunConfig(ReferenceConfig, MetricsConfig):
 
 
 def ref(config: RefConfig, state: PartialState) -> None:
+    check_writable(config.out, folder=True)
     extractor = config.load(state.device)
     images = open_images(config.data, config.split, config.image_size, config.num)
     found, computed = reference_statistics(images, extractor, config.out, config.batch_size, config.keep_features)
@@ -165,6 +168,10 @@ def gen(config: GenerationConfig, state: PartialState) -> None:
 
 
 def calc(config: CalcConfig, state: PartialState) -> None:
+    out = config.out or default_output(config.samples)
+    check_writable(out)
+    if config.cache_dir is not None:
+        check_writable(config.cache_dir, folder=True)
     report = evaluate(
         config.ref,
         config.samples,
@@ -177,11 +184,14 @@ def calc(config: CalcConfig, state: PartialState) -> None:
         config.cache_dir,
     )
     if state.is_main_process:
-        write_json(report | {"settings": dataclasses.asdict(config)}, config.out or default_output(config.samples))
-        print(table(report))
+        print(table(report), flush=True)  # first: what is printed is not lost
+        write_json(report | {"settings": dataclasses.asdict(config)}, out)
 
 
 def run(config: RunConfig, state: PartialState) -> None:
+    check_writable(config.gen.out, folder=True)
+    if config.out is not None:
+        check_writable(config.out)
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ExtractorConfig)}
     names = ("data", "split", "image_size", "num", "keep_features")
     ref(RefConfig(**shared, **{name: getattr(config, name) for name in names}, out=config.stats), state)
@@ -200,14 +210,14 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None, prog: str = "tarflow evaluate fid", description: str | None = __doc__) -> None:
-    """Run one of `COMMANDS`; bad input is one sentence and exit status 2.
+    """Run one of `COMMANDS`; errors end as `ending` says.
 
     Args:
         argv: the command and its settings; None takes those of the command line.
         prog, description: how the help calls this, and what it says of it.
     """
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with ending():
         if argv and argv[0] in ("-h", "--help"):
             print(f"{description}\n{prog} {{{','.join(COMMANDS)}}} --help lists the settings of each.")
             return
@@ -218,8 +228,6 @@ def main(argv: list[str] | None = None, prog: str = "tarflow evaluate fid", desc
         config, _ = parse_dataclass(kind, settings, description, f"{prog} {argv[0]}")
         cpu = processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU")
         command(config, PartialState(cpu=cpu, timeout=TIMEOUT))
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(ValueError(" ".join(str(error).split())))
 
 
 def underscored(argv: list[str]) -> list[str]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Literal
 
 from tarflow.cli.parsing import with_config_file
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable, write_text
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.evaluation.likelihood import Likelihood, evaluate_likelihood
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.arguments import parse_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,16 @@ class LikelihoodConfig:
 def main(
     argv: list[str] | None = None, prog: str = "tarflow evaluate likelihood", description: str | None = __doc__
 ) -> None:
-    """Evaluate and print; bad input is one sentence and exit status 2.
+    """Evaluate and print; errors end as `ending` says.
 
     Args:
         argv: the settings; None takes those of the command line.
         prog, description: how the help calls this, and what it says of it.
     """
-    try:
+    with ending():
         config, _ = parse_dataclass(LikelihoodConfig, with_config_file(argv), description, prog)
+        if config.output is not None:
+            check_writable(config.output)
         pipe = open_pipeline(config.pipeline)
         result = evaluate_likelihood(
             pipe,
@@ -70,11 +73,9 @@ def main(
             config.batch_size,
             config.seed,
         )
-        if config.output:
-            Path(config.output).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        fail(ValueError(" ".join(str(error).split())))
-    print(report(result, pipe.config.noise_std))
+        print(report(result, pipe.config.noise_std), flush=True)  # first: what is printed is not lost
+        if config.output is not None:
+            write_text(config.output, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
 
 
 def report(result: Likelihood, noise_std: float) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tarflow.common.files import check_writable, replaced
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -14,8 +17,12 @@ if TYPE_CHECKING:
 FORMATS = {".png": ("PNG", 2**31 - 1), ".jpg": ("JPEG", 65500), ".jpeg": ("JPEG", 65500), ".webp": ("WEBP", 16383)}
 
 
+#: Letters of a caption in a file's name.
+LONGEST_STEM = 60
+
+
 class Target:
-    """A place for pictures that can be written to; its folder is made.
+    """A place for pictures that can be written to; a folder that is missing comes with the first one.
 
     Args:
         out: the file, or the folder: an existing one, or a name that ends with a slash.
@@ -32,14 +39,7 @@ class Target:
             raise ValueError(
                 f"--out {out!r} must end with {', '.join(FORMATS)}, or with / for a folder with a file for each picture"
             )
-        folder = self.path if self.is_folder else self.path.parent
-        probe = folder / f".{os.getpid()}.tmp"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}") from error
+        check_writable(out, self.is_folder)
 
     def check_size(self, width: int, height: int) -> None:
         """Whether the format holds a picture of this size."""
@@ -51,7 +51,7 @@ class Target:
             )
 
     def save(self, image: Image.Image, name: str = "") -> None:
-        """Write a picture under a temporary name and rename it, so that it is whole or not there.
+        """Write a picture, whole or not at all.
 
         Args:
             image: the picture.
@@ -61,19 +61,21 @@ class Target:
             OSError: if that fails; nothing half-written stays.
         """
         path = self.path / f"{name}{self.suffix}" if self.is_folder else self.path
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         kind, _ = FORMATS[self.suffix]
-        try:
+        with replaced(path) as temporary:
             image.save(temporary, format=kind, **({} if kind == "PNG" else {"quality": 95}))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def file_stems(subjects: list[str]) -> list[str]:
     """The beginnings of file names for captions or classes, all different: their letters and digits, with dashes."""
-    stems = []
+    stems: list[str] = []
     for subject in subjects:
-        stem = re.sub(r"[\W_]+", "-", subject.lower()).strip("-")[:60].strip("-") or "image"
-        stems.append(stem if stem not in stems else f"{stem}-{len(stems) + 1}")
+        stem = shortened(re.sub(r"[\W_]+", "-", subject.lower()).strip("-")).strip("-") or "image"
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(len(stems) + 1)))
+        stems.append(next(name for name in names if name not in stems))
     return stems
+
+
+def shortened(text: str) -> str:
+    """The first letters of a text, as many as a file's name holds: file systems count bytes."""
+    return text[:LONGEST_STEM].encode()[: 3 * LONGEST_STEM].decode(errors="ignore")

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tarflow.common.files import replaced
 from tarflow.evaluation.sampling_speed import METHODS, Speed
 from tarflow.evaluation.training_memory import MODES, TrainingMemory
 from tarflow.evaluation.training_speed import PRECISIONS, TrainingSpeed
+
+
+def check_matplotlib() -> None:
+    """Matplotlib is wanted at the end of long work: whether it is there is asked at the beginning.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is not installed, which the plots need: pip install 'tarflow[evaluation]'")
 
 
 @contextmanager
@@ -24,7 +36,8 @@ def figure(columns: int, title: str, path: Path, width: float = 4) -> Iterator[A
     yield axes[0]
     drawing.suptitle(title, fontsize=8)
     drawing.tight_layout()
-    drawing.savefig(path, dpi=120)
+    with replaced(path) as temporary:
+        drawing.savefig(temporary, dpi=120, format=path.suffix[1:].lower())
     pyplot.close(drawing)
 
 

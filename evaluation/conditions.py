@@ -28,11 +28,13 @@ class Conditions:
         kind: "caption", "label" or "none".
         values: the captions, or labels from 0 on, of some indices.
         summary: what they depend on, as JSON has it.
+        fixed: whether the summary tells them all. Captions of data, which are not read through, may change without it.
     """
 
     kind: str
     values: Callable[[Sequence[int]], list]
     summary: dict[str, Any]
+    fixed: bool = True
 
     def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
         """Keyword arguments of a pipeline's call for these images."""
@@ -83,7 +85,8 @@ def caption_conditions(captions: str, data: DataConfig | None, split: str) -> Co
         lines = all_captions() if captions == "drawings" else read_captions(captions)
         texts, count, digest = lines.__getitem__, len(lines), "\n".join(lines)
     summary = {"kind": "caption", "count": count, "sha256": hashlib.sha256(digest.encode()).hexdigest()}
-    return Conditions("caption", lambda indices: [texts(index % count) for index in indices], summary)
+    fixed = captions != "data" or (data is not None and data.source == "drawings")
+    return Conditions("caption", lambda indices: [texts(index % count) for index in indices], summary, fixed)
 
 
 def read_captions(path: str) -> list[str]:

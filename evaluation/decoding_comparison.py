@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tarflow.common.files import check_writable, replaced, write_text
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_uint8
 from tarflow.evaluation.backbones import Normalize
@@ -108,6 +109,7 @@ def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]
         ValueError: if settings, data and pipeline do not fit.
     """
     out, methods = Path(config.out).expanduser(), available_methods(pipe)
+    check_writable(out, folder=True)
     captions = config.captions
     if captions is None and pipe.flow.config.conditioning == "prefix":
         captions = "data"
@@ -128,11 +130,10 @@ def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]
     for row in rows:
         row["distance"], row["seconds"] = distances.get(row["method"]), seconds[row["method"]]
         row["total_seconds"] = row["seconds"] + sampling
-    out.mkdir(parents=True, exist_ok=True)
-    labelled_rows(samples).save(out / "samples.png")
-    first = {name: torch.cat(batches)[: config.columns] for name, batches in reconstructions.items()}
-    labelled_rows(first).save(out / "reconstructions.png")
     write_tables(config, pipe, rows, extractor, out)
+    save_picture(labelled_rows(samples), out / "samples.png")
+    first = {name: torch.cat(batches)[: config.columns] for name, batches in reconstructions.items()}
+    save_picture(labelled_rows(first), out / "reconstructions.png")
     return rows
 
 
@@ -240,6 +241,12 @@ def labelled_rows(rows: dict[str, Tensor], least: int = 96) -> Image.Image:
     return canvas
 
 
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG file, whole or not at all."""
+    with replaced(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True)
+
+
 def write_tables(
     config: ComparisonConfig, pipe: Any, rows: list[dict[str, Any]], extractor: Extractor | None, out: Path
 ) -> None:
@@ -255,7 +262,7 @@ def write_tables(
         "machine": machine(pipe.flow.device),
         "versions": versions(),
     }
-    (out / "comparison.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "comparison.json", json.dumps(report, indent=2) + "\n")
     names = [name for name in COLUMNS if extractor is not None or name != "distance"]
     titles = [COLUMNS[name] or extractor.metric_name for name in names]
     lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
@@ -268,4 +275,4 @@ def write_tables(
     ]
     lines += [f"Times: medians of {config.repeats}, batches of {min(config.batch_size, config.num)}."]
     lines += [] if warning is None else [warning]
-    (out / "comparison.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "comparison.md", "\n".join(lines) + "\n")

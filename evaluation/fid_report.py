@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tarflow.common.files import write_text
 from tarflow.evaluation.clip_score import clip_score
 from tarflow.evaluation.features import Extractor
 from tarflow.evaluation.generation_record import read_record
@@ -170,8 +170,4 @@ def table(report: dict[str, Any]) -> str:
 
 def write_json(report: dict[str, Any], out: str | Path) -> None:
     """Write a report, whole or not at all."""
-    path = Path(out).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(out, json.dumps(report, indent=2) + "\n")

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from tarflow.common.files import check_writable, write_text
 from tarflow.data.drawings import CLASS_NAMES
 from tarflow.evaluation import flow_pictures as pictures
+from tarflow.evaluation.charts import check_matplotlib
 from tarflow.evaluation.flow_data import points
 from tarflow.evaluation.flow_family import FAMILY
 from tarflow.evaluation.flow_images import ABLATIONS as DIGIT_ABLATIONS
@@ -67,6 +69,8 @@ class FlowComparison:
 def compare_flows(config: FlowComparison) -> Path:
     """Make the runs that are not there yet, then tables and pictures; returns the path of ``flows.md``."""
     folder = Path(config.output).expanduser()
+    check_writable(folder, folder=True)
+    check_matplotlib()
     runs, steps = Runs(folder / "runs"), QUICK if config.quick else LONG
     text = []
     for part in PARTS:
@@ -85,7 +89,7 @@ def compare_flows(config: FlowComparison) -> Path:
         else:
             text += memory_report(memory_by_depth(runs), folder)
     path = folder / "flows.md"
-    path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(text) + "\n")
     return path
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tarflow.common.files import replaced
 from tarflow.evaluation.flow_plane import EXTENT
 from tarflow.evaluation.flow_runs import Result
 
@@ -22,11 +23,12 @@ def save(drawing: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     drawing.tight_layout()
-    drawing.savefig(path, dpi=75)
-    pyplot.close(drawing)
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(PALETTE)
-    small.save(path, optimize=True)
+    with replaced(path) as temporary:
+        drawing.savefig(temporary, dpi=75, format="png")
+        pyplot.close(drawing)
+        with Image.open(temporary) as image:
+            small = image.convert("RGB").quantize(PALETTE)
+        small.save(temporary, format="PNG", optimize=True)
 
 
 def axes_grid(rows: int, columns: int, size: float) -> tuple[Any, Any]:
@@ -103,7 +105,8 @@ def rows_picture(rows: dict[str, Tensor], path: Path, scale: int = 2, columns: i
         top = index * (first.height + 3)
         canvas.paste(image, (label, top))
         pen.text((2, top + first.height / 2), name, fill="black", font=font, anchor="lm")
-    canvas.quantize(PALETTE).save(path, optimize=True)
+    with replaced(path) as temporary:
+        canvas.quantize(PALETTE).save(temporary, format="PNG", optimize=True)
 
 
 def memory_picture(memory: dict[str, dict[str, int]], path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tarflow.common.files import replaced, write_text
+
 #: Numbers for the tables, and tensors for the pictures and for other runs.
 Result = tuple[dict[str, Any], dict[str, Any]]
 
@@ -33,15 +35,15 @@ class Runs:
         """The result of a run: what is there if it was made with the same settings, else what ``make`` gives."""
         path, settings = self.folder / f"{name}.json", json.loads(json.dumps(settings))
         tensors = path.with_suffix(".pt")
-        if path.is_file():
+        if path.is_file() and tensors.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["settings"] == settings:
                 return found["numbers"], torch.load(tensors)
         numbers, made = make()
-        torch.save(made, tensors)
-        temporary = path.with_suffix(".json.tmp")  # written last, so what is there is whole
-        temporary.write_text(json.dumps({"settings": settings, "numbers": numbers}, indent=2) + "\n", encoding="utf-8")
-        temporary.rename(path)
+        path.unlink(missing_ok=True)  # between the two files no earlier settings may stand beside these tensors
+        with replaced(tensors) as temporary:
+            torch.save(made, temporary)
+        write_text(path, json.dumps({"settings": settings, "numbers": numbers}, indent=2) + "\n")
         shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if isinstance(value, float))
         print(f"{name}: {shown}", flush=True)
         return numbers, made

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from tarflow.common.files import check_writable
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.conditions import Conditions, make_conditions
 from tarflow.evaluation.generation_record import (
+    check_conditions,
     check_record,
     read_record,
     refuse_strangers,
@@ -126,6 +128,7 @@ def generate_images(
     """
     if not 0 <= process < processes:
         raise ValueError(f"process must be 0 to {processes - 1}, got {process}")
+    check_writable(config.out, folder=True)
     pipe = load_pipeline(config, device) if pipe is None else pipe
     pipe.check_outputs(config.denoise, "np", config.decoder, config.decoding)
     conditions = make_conditions(
@@ -137,10 +140,11 @@ def generate_images(
         refuse_strangers(out)
     earlier = read_record(out)
     check_record(config, earlier, record)
+    if earlier is not None:
+        check_conditions(out, conditions, earlier["num"], config.batch_size)
     known = earlier or {}
     record["images_per_second"] = known.get("images_per_second")
     if process == 0:
-        out.mkdir(parents=True, exist_ok=True)
         if known.get("num") != config.num or not (out / CONDITIONS).exists():
             write_conditions(out, conditions, config.num, config.batch_size)
         write_record(out, record | {"complete": False})

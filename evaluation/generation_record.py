@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tarflow.common.files import read_json_lines, replaced, write_text
 from tarflow.evaluation.conditions import Conditions
 from tarflow.evaluation.sample_conditions import CONDITIONS
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.vae.codec import weights_hash
 
 RECORD = "generation.json"
+OTHERWISE = "take another folder or remove it"
 
 
 def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> dict[str, Any]:
@@ -90,25 +93,56 @@ def check_record(config: Any, earlier: dict[str, Any] | None, record: dict[str, 
     if reason is None and earlier["num"] != config.num and not grows:
         reason = f"num was {earlier['num']} there and is {config.num} here"
     if reason is not None:
-        raise ValueError(f"{config.out!r} holds images of other settings: {reason}; take another folder or remove it")
+        raise ValueError(f"{config.out!r} holds images of other settings: {reason}; {OTHERWISE}")
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """Write ``generation.json``, whole or not at all."""
     versions = {name: version(name) for name in ("tarflow", "torch", "diffusers", "transformers", "numpy")}
-    temporary = out / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps({**record, "versions": versions}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / RECORD)
+    write_text(out / RECORD, json.dumps({**record, "versions": versions}, indent=1) + "\n")
+
+
+def condition_rows(conditions: Conditions, num: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """What each image is drawn from, as the lines of ``conditions.jsonl`` have it."""
+    for start in range(0, num, batch_size):
+        indices = range(start, min(start + batch_size, num))
+        values = conditions.values(indices) or [None] * len(indices)
+        for index, value in zip(indices, values, strict=True):
+            yield {"index": index} if value is None else {"index": index, conditions.kind: value}
+
+
+def check_conditions(out: Path, conditions: Conditions, num: int, batch_size: int) -> None:
+    """Refuse to go on in a folder whose images were drawn from other conditions, such as captions that were changed since.
+
+    Args:
+        out: the folder, of which a record is there.
+        conditions: as they are now.
+        num: of images that the record is of.
+        batch_size: of conditions that are looked up at once.
+
+    Raises:
+        ValueError: with the first image that differs, or if the folder does not tell.
+    """
+    path = out / CONDITIONS
+    if not path.is_file():
+        if conditions.fixed:
+            return  # the settings, which are compared, say it all
+        raise ValueError(
+            f"{str(out)!r} lacks {CONDITIONS}, so what its images were drawn from is not known: {OTHERWISE}"
+        )
+    there = {row.get("index"): row for _, row in read_json_lines(path) if isinstance(row, dict)}
+    for row in condition_rows(conditions, num, batch_size):
+        index = row["index"]
+        if there.get(index) != row:
+            kind = conditions.kind
+            before, now = there.get(index, {}).get(kind), row.get(kind)
+            raise ValueError(
+                f"image {index} in {str(out)!r} was drawn from the {kind} {before!r}, which now is {now!r}: {OTHERWISE}"
+            )
 
 
 def write_conditions(out: Path, conditions: Conditions, num: int, batch_size: int) -> None:
     """Write each image's caption or label as a line of ``conditions.jsonl``."""
-    temporary = out / f"{CONDITIONS}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        for start in range(0, num, batch_size):
-            indices = range(start, min(start + batch_size, num))
-            values = conditions.values(indices) or [None] * len(indices)
-            for index, value in zip(indices, values, strict=True):
-                row = {"index": index} if value is None else {"index": index, conditions.kind: value}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(out / CONDITIONS)
+    with replaced(out / CONDITIONS) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        for row in condition_rows(conditions, num, batch_size):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

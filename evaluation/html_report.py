@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tarflow.common.files import check_writable, write_text
 from tarflow.evaluation.neighbours import PIXEL_SIDE, Neighbours
 from tarflow.evaluation.report_contents import PIXELS, Contents, Likelihoods, ReportConfig, gather
 from tarflow.evaluation.svg_charts import histogram, line_chart
@@ -80,11 +81,8 @@ def write_report(config: ReportConfig, device: str | torch.device = "cpu") -> Pa
     path = Path(config.out).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"out must be the name of an .html file, got {config.out!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = render(gather(config, device))
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    check_writable(path)
+    write_text(path, render(gather(config, device)))
     return path
 
 

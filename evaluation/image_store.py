@@ -13,6 +13,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from tarflow.common.files import replaced
+
 #: Images in a folder: file systems are slow with many more.
 FOLDER_SIZE = 1000
 WRITERS = min(8, os.cpu_count() or 1)
@@ -41,16 +43,12 @@ class PngStore:
         Raises:
             OSError: if one cannot be written.
         """
-        for folder in {self.path(index).parent for index in indices}:
-            folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(self._write_one, indices, images))
 
     def _write_one(self, index: int, image: np.ndarray) -> None:
-        path = self.path(index)
-        temporary = path.with_suffix(".tmp")
-        Image.fromarray(image).save(temporary, format="PNG")
-        temporary.replace(path)
+        with replaced(self.path(index)) as temporary:
+            Image.fromarray(image).save(temporary, format="PNG")
 
     def finish(self, chunks: list[range], labels: Iterator[list[int]] | None) -> None:
         """Nothing is left to do."""
@@ -79,11 +77,8 @@ class NpzStore:
         Raises:
             OSError: if they cannot be written.
         """
-        self.parts.mkdir(parents=True, exist_ok=True)
-        temporary = self.path(indices).with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        with replaced(self.path(indices)) as temporary, temporary.open("wb") as file:
             np.save(file, images)
-        temporary.replace(self.path(indices))
 
     def finish(self, chunks: list[range], labels: Iterator[list[int]] | None) -> None:
         """Join all parts, one after the other in memory, and remove them.
@@ -93,9 +88,11 @@ class NpzStore:
             labels: of each chunk, for ``arr_1``; None without classes.
         """
         if not self.images.exists():
-            temporary = self.images.with_suffix(".tmp")
             num = chunks[-1].stop
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            with (
+                replaced(self.images) as temporary,
+                zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            ):
                 first = np.load(self.path(chunks[0]), mmap_mode="r")
                 with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                     write_header(file, "|u1", (num, *first.shape[1:]))
@@ -106,7 +103,6 @@ class NpzStore:
                         write_header(file, "<i8", (num,))
                         for part in labels:
                             file.write(np.asarray(part, dtype="<i8").tobytes())
-            temporary.replace(self.images)
         shutil.rmtree(self.parts, ignore_errors=True)
 
 

@@ -143,6 +143,9 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
         extractor = load_extractor(config.extractor, config.extractor_weights, device, config.extractor_normalize)
     gen = generation_of(config, images)
     pipe = load_pipeline(gen, device)
+    # Data may have captions that the model, one of classes, does not take.
+    if gen.captions is None and pipe.flow.config.conditioning == "prefix" and images[gen.split].has_captions:
+        gen = dataclasses.replace(gen, captions="data")
     conditions = make_conditions(pipe, gen.seed, gen.labels, None, gen.captions, gen.data, gen.split)
     likelihoods = all_likelihoods(config, pipe, images) if config.likelihood_images else None
     samples = draw(config, gen, pipe, conditions)
@@ -171,10 +174,7 @@ def generation_of(config: ReportConfig, images: dict[str, Images]) -> Generation
     names = (*names, "denoise", "decoder")
     options = {name: getattr(config, name) for name in names}
     split = "validation" if len(images["validation"]) else "train"
-    captions = config.captions
-    if captions is None and images[split].has_captions and config.labels is None:
-        captions = "data"
-    return GenerationConfig(**options, num=config.samples, captions=captions, data=config.data, split=split)
+    return GenerationConfig(**options, num=config.samples, captions=config.captions, data=config.data, split=split)
 
 
 def draw(config: ReportConfig, gen: GenerationConfig, pipe: Any, conditions: Conditions) -> Tensor:

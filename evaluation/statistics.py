@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tarflow.common.files import replaced
 from tarflow.evaluation.conversions import notes_of
 from tarflow.evaluation.features import Extractor
 from tarflow.evaluation.image_sets import ImageSet
@@ -127,7 +127,6 @@ class Statistics:
     def save(self, folder: str | Path) -> None:
         """Write ``moments.safetensors`` and ``features.safetensors``, each whole or not at all."""
         folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"format": FORMAT, "extractor": self.extractor, "fingerprint": self.fingerprint, **self.about()}
         if self.features is None:
             (folder / FEATURES).unlink(missing_ok=True)
@@ -175,13 +174,9 @@ def fingerprint_of(extractor: dict[str, str], data: str) -> str:
 
 
 def write(tensors: dict[str, Tensor], about: dict[str, Any], path: Path) -> None:
-    """Write to another name first, so that a file of this name is always whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write a file, whole or not at all."""
+    with replaced(path) as temporary:
         save_file(tensors, temporary, {"statistics": json.dumps(about)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 
+from tarflow.common.files import check_writable, write_text
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.conditions import make_conditions
-from tarflow.evaluation.decoding_comparison import labelled_rows
+from tarflow.evaluation.decoding_comparison import labelled_rows, save_picture
 from tarflow.evaluation.generation import image_seed
 from tarflow.evaluation.machine import machine
 from tarflow.evaluation.student_error import exact_samples
@@ -88,6 +89,8 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     Raises:
         ValueError: if settings and pipeline do not fit.
     """
+    out = Path(config.out).expanduser()
+    check_writable(out, folder=True)
     pipe.check_outputs(None, "pt", None, STUDENT)
     pipe.check_student()
     pipe.student.to(getattr(torch, config.student_dtype))
@@ -124,12 +127,10 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
         "settings": dataclasses.asdict(config),
         "machine": machine(pipe.flow.device),
     }
-    out = Path(config.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    write_tables(report, pipe, out)
     rows = {name: call(config.columns, name, output_type="pt") for name in (config.decoding, STUDENT)}
     rows = {name: (images.cpu() * 255).round().to(torch.uint8) for name, images in rows.items()}
-    labelled_rows({"flow": rows[config.decoding], "student": rows[STUDENT]}).save(out / "samples.png")
-    write_tables(report, pipe, out)
+    save_picture(labelled_rows({"flow": rows[config.decoding], "student": rows[STUDENT]}), out / "samples.png")
     return report
 
 
@@ -153,7 +154,7 @@ def timed(ways: dict[str, Callable[[], Any]], batch: int, repeats: int, device: 
 
 def write_tables(report: dict[str, Any], pipe: Any, out: Path) -> None:
     """Write ``student.json`` and ``student.md``."""
-    (out / "student.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "student.json", json.dumps(report, indent=2) + "\n")
     size = pipe.flow.config.sample_size // pipe.flow.config.patch_size
     lines = [f"| batch | timed | flow, {report['settings']['decoding']}, images/s | student, images/s | ratio |"]
     lines += ["| --- | --- | --- | --- | --- |"]
@@ -166,4 +167,4 @@ def write_tables(report: dict[str, Any], pipe: Any, out: Path) -> None:
     lines += ["", "| mean error of the samples | after each block, data to noise |", "| --- | --- |"]
     after = ", ".join(f"{error:.3g}" for error in report["errors"][1:])
     lines.append(f"| {report['errors'][0]:.3g} | {after} |")
-    (out / "student.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "student.md", "\n".join(lines) + "\n")

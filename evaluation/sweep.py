@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import hashlib
 import itertools
 import json
 import shutil
@@ -15,11 +15,14 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from tarflow.common.files import check_writable, write_text
 from tarflow.data.latents import file_hash
+from tarflow.evaluation.charts import check_matplotlib
+from tarflow.evaluation.conditions import make_conditions
 from tarflow.evaluation.features import INCEPTION, load_extractor
 from tarflow.evaluation.fid_report import evaluate, reference_statistics
 from tarflow.evaluation.generation import GenerationConfig, generate_images, load_pipeline
-from tarflow.evaluation.generation_record import pipeline_hash
+from tarflow.evaluation.generation_record import condition_rows, pipeline_hash
 from tarflow.evaluation.image_sets import open_images
 from tarflow.evaluation.metrics import Metric
 from tarflow.evaluation.processes import process_and_count
@@ -117,12 +120,13 @@ def run_sweep(
         ValueError: if settings do not fit the model or each other, or the folder holds another sweep.
         OSError: if the pipeline cannot be loaded, or a file cannot be written.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed, which the plots need: pip install 'tarflow[evaluation]'")
+    check_matplotlib()
     out = Path(config.gen.out).expanduser()
+    check_writable(out, folder=True)
     pipe = load_pipeline(config.gen, device)
+    fixed = fixed_settings(config, pipe)
     wanted = unique([resolved(values, pipe) for values in config.combinations()])
-    rows = read_rows(out, fixed_settings(config, pipe))
+    rows = read_rows(out, fixed)
     measure = make_measure(config, device) if measure is None else measure
     show = tqdm.write if process == 0 else lambda _: None
     for number, settings in enumerate(wanted, start=1):
@@ -137,7 +141,7 @@ def run_sweep(
         rows.append({"settings": settings, "metrics": measure(folder), "images_per_second": speed})
         rows.sort(key=lambda row: wanted.index(row["settings"]) if row["settings"] in wanted else len(wanted))
         if process == 0:
-            write_rows(out, fixed_settings(config, pipe), rows)
+            write_rows(out, fixed, rows)
             write_tables(rows, out, config.rank)
             if not config.keep_images:
                 shutil.rmtree(folder)
@@ -167,7 +171,17 @@ def fixed_settings(config: SweepConfig, pipe: Any) -> dict[str, Any]:
     measured = {name: getattr(config, name) for name in names}
     if config.ref is not None and (moments := Path(config.ref).expanduser() / MOMENTS).is_file():
         measured["ref"] = file_hash(moments)
+    measured["conditions"] = conditions_hash(config.gen, pipe)
     return json.loads(json.dumps({"pipeline": pipeline_hash(pipe), **gen, **measured}))
+
+
+def conditions_hash(gen: GenerationConfig, pipe: Any) -> str:
+    """SHA-256 of what all images are drawn from, as captions of data may change under the same settings."""
+    conditions = make_conditions(pipe, gen.seed, gen.labels, gen.label_counts, gen.captions, gen.data, gen.split)
+    digest = hashlib.sha256()
+    for row in condition_rows(conditions, gen.num, gen.batch_size):
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def make_measure(config: SweepConfig, device: str | torch.device) -> Measure:
@@ -214,9 +228,11 @@ def read_rows(out: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
     if not (out / FIXED).exists() or not (out / ROWS).exists():
         return []
     there = json.loads((out / FIXED).read_text(encoding="utf-8"))
+    there.setdefault("conditions", fixed["conditions"])  # of which sweeps of earlier versions do not tell
+    said = {"pipeline": "the pipeline is another one", "conditions": "the captions or labels were others"}
     for name, here in fixed.items():
         if there.get(name) != here:
-            what = "the pipeline is another one" if name == "pipeline" else f"{name} was {there.get(name)!r}"
+            what = said.get(name, f"{name} was {there.get(name)!r}")
             raise ValueError(f"{str(out)!r} holds another sweep: {what}; take another folder or remove it")
     rows = [json.loads(line) for line in (out / ROWS).read_text(encoding="utf-8").splitlines()]
     # Rows of earlier versions name no decoder.
@@ -229,6 +245,4 @@ def write_rows(out: Path, fixed: dict[str, Any], rows: list[dict[str, Any]]) -> 
         (FIXED, json.dumps(fixed, indent=1) + "\n"),
         (ROWS, "".join(json.dumps(row) + "\n" for row in rows)),
     ):
-        temporary = out / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out / name)
+        write_text(out / name, text)

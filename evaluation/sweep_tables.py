@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tarflow.common.files import replaced, write_text
 from tarflow.evaluation.charts import figure
 
 SWEPT = ("guidance_scale", "denoise", "decoder", "noise_std", "decoding")
@@ -72,11 +73,11 @@ def write_tables(rows: list[dict[str, Any]], out: Path, rank: str | None = None)
     """Write ``sweep.csv``, ``sweep.md``, ``guidance.png`` and ``speed.png``, with the best row marked in all of them."""
     best, names = best_row(rows, rank), metric_names(rows)
     header = [*SWEPT, "images_per_second", *names]
-    with (out / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+    with replaced(out / "sweep.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*header, "best"])
         writer.writerows([*cells(row, names), "best" if i == best else ""] for i, row in enumerate(rows))
-    (out / "sweep.md").write_text(markdown(rows, header, names, best, rank), encoding="utf-8")
+    write_text(out / "sweep.md", markdown(rows, header, names, best, rank))
     shown = [name for name in names if not name.endswith("_std")]
     if shown:
         plot_guidance(rows, shown, best, out / "guidance.png")

@@ -34,6 +34,8 @@ from typing import Any
 import torch
 
 from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable, write_text
 from tarflow.evaluation import charts
 from tarflow.evaluation.machine import machine, product_speed
 from tarflow.evaluation.random_models import random_model, shape_of
@@ -43,7 +45,6 @@ from tarflow.evaluation.training_speed import PRECISIONS, VARIANTS, best, compar
 from tarflow.flows.guidance import Guidance
 from tarflow.pipeline.conversion import DTYPES
 from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import fail
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,10 +85,24 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--output", default="runs/benchmark", help="folder of the JSON file and the picture")
         command.set_defaults(run=run)
     arguments = parser.parse_args(argv)
-    try:
+    with ending():
+        check_numbers(arguments)
+        check_writable(arguments.output, folder=True)
+        charts.check_matplotlib()
         arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        fail(error)
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Counts are at least 1.
+
+    Raises:
+        ValueError: that names the option.
+    """
+    for name in ("batches", "repeats", "steps", "batch", "blocks", "layers", "width", "sample_size"):
+        values = getattr(arguments, name, 1)
+        smallest = min(values) if isinstance(values, list) else values
+        if smallest < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {smallest}")
 
 
 def header(arguments: argparse.Namespace, **facts: Any) -> dict[str, Any]:
@@ -97,10 +112,8 @@ def header(arguments: argparse.Namespace, **facts: Any) -> dict[str, Any]:
 
 def write(arguments: argparse.Namespace, result: dict[str, Any]) -> Path:
     """Write a command's JSON file; returns the path of its picture."""
-    folder = Path(arguments.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{arguments.command}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = Path(arguments.output).expanduser() / f"{arguments.command}.json"
+    write_text(path, json.dumps(result, indent=2) + "\n")
     print(f"\n{path}")
     return path.with_suffix(".png")
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
+from tarflow.common.command import ending
 from tarflow.evaluation.reference import check_folder
-from tarflow.training.arguments import fail
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,10 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     failed = False
     for folder in parser.parse_args(argv).folders:
         print(folder)
-        try:
+        with ending():
             comparisons = check_folder(folder)
-        except ValueError as error:
-            fail(error)
         for comparison in comparisons:
             verdict = "ok" if comparison.passed else "FAILED"
             print(f"  {comparison.name:<44} {comparison.error:.1e}  (limit {comparison.limit:.1e})  {verdict}")

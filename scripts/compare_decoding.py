@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable
 from tarflow.evaluation.decoding_comparison import ComparisonConfig, compare_decoding
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.arguments import parse_dataclass
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ending():
         config, _ = parse_dataclass(ComparisonConfig, argv, __doc__)
+        check_writable(config.out, folder=True)
         compare_decoding(config, open_pipeline(config.pipeline))
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(ValueError(" ".join(str(error).split())))
     print((Path(config.out).expanduser() / "comparison.md").read_text(encoding="utf-8"))
 
 

@@ -10,16 +10,15 @@ are made of all. ``pip install 'tarflow[family]'`` brings scikit-learn, and zuko
 
 from __future__ import annotations
 
+from tarflow.common.command import ending
 from tarflow.evaluation.flow_comparison import FlowComparison, compare_flows
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.arguments import parse_dataclass
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ending():
         config, _ = parse_dataclass(FlowComparison, argv, __doc__)
         path = compare_flows(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(ValueError(" ".join(str(error).split())))
     print(path.read_text(encoding="utf-8"))
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 
+from tarflow.common.command import ending
 from tarflow.pipeline.conversion import DTYPES, LICENCE_NOTE, convert_checkpoint
-from tarflow.training.arguments import fail
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,10 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         type=float,
         help="of the training noise, if neither the config nor the end of the file name (…_0.07.pth) says it",
     )
-    try:
+    with ending():
         output = convert_checkpoint(**vars(parser.parse_args(argv)))
-    except (ValueError, OSError) as error:
-        fail(error)
     print(f"{output}\n\n{LICENCE_NOTE}")
 
 

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, to_uint8
-from tarflow.evaluation.decoding_comparison import labelled_rows
+from tarflow.evaluation.charts import check_matplotlib
+from tarflow.evaluation.decoding_comparison import labelled_rows, save_picture
 from tarflow.evaluation.out_of_distribution import detect, detection_chart
 from tarflow.evaluation.subset import Subset, spread
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.arguments import parse_dataclass
 
 Rows = dict[str, Tensor]  # uint8 pictures (N, 3, H, W) by the row's name
 
@@ -61,6 +64,8 @@ class ExactFlowConfig:
     def __post_init__(self) -> None:
         if self.num < 2:
             raise ValueError(f"num must be at least 2, got {self.num}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.tool == "ood" and self.outside is None:
             raise ValueError("the tool 'ood' needs pictures of another kind: give --outside.source and --outside.path")
 
@@ -208,7 +213,7 @@ def out_of_distribution(config: ExactFlowConfig, pipe: Any) -> None:
         print(f"{one.name}: AUC {one.auc:.4f} ({counts}; {means})")
     names = tuple(part.source if part.path is None else Path(part.path).stem for part in (config.data, config.outside))
     title = f"{config.pipeline}: {names[0]} (its own kind) and {names[1]}"
-    detection_chart(detections, names, title, Path(config.out).expanduser())
+    detection_chart(detections, names, title, Path(config.out))
 
 
 TOOLS: dict[str, Callable[[ExactFlowConfig, Any], Rows]] = {
@@ -224,15 +229,18 @@ TOOLS: dict[str, Callable[[ExactFlowConfig, Any], Rows]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ending():
         config, _ = parse_dataclass(ExactFlowConfig, argv, __doc__)
+        if Path(config.out).suffix.lower() != ".png":
+            raise ValueError(f"out must be the name of a .png file, got {config.out!r}")
+        check_writable(config.out)
+        if config.tool == "ood":
+            check_matplotlib()
         pipe = open_pipeline(config.pipeline)
         if config.tool == "ood":
             out_of_distribution(config, pipe)
         else:
-            labelled_rows(TOOLS[config.tool](config, pipe), least=64).save(Path(config.out).expanduser(), optimize=True)
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(error)
+            save_picture(labelled_rows(TOOLS[config.tool](config, pipe), least=64), Path(config.out))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tarflow.pipeline.folder import own_folder, written_into
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable, write_json
+from tarflow.pipeline.folder import INDEX, own_folder, written_into
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import fail
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -31,6 +32,7 @@ def export(pipeline: str, output: str, dtype: torch.dtype) -> int:
         OSError: if a file cannot be written.
     """
     target = own_folder(pipeline, output)
+    check_writable(target, folder=True)
     pipe = open_pipeline(pipeline, "cpu")
     for name in ("flow", "vae", "finetuned_decoder"):
         module = getattr(pipe, name)
@@ -44,10 +46,10 @@ def export(pipeline: str, output: str, dtype: torch.dtype) -> int:
 
 def forget_paths(folder: Path) -> None:
     """Take out of the settings where the parts were loaded from, which says nothing on other machines."""
-    for file in folder.rglob("*.json"):
+    for file in [*folder.glob(INDEX), *folder.glob("*/config.json")]:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(file, settings)
 
 
 def rounded(module: nn.Module, name: str, dtype: torch.dtype) -> None:
@@ -66,10 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     args = parser.parse_args(argv)
-    try:
+    with ending():
         size = export(args.pipeline, args.output, getattr(torch, args.dtype))
-    except (ValueError, OSError) as error:
-        fail(error)
     print(f"{args.output}: {size / 1e6:.1f} MB")
 
 

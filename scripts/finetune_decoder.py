@@ -10,15 +10,14 @@ checkpoint.
 
 from __future__ import annotations
 
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.common.command import ending
+from tarflow.training.arguments import parse_dataclass
 from tarflow.training.decoder import DecoderConfig, finetune_decoder
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ending():
         finetune_decoder(*parse_dataclass(DecoderConfig, argv, __doc__))
-    except (ValueError, OSError) as error:
-        fail(error)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable, write_text
 from tarflow.evaluation import gpu_checks
 from tarflow.evaluation.gpu_checks import require
 from tarflow.pipeline.device import best_device
@@ -120,8 +122,14 @@ def main(argv: list[str] | None = None) -> None:
     device = best_device()
     if device != "cuda" and not arguments.small:
         parser.exit(2, "error: no CUDA device here; --small runs the script itself on any machine\n")
-    folder = Path(arguments.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(arguments.output).expanduser()
+    with ending():
+        check_writable(folder, folder=True)
+        run_checks(arguments, device, folder)
+
+
+def run_checks(arguments: argparse.Namespace, device: str, folder: Path) -> None:
+    """Run the wanted checks and write what they found after each; the exit status is 1 if one failed."""
     name = torch.cuda.get_device_name() if device == "cuda" else device
     report: dict[str, Any] = {"device": name, "torch": torch.__version__, "small": arguments.small, "checks": {}}
     chosen = {title: check for title, check in CHECKS.items() if title in arguments.only}
@@ -130,8 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         deadline += arguments.minutes * 60 * share / whole
         entry = report["checks"][title] = outcome(check, device, arguments.small, deadline)
         print(f"{title}: {entry['state']} ({entry['seconds']:.0f} s)", flush=True)
-        (folder / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (folder / "gpu_check.md").write_text(markdown(report), encoding="utf-8")
+        write_text(folder / "gpu_check.json", json.dumps(report, indent=2) + "\n")
+        write_text(folder / "gpu_check.md", markdown(report))
     raise SystemExit(int(any(entry["state"] in ("failed", "no time left") for entry in report["checks"].values())))
 
 

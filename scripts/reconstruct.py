@@ -17,12 +17,13 @@ import torch
 from torchvision.io import write_png
 from tqdm.auto import tqdm
 
-from tarflow import TARFlowPipeline
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model, to_uint8
 from tarflow.evaluation.subset import evenly
-from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.pipeline.opening import open_pipeline
+from tarflow.training.arguments import parse_dataclass
 from tarflow.training.batches import read_batch
 
 
@@ -31,7 +32,7 @@ class ReconstructConfig:
     """What to reconstruct.
 
     Attributes:
-        pipeline: folder or hub id.
+        pipeline: folder, shipped name or hub id.
         data: the pictures.
         split: "train" or "validation".
         num: how many pictures; None takes all.
@@ -64,7 +65,8 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
         raise ValueError(
             f"{config.out!r} holds pictures already, which would be mixed: remove them or give another --out"
         )
-    pipe = TARFlowPipeline.from_pretrained(config.pipeline).to(best_device())
+    check_writable(config.out, folder=True)
+    pipe = open_pipeline(config.pipeline)
     if pipe.vae is None:
         raise ValueError(f"the pipeline {config.pipeline!r} models pixels: it has no autoencoder")
     images = Images(config.data, config.split)
@@ -88,11 +90,9 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ending():
         config, _ = parse_dataclass(ReconstructConfig, argv, __doc__)
         count, ratio = reconstruct(config)
-    except (ValueError, OSError) as error:
-        fail(error)
     print(f"{count} pictures and their reconstructions, {ratio:.2f} dB, are in {config.out}")
 
 

@@ -8,18 +8,17 @@ The file needs no network and no scripts. The data must be what the model was tr
 
 from __future__ import annotations
 
+from tarflow.common.command import ending
 from tarflow.evaluation.html_report import write_report
 from tarflow.evaluation.report_contents import ReportConfig
 from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.arguments import parse_dataclass
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ending():
         config, _ = parse_dataclass(ReportConfig, argv, __doc__)
         path = write_report(config, best_device())
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(ValueError(" ".join(str(error).split())))
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 

@@ -11,11 +11,12 @@ import argparse
 import contextlib
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable, replaced
 from tarflow.demo.page import build, start
 from tarflow.pipeline.opening import open_pipeline
 
@@ -91,14 +92,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--height", type=int, default=860)
     parser.add_argument("--out", type=Path, default=Path("docs/demo.png"))
     options = parser.parse_args(argv)
-    try:
+    with ending():
+        check_writable(options.out)
         app = start(build(open_pipeline(options.pipeline)), "127.0.0.1", free_port())
         with opened(app.local_url, options.width, options.height) as page:
             draw(page, options.prompt, options.seed, options.images)
-            page.screenshot(path=options.out)
+            with replaced(options.out) as temporary:
+                page.screenshot(path=temporary, type="png")
         app.close(verbose=False)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     print(f"wrote {options.out}")
 
 

@@ -15,18 +15,17 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from tarflow.common.command import ending
 from tarflow.evaluation.sweep import SweepConfig, run_sweep
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.training.arguments import parse_dataclass
 from tarflow.training.parallel import TIMEOUT, processes_on_cpus
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ending():
         config, _ = parse_dataclass(SweepConfig, argv, __doc__)
         state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
         run_sweep(config, None, state.process_index, state.num_processes, state.device, state.wait_for_everyone)
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(ValueError(" ".join(str(error).split())))
     if state.is_main_process:
         print((Path(config.gen.out).expanduser() / "sweep.md").read_text(encoding="utf-8"))
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.common.command import ending
+from tarflow.training.arguments import parse_dataclass
 from tarflow.training.autoencoder import AutoencoderTrainer
 from tarflow.training.autoencoder_config import TrainVaeConfig
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    try:
+    with ending():
         config, resolved = parse_dataclass(TrainVaeConfig, argv, __doc__)
         return AutoencoderTrainer(config, resolved).run()
-    except (ValueError, OSError) as error:
-        fail(error)
-        raise
 
 
 if __name__ == "__main__":

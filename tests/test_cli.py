@@ -64,6 +64,12 @@ class TestGenerate:
         assert Image.open(tmp_path / "grid.webp").size == (3 * 16, 2 * 24)
         assert len(list(tmp_path.glob("gas-pump-s0-*.png"))) == len(list(tmp_path.glob("1-s0-*.png"))) == 3
 
+    def test_captions_of_one_file_name(self, pipelines: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        out = ("--out", f"{tmp_path}/new folder/", "--seed", "1", "--num", "2")
+        generate(pipelines, "captions", "a red ring", "a red ring 3", "a red ring", "𠀀" * 99, *out)
+        assert "8 pictures" in capsys.readouterr().out
+        assert len(list((tmp_path / "new folder").iterdir())) == 8
+
     def test_batches_without_conditions(self, pipelines: Path, tmp_path: Path) -> None:
         pipe_arguments = ("--num", "35", "--seed", "0", "--decode-with", "none", "--out", f"{tmp_path}/x.jpg")
         generate(pipelines, "pixels", *pipe_arguments)  # of 4 × 4 pixels, 32 at once
@@ -90,7 +96,8 @@ BAD = [
     ("captions", ["a", "--decode-with", "learned"], "has no learned denoiser"),
     ("captions", ["a", "--device", "abacus"], "cannot use the device 'abacus'"),
     ("captions", ["a", "--out", "x.gif"], "'x.gif' must end with .png, .jpg, .jpeg, .webp, or with /"),
-    ("captions", ["a", "--out", f"{__file__}/x.png"], "cannot write to"),
+    ("captions", ["a", "--out", f"{__file__}/x.png"], "is a file and no folder"),
+    ("captions", ["a", "--out", ""], "the name of a file or folder to write is empty"),
     ("captions", ["a", "--nun", "3"], "unrecognized arguments: --nun 3"),
     ("classes", ["a"], "takes no captions: give --class, tench, church, gas pump (or 0 to 2)"),
     ("classes", [], "draws classes: give --class, tench"),
@@ -225,6 +232,9 @@ def test_shipped_pipelines(tmp_path: Path, capsys: pytest.CaptureFixture, monkey
 def test_file_names_differ() -> None:
     assert file_stems(["A red apple!", "a red apple", "絵", "…"]) == ["a-red-apple", "a-red-apple-2", "絵", "image"]
     assert len(file_stems(["x" * 500])[0]) == 60
+    many = ["a red heart", "a red heart 3", "a red heart", "A RED HEART", "a red heart 2"]
+    assert len(set(file_stems(many))) == 5
+    assert all(len(stem.encode()) <= 180 for stem in file_stems(["絵" * 99, "𠀀" * 99, "é" * 99]))
 
 
 def test_every_configuration_ships() -> None:

@@ -174,6 +174,13 @@ def test_class_labels_without_captions_logs_and_likelihoods(tmp_path: Path) -> N
     assert [image["alt"] for image in page.images[:3]] == ["sample 0: tench", "sample 1: church", "sample 2: gas pump"]
 
 
+def test_classes_of_data_that_has_captions_too(tmp_path: Path) -> None:
+    make_pipeline("class_prefix").save_pretrained(tmp_path / "pipeline")
+    path = write_report(config_of(tmp_path / "pipeline", tmp_path / "report.html", likelihood_images=0, samples=3))
+    page = Page(path.read_text(encoding="utf-8"))
+    assert [image["alt"] for image in page.images[:3]] == ["sample 0: tench", "sample 1: church", "sample 2: gas pump"]
+
+
 def test_copies_are_found_and_training_pictures_do_not_find_themselves() -> None:
     images = Subset(Images(DataConfig(image_size=32)), range(20))
     own = torch.tensor([0, 5, 9, 19])
