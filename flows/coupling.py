@@ -17,6 +17,7 @@ from tarflow.flows.decoding import BlockRun
 from tarflow.flows.groups import seen_group
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.mixing import ChannelMixing
+from tarflow.flows.prepared import at_hand
 
 
 class CouplingBlock(FlowBlock):
@@ -94,7 +95,8 @@ class CouplingBlock(FlowBlock):
         log_det = z.new_zeros(len(z))
         for part in (self.mixing, self.actnorm):
             if part is not None:
-                z, part_log_det = part.inverse(z)
+                with at_hand(part):
+                    z, part_log_det = part.inverse(z)
                 log_det = log_det + part_log_det
         return z, log_det
 
@@ -109,7 +111,8 @@ class CouplingBlock(FlowBlock):
         """Shift and log-scale of all tokens, (B, T, C) both; zeros for the seen group, on which they depend."""
         tokens, config = at_least_float32(tokens), self.config
         seen = seen_group(grid, config.groups, config.swapped, tokens.device)[:, None]  # (T, 1)
-        hidden = tokens.new_zeros(1) if self.start_token is None else self.start_token.to(tokens.dtype)
+        with at_hand(self):
+            hidden = tokens.new_zeros(1) if self.start_token is None else self.start_token.to(tokens)
         inputs = torch.where(seen, tokens, hidden)
         run = BlockRun(self, len(tokens), grid, cond, null_cond, guidance, cached=False)
         raw = self.affine_parameters(run.doubled(inputs), 0, run.context, None, run.temperature)

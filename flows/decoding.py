@@ -15,6 +15,7 @@ from torch import Tensor
 from tarflow.flows.affine import affine_forward
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.order import reorder
+from tarflow.flows.prepared import at_hand, compute_device, compute_dtype
 
 METHODS = ("auto", "sequential", "jacobi", "gs_jacobi", "parallel")
 #: Samples agree with sequential ones to 1e-3 with the default tolerance, and to 0.1 with the fast one.
@@ -78,7 +79,7 @@ class BlockRun:
         self.block, self.batch, self.num_tokens = block, batch, grid[0] * grid[1]
         guided = guidance is not None and guidance.active
         self.guidance = guidance if guided and (block.sees_condition or guidance.temperature != 1) else None
-        device, dtype = block.proj_in.weight.device, block.proj_in.weight.dtype
+        device, dtype = compute_device(block.proj_in), compute_dtype(block.proj_in)
         rows, self.temperature = batch, None
         if self.guidance is not None:
             rows = 2 * batch
@@ -89,9 +90,12 @@ class BlockRun:
                     rows, 1, 1, 1, device=device, dtype=torch.promote_types(dtype, torch.float32)
                 )
                 self.temperature[batch:] = guidance.temperature
-        self.context = block.context(cond if block.sees_condition else None, grid)
+        with at_hand(block):
+            self.context = block.context(cond if block.sees_condition else None, grid)
+            #: What stands before token 0, (C,), or None.
+            self.start_token = None if block.start_token is None else block.start_token.to(device)
         #: The first token that is made; without a start token, token 0 passes unchanged.
-        self.first = 0 if block.start_token is not None else 1
+        self.first = 0 if self.start_token is not None else 1
         self.cache = None
         if cached:
             slots = self.context.prefix_length + self.num_tokens
@@ -102,7 +106,7 @@ class BlockRun:
         """What sits in the slots of tokens start … end − 1, (B, end − start, C): the tokens before them."""
         if start > 0:
             return x[:, start - 1 : end - 1]
-        first = self.block.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
+        first = self.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
         return torch.cat([first, x[:, : end - 1]], dim=1)
 
     def doubled(self, inputs: Tensor) -> Tensor:
@@ -156,7 +160,7 @@ def check_method(decoding: Decoding, one_pass: bool) -> None:
 def expand_rows(cond: Tensor | None, block: Any, batch: int) -> Tensor:
     """A block's condition with one row per sample; class vectors without a label take the "no class" row."""
     if cond is None:
-        return torch.full((batch,), block.config.num_classes, device=block.proj_in.weight.device)
+        return torch.full((batch,), block.config.num_classes, device=compute_device(block.proj_in))
     return cond.expand(batch, *cond.shape[1:])
 
 

@@ -17,7 +17,7 @@ from tarflow.flows.decoding import BlockRun, check_finite
 from tarflow.flows.likelihood import block_affine, check_autoregressive, log_prob, prior_log_prob
 from tarflow.flows.order import reorder
 from tarflow.flows.sequential import fitting_threads
-from tarflow.flows.step import DecodeStep
+from tarflow.flows.step import decode_step
 
 PATHS = ("spherical", "linear")
 
@@ -151,10 +151,10 @@ class HeldFlow:
         """One block, with known tokens from the reference (B, T, D): x and log-scales (B, T, D), row-major."""
         order = block.config.order
         run = BlockRun(block, len(z), self.grid, self.condition, None, None)
-        step = DecodeStep(block, run.context, run.cache)
+        step = decode_step(block, run.context, run.cache)
         hole, known = reorder(self.hole, order).unbind(1), reorder(reference, order).unbind(1)
         made, log_scales = [], []
-        previous = None if run.first else block.start_token.to(z.dtype).expand(len(z), -1)
+        previous = None if run.first else run.start_token.to(z.dtype).expand(len(z), -1)
         with fitting_threads(len(z), z.device):
             for token, target in enumerate(at_least_float32(reorder(z, order)).unbind(1)):
                 if token < run.first:  # without a start token, token 0 passes unchanged

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from tarflow.flows.decoding import BlockRun
-from tarflow.flows.step import StaticStep
+from tarflow.flows.prepared import may_prepare, state_of
+from tarflow.flows.step import ModuleStep, StaticStep
 
+logger = logging.get_logger(__name__)
+
+NOT_COMPILED = (
+    "Decode steps are not compiled for blocks with hooks, quantized or parametrized weights, or adapters other than plain "
+    "LoRA in float32: these blocks go through their modules, which is right but slower. Fuse the adapters or remove the "
+    "hooks, or leave enable_fast_decoding out."
+)
 #: Calls before a CUDA graph is captured: compilation and the libraries' own warm-up are then over.
 WARM_UP_CALLS = 3
 
@@ -35,6 +44,7 @@ class FastStep:
 
     def start(self, run: BlockRun) -> None:
         """Begin a sequence whose prefix is in the run's cache."""
+        self.step.refresh()
         self.step.load(run.context, run.cache, run.temperature)
         self.position.fill_(self.step.cache.length)
         if self.captures and self.graph is None:
@@ -77,11 +87,15 @@ class FastSteps:
         self.backend = backend
         self.steps: dict[tuple, tuple[tuple, FastStep]] = {}
 
-    def get(self, run: BlockRun) -> FastStep:
-        """The step of a run's block and shape, ready for its sequence. Made anew if the block's weights have changed."""
+    def get(self, run: BlockRun) -> FastStep | ModuleStep:
+        """The step of a run's block and shape, ready for its sequence. Made anew if the block has other weights or
+        adapters; not compiled where something acts on the block's modules, with a warning."""
+        if not may_prepare(run.block):
+            logger.warning_once(NOT_COMPILED)
+            return ModuleStep(run.block, run.context, run.cache, run.temperature)
         block, shape = run.block, tuple(run.cache.keys_values.shape)
         key = (id(block), shape, run.context.prefix_length, run.cache.keys_values.dtype, run.temperature is None)
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in block.parameters())
+        weights = state_of(block)
         if key not in self.steps or self.steps[key][0] != weights:
             cache = block.new_cache(shape[1], run.cache.capacity, run.cache.keys_values.dtype)
             cache.keys_values.zero_()  # slots behind the mask must be finite

@@ -18,6 +18,7 @@ from tarflow.flows.condition import as_condition
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.network import recomputed
 from tarflow.flows.order import patchify, unpatchify
+from tarflow.flows.prepared import compute_device, compute_dtype
 from tarflow.flows.reversible import through_blocks
 
 #: What `TARFlowModel.set_checkpointing` takes.
@@ -247,7 +248,9 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if the condition is of the wrong kind or shape, or a label is out of range.
         """
-        return as_condition(self.config, class_labels, cond, batch, self.blocks[-1].proj_in.weight)
+        last = self.blocks[-1].proj_in
+        like = torch.empty(0, device=compute_device(last), dtype=compute_dtype(last))
+        return as_condition(self.config, class_labels, cond, batch, like)
 
     def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, C, H, W) → row-major tokens (B, T, C·p·p) and the grid (H/p, W/p).

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +18,8 @@ from tarflow.flows.config import BlockConfig
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.order import reorder
 from tarflow.flows.positions import rotary_angles, rotary_angles_1d, rotation_tables
-from tarflow.flows.transformer import RMSNorm, TransformerLayer
+from tarflow.flows.prepared import compute_device, compute_dtype
+from tarflow.flows.transformer import OutputLinear, RMSNorm, TransformerLayer
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TokenNetwork(nn.Module):
         self.proj_in = nn.Linear(config.token_dim, config.width)
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
         self.final_norm = RMSNorm(config.width) if config.final_norm else None
-        self.proj_out = nn.Linear(config.width, outputs)
+        self.proj_out = OutputLinear(config.width, outputs)
         self.pos_embed = None
         if config.positions == "learned":
             self.pos_embed = nn.Parameter(torch.randn(config.grid_size**2, config.width) * 0.01)
@@ -83,10 +83,10 @@ class TokenNetwork(nn.Module):
 
     def context(self, cond: Tensor | None, grid: tuple[int, int]) -> BlockContext:
         """What the sequence's slots share, from the condition and the grid."""
-        config, weight = self.config, self.proj_in.weight
+        config, device, dtype = self.config, compute_device(self.proj_in), compute_dtype(self.proj_in)
         prefix = added = rotation = None
         if self.proj_cond is not None:
-            prefix = self.proj_cond(cond.to(weight.dtype))
+            prefix = self.proj_cond(cond.to(dtype))
         if self.pos_embed is not None:
             if grid != (config.grid_size, config.grid_size):
                 raise ValueError(
@@ -100,13 +100,13 @@ class TokenNetwork(nn.Module):
             added = vector.expand(-1, grid[0] * grid[1], -1) if added is None else added + vector
         if config.positions != "learned":
             length = 0 if prefix is None else prefix.shape[1]
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            dtype = torch.promote_types(dtype, torch.float32)
             if config.positions == "rotary":
                 angles = rotary_angles(
-                    grid, config.head_dim, config.position_length, length, config.text_axis, weight.device, dtype
+                    grid, config.head_dim, config.position_length, length, config.text_axis, device, dtype
                 )
             else:
-                angles = rotary_angles_1d(length + grid[0] * grid[1], config.head_dim, weight.device, dtype)
+                angles = rotary_angles_1d(length + grid[0] * grid[1], config.head_dim, device, dtype)
             rotation = rotation_tables(angles)
         return BlockContext(prefix, added, rotation)
 
@@ -152,7 +152,7 @@ class TokenNetwork(nn.Module):
             (B, S, outputs), at least float32 whatever the network's dtype.
         """
         slots, skip = inputs.shape[1], context.prefix_length
-        dtype = self.proj_in.weight.dtype
+        dtype = compute_dtype(self.proj_in)
         hidden = self.proj_in(inputs.to(dtype)).to(dtype)  # (B, S, D); float32 under autocast, as is what is added
         if context.added is not None:
             hidden = hidden + context.added[:, first_slot : first_slot + slots]
@@ -174,19 +174,19 @@ class TokenNetwork(nn.Module):
         hidden = hidden[:, skip:]
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
-        hidden = at_least_float32(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden, self.proj_out.weight.to(hidden.dtype), self.proj_out.bias.to(hidden.dtype))
+        return at_least_float32(self.proj_out(hidden))
 
     def new_cache(self, batch_size: int, slots: int, dtype: torch.dtype) -> KVCache:
         """An empty cache for ``slots`` slots, prefix included."""
-        config, device = self.config, self.proj_in.weight.device
+        config, device = self.config, compute_device(self.proj_in)
         return KVCache(config.layers, batch_size, config.num_kv_heads, slots, config.head_dim, device, dtype)
 
 
 def recomputed(module: nn.Module, *inputs: Any) -> Any:
-    """``module(*inputs)``, of which only the inputs are kept for the backward pass; nothing in it is random."""
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+    """``module(*inputs)``, of which only the inputs are kept for the backward pass. Nothing in it is random but the
+    dropout of adapters, which then is drawn as before."""
+    dropout = any(isinstance(part, nn.Dropout) and part.training and part.p for part in module.modules())
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=dropout)
 
 
 def first_of_equals(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tarflow.flows.affine import affine_inverse
 from tarflow.flows.decoding import BlockRun
 from tarflow.flows.fast_step import FastSteps
-from tarflow.flows.step import DecodeStep
+from tarflow.flows.step import decode_step
 
 #: With fewer rows than this, a CPU's threads wait for each other longer than they compute.
 ROWS_FOR_THREADS = 4
@@ -42,10 +42,10 @@ def decode_sequential(run: BlockRun, z: Tensor, fast: FastSteps | None = None) -
     Returns:
         x (B, T, C) and the log-scales (B, T, C) in the block's order.
     """
-    step = DecodeStep(run.block, run.context, run.cache, run.temperature) if fast is None else fast.get(run)
+    step = decode_step(run.block, run.context, run.cache, run.temperature) if fast is None else fast.get(run)
     targets, made, log_scales = z.unbind(1), [], []
     if run.first == 0:
-        previous = run.block.start_token.to(z.dtype).expand(z.shape[0], -1)
+        previous = run.start_token.to(z.dtype).expand(z.shape[0], -1)
     else:
         previous = targets[0]
         made, log_scales = [previous], [torch.zeros_like(previous)]

@@ -2,6 +2,7 @@
 
 A step of a small batch takes as long as its operations are many and its weights are large, not as its arithmetic is
 much. So everything that all steps share is made once before the first, and the loop touches plain tensors, no modules.
+Where something acts on the modules (hooks, quantized weights, ...: see `prepared`), steps go through them instead.
 
 Shapes: R rows (samples, twice as many under guidance), D width, H query heads, K key/value heads, d head size.
 """
@@ -9,6 +10,7 @@ Shapes: R rows (samples, twice as many under guidance), D width, H query heads, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from tarflow.flows.affine import at_least_float32, log_scale_of
 from tarflow.flows.kv_cache import KVCache
+from tarflow.flows.prepared import may_prepare, plain_linear
 from tarflow.flows.transformer import LayerNorm, RMSNorm
 
 #: From so many rows on, a CPU's matrix products of weights laid out (in, out) take 0.6 to 0.85 of the time, unless the
@@ -43,11 +46,29 @@ class LayerWeights:
     keys_values: Tensor  # of the cache: (R, 2, K, capacity, d)
 
 
+def decode_step(block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None) -> Any:
+    """A `DecodeStep` if the block's weights are all that its layers are, else a `ModuleStep`."""
+    return (DecodeStep if may_prepare(block) else ModuleStep)(block, context, cache, temperature)
+
+
+class ModuleStep:
+    """As `DecodeStep`, through the block's modules: slower, and right whatever acts on them."""
+
+    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+        self.block, self.context, self.cache, self.temperature = block, context, cache, temperature
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token's parameters, (R, C) both, from what sits in the next slot, (R, C)."""
+        slot = self.cache.length - self.context.prefix_length
+        parameters = self.block.affine_parameters(inputs[:, None], slot, self.context, self.cache, self.temperature)
+        return tuple(part[:, 0] for part in parameters)
+
+
 class DecodeStep:
     """Shift and log-scale of one token after another.
 
     Args:
-        block: a `FlowBlock`; its weights must not change while the step is used.
+        block: a `FlowBlock` that `may_prepare` allows; its weights must not change while the step is used.
         context: what `block.context` gave.
         cache: keys and values of R rows; it holds the prefix, if there is one, and grows by one slot at each call.
         temperature: divides the attention logits, (R, 1, 1, 1), or None.
@@ -58,6 +79,7 @@ class DecodeStep:
 
     def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
         self.cache, self.config = cache, block.config
+        self.copies: list[tuple[Tensor, Callable[[], Tensor]]] = []  # prepared tensors, and how they are made
         self.prefix_length = context.prefix_length
         self.added = None if context.added is None else context.added.unbind(1)  # a (B or 1, D) for each slot
         self.inverse_temperature = None if temperature is None else 1 / temperature.view(-1, 1)
@@ -74,30 +96,78 @@ class DecodeStep:
                 self.turns = torch.cat([turns, values], dim=1).unbind(0)
             else:
                 self.cos, self.sin = cos.unbind(0), sin.unbind(0)
-        self.proj_in, self.dtype = transposed(block.proj_in), dtype
-        self.final_norm = None if block.final_norm is None else norm_function(block.final_norm, dtype)
-        self.proj_out = tuple(at_least_float32(part) for part in transposed(block.proj_out))
+        self.proj_in, self.dtype = self.transposed(block.proj_in), dtype
+        self.final_norm = None if block.final_norm is None else self.norm_function(block.final_norm, dtype)
         self.soft_clip = self.config.soft_clip
-        if self.soft_clip:  # limit·tanh(x / limit), with the division done once
-            self.proj_out = tuple(part / self.soft_clip for part in self.proj_out)
+        self.proj_out = self.transposed(block.proj_out, scale=1 / self.soft_clip if self.soft_clip else 1, wide=True)
         self.layers = [self.layer_weights(layer, index, dtype) for index, layer in enumerate(block.layers)]
 
     def layer_weights(self, layer: Any, index: int, dtype: torch.dtype) -> LayerWeights:
         attention, mlp, rows = layer.attention, layer.mlp, self.cache.keys_values.shape[1]
         return LayerWeights(
-            norm_function(attention.norm, dtype),
-            transposed(attention.qkv, rows),
+            self.norm_function(attention.norm, dtype),
+            self.transposed(attention.qkv, rows),
             attention.query_norm,
             attention.key_norm,
-            transposed(attention.proj, rows),
-            norm_function(attention.post_norm, dtype),
-            norm_function(mlp.norm, dtype),
-            transposed(mlp.up, rows),
+            self.transposed(attention.proj, rows),
+            self.norm_function(attention.post_norm, dtype),
+            self.norm_function(mlp.norm, dtype),
+            self.transposed(mlp.up, rows),
             mlp.gated,
-            transposed(mlp.down, rows),
-            norm_function(mlp.post_norm, dtype),
+            self.transposed(mlp.down, rows),
+            self.norm_function(mlp.post_norm, dtype),
             self.cache.keys_values[index],
         )
+
+    def kept(self, make: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
+        """What ``make`` gives; if that is no view of ``weight`` but a copy, it is made anew by `refresh`."""
+        made = make()
+        if weight is None or made.data_ptr() != weight.data_ptr():
+            self.copies.append((made, make))
+        return made
+
+    def refresh(self) -> None:
+        """Take over the weights' present numbers, in place."""
+        for copy, make in self.copies:
+            copy.copy_(make())
+
+    def transposed(self, linear: Any, rows: int = 0, scale: float = 1, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """Weight (in, out) and bias (out,), zeros if there is none. The weight is a view, or for many rows on a CPU a
+        copy in that layout if the product is faster with it.
+
+        Args:
+            linear: the layer.
+            rows: of the products; 0 for a view.
+            scale: of the product.
+            wide: in at least float32.
+        """
+
+        def part(index: int) -> Tensor:
+            value = plain_linear(linear)[index]
+            if value is None:
+                return linear.weight.new_zeros(linear.out_features)
+            value = at_least_float32(value) if wide else value
+            value = value if scale == 1 else value * scale
+            if index:
+                return value
+            copies = value.device.type == "cpu" and rows >= ROWS_FOR_LAYOUT and value.shape[1] <= value.shape[0]
+            return value.t().contiguous() if copies else value.t()
+
+        return self.kept(lambda: part(0), linear.weight), self.kept(lambda: part(1), linear.bias)
+
+    def norm_function(self, module: Any, dtype: torch.dtype) -> Any:
+        """A norm as a function; where no conversion is needed, in one operation. None for None."""
+        if module is None or dtype not in (torch.float32, torch.float64):
+            return module
+        shape, eps = module.weight.shape, module.eps
+        if isinstance(module, LayerNorm):
+            weight, bias = module.weight.detach(), module.bias.detach()
+            return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+        if isinstance(module, RMSNorm):
+            weight = self.kept(lambda: 1 + module.weight.detach(), None)
+            # torch.rms_norm is several times slower than these on a CPU, and the same elsewhere.
+            return lambda x: x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_() * weight
+        return module
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The next token's parameters.
@@ -224,27 +294,3 @@ class StaticStep(DecodeStep):
     def remember(self, keys_values: Tensor, new: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys_values.index_copy_(3, position.view(1), new.unsqueeze(3))
         return keys_values[:, 0], keys_values[:, 1], (self.slots <= position).view(1, 1, 1, -1)
-
-
-def transposed(linear: Any, rows: int = 0) -> tuple[Tensor, Tensor]:
-    """Weight (in, out) and bias (out,), zeros if there is none. The weight is a view, or for many rows on a CPU a copy
-    in that layout if the product is faster with it."""
-    weight = linear.weight.detach().t()
-    if weight.device.type == "cpu" and rows >= ROWS_FOR_LAYOUT and weight.shape[0] <= weight.shape[1]:
-        weight = weight.contiguous()
-    return weight, weight.new_zeros(weight.shape[1]) if linear.bias is None else linear.bias.detach()
-
-
-def norm_function(module: Any, dtype: torch.dtype) -> Any:
-    """A norm as a function; where no conversion is needed, in one operation. None for None."""
-    if module is None or dtype not in (torch.float32, torch.float64):
-        return module
-    shape, eps = module.weight.shape, module.eps
-    if isinstance(module, LayerNorm):
-        weight, bias = module.weight.detach(), module.bias.detach()
-        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-    if isinstance(module, RMSNorm):
-        weight = 1 + module.weight.detach()
-        # torch.rms_norm is several times slower than these on a CPU, and the same elsewhere.
-        return lambda x: x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_() * weight
-    return module

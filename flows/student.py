@@ -22,7 +22,8 @@ from tarflow.flows.affine import at_least_float32
 from tarflow.flows.config import CONDITIONINGS, BlockConfig
 from tarflow.flows.order import patchify, unpatchify
 from tarflow.flows.positions import rotary_angles, rotation_tables
-from tarflow.flows.transformer import RMSNorm, TransformerLayer
+from tarflow.flows.prepared import compute_device, compute_dtype
+from tarflow.flows.transformer import OutputLinear, RMSNorm, TransformerLayer
 
 #: What a student gives: latents without the training noise, or with it, as the flow's inverse does.
 TARGETS = ("clean", "noisy")
@@ -117,7 +118,7 @@ class StudentModel(ModelMixin, ConfigMixin):
         grid = z.shape[2] // p, z.shape[3] // p
         prefix = self.prefix(len(z), class_labels, cond, guidance_weight)  # (B, L, D)
         length = prefix.shape[1]
-        dtype = self.proj_in.weight.dtype
+        dtype = compute_dtype(self.proj_in)
         hidden = torch.cat([prefix, self.proj_in(patchify(z, p, config.patch_layout).to(dtype)).to(prefix.dtype)], 1)
         rotation = self.rotation(grid, length)
         states: list[Tensor] = []
@@ -137,31 +138,31 @@ class StudentModel(ModelMixin, ConfigMixin):
         self, batch: int, class_labels: Tensor | None, cond: Tensor | None, guidance_weight: Tensor | float
     ) -> Tensor:
         """Condition and guidance weight as tokens before the image's, (B, L, D); L may be 0."""
-        config, weight = self.config, self.proj_in.weight
-        tokens = [weight.new_zeros(batch, 0, config.width)]
+        config, device, dtype = self.config, compute_device(self.proj_in), compute_dtype(self.proj_in)
+        tokens = [torch.zeros(batch, 0, config.width, device=device, dtype=dtype)]
         if config.conditioning == "prefix":
             if cond is None or cond.ndim != 3 or len(cond) not in (1, batch) or cond.shape[2] != config.cond_dim:
                 found = None if cond is None else tuple(cond.shape)
                 raise ValueError(f"cond must have the shape ({batch}, L, {config.cond_dim}), got {found}")
-            tokens.append(self.proj_cond(cond.to(weight.dtype)).expand(batch, -1, -1))
+            tokens.append(self.proj_cond(cond.to(dtype)).expand(batch, -1, -1))
         elif config.conditioning != "none":
             if class_labels is None or class_labels.shape != (batch,):
                 found = None if class_labels is None else tuple(class_labels.shape)
                 raise ValueError(f"class_labels must have the shape ({batch},), got {found}")
             # The label num_classes, "no class", is a row of zeros.
-            vectors = F.one_hot(class_labels, config.num_classes + 1)[:, :-1].to(weight.dtype)
+            vectors = F.one_hot(class_labels, config.num_classes + 1)[:, :-1].to(dtype)
             tokens.append(self.proj_cond(vectors)[:, None])
         if self.embed_weight is not None:
-            values = torch.as_tensor(guidance_weight, dtype=torch.float32, device=weight.device).expand(batch)
+            values = torch.as_tensor(guidance_weight, dtype=torch.float32, device=device).expand(batch)
             features = self.weight_features(values * (WEIGHT_STEPS / (config.max_guidance_scale - 1)))
-            tokens.append(self.embed_weight(features.to(weight.dtype))[:, None])
+            tokens.append(self.embed_weight(features.to(dtype))[:, None])
         return torch.cat(tokens, dim=1)
 
     def rotation(self, grid: tuple[int, int], length: int) -> tuple[Tensor, Tensor]:
         """Tables of the rotary positions of the prefix and the image's tokens."""
-        config, weight = self.config, self.proj_in.weight
-        dtype, side = torch.promote_types(weight.dtype, torch.float32), config.sample_size // config.patch_size
-        angles = rotary_angles(grid, config.head_dim, side, length, True, weight.device, dtype)
+        config, dtype = self.config, torch.promote_types(compute_dtype(self.proj_in), torch.float32)
+        side, device = config.sample_size // config.patch_size, compute_device(self.proj_in)
+        angles = rotary_angles(grid, config.head_dim, side, length, True, device, dtype)
         return rotation_tables(angles)
 
 
@@ -220,7 +221,7 @@ def layer_config(config: Any, token_dim: int, grid_size: int) -> BlockConfig:
 
 def output_layer(width: int, outputs: int) -> nn.Sequential:
     """Norm and linear layer; an untrained one gives zeros."""
-    linear = nn.Linear(width, outputs)
+    linear = OutputLinear(width, outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(RMSNorm(width), linear)
@@ -228,7 +229,4 @@ def output_layer(width: int, outputs: int) -> nn.Sequential:
 
 def read(head: nn.Sequential, hidden: Tensor) -> Tensor:
     """Tokens (B, T, C) of hidden ones (B, T, D), computed in at least float32."""
-    norm, linear = head
-    hidden = at_least_float32(norm(hidden))
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden, linear.weight.to(hidden.dtype), linear.bias.to(hidden.dtype))
+    return at_least_float32(head(hidden))

@@ -47,6 +47,15 @@ class RMSNorm(nn.Module):
         return (y * (1 + self.weight.to(y.dtype))).to(x.dtype)
 
 
+class OutputLinear(nn.Linear):
+    """A linear layer that computes in at least float32, whatever its weight's dtype, also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = at_least_float32(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 def make_norm(config: BlockConfig, width: int) -> nn.Module:
     return RMSNorm(width) if config.norm == "rms_norm" else LayerNorm(width)
 

@@ -1,0 +1,180 @@
+"""Which modules may be bypassed: weights may be read and prepared only where nothing else acts on them.
+
+A layer may have hooks, adapters, parametrizations or quantized weights, it may be moved between devices or dtypes at each
+call, or be another class altogether. What is true of it is what calling it gives; so the shortcuts of decoding are for
+plain layers, and for LoRA adapters, whose effect on a plain layer is known: W + scaling·B·A.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from tarflow.flows.actnorm import ActNorm
+from tarflow.flows.mixing import ChannelMixing
+from tarflow.flows.transformer import MLP, Attention, LayerNorm, OutputLinear, RMSNorm, TransformerLayer
+
+#: Classes whose arithmetic the shortcuts repeat, and their own `forward`, so that a replaced one is noticed.
+KNOWN = {
+    kind: kind.forward
+    for kind in (nn.Linear, OutputLinear, LayerNorm, RMSNorm, Attention, MLP, TransformerLayer, ActNorm, ChannelMixing)
+}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: hooks, or a `forward` of its own."""
+    return any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
+
+
+def globally_hooked() -> bool:
+    """Whether there are hooks on all modules of the process."""
+    return any(getattr(torch_module, f"_global{name}") for name in HOOKS[:2])
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether the module is PEFT's LoRA of a linear layer, that class itself."""
+    peft = sys.modules.get("peft.tuners.lora")  # nobody who has not imported it has its layers
+    return peft is not None and type(module) is peft.Linear
+
+
+def active_adapters(layer: Any) -> list[str]:
+    """Adapters of a LoRA layer that add to its output now; those merged into its weight are in there already."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def is_plain_lora(layer: Any) -> bool:
+    """Whether a LoRA layer computes W·x + Σ scaling·B·A·x of its active adapters and nothing else, in full precision."""
+    adapters = active_adapters(layer)
+    if layer.disable_adapters and layer.merged:
+        return False  # calling it takes the adapters out of the weight, which changes the layer
+    if is_hooked(layer) or not is_plain(layer.base_layer) or layer.get_base_layer() is not layer.base_layer:
+        return False
+    parts = [part[name] for part in (layer.lora_A, layer.lora_B) for name in adapters]
+    if any(name in layer.lora_variant or layer.lora_bias.get(name) for name in adapters):
+        return False
+    if any(type(part) is not nn.Linear or not is_plain(part) for part in parts):
+        return False
+    if any(layer.lora_dropout[name].training and getattr(layer.lora_dropout[name], "p", 0) for name in adapters):
+        return False
+    # In 16 bits a small change is lost when it is added to the weight: there the adapter's own pass is more exact.
+    dtype = layer.base_layer.weight.dtype
+    return not adapters or (dtype.itemsize >= 4 and all(part.weight.dtype == dtype for part in parts))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module and all within are known classes without anything that acts on them, of one dtype and device."""
+    tensors: list[Tensor] = []
+    pending = [module]
+    while pending:
+        part = pending.pop()
+        if is_lora(part):
+            if not is_plain_lora(part):
+                return False
+            tensors += [part.base_layer.weight]
+            continue
+        if isinstance(part, torch._dynamo.OptimizedModule):  # compiled: the same numbers
+            part = part._orig_mod
+        if type(part) is not nn.ModuleList and KNOWN.get(type(part)) is not type(part).forward:
+            return False
+        if is_hooked(part):
+            return False
+        tensors += part.parameters(recurse=False)
+        pending += part.children()
+    kinds = {(type(tensor), tensor.dtype, tensor.device, tensor.layout) for tensor in tensors}
+    return len(kinds) <= 1 and all(
+        kind is nn.Parameter and dtype.is_floating_point and dtype.itemsize > 1 and device.type != "meta"
+        for kind, dtype, device, _ in kinds
+    )
+
+
+def may_prepare(block: Any) -> bool:
+    """Whether a block's decode steps may be made from its weights; else they must go through its modules."""
+    parts = [block.proj_in, block.proj_out, block.layers, *([] if block.final_norm is None else [block.final_norm])]
+    return not globally_hooked() and is_plain(nn.ModuleList(parts))
+
+
+def plain_linear(linear: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, in) and bias (out,) of a layer that `is_plain`, its active adapters added."""
+    adapters = active_adapters(linear) if is_lora(linear) else []
+    weight, bias = linear.weight.detach(), linear.bias
+    if adapters:
+        weight = weight + sum(linear.get_delta_weight(name).detach() for name in adapters)
+    return weight, None if bias is None else bias.detach()
+
+
+def state_of(block: Any) -> tuple:
+    """What prepared weights of a plain block were made for: where its tensors lie, and which adapters act how."""
+    tensors = tuple(parameter.data_ptr() for parameter in block.parameters())
+    adapters = tuple(
+        (name, part.scaling.get(name))
+        for part in block.modules()
+        if is_lora(part)
+        for name in [str(part.merged), *active_adapters(part)]
+    )
+    return tensors, adapters
+
+
+def unwrapped(linear: Any) -> Any:
+    """The layer below adapters."""
+    while hasattr(linear, "base_layer"):
+        linear = linear.base_layer
+    return linear
+
+
+def compute_dtype(linear: Any) -> torch.dtype:
+    """The dtype that a layer computes in, also where its weight is stored in another one."""
+    linear = unwrapped(linear)
+    registry = getattr(linear, "_diffusers_hook", None)
+    casting = None if registry is None else registry.get_hook("layerwise_casting")
+    if casting is not None:
+        return casting.compute_dtype
+    weight, bias = linear.weight, linear.bias
+    if weight.is_floating_point() and weight.dtype.itemsize > 1:
+        return weight.dtype
+    own = getattr(linear, "compute_dtype", None)  # of bitsandbytes' and GGUF's layers
+    if own is None and bias is not None and bias.is_floating_point() and bias.dtype.itemsize > 1:
+        own = bias.dtype
+    return own or torch.float32
+
+
+def compute_device(linear: Any) -> torch.device:
+    """The device that a layer computes on, also while its weight waits on another one."""
+    linear = unwrapped(linear)
+    hook = getattr(linear, "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        if getattr(part, "execution_device", None) is not None:
+            device = part.execution_device
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    registry = getattr(linear, "_diffusers_hook", None)
+    offloading = None if registry is None else registry.get_hook("group_offloading")
+    return linear.weight.device if offloading is None else offloading.group.onload_device
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """A module's own parameters on the device that it computes on, for uses that do not go through its `forward`.
+
+    Accelerate's and Diffusers' offloading hooks are what brings them there and back.
+    """
+    hook, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
+    offloading = None if registry is None else registry.get_hook("group_offloading")
+    if hook is not None:
+        hook.pre_forward(module)
+    if offloading is not None:
+        offloading.pre_forward(module)
+    try:
+        yield
+    finally:
+        if offloading is not None:
+            offloading.post_forward(module, None)
+        if hook is not None:
+            hook.post_forward(module, None)
