@@ -70,7 +70,7 @@ def draw_and_check(config: RunConfig) -> dict[str, str]:
         shown = [all_captions()[3 * i + i % 3] for i in range(36)]  # every shape and colour, backgrounds in turn
         images = generate(pipe, {"prompt": shown}, 36, seed=1)
         shares = caption_shares(pipe)
-        cond, _ = pipe.encode_prompt(shown[:8], None, pipe.device, 1, False)
+        cond, _ = pipe.encode_prompt(shown[:8], pipe.device, do_classifier_free_guidance=False)
         error = round_trip_error(pipe.flow, cond=cond)
     else:
         shown = list(CLASS_NAMES)

@@ -190,7 +190,7 @@ def sampled(
         spent = clock(device) - started
         condition: dict[str, Tensor] = {}
         if "prompt" in arguments:
-            condition["cond"] = pipe.encode_prompt(arguments["prompt"], None, device, do_guidance=False)[0]
+            condition["cond"] = pipe.encode_prompt(arguments["prompt"], device, do_classifier_free_guidance=False)[0]
         elif "class_labels" in arguments:
             condition["class_labels"] = torch.tensor(arguments["class_labels"], device=device)
         yield latents, condition, spent

@@ -169,7 +169,7 @@ def condition_of(pipe: Any, batch: dict[str, Any], count: int, with_condition: b
         if with_condition and "caption" not in batch:
             raise ValueError("the model takes captions, but the data has none; ask for no condition")
         captions = batch["caption"] if with_condition else [""] * count
-        return {"cond": pipe.encode_prompt(captions, None, pipe.flow.device, do_guidance=False)[0]}
+        return {"cond": pipe.encode_prompt(captions, do_classifier_free_guidance=False)[0]}
     if kind == "none" or not with_condition:
         return {}
     if "label" not in batch:

@@ -56,7 +56,7 @@ def exact_samples(
     z = flow.scale_noise(noise.to(device))
     labels = cond = null = None
     if "prompt" in arguments:
-        cond, null = pipe.encode_prompt(arguments["prompt"], None, device, do_guidance=True)
+        cond, null = pipe.encode_prompt(arguments["prompt"], device)
     elif "class_labels" in arguments:
         labels = torch.tensor(arguments["class_labels"], device=device)
     guidance = Guidance(scale - 1, method)

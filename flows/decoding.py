@@ -6,6 +6,7 @@ Shapes: B batch, R rows (B, or 2·B in guided blocks), T tokens, S tokens of a s
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +187,7 @@ def residual(
     z: Tensor,
     cond: Tensor | None = None,
     null_cond: Tensor | None = None,
-    guidance: Guidance | None = None,
+    guidance: Guidance | Sequence[Guidance] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How exact samples are: |f(x) − z| from one parallel pass of the (guided) map f.
 
@@ -209,7 +210,7 @@ def guided_states(
     x: Tensor,
     cond: Tensor | None = None,
     null_cond: Tensor | None = None,
-    guidance: Guidance | None = None,
+    guidance: Guidance | Sequence[Guidance] | None = None,
 ) -> list[Tensor]:
     """What each block of the (guided) map from data to noise makes, in one parallel pass.
 
@@ -219,18 +220,20 @@ def guided_states(
     Args:
         model: a `TARFlowModel`.
         x: data with the training noise (B, C, H, W).
-        cond, null_cond, guidance: see `BlockRun`.
+        cond, null_cond, guidance: see `BlockRun`; guidance of all blocks, or one for each in the order of
+            ``model.blocks``.
 
     Returns:
         row-major tokens (B, T, C), from the block next to the data to z.
     """
     tokens, grid = model.patchify(x)
     states = []
-    for block in model.blocks:
+    guidances = guidance if isinstance(guidance, Sequence) else [guidance] * len(model.blocks)
+    for block, own in zip(model.blocks, guidances, strict=True):
         if block.one_pass:
-            tokens, _ = block(tokens, grid, cond, null_cond, guidance)
+            tokens, _ = block(tokens, grid, cond, null_cond, own)
         else:
-            run = BlockRun(block, len(tokens), grid, cond, null_cond, guidance, cached=False)
+            run = BlockRun(block, len(tokens), grid, cond, null_cond, own, cached=False)
             ordered = reorder(tokens, block.config.order)
             out = ordered.clone()
             if run.num_tokens > run.first:

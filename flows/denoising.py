@@ -33,12 +33,27 @@ def score_denoise(
         raise ValueError(f"noise_std must be 0 or positive, got {noise_std}")
     if noise_std == 0:
         return y
-    with torch.enable_grad():
-        y = at_least_float32(y).detach().requires_grad_()
-        z, log_det = model(y, class_labels=class_labels, cond=cond)
+    with torch.inference_mode(False), torch.enable_grad():
+        y, class_labels, cond = (None if one is None else recordable(one.detach()) for one in (y, class_labels, cond))
+        y = at_least_float32(y).requires_grad_()
+        z, log_det = recordable_call(model, y, {"class_labels": class_labels, "cond": cond})
         # The unit prior here is the published models' choice, also with a learned prior variance.
         (score,) = torch.autograd.grad((prior_log_prob(z) + log_det).sum(), y)
     return (y + noise_std**2 * score).detach()
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can record: ones that were made in inference mode cannot be."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def recordable_call(model: Any, y: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """``model(y, **options)``, also if its weights were made in inference mode: then with copies of them."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    if not any(tensor.is_inference() for tensor in tensors.values()):
+        return model(y, **options)
+    copies = {name: recordable(tensor.detach()) for name, tensor in tensors.items()}
+    return torch.func.functional_call(model, copies, (y,), options)
 
 
 @torch.no_grad()

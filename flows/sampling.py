@@ -6,6 +6,7 @@ These functions know a block only by its methods, so that the network stays free
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,22 @@ from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.order import reorder
 from tarflow.flows.sequential import decode_sequential
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a callback of `generate` wants for the blocks to come; None leaves a thing as it is.
+
+    Attributes:
+        latents: instead of what the block made, in image layout.
+        guidance, null_cond: see `decode`.
+        stop: invert no further block.
+    """
+
+    latents: Tensor | None = None
+    guidance: Guidance | None = None
+    null_cond: Tensor | None = None
+    stop: bool = False
 
 
 @torch.no_grad()
@@ -78,7 +95,7 @@ def generate(
     cond: Tensor | None = None,
     null_cond: Tensor | None = None,
     guidance: Guidance | None = None,
-    callback: Callable[[int, Tensor], Tensor | None] | None = None,
+    callback: Callable[[int, Tensor], Change | Tensor | None] | None = None,
     decoding: Decoding | Sequence[Decoding] | None = None,
     fast: FastSteps | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -90,7 +107,7 @@ def generate(
         cond, null_cond: as the blocks take them (`TARFlowModel.condition`).
         guidance: see `BlockRun`.
         callback: called after each block with its place (0 for the first one inverted) and the tokens in image
-            layout; what it returns, if not None, goes on instead.
+            layout; returns what to change, or other tokens in image layout, or None.
         decoding: how, for all blocks or one for each in the order of ``model.blocks``; sequentially if not given.
         fast: see `decode`.
 
@@ -107,7 +124,12 @@ def generate(
         tokens, block_log_det = decode(block, tokens, grid, cond, null_cond, guidance, method, name, fast)
         log_det = log_det + block_log_det
         if callback is not None:
-            changed = callback(place, model.unpatchify(tokens, grid))
-            if changed is not None:
-                tokens, _ = model.patchify(changed)
+            change = callback(place, model.unpatchify(tokens, grid))
+            change = change if isinstance(change, Change) else Change(change)
+            if change.latents is not None:
+                tokens, _ = model.patchify(change.latents)
+            guidance = guidance if change.guidance is None else change.guidance
+            null_cond = null_cond if change.null_cond is None else change.null_cond
+            if change.stop:
+                break
     return model.unpatchify(tokens, grid), log_det

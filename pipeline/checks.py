@@ -116,7 +116,7 @@ def latent_shape(config: Any, factor: int, height: int | None, width: int | None
         height, width: of the image; None is the training size.
 
     Raises:
-        ValueError: if the size does not fit the factor and patches, or learned positions.
+        ValueError: if the size does not fit the factor and patches, learned positions or a learned prior.
     """
     sides = []
     for name, side in (("height", height), ("width", width)):
@@ -126,6 +126,11 @@ def latent_shape(config: Any, factor: int, height: int | None, width: int | None
             raise ValueError(f"{name} must be a positive multiple of {unit}, got {side}")
         if config.positions == "learned" and side != config.sample_size * factor:
             raise ValueError(f"{name} must be {config.sample_size * factor} with learned positions, got {side}")
+        if config.learned_prior and side != config.sample_size * factor:
+            raise ValueError(
+                f"{name} must be {config.sample_size * factor}, got {side}: the model has learned its prior for each "
+                "place of that size"
+            )
         sides.append(side // factor)
     return config.in_channels, sides[0], sides[1]
 

@@ -100,6 +100,7 @@ class ExactFlowTools(ExactFlowSteps):
         condition = self._condition(len(x), prompt, class_labels, prompt_embeds)
         z = self._encoded(x, condition)
         error = (self._decoded(z, condition) - x).abs().flatten(1).amax(1)
+        self.maybe_free_model_hooks()
         return EncodingOutput(z=z, latents=x, error=error)
 
     @torch.no_grad()
@@ -116,9 +117,11 @@ class ExactFlowTools(ExactFlowSteps):
         """log p of the pictures' latents under the condition, and where on the picture it comes from."""
         x = self._read(image, fit, generator, noise)
         condition = self._condition(len(x), prompt, class_labels, prompt_embeds)
+        self.run_offload_hook(self.flow)
         autoregressive = not any(block.one_pass for block in self.flow.blocks)
         shares = token_log_prob(self.flow, x, **condition) if autoregressive else None
         total = shares.flatten(1).sum(1) if autoregressive else log_prob(self.flow, x, **condition)
+        self.maybe_free_model_hooks()
         return LikelihoodOutput(log_prob=total, nats_per_dim=nats_per_dim(total, x[0].numel()), map=shares)
 
     @torch.no_grad()
@@ -249,9 +252,9 @@ class ExactFlowTools(ExactFlowSteps):
                 x = chain.x
             picture, latents = self._composed(x, (pixels, clean), hidden, hole, condition)
         return EditingOutput(
+            log_prob=self._log_prob(x, condition) if chain is None else chain.log_prob,
             images=self._postprocessed(picture, latents, output_type),
             latents=latents,
-            log_prob=log_prob(self.flow, x, **condition) if chain is None else chain.log_prob,
             acceptance=None if chain is None else chain.acceptance,
         )
 
@@ -282,12 +285,12 @@ class ExactFlowTools(ExactFlowSteps):
             output_type="latent",
         ).images
         condition = self._condition(num, prompt, class_labels)
-        values, order = log_prob(self.flow, drawn, **condition).sort(descending=True)
+        values, order = self._log_prob(drawn, condition).sort(descending=True)
         return self._finished(drawn[order], condition, output_type, values)
 
     def _edited(self, z: Tensor, condition: dict, output_type: str, guidance_scale: float = 1.0) -> EditingOutput:
         x = self._decoded(z, condition, guidance_scale)
-        return self._finished(x, condition, output_type, log_prob(self.flow, x, **condition))
+        return self._finished(x, condition, output_type, self._log_prob(x, condition))
 
     def _finished(self, x: Tensor, condition: dict, output_type: str, values: Tensor) -> EditingOutput:
         latents, decoder = self._denoised(x, condition)

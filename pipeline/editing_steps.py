@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tarflow.flows import editing
 from tarflow.flows.guidance import Guidance
-from tarflow.flows.likelihood import dequantize
+from tarflow.flows.likelihood import dequantize, log_prob
 from tarflow.pipeline.editing_inputs import as_many, read_images
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -41,7 +41,8 @@ class ExactFlowSteps:
         if kind == "prefix":
             if embeds is None:
                 captions = as_many("" if prompt is None else prompt, batch, "prompt")
-                embeds, _ = self.encode_prompt(captions, None, device, do_guidance=False)
+                embeds, _ = self.encode_prompt(captions, device, do_classifier_free_guidance=False)
+            self.run_offload_hook(self.flow)
             self.flow.condition(None, embeds, batch)  # an error for another width
             return {"cond": embeds.to(device).expand(batch, -1, -1)}
         if kind == "none" or class_labels is None:
@@ -81,6 +82,11 @@ class ExactFlowSteps:
         guidance = Guidance(guidance_scale - 1, self.config.guidance_method)
         null = self._condition(len(z)).get("cond") if guidance.weight > 0 else None
         return self.flow.inverse(self.flow.scale_noise(z), **condition, null_cond=null, guidance=guidance)[0]
+
+    def _log_prob(self, x: Tensor, condition: dict) -> Tensor:
+        """log p of noisy latents, (B,)."""
+        self.run_offload_hook(self.flow)
+        return log_prob(self.flow, x, **condition)
 
     def _denoised(self, x: Tensor, condition: dict) -> tuple[Tensor, str]:
         """Latents for the pipeline's decoder, and which that is: a finetuned one takes them as they are."""
@@ -125,6 +131,7 @@ class ExactFlowSteps:
         self, x: Tensor, hole: Tensor, condition: dict, steps: int, step_size: float, generator: Generators
     ) -> editing.Chain:
         """`tarflow.flows.editing.metropolis` with the generator's numbers."""
+        self.run_offload_hook(self.flow)
         shape = self.flow.patchify(x)[0].shape
 
         def draw() -> tuple[Tensor, Tensor]:

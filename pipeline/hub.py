@@ -9,10 +9,12 @@ from typing import Any, Self
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo, list_repo_files, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
 
 from tarflow.common.files import write_json
 from tarflow.models import resolve
 from tarflow.pipeline.folder import INDEX, written_into
+from tarflow.pipeline.offload import missing_tensors
 from tarflow.pipeline.weight_files import WeightFile, weight_file
 
 #: By this file in a pipeline's folder `diffusers.DiffusionPipeline` finds the class, which is not one of its own.
@@ -32,8 +34,21 @@ class PipelineFiles:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a pipeline: a shipped one by its name (`tarflow.models.shipped`), a folder, or a hub id."""
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+        """Load a pipeline: a shipped one by its name (`tarflow.models.shipped`), a folder, or a hub id.
+
+        Raises:
+            ValueError: if weights are missing.
+        """
+        pipe = super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+        for name, part in pipe.components.items():
+            missing = missing_tensors(part) if isinstance(part, nn.Module) else []
+            if missing:
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                raise ValueError(
+                    f"the {name} of {str(pretrained_model_name_or_path)!r} lacks the tensors "
+                    f"{', '.join(missing[:3])}{more}: its files are damaged or of another model; save or fetch it again"
+                )
+        return pipe
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline import one_pass
+from tarflow.pipeline.offload import is_elsewhere
 
 
 class BlockInversion:
@@ -27,13 +29,20 @@ class BlockInversion:
         Args:
             backend: of `torch.compile`; None only makes CUDA graphs.
         """
-        self._fast_steps = FastSteps(backend)
-        if self.student is not None and backend is not None:
-            self._fast_student = torch.compile(self.student, backend=backend, dynamic=False)
+        self._fast_steps, self._fast_student = FastSteps(backend), None
 
     def disable_fast_decoding(self) -> None:
         """Go back to eager steps, and free what was compiled."""
         self._fast_steps = self._fast_student = None
+
+    def compiled_student(self) -> Callable[..., Any] | None:
+        """What `torch.compile` makes of the present student, if fast decoding is on."""
+        if self.student is None or self._fast_steps is None or self._fast_steps.backend is None:
+            return None
+        if self._fast_student is None or self._fast_student[0] is not self.student:
+            compiled = torch.compile(self.student, backend=self._fast_steps.backend, dynamic=False)
+            self._fast_student = (self.student, compiled)
+        return self._fast_student[1]
 
     @property
     def calibrations(self) -> dict[str, list[BlockChoice]]:
@@ -52,12 +61,13 @@ class BlockInversion:
         """An error unless the pipeline's student was trained for its flow; weights that were seen are not read again."""
         state = (self.student, self.flow_state())
         if state != self._checked_student:
-            one_pass.check_flow(self.student, self.flow)
+            one_pass.check_flow(self.student, self.flow, self.config.get("_name_or_path"))
             self._checked_student = state
 
     def flow_state(self) -> tuple[TARFlowModel, list[int]]:
         """What differs when the flow is another one or its weights have changed."""
-        return self.flow, [parameter._version for parameter in self.flow.parameters()]
+        # Weights that were made in inference mode have no versions, and cannot be trained.
+        return self.flow, [0 if one.is_inference() else one._version for one in self.flow.parameters()]
 
     def resolve_decoding(
         self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
@@ -67,6 +77,8 @@ class BlockInversion:
         automatic = [one for one in decodings if one.method == "auto"]
         if not automatic:
             return decodings
+        if is_elsewhere(self.flow):  # most of the time goes into fetching weights: the fewer passes the better
+            return [Decoding("sequential") if one.method == "auto" else one for one in decodings]
         store, tolerance = self.calibration_store(), automatic[0].tolerance
         grid = self.flow.patchify(noise)[1]
         fast = self._fast_steps

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 class Offloading:
@@ -18,11 +20,44 @@ class Offloading:
         modules = (module for part in parts if part is not None for module in part.modules())
         if any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in modules):
             return super()._execution_device
-        return self.flow.blocks[-1].proj_in.weight.device
+        return next(self.flow.parameters()).device
 
-    @staticmethod
-    def run_offload_hook(module: Any) -> None:
-        """Bring an offloaded module to its device: its hook waits for ``forward``, which is not what is called here."""
+    def run_offload_hook(self, module: Any) -> None:
+        """Bring an offloaded module to its device, and the others away: its hook waits for ``forward``, which is not what
+        is called here, and knows of the module before it alone."""
         hook = getattr(module, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(module)
+        if hook is None:
+            return
+        for other in getattr(self, "_all_hooks", ()):
+            if other.model is not module:
+                other.offload()
+        hook.pre_forward(module)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether weights of a module are brought to it only while it computes (sequential offloading, ``device_map``)."""
+    return any(parameter.device.type == "meta" for parameter in module.parameters())
+
+
+def held_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of a module's parameters, also of those that accelerate's hooks hold elsewhere."""
+    for prefix, part in module.named_modules():
+        hook = getattr(part, "_hf_hook", None)
+        maps = [
+            one.weights_map for one in getattr(hook, "hooks", [hook]) if getattr(one, "weights_map", None) is not None
+        ]
+        for name, parameter in part.named_parameters(recurse=False):
+            value = parameter
+            if parameter.device.type == "meta" and maps:
+                value = maps[0][name]
+            yield f"{prefix}.{name}" if prefix else name, value
+
+
+def missing_tensors(module: nn.Module) -> list[str]:
+    """Parameters and buffers that a module has no values of, nor a hook that would bring them."""
+    missing = []
+    for prefix, part in module.named_modules():
+        if getattr(part, "_hf_hook", None) is None:
+            named = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+            missing += [f"{prefix}.{name}" if prefix else name for name, value in named if value.device.type == "meta"]
+    return missing

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tarflow.flows.guidance import Guidance
+from tarflow.pipeline.offload import held_parameters
+from tarflow.pipeline.weight_files import weight_file
 from tarflow.vae.codec import tensors_hash
 
 #: What a call's ``decoding`` is called then.
@@ -92,18 +96,47 @@ def draw(
 
 
 def flow_hashes(flow: nn.Module) -> tuple[str, ...]:
-    """SHA-256 of a flow's parameters: as they are, and as they are after storage in float16 and bfloat16, so that a
-    student still knows its flow from a smaller file."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(tensors_hash(flow.named_parameters(), dtype) for dtype in dtypes)
+    """SHA-256 of a flow's parameters: as they are, and as they are after storage in float16 and bfloat16, and after each
+    was read as the other, so that a student still knows its flow from a smaller file."""
+    hashes = [tensors_hash(named_weights(flow), dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    for first, second in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        hashes.append(tensors_hash(((name, value.to(first)) for name, value in named_weights(flow)), second))
+    return tuple(hashes)
 
 
-def check_flow(student: Any, flow: nn.Module) -> None:
-    """An error unless ``student`` was trained for this very flow."""
-    found = tensors_hash(flow.named_parameters())
-    if found not in student.config.flow_hashes:
-        known = ", ".join(value[:12] for value in student.config.flow_hashes) or "none"
+def named_weights(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A flow's parameters by their names in its class, also of one that is compiled or whose weights are offloaded."""
+    return ((name.replace("_orig_mod.", ""), value) for name, value in held_parameters(flow))
+
+
+def stored_hashes(folder: str | None, flow: nn.Module) -> set[str]:
+    """Hashes of a flow's weights in a pipeline's folder, if those of ``flow`` are these in its own dtype; else none."""
+    files = sorted(Path(folder or "", "flow").glob("*.safetensors"))
+    stored: dict[str, Tensor] = {}
+    for file in files:
+        kind = weight_file(file.name)
+        if kind is not None and kind.variant is None:
+            stored |= load_file(file)
+    own = dict(named_weights(flow))
+    if not own.keys() <= stored.keys():
+        return set()
+    if any(not torch.equal(stored[name].to(value.dtype), value.detach().cpu()) for name, value in own.items()):
+        return set()
+    return {tensors_hash((name, stored[name]) for name in own)}
+
+
+def check_flow(student: Any, flow: nn.Module, folder: str | None = None) -> None:
+    """An error unless ``student`` was trained for this very flow.
+
+    Args:
+        folder: the pipeline's, if it was loaded from one: weights that are stored in 16 bits, and were read in others,
+            are known by what is stored.
+    """
+    found = tensors_hash(named_weights(flow))
+    known = set(student.config.flow_hashes)
+    if found not in known and not stored_hashes(folder, flow) & known:
+        names = ", ".join(value[:12] for value in student.config.flow_hashes) or "none"
         raise ValueError(
-            f"this student is of another flow: the weights' SHA-256 begins with {found[:12]}, and it knows {known}; train "
+            f"this student is of another flow: the weights' SHA-256 begins with {found[:12]}, and it knows {names}; train "
             "one for this pipeline with train_student.py"
         )

@@ -53,9 +53,9 @@ def open_pipeline(name: str, device: str | None = None) -> TARFlowPipeline:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"cannot use the device {device!r}: {str(error).splitlines()[0]}") from error
     try:
-        pipe = TARFlowPipeline.from_pretrained(place)
+        pipe = TARFlowPipeline.from_pretrained(place).to(device)
     except Exception as error:  # damaged files, or a hub that does not answer, raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot open the pipeline {name!r}: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -20,8 +20,10 @@ from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
-from tarflow.pipeline import checks, one_pass
+from tarflow.pipeline import call_checks, checks, one_pass
 from tarflow.pipeline.aspect import aspect_size, nearest_aspect_ratio
+from tarflow.pipeline.callbacks import AfterBlock, CallState
+from tarflow.pipeline.components import Components
 from tarflow.pipeline.editing import ExactFlowTools
 from tarflow.pipeline.hub import PipelineFiles
 from tarflow.pipeline.inversion import BlockInversion
@@ -51,7 +53,15 @@ class TARFlowPipelineOutput(BaseOutput):
 
 
 class TARFlowPipeline(
-    ExactFlowTools, PromptEncoding, BlockInversion, SampleDecoding, Offloading, PipelineFiles, DiffusionPipeline
+    ExactFlowTools,
+    PromptEncoding,
+    BlockInversion,
+    SampleDecoding,
+    CallState,
+    Components,
+    Offloading,
+    PipelineFiles,
+    DiffusionPipeline,
 ):
     """Draws images with a latent flow.
 
@@ -120,14 +130,12 @@ class TARFlowPipeline(
             denoise=denoise,
             text_options=TextOptions.of(text_options).changed or None,
         )
-        self.codec = LatentCodec(vae, latents_mean, latents_std)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.codec.factor)
         self._fast_steps: FastSteps | None = None
+        self._fast_student: tuple[StudentModel, Callable[..., Any]] | None = None
         self._calibration_store: CalibrationStore | None = None
         self._calibrated_state: tuple[TARFlowModel, list[int]] | None = None
         self._checked_student: tuple[StudentModel, tuple] | None = None
-        self._fast_student: Callable[..., Any] | None = None
-        self.labels = {name.lower(): int(index) for index, name in (id2label or {}).items()}
+        LatentCodec(vae, latents_mean, latents_std)  # an error for statistics that cannot be
 
     @torch.no_grad()
     def __call__(
@@ -156,7 +164,7 @@ class TARFlowPipeline(
         guidance_annealed: bool = False,
         attention_temperature: float = 1.0,
         decoding: str | Decoding | list[Decoding] = "auto",
-        tolerance: float = DEFAULT_TOLERANCE,
+        tolerance: float | None = None,
         segment: int | None = None,
         return_residual: bool = False,
         decoder: str | None = None,
@@ -186,11 +194,12 @@ class TARFlowPipeline(
                 default.
             output_type: "pil", "np", "pt" or "latent"; latents for the finetuned decoder still have their noise.
             callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}); the dictionary
-                that it returns may replace the latents.
-
+                that it returns may replace the latents. It may set ``_guidance_scale`` of the pipeline for the blocks to
+                come, or ``_interrupt`` to end the call: pictures are then what the latents are at that moment, with no
+                noise removed. See `CallState`.
             decoding: "student", one pass of the pipeline's student instead of the flow's inverse; or how blocks are
                 inverted: "auto" (the fastest on this device, found by a short calibration at the
-                first call with a batch size, see `calibrations`), "sequential" (exact to rounding), "jacobi",
+                first call with a batch size, see `calibrations`; sequential where weights are fetched for each use), "sequential" (exact to rounding), "jacobi",
                 "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of `FAST_TOLERANCE`); or a
                 `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
                 unit size, agree with sequential ones to 1e-3, with "fast" to 0.1; ``return_residual`` tells.
@@ -205,18 +214,26 @@ class TARFlowPipeline(
             FloatingPointError: for numbers that are not finite.
         """
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             prompt, class_labels, negative_prompt, prompt_embeds, scale, callback_on_step_end_tensor_inputs
         )
-        learned = decoding == one_pass.STUDENT
+        kind, learned = self.flow.config.conditioning, decoding == one_pass.STUDENT
+        call_checks.check_counts(kind, num_images, num_images_per_prompt)
+        call_checks.check_negative(
+            kind, negative_prompt, negative_prompt_embeds, scale, callback_on_step_end is not None
+        )
+        call_checks.check_caption_options(kind, max_sequence_length)
+        call_checks.check_decoding(decoding, tolerance, segment)
         method = guidance_method or self.config.guidance_method
         guidance = Guidance(scale - 1, method, guidance_parts, guidance_annealed, attention_temperature)
-        guided = guidance.weight > 0
         denoise, decoder = self.check_outputs(denoise, output_type, decoder, decoding)
         if learned:
             one_pass.check_call(self, scale, guidance, not (negative_prompt is None and negative_prompt_embeds is None))
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
         if decoding == "fast":
             decoding, tolerance = "auto", FAST_TOLERANCE
         if isinstance(decoding, str) and not learned:
@@ -224,31 +241,32 @@ class TARFlowPipeline(
         if aspect_ratio is not None:
             if height is not None or width is not None:
                 raise ValueError("give either aspect_ratio or height and width, not both")
-            side, unit = (
-                self.flow.config.sample_size * self.codec.factor,
-                self.codec.factor * self.flow.config.patch_size,
-            )
-            height, width = aspect_size(aspect_ratio, side, unit)
+            unit = self.codec.factor * self.flow.config.patch_size
+            height, width = aspect_size(aspect_ratio, self.flow.config.sample_size * self.codec.factor, unit)
         shape = self.latent_shape(height, width)
-        aspect_ratio = aspect_ratio or nearest_aspect_ratio(*shape[1:])
         device = self._execution_device
-        guided = guided and (not learned or return_residual)  # a student needs no second condition
+        self._guidance_scale, self._interrupt = scale, False
+        self._num_timesteps = 1 if learned else len(self.flow.blocks)
+        guided = guidance.active and (not learned or return_residual)  # a student needs no second condition
 
         # 1. Conditions
-        kind = self.flow.config.conditioning
         labels = cond = null = None
-        if kind == "prefix":
-            cond, null = self.encode_prompt(
+
+        def encode(both: bool) -> tuple[Tensor, Tensor | None]:
+            return self.encode_prompt(
                 prompt,
-                negative_prompt,
                 device,
                 num_images_per_prompt,
-                guided,
+                both,
+                negative_prompt,
                 prompt_embeds,
                 negative_prompt_embeds,
                 max_sequence_length,
-                aspect_ratio,
+                aspect_ratio or nearest_aspect_ratio(*shape[1:]),
             )
+
+        if kind == "prefix":
+            cond, null = encode(guided)
             batch = len(cond)
         elif kind == "none":
             batch = (num_images or 1) * num_images_per_prompt
@@ -261,38 +279,48 @@ class TARFlowPipeline(
         noise = temperature * self.prepare_latents(batch, shape, device, generator, latents)
 
         # 3. Noise to latents, block after block or by the student
-        condition = null_condition = None
+        def null_condition() -> Tensor | None:
+            """What guidance leads away from, also if a callback turns it on later."""
+            embeds = encode(True)[1] if kind == "prefix" and null is None else null
+            self.run_offload_hook(self.flow)
+            return self.flow.condition(None, embeds, batch)
+
+        condition = away = None
         if not learned or return_residual:
             self.run_offload_hook(self.flow)
             condition = self.flow.condition(labels, cond, batch)
-            null_condition = self.flow.condition(None, null, batch) if guided else None
-        with self.progress_bar(total=1 if learned else len(self.flow.blocks)) as progress:
-
-            def after_block(index: int, block_latents: Tensor) -> Tensor | None:
-                progress.update()
-                if callback_on_step_end is None:
-                    return None
-                wanted = callback_on_step_end_tensor_inputs
-                tensors = {"latents": block_latents} if wanted is None or "latents" in wanted else {}
-                return (callback_on_step_end(self, index, index, tensors) or {}).get("latents")
-
+            away = null_condition() if guided else None
+        module = self.student if learned else self.flow
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            after_block = AfterBlock(
+                self,
+                progress,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                module,
+                guidance,
+                null_condition,
+            )
+            self.run_offload_hook(module)
             if learned:
-                self.run_offload_hook(self.student)
-                x, exact = one_pass.draw(self.student, noise, labels, cond, scale - 1, self._fast_student)
-                changed = after_block(0, x)
+                x, exact = one_pass.draw(self.student, noise, labels, cond, scale - 1, self.compiled_student())
+                changed = after_block(0, x).latents
                 x = x if changed is None else changed
             else:
-                methods = self.resolve_decoding(decoding, noise, condition, null_condition, guidance)
+                methods = self.resolve_decoding(decoding, noise, condition, away, guidance)
                 x, _ = sampling.generate(
-                    self.flow, noise, condition, null_condition, guidance, after_block, methods, self._fast_steps
+                    self.flow, noise, condition, away, guidance, after_block, methods, self._fast_steps
                 )
                 exact = x
         errors = (None, None)
-        if return_residual:
-            errors = residual(self.flow, exact, noise, condition, null_condition, guidance)
+        if return_residual and not after_block.stopped:
+            self.run_offload_hook(self.flow)
+            used = guidance if learned else after_block.used[::-1]
+            errors = residual(self.flow, exact, noise, condition, after_block.null(away), used)
 
         # 4. Training noise away, then pixels
-        x = self.remove_noise(x, denoise, labels, cond)
+        if not after_block.stopped:
+            x = self.remove_noise(x, denoise, labels, cond)
         images: Any = x
         if output_type != "latent":
             images = self.image_processor.postprocess(self.decode_latents(x, decoder), output_type=output_type)
@@ -343,6 +371,7 @@ class TARFlowPipeline(
         latents: Tensor | None,
     ) -> Tensor:
         """A draw from the flow's prior, (B, C, h, w), float32."""
+        self.run_offload_hook(self.flow)  # the prior's variance is its
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"got {len(generator)} generators for {batch} images; give one, or one for each image")
         if latents is None:

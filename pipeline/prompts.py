@@ -16,16 +16,31 @@ class PromptEncoding:
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        device: torch.device,
+        device: torch.device | None = None,
         num_images_per_prompt: int = 1,
-        do_guidance: bool = True,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         max_sequence_length: int | None = None,
         aspect_ratio: str = "1:1",
     ) -> tuple[Tensor, Tensor | None]:
-        """Encoded captions and, with guidance, encoded negative ones, (B, L, E) each; B counts images."""
+        """Encoded captions and, with guidance, encoded negative ones, (B, L, E) each; B counts images.
+
+        Args:
+            prompt: one or several captions, or None with ``prompt_embeds``.
+            device: of the result; where the pipeline computes if not given.
+            num_images_per_prompt: each row is repeated so often.
+            do_classifier_free_guidance: whether negative ones are wanted; else the second result is None.
+            negative_prompt: one, or one for each caption; the empty caption if not given.
+            prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts, B counting captions.
+            max_sequence_length: the pipeline's own if not given.
+            aspect_ratio: for the caption's template.
+
+        Raises:
+            ValueError: for negative captions that are not as many, or texts without a text encoder.
+        """
+        device = self._execution_device if device is None else device
         length = max_sequence_length or self.config.max_sequence_length
         if self.text_encoder is not None:
             self.run_offload_hook(self.text_encoder)
@@ -44,7 +59,7 @@ class PromptEncoding:
         prompt_embeds = prompt_embeds.to(device)
         count = len(prompt_embeds)
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        if not do_guidance:
+        if not do_classifier_free_guidance:
             return prompt_embeds, None
         if negative_prompt_embeds is None:
             texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt

@@ -28,6 +28,7 @@ class SampleDecoding:
         """
         if not denoise or self.config.noise_std == 0:
             return latents
+        self.run_offload_hook(self.flow)
         step = learned_denoise if denoise == "learned" else score_denoise
         return in_parts(
             lambda part, part_labels, part_cond: step(

@@ -170,7 +170,7 @@ def conditions(model: TARFlowModel, text: Any, batch: int) -> tuple[Any, Any]:
         if text is not None:
             shapes = ("circle", "square", "triangle", "star", "ring", "cross")
             prompts = [f"a {('small', 'large')[i % 2]} red {shapes[i % 6]} on a dark background" for i in range(batch)]
-            cond, null = text.encode_prompt(prompts, None, model.device)
+            cond, null = text.encode_prompt(prompts, model.device)
         else:
             shape = (batch, 128, model.config.cond_dim)
             cond, null = (torch.randn(shape, device=model.device), torch.zeros(shape, device=model.device))

@@ -181,7 +181,7 @@ def test_encode_leads_back_and_can_be_drawn_again(pipe) -> None:
 def test_likelihood_has_a_map(pipe) -> None:
     out = pipe.log_likelihood(PICTURES, CAPTIONS, generator=seeded())
     latents = pipe.encode(PICTURES, CAPTIONS, generator=seeded()).latents
-    cond, _ = pipe.encode_prompt(CAPTIONS, None, torch.device("cpu"), do_guidance=False)
+    cond, _ = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
     torch.testing.assert_close(out.log_prob, log_prob(pipe.flow, latents, cond=cond))
     torch.testing.assert_close(out.map.sum((1, 2)), out.log_prob)
     torch.testing.assert_close(out.nats_per_dim, -out.log_prob / 128)

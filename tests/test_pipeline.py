@@ -91,7 +91,9 @@ def test_image_i_does_not_depend_on_the_batch():
 def test_guidance_and_negative_prompt():
     pipe = make_pipeline("prefix")
     plain = draw(pipe, CAPTIONS)
-    assert np.array_equal(plain, draw(pipe, CAPTIONS, guidance_scale=1.0, negative_prompt="a blue ring"))
+    assert np.array_equal(plain, draw(pipe, CAPTIONS, guidance_scale=1.0, negative_prompt=""))
+    with pytest.raises(ValueError, match="negative_prompt has no effect without guidance, and guidance_scale is 1: take"):
+        draw(pipe, CAPTIONS, guidance_scale=1.0, negative_prompt="a blue ring")
     guided = draw(pipe, CAPTIONS, guidance_scale=4.0)
     assert not np.array_equal(plain, guided)
     assert np.array_equal(guided, draw(pipe, CAPTIONS, guidance_scale=4.0, negative_prompt=""))
@@ -101,7 +103,7 @@ def test_guidance_and_negative_prompt():
 
 def test_embeddings_and_given_noise():
     pipe = make_pipeline("prefix")
-    embeds, null = pipe.encode_prompt(CAPTIONS, None, torch.device("cpu"))
+    embeds, null = pipe.encode_prompt(CAPTIONS, torch.device("cpu"))
     assert embeds.shape == null.shape == (2, 8, 16)
     assert (embeds[0, 4:] == 0).all()  # "a red ring" and the end token, then padding
     noise = torch.randn(2, 8, 4, 4)

@@ -175,7 +175,11 @@ class TestPipeline:
         latents = draw(pipe, decoding="student", output_type="latent", **options)
         noise = torch.cat([torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
         labels = torch.tensor([0, 1]) if conditioning == "class_prefix" else None
-        cond = pipe.encode_prompt(CAPTIONS, None, "cpu", do_guidance=False)[0] if conditioning == "prefix" else None
+        cond = (
+            pipe.encode_prompt(CAPTIONS, "cpu", do_classifier_free_guidance=False)[0]
+            if conditioning == "prefix"
+            else None
+        )
         wanted = pipe.student(noise, labels, cond, options.get("guidance_scale", 1.0) - 1)
         torch.testing.assert_close(latents, wanted.detach(), rtol=0, atol=1e-5)
         assert not np.array_equal(images, draw(pipe, decoding="sequential", **options))

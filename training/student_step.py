@@ -58,7 +58,7 @@ class StudentStepper(NetworkStepper):
         self.largest_weight = network.config.max_guidance_scale - 1
         self.null_cond: Tensor | None = None
         if pipe.flow.config.conditioning == "prefix":
-            self.null_cond = pipe.encode_prompt([""], None, accelerator.device, do_guidance=False)[0]
+            self.null_cond = pipe.encode_prompt([""], accelerator.device, do_classifier_free_guidance=False)[0]
         self.perceptual = make_perceptual(config)
         if self.perceptual is not None:
             self.perceptual.to(accelerator.device)
