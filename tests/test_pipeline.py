@@ -92,7 +92,9 @@ def test_guidance_and_negative_prompt():
     pipe = make_pipeline("prefix")
     plain = draw(pipe, CAPTIONS)
     assert np.array_equal(plain, draw(pipe, CAPTIONS, guidance_scale=1.0, negative_prompt=""))
-    with pytest.raises(ValueError, match="negative_prompt has no effect without guidance, and guidance_scale is 1: take"):
+    with pytest.raises(
+        ValueError, match="negative_prompt has no effect without guidance, and guidance_scale is 1: take"
+    ):
         draw(pipe, CAPTIONS, guidance_scale=1.0, negative_prompt="a blue ring")
     guided = draw(pipe, CAPTIONS, guidance_scale=4.0)
     assert not np.array_equal(plain, guided)
