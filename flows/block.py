@@ -30,6 +30,8 @@ class FlowBlock(TokenNetwork):
 
     #: Whether `inverse` is one parallel pass, as in the subclasses; here it makes token after token.
     one_pass = False
+    #: Whether `forward` writes to a cache, so that its layers' activations can only be computed again all together.
+    caches_with_gradients = False
 
     def __init__(self, config: BlockConfig):
         # [raw scale; shift]; zeros, so an untrained block is the identity

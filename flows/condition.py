@@ -43,9 +43,10 @@ def as_condition(
         class_labels = torch.full((batch,), null_label, device=like.device)
     if class_labels.shape != (batch,):
         raise ValueError(f"class_labels must have the shape ({batch},), got {tuple(class_labels.shape)}")
-    # On a GPU the check would wait for it; there the data set and the pipeline have checked already.
-    on_cpu = class_labels.device.type == "cpu"
-    if on_cpu and batch and not 0 <= class_labels.min() <= class_labels.max() <= null_label:
+    # On a GPU the check would wait for it; there the data set and the pipeline have checked already. Compilers and
+    # exporters take no step that depends on a tensor's values.
+    checked = class_labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked and batch and not 0 <= class_labels.min() <= class_labels.max() <= null_label:
         raise ValueError(f"class labels must be 0 to {null_label} ({null_label}: none), got {class_labels}")
     if kind == "class_prefix":
         return F.one_hot(class_labels, null_label + 1).to(like.dtype)[:, None]  # (B, 1, classes + 1)

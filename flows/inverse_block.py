@@ -26,6 +26,7 @@ class InverseAutoregressiveBlock(FlowBlock):
     """
 
     one_pass = True
+    caches_with_gradients = True
 
     def forward(
         self,

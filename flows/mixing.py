@@ -23,8 +23,11 @@ class ChannelMixing(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        rotation, _ = torch.linalg.qr(torch.randn(channels, channels))
-        permutation, lower, upper = torch.linalg.lu(rotation)
+        # The factorisations do not exist in 16 bits, which may be the default dtype while a model is loaded.
+        dtype = torch.get_default_dtype()
+        rotation, _ = torch.linalg.qr(at_least_float32(torch.randn(channels, channels)))
+        permutation, *factors = torch.linalg.lu(rotation)
+        lower, upper = (factor.to(dtype) for factor in factors)
         diagonal = upper.diagonal()
         self.lower, self.upper = nn.Parameter(lower.tril(-1)), nn.Parameter(upper.triu(1))
         self.log_diagonal = nn.Parameter(diagonal.abs().log())

@@ -16,6 +16,7 @@ from tarflow.flows import sampling
 from tarflow.flows.build import check_model, make_blocks, make_denoiser
 from tarflow.flows.condition import as_condition
 from tarflow.flows.guidance import Guidance
+from tarflow.flows.habits import FlowOutput, NetworkHabits
 from tarflow.flows.network import recomputed
 from tarflow.flows.order import patchify, unpatchify
 from tarflow.flows.prepared import compute_device, compute_dtype
@@ -25,7 +26,7 @@ from tarflow.flows.reversible import through_blocks
 CHECKPOINTED = ("none", "block", "layer", "both", "reversible")
 
 
-class TARFlowModel(ModelMixin, ConfigMixin):
+class TARFlowModel(NetworkHabits, ModelMixin, ConfigMixin):
     """Flow blocks, listed from the data to the noise.
 
     Args:
@@ -119,8 +120,9 @@ class TARFlowModel(ModelMixin, ConfigMixin):
 
         Args:
             unit: "none"; "block", of which only the input tokens stay, (B, T, C) for each block; "layer", of which only
-                the input (B, T, D) stays; "both", layers while a block is computed again; "reversible", for coupling
-                blocks, nothing but the last output: inputs are rebuilt from it.
+                the input (B, T, D) stays (of "inverse_autoregressive" blocks as "block"); "both", layers while a block
+                is computed again; "reversible", for coupling blocks, nothing but the last output: inputs are rebuilt
+                from it.
             every: with "layer" and "both", of every so many layers only; of the others all activations stay.
 
         Raises:
@@ -135,6 +137,16 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         self.checkpoint_blocks, self.reversible = unit in ("block", "both"), unit == "reversible"
         for network in [*self.blocks, *([] if self.denoiser is None else [self.denoiser])]:
             network.checkpoint_every = every if unit in ("layer", "both") else 0
+            network._gradient_checkpointing_func = recomputed
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether the backward pass computes any activations again."""
+        return self.checkpoint_blocks or self.reversible or super().is_gradient_checkpointing
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations for the backward pass, also where `set_checkpointing` said otherwise."""
+        self.set_checkpointing("none")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -152,7 +164,8 @@ class TARFlowModel(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         cond: Tensor | None = None,
         return_block_outputs: bool = False,
-    ) -> tuple[Tensor, ...]:
+        return_dict: bool = False,
+    ) -> tuple[Tensor, ...] | FlowOutput:
         """Data to noise.
 
         Args:
@@ -160,6 +173,7 @@ class TARFlowModel(ModelMixin, ConfigMixin):
             class_labels: (B,) for the class conditionings; None is "no class" for all.
             cond: prefix tokens (B, L, E) for the conditioning "prefix".
             return_block_outputs: also return each block's output.
+            return_dict: return a `FlowOutput` instead of a tuple.
 
         Returns:
             z (B, C, H, W) and log|det dz/dx| (B,), summed over a sample; with ``return_block_outputs`` also a list of
@@ -171,11 +185,13 @@ class TARFlowModel(ModelMixin, ConfigMixin):
             if return_block_outputs:
                 raise ValueError("checkpointing 'reversible' keeps no blocks' outputs: take another, or leave them out")
             tokens, log_det = through_blocks(self.blocks, tokens, grid, condition)
-            return self.unpatchify(tokens, grid), log_det
+            z = self.unpatchify(tokens, grid)
+            return FlowOutput(z, log_det) if return_dict else (z, log_det)
         log_det: Tensor | float = 0.0
         outputs = []
         for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+            again = self.checkpoint_blocks or (block.caches_with_gradients and block.gradient_checkpointing)
+            if again and torch.is_grad_enabled():
                 tokens, block_log_det = recomputed(block, tokens, grid, condition)
             else:
                 tokens, block_log_det = block(tokens, grid, condition)
@@ -183,9 +199,10 @@ class TARFlowModel(ModelMixin, ConfigMixin):
             if return_block_outputs:
                 outputs.append(tokens)
         z = self.unpatchify(tokens, grid)
-        if return_block_outputs:
-            return z, log_det, [self.unpatchify(output, grid) for output in outputs]
-        return z, log_det
+        made = [self.unpatchify(output, grid) for output in outputs] if return_block_outputs else None
+        if return_dict:
+            return FlowOutput(z, log_det, made)
+        return (z, log_det) if made is None else (z, log_det, made)
 
     def inverse(
         self,

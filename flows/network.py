@@ -74,12 +74,22 @@ class TokenNetwork(nn.Module):
             self.proj_cond = nn.Linear(config.cond_dim, config.width)
         #: Every so many layers' activations are computed again in the backward pass instead of kept; 0 keeps all.
         self.checkpoint_every = 0
+        self._gradient_checkpointing_func = recomputed
         nn.init.zeros_(self.proj_out.weight)  # an untrained network gives zeros
         nn.init.zeros_(self.proj_out.bias)
 
     @property
     def sees_condition(self) -> bool:
         return self.config.conditioning != "none"
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """As Diffusers asks for it and sets it: whether layers' activations are computed again."""
+        return self.checkpoint_every > 0
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.checkpoint_every = int(enabled)
 
     def context(self, cond: Tensor | None, grid: tuple[int, int]) -> BlockContext:
         """What the sequence's slots share, from the condition and the grid."""
@@ -165,8 +175,10 @@ class TokenNetwork(nn.Module):
             start = context.prefix_length - skip + first_slot
             rotation = tuple(part[start : start + hidden.shape[1]] for part in rotation)
         for index, layer in enumerate(self.layers):
-            if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                hidden = recomputed(layer, hidden, rotation, temperature, cache, index)
+            # What is written to a cache would be written again.
+            again = self.checkpoint_every and index % self.checkpoint_every == 0 and cache is None
+            if again and torch.is_grad_enabled():
+                hidden = self._gradient_checkpointing_func(layer, hidden, rotation, temperature, cache, index)
             else:
                 hidden = layer(hidden, rotation, temperature, cache, index)
         if cache is not None:

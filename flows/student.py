@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from tarflow.flows.affine import at_least_float32
 from tarflow.flows.config import CONDITIONINGS, BlockConfig
+from tarflow.flows.habits import NetworkHabits, StudentOutput
+from tarflow.flows.network import recomputed
 from tarflow.flows.order import patchify, unpatchify
 from tarflow.flows.positions import rotary_angles, rotation_tables
 from tarflow.flows.prepared import compute_device, compute_dtype
@@ -31,7 +33,7 @@ TARGETS = ("clean", "noisy")
 WEIGHT_FEATURES, WEIGHT_STEPS = 64, 1000.0
 
 
-class StudentModel(ModelMixin, ConfigMixin):
+class StudentModel(NetworkHabits, ModelMixin, ConfigMixin):
     """Noise, condition and guidance weight → latents.
 
     Args:
@@ -89,6 +91,7 @@ class StudentModel(ModelMixin, ConfigMixin):
         self.state_heads = nn.ModuleList(output_layer(width, token_dim) for _ in state_layers)
         self.state_inputs = nn.ModuleList(nn.Linear(token_dim, width) for _ in state_layers if through_states)
         self.head = output_layer(width, token_dim)
+        self.gradient_checkpointing, self._gradient_checkpointing_func = False, recomputed
 
     def forward(
         self,
@@ -97,7 +100,8 @@ class StudentModel(ModelMixin, ConfigMixin):
         cond: Tensor | None = None,
         guidance_weight: Tensor | float = 0.0,
         return_states: bool = False,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        return_dict: bool | None = None,
+    ) -> Tensor | tuple[Tensor, ...] | StudentOutput:
         """Noise to data in one pass.
 
         Args:
@@ -106,6 +110,7 @@ class StudentModel(ModelMixin, ConfigMixin):
             cond: prefix tokens (B, L, E) for the conditioning "prefix".
             guidance_weight: guidance scale − 1, one number or (B,).
             return_states: also what was read of the flow's states.
+            return_dict: return a `StudentOutput`; False returns a tuple, also of one.
 
         Returns:
             latents (B, C, H, W), at least float32; with ``return_states`` also a list of (B, C, H, W), one for each of
@@ -123,7 +128,10 @@ class StudentModel(ModelMixin, ConfigMixin):
         rotation = self.rotation(grid, length)
         states: list[Tensor] = []
         for number, layer in enumerate(self.layers, start=1):
-            hidden = layer(hidden, rotation)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = self._gradient_checkpointing_func(layer, hidden, rotation)
+            else:
+                hidden = layer(hidden, rotation)
             if number in config.state_layers:
                 place = config.state_layers.index(number)
                 state = read(self.state_heads[place], hidden[:, length:])
@@ -132,7 +140,11 @@ class StudentModel(ModelMixin, ConfigMixin):
                     hidden = torch.cat([hidden[:, :length], passed], dim=1)
                 states.append(unpatchify(state, p, config.patch_layout, grid))
         x = unpatchify(read(self.head, hidden[:, length:]), p, config.patch_layout, grid)
-        return (x, states) if return_states else x
+        if return_dict:
+            return StudentOutput(x, states if return_states else None)
+        if return_states:
+            return x, states
+        return x if return_dict is None else (x,)
 
     def prefix(
         self, batch: int, class_labels: Tensor | None, cond: Tensor | None, guidance_weight: Tensor | float

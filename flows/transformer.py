@@ -5,19 +5,16 @@ Shapes: B batch, S slots of the sequence, D width, H query heads, K key/value he
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from tarflow.flows.affine import at_least_float32
+from tarflow.flows.attention import AttentionProcessor
 from tarflow.flows.config import BlockConfig
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.positions import rotate
-
-#: Longest sequence for which plain matrix products train faster on a CPU than the fused attention kernel.
-PLAIN_ATTENTION_SLOTS = 256
 
 
 class LayerNorm(nn.Module):
@@ -60,11 +57,19 @@ def make_norm(config: BlockConfig, width: int) -> nn.Module:
     return RMSNorm(width) if config.norm == "rms_norm" else LayerNorm(width)
 
 
-class Attention(nn.Module):
-    """Self-attention, causal or full, with optional grouped heads, QK-norm, rotary positions and post-norm."""
+class Attention(nn.Module, AttentionModuleMixin):
+    """Self-attention, causal or full, with optional grouped heads, QK-norm, rotary positions and post-norm.
+
+    Diffusers' backends are chosen by the model's `set_attention_backend` and the like; `AttentionProcessor` has them.
+    """
+
+    _default_processor_cls = AttentionProcessor
+    _available_processors = (AttentionProcessor,)
+    _supports_qkv_fusion = False  # they are one layer from the start
 
     def __init__(self, config: BlockConfig):
         super().__init__()
+        self.set_processor(AttentionProcessor())
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.causal = config.causal
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -74,6 +79,20 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(self.head_dim) if config.qk_norm else None
         self.proj = nn.Linear(self.heads * self.head_dim, config.width, bias=config.bias)
         self.post_norm = RMSNorm(config.width) if config.post_norm else None
+
+    def set_processor(self, processor: AttentionProcessor) -> None:
+        """Only an `AttentionProcessor` fits: decoding token after token repeats what these layers compute.
+
+        Raises:
+            ValueError: for another one.
+        """
+        if type(processor) is not AttentionProcessor:
+            name = type(processor).__name__
+            raise ValueError(
+                f"{name} does not fit these attention layers, which take AttentionProcessor only; for another kernel "
+                "call set_attention_backend"
+            )
+        self.processor = processor
 
     def forward(
         self,
@@ -106,37 +125,9 @@ class Attention(nn.Module):
         if cache is not None:
             earlier = cache.length
             k, v = cache.write(layer, k, v)
-        y = attend(q, k, v, earlier if self.causal else None)
+        y = self.processor(q, k, v, earlier if self.causal else None)
         y = self.proj(y.transpose(1, 2).flatten(2))
         return y if self.post_norm is None else self.post_norm(y)
-
-
-def later_slots_mask(slots: int, earlier: int, device: torch.device) -> Tensor:
-    """Which keys (earlier + S) each of S new slots may see, (S, earlier + S) booleans."""
-    return torch.ones(slots, earlier + slots, dtype=torch.bool, device=device).tril(earlier)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, earlier: int | None) -> Tensor:
-    """Attention of queries (B, H, S, d) to keys and values (B, K, N, d); returns (B, H, S, d).
-
-    Args:
-        earlier: query i sees the first earlier + i + 1 keys; None for all keys.
-    """
-    grouped, slots = q.shape[1] != k.shape[1], q.shape[2]
-    causal = earlier is not None and slots > 1
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and k.shape[2] <= PLAIN_ATTENTION_SLOTS:
-        # The backward pass of the fused CPU kernel takes several times as long as plain products of short sequences.
-        if grouped:
-            k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-        unseen = q.new_zeros(slots, k.shape[2])
-        if causal:
-            unseen.masked_fill_(~later_slots_mask(slots, earlier, q.device), -math.inf)
-        rows = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
-        logits = torch.baddbmm(unseen, *rows, alpha=1 / math.sqrt(q.shape[-1])).unflatten(0, q.shape[:2])
-        return logits.softmax(-1, dtype=at_least_float32(logits).dtype).to(v.dtype) @ v
-    triangle = causal and not earlier  # for which there are faster kernels than for a mask
-    mask = later_slots_mask(slots, earlier, q.device) if causal and not triangle else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=grouped)
 
 
 class MLP(nn.Module):

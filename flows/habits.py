@@ -1,0 +1,91 @@
+"""What flows and students do of what Diffusers' models do, beside what `ModelMixin` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.utils import BaseOutput
+from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
+from torch import Tensor
+
+from tarflow.common.dtypes import kept_default_dtype
+from tarflow.flows.network import recomputed
+
+
+@dataclass
+class FlowOutput(BaseOutput):
+    """What `TARFlowModel.forward` returns with ``return_dict=True``.
+
+    Attributes:
+        z: (B, C, H, W).
+        log_det: log|det dz/dx| (B,).
+        block_outputs: (B, C, H, W) each, or None.
+    """
+
+    z: Tensor
+    log_det: Tensor
+    block_outputs: list[Tensor] | None = None
+
+
+@dataclass
+class StudentOutput(BaseOutput):
+    """What `StudentModel.forward` returns with ``return_dict=True``.
+
+    Attributes:
+        sample: latents (B, C, H, W).
+        states: (B, C, H, W) each, or None.
+    """
+
+    sample: Tensor
+    states: list[Tensor] | None = None
+
+
+class NetworkHabits:
+    """Goes before `ModelMixin` among a model's bases."""
+
+    _supports_gradient_checkpointing = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As of `ModelMixin`; an error leaves the process's default dtype as it was.
+
+        Raises:
+            ValueError: with ``parallel_config``, see `enable_parallelism`.
+        """
+        if options.get("parallel_config") is not None:
+            refuse_parallelism(cls)
+        with kept_default_dtype():
+            return super().from_pretrained(*args, **options)
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Keep only the inputs of the Transformer layers for the backward pass, which computes the rest again.
+
+        Args:
+            gradient_checkpointing_func: called with a layer and its inputs; None takes PyTorch's checkpoint.
+        """
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or recomputed)
+
+    def reset_attention_backend(self) -> None:
+        """Back to the default: what DIFFUSERS_ATTN_BACKEND says, or else what is fastest. `set_attention_backend` sets the
+        process's backend too, which this also sets back."""
+        super().reset_attention_backend()
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName(DIFFUSERS_ATTN_BACKEND))
+
+    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> NoReturn:
+        """Is not supported.
+
+        Raises:
+            ValueError: always.
+        """
+        refuse_parallelism(type(self))
+
+
+def refuse_parallelism(kind: type) -> NoReturn:
+    """The error for context and tensor parallelism."""
+    raise ValueError(
+        f"{kind.__name__} has no context or tensor parallelism, as a token needs all tokens before it: draw other "
+        "images in other processes, and train with DDP or FSDP2 (docs/training.md)"
+    )
