@@ -11,6 +11,7 @@ from huggingface_hub import create_repo, list_repo_files, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
+from tarflow.common.dtypes import kept_default_dtype
 from tarflow.common.files import write_json
 from tarflow.models import resolve
 from tarflow.pipeline.folder import INDEX, written_into
@@ -39,7 +40,8 @@ class PipelineFiles:
         Raises:
             ValueError: if weights are missing.
         """
-        pipe = super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+        with kept_default_dtype():
+            pipe = super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
         for name, part in pipe.components.items():
             missing = missing_tensors(part) if isinstance(part, nn.Module) else []
             if missing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from tarflow.flows.habits import FlowOutput, StudentOutput
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.sampling import generate
 from tarflow.flows.student import StudentModel
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.vae.decoder import LatentDecoder
 
 #: Diffusers' backends that run on a CPU.
 ON_CPUS = ("native", "_native_math", "_native_flash", "flex")
@@ -275,3 +279,56 @@ def test_parallelism_over_one_image_is_refused(tmp_path: Path) -> None:
         TARFlowModel.from_pretrained(tmp_path, parallel_config=object())
     with pytest.raises(ValueError, match="StudentModel has no context or tensor parallelism"):
         small_student().enable_parallelism(config=object())
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@flows_of_each_kind
+def test_flows_are_loaded_and_run_in_16_bits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x, condition = flow_of(kind)
+    model.save_pretrained(tmp_path)
+    for half in (TARFlowModel.from_pretrained(tmp_path, dtype=dtype), copy.deepcopy(model).to(dtype)):
+        assert all(tensor.dtype == dtype for tensor in half.state_dict().values() if tensor.is_floating_point())
+        condition = {key: part.to(dtype) if part.is_floating_point() else part for key, part in condition.items()}
+        with torch.no_grad():
+            (z, log_det), (expected, expected_log_det) = half(x.to(dtype), **condition), model(x, **condition)
+            assert z.dtype == log_det.dtype == torch.float32
+            torch.testing.assert_close(z, expected, rtol=0.1, atol=0.05)
+            torch.testing.assert_close(log_det, expected_log_det, rtol=0.1, atol=1.0)
+            seen = half.condition(condition.get("class_labels"), condition.get("cond"), len(x))
+            back, _ = generate(half, z, seen)
+        assert back.dtype == torch.float32
+        torch.testing.assert_close(back, x.to(dtype).float(), rtol=0.1, atol=0.1)
+
+
+def test_an_error_while_loading_leaves_the_default_dtype(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path / "flow")
+    small_student().save_pretrained(tmp_path / "student")
+    for kind, folder, key in ((TARFlowModel, "flow", "width"), (StudentModel, "student", "head_dim")):
+        file = tmp_path / folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: 7}))
+        with pytest.raises(ValueError, match="head_dim"):
+            kind.from_pretrained(tmp_path / folder, torch_dtype=torch.bfloat16)
+        assert torch.get_default_dtype() == torch.float32
+    config = {"_class_name": "LatentDecoder", "act_fn": "unheard-of"}
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "decoder" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="unheard-of"):
+        LatentDecoder.from_pretrained(tmp_path / "decoder", torch_dtype=torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_error_while_loading_a_pipeline_leaves_the_default_dtype(tmp_path: Path) -> None:
+    TARFlowPipeline(flow=small_model(), vae=None).save_pretrained(tmp_path)
+    # A part of another library, whose class leaves another default behind.
+    file = tmp_path / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vae": ["diffusers", "AutoencoderKL"]}))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "act_fn": "unheard-of"}))
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="unheard-of"):
+        TARFlowPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    assert torch.get_default_dtype() == torch.float32

@@ -9,6 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 
+from tarflow.common.dtypes import kept_default_dtype
+
 #: What the decoder half takes of the settings of Diffusers' ``AutoencoderKL``, under the same names.
 SETTINGS = (
     "latent_channels",
@@ -54,6 +56,12 @@ class LatentDecoder(ModelMixin, ConfigMixin):
             act_fn=act_fn,
             mid_block_add_attention=mid_block_add_attention,
         )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> LatentDecoder:
+        """As of `ModelMixin`; an error leaves the process's default dtype as it was."""
+        with kept_default_dtype():
+            return super().from_pretrained(*args, **options)
 
     @classmethod
     def from_autoencoder(cls, vae: Any) -> LatentDecoder:
