@@ -18,7 +18,7 @@ from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
 from tarflow.evaluation.generation import image_seed
 from tarflow.pipeline.aspect import aspect_size
-from tarflow.pipeline.checks import NOISE_REMOVALS
+from tarflow.pipeline.checks import NOISE_REMOVALS, label_of
 from tarflow.pipeline.limits import available_bytes, check_num_images, gigabytes, largest_count
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.training.report import make_grid
@@ -98,8 +98,8 @@ def subjects_of(pipe: Any, args: argparse.Namespace) -> tuple[str, list[Any]]:
 def class_index(pipe: Any, text: str) -> int:
     """The class of a name, or else of a number."""
     count, known = pipe.flow.config.num_classes, pipe.labels
-    if text.lower() in known:
-        return known[text.lower()]
+    if (index := label_of(text, known)) is not None:
+        return index
     if text.isascii() and text.isdigit() and int(text) < count:
         return int(text)
     near = difflib.get_close_matches(text.lower(), known, 1)

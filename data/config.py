@@ -13,33 +13,42 @@ class DataConfig:
     Attributes:
         source: "drawings" (made by the project), "folder" (a local folder or zip archive), "datasets" (a name that
             the Datasets library loads), or "latents" (a folder that ``scripts/cache_latents.py`` wrote).
-        path: the folder or zip archive of source "folder". Class folders give labels; a ``metadata.jsonl`` at the
-            root gives captions. Top folders ``train`` and ``val`` (or ``validation``, ``test``) are its splits. Of
-            source "latents", the cache: splits, columns, captions, names, background, ``on_error`` and ``seed`` were
-            settled when it was made and have no effect here.
+        path: the folder or zip archive of source "folder". Class folders give labels; ``metadata.jsonl`` files, with
+            a ``file_name`` that counts from their own folder, give captions instead. A single folder that holds
+            folders alone only wraps them. If then all top folders are named ``train`` or ``training``, ``val``,
+            ``valid``, ``validation``, ``dev``, ``test``, ``testing``, ``eval`` or ``evaluation``, in small letters or
+            capitals, they are splits: the first two for training, the others held out. Links are followed; what
+            systems leave there (names that begin with a dot, ``__MACOSX``, ``@eaDir``) is none of the data. Of source
+            "latents", the cache: splits, columns, captions, names, background, ``on_error`` and ``seed`` were settled
+            when it was made and have no effect here.
+        split_folders: what to do where some top folders have names of splits and others have not: "auto" refuses
+            them, "only" takes the splits and leaves the others out, "none" takes all for classes, also where all have names
+            of splits.
         name: the name of source "datasets": a hub id, a local data set, or a builder such as "parquet".
         data_files: files for a builder name.
         image_size: side of the square pictures in pixels; larger ones are resized and centre-cropped.
         train_split, validation_split: names of the splits of source "datasets". Without the second, and for folders
             without split folders, ``validation_fraction`` of the data is held out by a hash of caption or file name.
         image_column, caption_column, label_column: names in ``metadata.jsonl`` or of the data set's columns; None
-            where there is none.
+            where there is none. Labels are class numbers from 0 on, or texts, whose sorted values are the classes.
         caption_template: how a caption is made of the columns, "{text}, {style} style"; None takes caption_column. The
             words of a column that holds a list are joined by commas.
         more_caption_templates: other ways to say it: each training picture is there once more with each of them,
             unless a column in it is empty. Held-out pictures have the first way alone.
         where: only rows whose column has one of these values, {"style": ["noto", "twemoji"]}; None takes all.
-        class_names: readable names by class folder, or by position as a list; None takes the folders' names.
+        class_names: readable names by class folder or text, or by position as a list; None takes their own names.
         background: what transparent pictures are put on: "white", "black", or "random" (another one per picture).
         verify: of source "latents", read all files when training starts, not when it is resumed, and compare their
             checksums.
         flip: mirror half of the training pictures.
-        on_error: "raise" at an unreadable picture, or "skip": take the next one, count and report it.
+        on_error: "raise" at an unreadable picture, or "skip": take the next one, count and report it. Pictures of
+            formats that cannot be read here are refused at the start, or by "skip" left out, counted and reported.
         seed: which drawings are made, and the colours of random backgrounds.
     """
 
     source: Literal["drawings", "folder", "datasets", "latents"] = "drawings"
     path: str | None = None
+    split_folders: Literal["auto", "only", "none"] = "auto"
     name: str | None = None
     data_files: Any = None
     image_size: int = 64
@@ -51,8 +60,8 @@ class DataConfig:
     label_column: str | None = None
     caption_template: str | None = None
     more_caption_templates: list[str] = field(default_factory=list)
-    where: dict[str, list[str]] | None = None
-    class_names: dict[str, str] | list[str] | None = None
+    where: dict[str, list[Any]] | None = None
+    class_names: dict[str, str | int] | list[str | int] | None = None
     background: Literal["white", "black", "random"] = "white"
     verify: bool = True
     flip: bool = False
@@ -60,6 +69,8 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.class_names is not None:  # YAML takes names such as 1 for numbers
+            object.__setattr__(self, "class_names", as_texts(self.class_names))
         if self.source == "folder" and not self.path:
             raise ValueError("data.source is 'folder', so data.path must name a folder or a zip archive")
         if self.source == "latents" and not self.path:
@@ -74,3 +85,16 @@ class DataConfig:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}")
+
+
+def as_texts(names: dict[Any, Any] | list[Any]) -> dict[str, str] | list[str]:
+    """Names of classes, of which some may have been read as numbers.
+
+    Raises:
+        ValueError: for what is neither text nor number.
+    """
+    values = names.values() if isinstance(names, dict) else names
+    for name in values:
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise ValueError(f"data.class_names has {name!r}, expected texts; put names such as no or 1e3 in quotes")
+    return {str(key): str(name) for key, name in names.items()} if isinstance(names, dict) else [str(n) for n in names]

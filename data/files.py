@@ -3,36 +3,76 @@
 from __future__ import annotations
 
 import os
+import posixpath
+import re
+import stat
 import zipfile
 from pathlib import Path
 from typing import IO
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from tarflow.data.formats import OTHER_SUFFIXES, PICTURE_SUFFIXES, is_of_system, readable_suffixes, suffix
 
 
 class Files:
     """The files below a folder, or inside a zip archive, named by their paths with forward slashes.
 
+    What systems leave beside pictures is not among them (see `is_of_system`). Links are followed, but none that leads
+    back to a folder above it.
+
     Raises:
-        ValueError: if the path does not exist, or is neither a folder nor a zip archive.
+        ValueError: if the path does not exist, is neither a folder nor a zip archive, or cannot be read whole; if an
+            archive is encrypted, holds links, or names outside of itself or twice.
     """
 
     def __init__(self, path: str):
         self.path = Path(path).expanduser()
-        if not self.path.exists():
-            raise ValueError(f"the data path {path!r} does not exist; give a folder of images or a zip archive of one")
-        if self.path.is_dir():
-            files = sorted(file for file in self.path.rglob("*") if file.is_file())
-            self.names = [file.relative_to(self.path).as_posix() for file in files]
+        self._members: dict[str, str] = {}  # names within an archive, as the archive writes them
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise ValueError(
+                f"the data path {path!r} {reason}; give a folder of images or a zip archive of one"
+            ) from error
+        if stat.S_ISDIR(found.st_mode):
+            # By folders, which is another order than that of the whole names.
+            self.names = sorted(list_folder(self.path), key=lambda name: name.split("/"))
         elif zipfile.is_zipfile(self.path):
-            with zipfile.ZipFile(self.path) as archive:
-                self.names = sorted(name for name in archive.namelist() if not name.endswith("/"))
+            self._members = list_archive(self.path)
+            self.names = sorted(self._members)
         else:
             raise ValueError(f"the data path {path!r} is neither a folder nor a zip archive")
-        self._archive: tuple[int, zipfile.ZipFile] | None = None
 
     def images(self) -> list[str]:
-        return [name for name in self.names if name.lower().endswith(IMAGE_SUFFIXES)]
+        """The pictures that can be read here."""
+        return [name for name in self.names if suffix(name) in readable_suffixes()]
+
+    def unreadable_images(self) -> list[str]:
+        """Pictures of formats that could be read with a plug-in of Pillow that is not installed."""
+        return [name for name in self.names if suffix(name) in PICTURE_SUFFIXES - readable_suffixes()]
+
+    def other_images(self) -> list[str]:
+        """Drawings, raw camera files and the like, which are never read."""
+        return [name for name in self.names if suffix(name) in OTHER_SUFFIXES]
+
+    def place(self, name: str) -> str:
+        """Path and name for messages; bytes that are no text are written as numbers."""
+        return shown(f"{self.path}/{name}")
+
+    def facts(self, name: str) -> tuple[int, int, int]:
+        """Size, checksum of the content (0 in folders, where it would have to be read) and time in ns (0 in archives).
+
+        All are −1 of a file that is not there.
+        """
+        if self._members:
+            member = self._open_archive().getinfo(self._members[name])
+            return member.file_size, member.CRC, 0
+        try:
+            found = (self.path / name).stat()
+        except OSError:
+            return -1, -1, -1
+        return found.st_size, 0, found.st_mtime_ns
 
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
@@ -41,11 +81,82 @@ class Files:
 
     def open(self, name: str) -> IO[bytes]:
         """One file, opened for reading; each process opens the archive for itself."""
-        if self.path.is_dir():
-            return (self.path / name).open("rb")
+        return self._open_archive().open(self._members[name]) if self._members else (self.path / name).open("rb")
+
+    def _open_archive(self) -> zipfile.ZipFile:
         if self._archive is None or self._archive[0] != os.getpid():
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._archive[1].open(name)
+        return self._archive[1]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_archive": None}
+
+
+def shown(name: str) -> str:
+    """A file's name for messages: what is no text in it as numbers, so that it can be printed everywhere."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def list_folder(top: Path) -> list[str]:
+    """Names of all files below a folder, in any order.
+
+    Links that lead nowhere are there too, so that reading them names them.
+
+    Raises:
+        ValueError: that names a folder which cannot be read.
+    """
+    names: list[str] = []
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        prefix, above = waiting.pop()
+        folder = top / prefix
+        try:
+            about = folder.stat()
+            here = (about.st_dev, about.st_ino)
+            if here in above:
+                continue  # a link to a folder above: its pictures are there already
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if is_of_system(entry.name):
+                        continue
+                    if entry.is_dir():
+                        waiting.append((f"{prefix}{entry.name}/", above | {here}))
+                    elif entry.is_symlink() or entry.is_file():
+                        names.append(prefix + entry.name)
+        except OSError as error:
+            raise ValueError(
+                f"the folder {shown(str(folder))!r} cannot be read ({error.strerror}): allow it, or move it elsewhere"
+            ) from error
+    return names
+
+
+def list_archive(path: Path) -> dict[str, str]:
+    """Names of all files in a zip archive, and how the archive writes them.
+
+    Raises:
+        ValueError: if it is damaged or encrypted, holds links, or names outside of itself or of two files.
+    """
+    members: dict[str, zipfile.ZipInfo] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+        raise ValueError(f"the archive {str(path)!r} cannot be read: {error}") from error
+    for info in infos:
+        written = info.filename.replace("\\", "/")  # as some programs on Windows write it
+        if written.endswith("/"):
+            continue
+        name = posixpath.normpath(written)
+        if name.startswith(("/", "../")) or re.match("[A-Za-z]:", name):
+            raise ValueError(f"the archive {str(path)!r} has a name outside of itself, {info.filename!r}: pack it anew")
+        if any(is_of_system(part) for part in name.split("/")):
+            continue
+        if info.flag_bits & 1:
+            raise ValueError(f"the archive {str(path)!r} is encrypted: unpack it, or pack it without a password")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise ValueError(f"the archive {str(path)!r} holds links, {info.filename!r}: pack the files themselves")
+        other = members.get(name)
+        if other is not None and (other.CRC, other.file_size) != (info.CRC, info.file_size):
+            raise ValueError(f"the archive {str(path)!r} has two different files of the name {name!r}: pack it anew")
+        members[name] = info
+    return {name: info.filename for name, info in members.items()}

@@ -3,60 +3,71 @@
 from __future__ import annotations
 
 import io
-import json
-import string
+import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from typing import IO, Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from tarflow.data.captions import METADATA, keep, make_captions, read_metadata, readable_names
 from tarflow.data.config import DataConfig
-from tarflow.data.files import Files
-
-SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "test")}
+from tarflow.data.files import Files, shown
+from tarflow.data.formats import count_suffixes
+from tarflow.data.layout import Placed, place_pictures
+from tarflow.data.modes import check_mode
 
 
 @dataclass(frozen=True)
 class Row:
     """One picture: the file's name, and the caption and label that belong to it.
 
-    ``repeats`` is its first caption if this is another one for the same picture.
+    Attributes:
+        repeats: its first caption, if this is another way to say it.
+        split: that its folder says; None if there are no split folders.
+        key: decides whether it is held out where there are none: the first caption of the file, or else its name.
     """
 
     name: str
     caption: str | None = None
     label: int | None = None
     repeats: str | None = None
+    split: str | None = None
+    key: str = ""
 
 
 class ImageFolder:
     """Map-style data set of a folder's pictures: item i is ``{"image": PIL, "caption": str, "label": int}``.
 
-    ``caption`` and ``label`` are there only if the folder has them. See `DataConfig` for what the options mean.
+    ``caption`` and ``label`` are there only if the folder has them. See `DataConfig` for what the options mean, and
+    `tarflow.data.layout` for what the folders do.
 
     Raises:
-        ValueError: if the folder is missing or has no pictures, if captions are missing for some of them, or (at an
-            item) if a picture cannot be read.
+        ValueError: if the folder is missing or has no pictures, if it is not clear what its folders mean, if captions
+            are missing for some pictures, or (at an item) if a picture cannot be read.
     """
 
     def __init__(self, config: DataConfig, split: str = "train"):
         self.files = Files(config.path or "")
         self.image_column = config.image_column
-        images = self.files.images()
-        if not images:
-            raise ValueError(f"no images found in {config.path!r}: expected files such as .png, .jpg or .webp")
+        images = usable_images(self.files, skip=config.on_error == "skip")
+        places = place_pictures(images, str(config.path), config.split_folders)
         self.class_names: tuple[str, ...] | None = None
-        if "metadata.jsonl" in self.files.names:
-            rows = self._captioned_rows(images, config)
+        if any(name.split("/")[-1] == METADATA for name in self.files.names):
+            rows = self._captioned_rows(places, images, config)
         else:
             if config.caption_column or config.caption_template:
                 raise ValueError(f"captions are asked for, but {config.path!r} has no metadata.jsonl at its root")
-            rows = self._labelled_rows(images, config)
-        self.rows = self._split(rows, split, config.validation_fraction)
+            rows = self._labelled_rows(places, config)
+        self.rows = choose_split(rows, split, config.validation_fraction)
         if not self.rows and split == "train":
-            raise ValueError(f"no images are left in {config.path!r} for the split {split!r} with where={config.where}")
+            only = " (its split folders are for validation)" if rows and rows[0].split else ""
+            raise ValueError(
+                f"no images are left in {config.path!r} for the split {split!r}{only} with where={config.where}"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,130 +82,126 @@ class ImageFolder:
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of a picture, from the head of its file."""
         name = self.rows[index].name
-        return read_size(lambda: self.files.open(name), f"{self.files.path}/{name}")
+        return read_size(lambda: self.files.open(name), self.files.place(name))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        item: dict[str, Any] = {"image": read_image(lambda: self.files.read(row.name), f"{self.files.path}/{row.name}")}
+        item: dict[str, Any] = {"image": read_image(lambda: self.files.read(row.name), self.files.place(row.name))}
         if row.caption is not None:
             item["caption"] = row.caption
         if row.label is not None:
             item["label"] = row.label
         return item
 
-    def _captioned_rows(self, images: list[str], config: DataConfig) -> list[Row]:
-        records = []
-        for number, line in enumerate(self.files.read("metadata.jsonl").decode("utf-8").splitlines(), start=1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                    records[-1]["file_name"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"line {number} of metadata.jsonl in {config.path!r} is no JSON object with a file_name"
-                    ) from error
-        unnamed = sorted(set(images) - {record["file_name"] for record in records})
-        absent = sorted({record["file_name"] for record in records} - set(images))
-        if unnamed:
-            raise ValueError(
-                f"captions are missing for {len(unnamed)} of {len(images)} images in {config.path!r}, first "
-                f"{unnamed[0]!r}: add them to metadata.jsonl or remove the images"
-            )
-        if absent:
-            raise ValueError(
-                f"metadata.jsonl in {config.path!r} names {len(absent)} absent images, first {absent[0]!r}"
-            )
-        rows = []
-        for record in records:
+    def facts(self, count: int) -> dict[str, str]:
+        """Hashes that tell whether the first ``count`` items are those of another time: of the files' names, of their
+        sizes (in archives also of their contents), of their times, of captions and of labels."""
+        rows = self.rows[:count]
+        about = [self.files.facts(row.name) for row in rows]
+        return {
+            "files": hash_of(row.name for row in rows),
+            "sizes": hash_of((size, checksum) for size, checksum, _ in about),
+            "times": hash_of(time for _, _, time in about),
+            "captions": hash_of(row.caption for row in rows),
+            "labels": hash_of(row.label for row in rows),
+        }
+
+    def _captioned_rows(self, places: list[Placed], images: list[str], config: DataConfig) -> list[Row]:
+        splits = {place.name: place.split for place in places}
+        left_out = [*self.files.unreadable_images(), *self.files.other_images(), *(set(images) - set(splits))]
+        rows: list[Row] = []
+        keys: dict[str, str] = {}  # by the file's name, so that all captions of a picture are in one split
+        for record in read_metadata(self.files, list(splits), left_out):
             if keep(record, config):
-                first, *others = make_captions(record, config, record["file_name"])
-                rows += [Row(record["file_name"], caption=first)]
-                rows += [Row(record["file_name"], caption=other, repeats=first) for other in others]
+                name = record["file_name"]
+                first, *others = make_captions(record, config, name)
+                row = Row(name, first, split=splits[name], key=keys.setdefault(name, first))
+                rows += [row, *(Row(name, other, None, first, row.split, row.key) for other in others)]
         return rows
 
-    def _labelled_rows(self, images: list[str], config: DataConfig) -> list[Row]:
-        splits = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
-        tops = {name.split("/")[0] for name in images if "/" in name}
-        depth = 1 if tops and tops <= splits else 0  # below the split folders
-        folders = [name.split("/")[depth] if name.count("/") > depth else "" for name in images]
-        if "" in folders:
-            if len(set(folders)) > 1:
-                raise ValueError(f"{config.path!r} mixes class folders with images outside of them, {images[0]!r}")
-            return [Row(name) for name in images]
-        classes = sorted(set(folders))
+    def _labelled_rows(self, places: list[Placed], config: DataConfig) -> list[Row]:
+        outside = [place.name for place in places if place.folder is None]
+        classes = sorted({place.folder for place in places if place.folder is not None})
+        if outside and classes:
+            raise ValueError(
+                f"{config.path!r} mixes class folders with images outside of them, {shown(outside[0])!r}: move these "
+                "images elsewhere, or all into one folder"
+            )
+        if len(classes) == 1 and len({place.deeper for place in places}) > 1:
+            loose = next(place.name for place in places if not place.deeper)
+            raise ValueError(
+                f"{config.path!r} has one folder {shown(classes[0])!r} with images both in it, {shown(loose)!r}, and in "
+                "folders below: move either elsewhere, so that it is clear what is a class"
+            )
+        if outside:
+            return [Row(place.name, split=place.split, key=place.name) for place in places]
+        for name in classes:
+            if shown(name) != name:
+                raise ValueError(f"the class folder {shown(name)!r} in {config.path!r} has a name that is no UTF-8")
         self.class_names = readable_names(classes, config.class_names)
-        return [Row(name, label=classes.index(folder)) for name, folder in zip(images, folders, strict=True)]
+        labels = {folder: label for label, folder in enumerate(classes)}
+        return [Row(p.name, label=labels[p.folder or ""], split=p.split, key=p.name) for p in places]
 
-    @staticmethod
-    def _split(rows: list[Row], split: str, fraction: float) -> list[Row]:
-        if split == "validation":
-            rows = [row for row in rows if row.repeats is None]
-        tops = {row.name.split("/")[0] for row in rows}
-        if any(tops & set(folders) for folders in SPLIT_FOLDERS.values()):
-            return [row for row in rows if row.name.split("/")[0] in SPLIT_FOLDERS[split]]
-        keys = [row.repeats or row.caption or row.name for row in rows]
-        held_out = split == "validation"
-        return [row for row, key in zip(rows, keys, strict=True) if is_held_out(key, fraction) == held_out]
+
+def usable_images(files: Files, skip: bool = False) -> list[str]:
+    """Names of a folder's pictures; what is left out is said.
+
+    Args:
+        files: the folder or archive.
+        skip: leave out and count pictures of formats that cannot be read here, instead of refusing them.
+
+    Raises:
+        ValueError: if there are no pictures, or some of formats that need a plug-in.
+    """
+    images, closed, others = files.images(), files.unreadable_images(), files.other_images()
+    where = str(files.path)
+    if closed and not skip:
+        raise ValueError(
+            f"{len(closed)} images in {where!r} have formats that cannot be read here ({count_suffixes(closed)}), first "
+            f"{shown(closed[0])!r}: install Pillow's plug-in for them, convert them, or move them elsewhere"
+        )
+    if not images:
+        said = f", and {count_suffixes(closed + others)} are not read here" if closed or others else ""
+        raise ValueError(f"no images found in {where!r}: expected files such as .png, .jpg or .webp{said}")
+    if closed or others:
+        say_once(f"{where}: {count_suffixes(closed + others)} files are left out, as their formats are not read here")
+    return images
+
+
+@cache
+def say_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
+
+
+def choose_split(rows: list[Row], split: str, fraction: float) -> list[Row]:
+    """The rows of a split: by their folders, or else by a hash."""
+    if split == "validation":
+        rows = [row for row in rows if row.repeats is None]
+    if rows and rows[0].split:
+        return [row for row in rows if row.split == split]
+    return [row for row in rows if is_held_out(row.key, fraction) == (split == "validation")]
 
 
 def is_held_out(key: str, fraction: float) -> bool:
     """Whether a caption or file name belongs to the held-out fraction: the same on every machine."""
-    return zlib.crc32(key.encode("utf-8")) < fraction * 2**32
+    return zlib.crc32(key.encode("utf-8", "surrogateescape")) < fraction * 2**32
 
 
-def keep(record: dict, config: DataConfig) -> bool:
-    """Whether a row has one of the wanted values in every column of ``where``."""
-    for column, values in (config.where or {}).items():
-        if column not in record:
-            raise ValueError(f"data.where names the column {column!r}, but the data has {', '.join(sorted(record))}")
-        if record[column] not in values:
-            return False
-    return True
-
-
-def make_captions(record: dict, config: DataConfig, name: str) -> list[str]:
-    """The captions of one row: by template or column ("text" if neither is given), then others of further templates."""
-    column = config.caption_column or "text"
-    captions = [fill(config.caption_template or "{" + column + "}", record, name)]
-    for template in config.more_caption_templates:
-        columns = [part for _, part, _, _ in string.Formatter().parse(template) if part]
-        if any(record.get(part, "absent") in ("", [], None) for part in columns):
-            continue
-        captions.append(fill(template, record, name))
-    return captions
-
-
-def fill(template: str, record: dict, name: str) -> str:
-    """A template with the values of a row; lists are joined by commas."""
-    texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
-    try:
-        caption = texts[template[1:-1]] if template[1:-1] in texts else template.format(**texts)
-    except KeyError as error:
-        columns = ", ".join(sorted(record))
-        raise ValueError(f"the row of {name!r} has no column {error} for its caption; it has {columns}") from error
-    if not isinstance(caption, str) or not caption.strip():
-        raise ValueError(f"the caption of {name!r} is {caption!r}, expected a text that is not empty")
-    return caption
-
-
-def readable_names(classes: list[str], names: dict[str, str] | list[str] | None) -> tuple[str, ...]:
-    """Names of the classes, from a mapping or a list of the same length."""
-    if names is None:
-        return tuple(classes)
-    if isinstance(names, dict):
-        if missing := [name for name in classes if name not in names]:
-            raise ValueError(f"data.class_names lacks the classes {', '.join(missing)}")
-        return tuple(names[name] for name in classes)
-    if len(names) != len(classes):
-        raise ValueError(f"data.class_names has {len(names)} names, but the data has {len(classes)} classes")
-    return tuple(names)
+def hash_of(values: Iterable[Any]) -> str:
+    """SHA-256 of some values, in order."""
+    digest = sha256()
+    for value in values:
+        digest.update(f"{value!r}\n".encode())
+    return digest.hexdigest()
 
 
 def read_image(read: Callable[[], bytes], name: str) -> Image.Image:
-    """Read and decode a picture whole; an unreadable one is a ValueError with its name."""
+    """Read and decode a picture whole; an unreadable one, or one whose white is not known, is a ValueError with its
+    name."""
     try:
         image = Image.open(io.BytesIO(read()))
         image.load()
+        check_mode(image)
     except Exception as error:
         raise unreadable(name, error) from error
     return image

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tarflow.data.config import DataConfig
 from tarflow.data.drawings import Drawings
+from tarflow.data.modes import flatten
 
 #: How many unreadable pictures in a row are skipped before giving up.
 MAX_SKIPS = 100
@@ -57,14 +58,14 @@ class Images(Dataset):
         while True:
             try:
                 item = dict(self.source[index])
+                background = background_colour(self.config.background, self.config.seed, index)
+                image = fit(flatten(item.pop("image"), background), height, width)
                 break
             except ValueError as error:
                 skipped.append(str(error))
                 if self.config.on_error == "raise" or len(skipped) >= min(MAX_SKIPS, len(self)):
                     raise
                 index = (index + 1) % len(self)
-        background = background_colour(self.config.background, self.config.seed, index)
-        image = fit(flatten(item.pop("image"), background), height, width)
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W)
         return {"image": tensor, **item, "skipped": skipped}
 
@@ -125,18 +126,6 @@ def background_colour(background: str, seed: int, index: int) -> tuple[int, int,
         return (255, 255, 255)
     r, g, b = (int(v) for v in rng.integers(0, 256, 3))
     return r, g, b
-
-
-def flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """An upright RGB picture of 8 bits; transparency is put on the background colour."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits in all picture formats; converting would cut off, not scale
-        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) // 256).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:

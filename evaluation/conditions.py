@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tarflow.common.files import json_lines
 from tarflow.data.config import DataConfig
 from tarflow.data.drawings import random_drawing
 from tarflow.data.images import Images
@@ -97,23 +97,27 @@ def read_captions(path: str) -> list[str]:
     """
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise ValueError(f"cannot read the captions file {path!r}: {error}") from error
     found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        caption: Any = line.strip()
-        if file.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-                caption = row["text"] if "text" in row else row["caption"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"line {number} of {path!r} is no JSON object with a text") from error
+    if file.suffix.lower() == ".jsonl":
+        for number, row in json_lines(content, repr(path)):
+            caption = row.get("text", row.get("caption")) if isinstance(row, dict) else None
+            if caption is None:
+                raise ValueError(f"line {number} of {path!r} is no JSON object with a text")
             if not isinstance(caption, str):
                 raise ValueError(f"line {number} of {path!r} has the text {caption!r}, expected a string")
-        found.append(caption)
+            found.append(caption)
+    else:
+        try:
+            # Lines end at line feeds alone, as in files of JSON; Windows adds a mark at the start and carriage returns.
+            lines = content.decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"the captions file {path!r} is no UTF-8 text: {error.reason}; save it as UTF-8"
+            ) from error
+        found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise ValueError(f"the captions file {path!r} is empty; give one caption per line")
     return found

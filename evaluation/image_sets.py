@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
-from tarflow.data.folder import SPLIT_FOLDERS, ImageFolder, read_image, read_size, unreadable
+from tarflow.data.folder import ImageFolder, read_image, read_size, unreadable, usable_images
 from tarflow.data.images import Images, fit, flatten
+from tarflow.data.layout import SPLIT_FOLDERS, place_pictures
 from tarflow.evaluation.conversions import conversions_of, notes_of
 from tarflow.evaluation.image_arrays import open_array, read_whole
 
@@ -111,13 +112,14 @@ class FileImages(ImageSet):
 
     def __init__(self, path: str, split: str | None = None, image_size: int | None = None, num: int | None = None):
         self.files, self.image_size = Files(path), image_size
-        self.names = self.files.images()
+        self.names = usable_images(self.files)
         if split is not None:
-            if not any(name.split("/")[0] in folders for folders in SPLIT_FOLDERS.values() for name in self.names):
+            places = place_pictures(self.names, path)
+            if not places[0].split:
                 raise ValueError(f"{path!r} has no folders train or val, so it has no split {split!r}")
-            self.names = [name for name in self.names if name.split("/")[0] in SPLIT_FOLDERS[split]]
-        if not self.names:
-            raise ValueError(f"no images found in {path!r}: expected files such as .png, .jpg or .webp")
+            self.names = [place.name for place in places if place.split == split]
+            if not self.names:
+                raise ValueError(f"{path!r} has no pictures of the split {split!r}")
         self.names = self.names[: limit(len(self.names), num, path)]
         size = (image_size, image_size) if image_size is not None else self._common_size()
         super().__init__(str(path), len(self.names), size)
@@ -135,7 +137,7 @@ class FileImages(ImageSet):
         return sizes[0]
 
     def _file_size(self, name: str) -> tuple[int, int]:
-        return read_size(lambda: self.files.open(name), f"{self.files.path}/{name}")
+        return read_size(lambda: self.files.open(name), self.files.place(name))
 
     def indices(self) -> list[int]:
         """The numbers that generated pictures have as names; positions for others."""
@@ -145,7 +147,7 @@ class FileImages(ImageSet):
     def _read(self, index: int) -> tuple[Tensor, list[str]]:
         name = self.names[index]
         content = read_file(self.files, name)
-        image = read_image(lambda: content, f"{self.files.path}/{name}")
+        image = read_image(lambda: content, self.files.place(name))
         conversions = conversions_of(image, content)
         image = flatten(image, (255, 255, 255))
         return to_tensor(image if self.image_size is None else fit(image, *self.size)), conversions
@@ -277,14 +279,14 @@ def read_file(files: Files, name: str) -> bytes:
     try:
         return files.read(name)
     except Exception as error:
-        raise unreadable(f"{files.path}/{name}", error) from error
+        raise unreadable(files.place(name), error) from error
 
 
 def hash_files(digest: Any, files: Files, names: list[str]) -> None:
     """Feed names, sizes and bytes of some files to a hash, one file after the other."""
     for name in names:
         content = read_file(files, name)
-        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
         digest.update(content)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
+from tarflow.common.files import read_json_lines
 from tarflow.data.drawing_checker import match_shares, read_drawing
 from tarflow.data.drawings import CLASS_NAMES
 from tarflow.evaluation.image_sets import ImageSet
@@ -31,12 +31,10 @@ def read_conditions(images: ImageSet, folder: str | Path) -> tuple[str, list]:
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} has no {CONDITIONS}, so it is not known what its pictures were to show")
     rows: dict[int, dict] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows[row["index"]] = row
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {str(path)!r} is no JSON object with an index") from error
+    for number, row in read_json_lines(path):
+        if not isinstance(row, dict) or not isinstance(row.get("index"), int):
+            raise ValueError(f"line {number} of {str(path)!r} is no JSON object with an index")
+        rows[row["index"]] = row
     indices = images.indices()
     if absent := [index for index in indices if index not in rows]:
         raise ValueError(f"{str(path)!r} has no line for the picture {absent[0]} and {len(absent) - 1} others")

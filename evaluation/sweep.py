@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from tarflow.common.files import check_writable, write_text
+from tarflow.common.files import check_writable, read_json_lines, write_text
 from tarflow.data.latents import file_hash
 from tarflow.evaluation.charts import check_matplotlib
 from tarflow.evaluation.conditions import make_conditions
@@ -227,14 +227,17 @@ def read_rows(out: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
     """
     if not (out / FIXED).exists() or not (out / ROWS).exists():
         return []
-    there = json.loads((out / FIXED).read_text(encoding="utf-8"))
+    try:
+        there = json.loads((out / FIXED).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(out / FIXED)!r} cannot be read: {error}") from error
     there.setdefault("conditions", fixed["conditions"])  # of which sweeps of earlier versions do not tell
     said = {"pipeline": "the pipeline is another one", "conditions": "the captions or labels were others"}
     for name, here in fixed.items():
         if there.get(name) != here:
             what = said.get(name, f"{name} was {there.get(name)!r}")
             raise ValueError(f"{str(out)!r} holds another sweep: {what}; take another folder or remove it")
-    rows = [json.loads(line) for line in (out / ROWS).read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_json_lines(out / ROWS)]
     # Rows of earlier versions name no decoder.
     return [{**row, "settings": {"decoder": "vae", **row["settings"]}} for row in rows]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,12 +136,24 @@ def latent_shape(config: Any, factor: int, height: int | None, width: int | None
     return config.in_channels, sides[0], sides[1]
 
 
+def labels_by_name(id2label: dict[Any, str] | None) -> dict[str, int]:
+    """Indices of classes by their names in small letters, or as they are where classes differ in capitals alone."""
+    names = {int(index): name for index, name in (id2label or {}).items()}
+    small = Counter(name.lower() for name in names.values())
+    return {name.lower() if small[name.lower()] == 1 else name: index for index, name in names.items()}
+
+
+def label_of(name: str, names: dict[str, int]) -> int | None:
+    """The index of a class, whose name may be written in small letters or capitals; None if there is no such class."""
+    return names.get(name, names.get(name.lower()))
+
+
 def label_indices(class_labels: int | str | Sequence[int | str], names: dict[str, int], count: int) -> list[int]:
     """Class labels, given by index or name, as indices.
 
     Args:
         class_labels: one or several.
-        names: indices by lower-case name.
+        names: indices by name, see `labels_by_name`.
         count: of the classes.
     """
     labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
@@ -149,10 +162,11 @@ def label_indices(class_labels: int | str | Sequence[int | str], names: dict[str
     indices = []
     for label in labels:
         if isinstance(label, str):
-            if label.lower() not in names:
+            found = label_of(label, names)
+            if found is None:
                 known = ", ".join(names) or "none: this pipeline has no names"
                 raise ValueError(f"unknown class name {label!r}; known are {known}")
-            label = names[label.lower()]
+            label = found
         if not 0 <= int(label) < count:
             raise ValueError(f"class labels must be 0 to {count - 1}, got {label}")
         indices.append(int(label))

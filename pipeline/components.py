@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from tarflow.flows.fast_step import FastSteps
+from tarflow.pipeline.checks import labels_by_name
 from tarflow.vae.codec import LatentCodec
 
 
@@ -35,8 +36,8 @@ class Components:
 
     @property
     def labels(self) -> dict[str, int]:
-        """Indices of the classes by lower-case name."""
-        return {name.lower(): int(index) for index, name in (self.config.id2label or {}).items()}
+        """Indices of the classes by name, see `labels_by_name`."""
+        return labels_by_name(self.config.id2label)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As of Diffusers; and a part that was None is known from now on, so that it is saved."""

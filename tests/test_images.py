@@ -203,7 +203,7 @@ def test_absent_images_are_named(captioned: Path) -> None:
 def test_broken_metadata_lines_are_numbered(captioned: Path, line: str) -> None:
     with open(captioned / "metadata.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=r"line 5 of metadata.jsonl .* is no JSON object with a file_name"):
+    with pytest.raises(ValueError, match=r"line 5 of metadata.jsonl in .* is no JSON(:| object with a file_name)"):
         Images(folder_config(captioned))
 
 
