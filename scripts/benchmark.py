@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py sampling --pipeline runs/quickstart/pipeline --batches 1 16 --output runs/benchmark
     python scripts/benchmark.py sampling --model starflow_imagenet256 --dtype bfloat16 --batches 1 16
+    python scripts/benchmark.py exactness --pipelines emoji drawings_text drawings_class
     python scripts/benchmark.py training --model quickstart_class --batches 16
     python scripts/benchmark.py training --model starflow_imagenet256 --precisions bfloat16 --batches 8 16 32 64 \
         --peak-tflops 790
@@ -12,6 +13,9 @@
 rotated again at each step, eager), all in one run and in turn, on the same noise, weights and precision. Trained
 weights matter: on them depends how many sweeps the Jacobi methods need.
 
+``exactness`` decodes the same noise by all methods at several guidance scales, and says how far the latents are from
+those of sequential decoding in float64.
+
 ``training`` compares ways of taking a step of training with the published one, in turn and from the same weights, on
 random data of the configuration's shape. Utilization is what the mathematics needs, causal attention counted as half of
 the full square and nothing computed again, over the machine's peak.
@@ -19,7 +23,7 @@ the full square and nothing computed again, over the machine's peak.
 ``memory`` counts the bytes of a step of training; it needs neither a GPU nor the memory: of the published models with
 --model, else activations against the number of equal blocks and of layers in them.
 
-Each writes a JSON file and a picture of its name.
+Each writes a JSON file of its name, and a picture where there is something to see.
 """
 
 from __future__ import annotations
@@ -37,12 +41,14 @@ from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_text
 from tarflow.evaluation import charts
+from tarflow.evaluation.exactness import SAMPLES, SCALES, captions_of, exactness, exactness_table
 from tarflow.evaluation.machine import machine, product_speed
 from tarflow.evaluation.random_models import random_model, shape_of
 from tarflow.evaluation.sampling_speed import Speed, compare, roofline
 from tarflow.evaluation.training_memory import MODES, memory_of, memory_table, training_memory
 from tarflow.evaluation.training_speed import PRECISIONS, VARIANTS, best, compare_training, loss_differences
 from tarflow.flows.guidance import Guidance
+from tarflow.models import shipped
 from tarflow.pipeline.conversion import DTYPES
 from tarflow.pipeline.device import best_device
 
@@ -59,6 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     sampling.add_argument("--repeats", type=int, default=5)
     sampling.add_argument("--dtype", choices=DTYPES, default="float32")
     sampling.add_argument("--compile", action="store_true", help="also with compiled steps (and CUDA graphs)")
+
+    exact = commands.add_parser("exactness", help="how far each decoding method is from exact decoding")
+    exact.add_argument("--pipelines", nargs="+", default=list(shipped()), help="names, folders or hub ids")
+    exact.add_argument("--guidance-scales", type=float, nargs="+", default=list(SCALES), help="1 is off")
+    exact.add_argument("--samples", type=int, default=SAMPLES)
 
     training = commands.add_parser("training", help="steps of training side by side")
     training.add_argument("--model", default="quickstart_class", help="a configuration's name in configs/")
@@ -79,7 +90,13 @@ def main(argv: list[str] | None = None) -> None:
     memory.add_argument("--width", type=int, default=512)
     memory.add_argument("--sample-size", type=int, default=32, help="side of the latents, of which each is a token")
 
-    for command, run in ((sampling, run_sampling), (training, run_training), (memory, run_memory)):
+    runs = (
+        (sampling, run_sampling),
+        (exact, run_exactness),
+        (training, run_training),
+        (memory, run_memory),
+    )
+    for command, run in runs:
         default = "cpu" if command is memory else best_device()
         command.add_argument("--device", default=default, help=f"{default} unless given")
         command.add_argument("--output", default="runs/benchmark", help="folder of the JSON file and the picture")
@@ -154,6 +171,23 @@ def run_sampling(arguments: argparse.Namespace) -> None:
     charts.sampling_chart([Speed(**speed) for speed in result["speeds"]], result["machine"], picture)
 
 
+def run_exactness(arguments: argparse.Namespace) -> None:
+    if min(arguments.guidance_scales) < 1 or arguments.samples < 1:
+        raise ValueError("--guidance-scales must be at least 1 (off), and --samples at least 1")
+    rows = []
+    for name in arguments.pipelines:
+        pipe = TARFlowPipeline.from_pretrained(name).to(arguments.device)
+        cond, null = conditions(pipe.flow, pipe if pipe.text_encoder is not None else None, arguments.samples)
+        method = pipe.config.guidance_method
+        options = (method, arguments.guidance_scales, arguments.samples)
+        for row in exactness(Path(name).name, pipe.flow, cond, null, *options):
+            rows.append(row)
+            print(f"{row.pipeline:<16} guidance {row.guidance_scale:<5g} {row.largest:9.1e}  {row.method}", flush=True)
+    print(f"\n{exactness_table(rows)}")
+    rows = [dataclasses.asdict(row) for row in rows]
+    write(arguments, header(arguments, samples=arguments.samples, rows=rows))
+
+
 def load(arguments: argparse.Namespace) -> tuple[TARFlowModel, Any]:
     """The flow, on its device, and what encodes captions for it (None: random conditions)."""
     dtype = DTYPES[arguments.dtype]
@@ -168,8 +202,7 @@ def conditions(model: TARFlowModel, text: Any, batch: int) -> tuple[Any, Any]:
     """Different conditions for each sample, and the null condition, as the blocks take them."""
     if model.config.conditioning == "prefix":
         if text is not None:
-            shapes = ("circle", "square", "triangle", "star", "ring", "cross")
-            prompts = [f"a {('small', 'large')[i % 2]} red {shapes[i % 6]} on a dark background" for i in range(batch)]
+            prompts = captions_of(text.config.get("_name_or_path"), batch)
             cond, null = text.encode_prompt(prompts, model.device)
         else:
             shape = (batch, 128, model.config.cond_dim)

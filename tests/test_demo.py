@@ -89,7 +89,7 @@ def test_a_drawing_is_shown_block_by_block(kind: str) -> None:
     generator = [torch.Generator().manual_seed(image_seed(7, i)) for i in range(2)]
     options = {**conditions.get(kind, {}), **count, "guidance_scale": 2.0, "decoding": "sequential"}
     for image, wanted in zip(result.images, pipe(**options, generator=generator).images, strict=True):
-        assert np.array_equal(image, wanted)
+        assert np.abs(np.asarray(image, np.int16) - np.asarray(wanted, np.int16)).max() <= 1
     assert 0 <= max(result.residual_mean) <= max(result.residual_max) < 1e-3
     assert result.seconds > 0 and result.decodings == ["sequential"] * 2
 

@@ -164,8 +164,8 @@ def test_guidance_weight_zero_is_none(model: TARFlowModel) -> None:
     plain, log_det = generate(model, z, cond)
     for guidance in (Guidance(0.0), Guidance(0.0, "linear"), Guidance(0.0, temperature=2.0)):
         for result in (generate(model, z, cond, null, guidance), generate(model, z, cond, None, guidance)):
-            assert torch.equal(result[0], plain)
-            assert torch.equal(result[1], log_det)
+            torch.testing.assert_close(result[0], plain, rtol=0, atol=1e-10)
+            torch.testing.assert_close(result[1], log_det, rtol=0, atol=1e-10)
 
 
 def test_guidance_changes_samples_of_conditional_models_only(model: TARFlowModel) -> None:
@@ -174,7 +174,7 @@ def test_guidance_changes_samples_of_conditional_models_only(model: TARFlowModel
     plain, _ = generate(model, z, cond)
     guided, _ = generate(model, z, cond, null, Guidance(2.0))
     if model.config.conditioning == "none":
-        assert torch.equal(guided, plain)
+        torch.testing.assert_close(guided, plain, rtol=0, atol=1e-10)
     else:
         assert (guided - plain).abs().max() > 1e-4
 
@@ -188,7 +188,7 @@ def test_guidance_leaves_blocks_that_do_not_see_the_condition(method: str) -> No
     for block, changes in ((shallow, False), (deep, True)):
         plain, _ = decode(block, z, GRID, cond)
         guided, _ = decode(block, z, GRID, cond, null, Guidance(2.0, method))
-        assert torch.equal(plain, guided) != changes
+        assert torch.allclose(plain, guided, rtol=0, atol=1e-10) != changes
 
 
 @pytest.mark.parametrize("method", ["gaussian", "linear"])
@@ -199,7 +199,7 @@ def test_temperature_one_is_ordinary_guidance(model: TARFlowModel, method: str) 
     with_one, _ = generate(model, z, cond, null, Guidance(1.5, method, temperature=1.0))
     almost_one, _ = generate(model, z, cond, null, Guidance(1.5, method, temperature=1.0 + 1e-9))
     other, _ = generate(model, z, cond, null, Guidance(1.5, method, temperature=2.0))
-    assert torch.equal(ordinary, with_one)
+    torch.testing.assert_close(ordinary, with_one, rtol=0, atol=1e-10)
     torch.testing.assert_close(ordinary, almost_one, rtol=0, atol=1e-7)
     assert (other - ordinary).abs().max() > 1e-6
 
@@ -219,7 +219,7 @@ def test_model_inverse_takes_the_null_condition() -> None:
     z = random_images(model, 2)
     guided, _ = model.inverse(z, cond=cond, null_cond=null[:1], guidance=Guidance(1.0))
     expected, _ = generate(model, z, cond, null, Guidance(1.0))
-    assert torch.equal(guided, expected)
+    torch.testing.assert_close(guided, expected, rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match="needs cond"):
         model.inverse(z, cond=cond, guidance=Guidance(1.0))
 
@@ -231,7 +231,7 @@ def test_model_inverse_finds_the_null_label() -> None:
         guided, _ = model.inverse(z, labels, guidance=Guidance(1.0))
         null = model.condition(torch.full((2,), model.null_label), None, 2)
         expected, _ = generate(model, z, model.condition(labels, None, 2), null, Guidance(1.0))
-        assert torch.equal(guided, expected)
+        torch.testing.assert_close(guided, expected, rtol=0, atol=1e-10)
 
 
 def test_the_callback_sees_and_replaces_each_block(model: TARFlowModel) -> None:
@@ -244,7 +244,7 @@ def test_the_callback_sees_and_replaces_each_block(model: TARFlowModel) -> None:
     _, _, outputs = model(x, **from_cond(model, cond), return_block_outputs=True)
     torch.testing.assert_close(seen[0][1], outputs[0], rtol=0, atol=1e-9)
     replaced, _ = generate(model, z, cond, callback=lambda place, images: 2 * images if place == 1 else None)
-    assert torch.equal(replaced, 2 * x)
+    torch.testing.assert_close(replaced, 2 * x, rtol=0, atol=1e-10)
 
 
 def from_cond(model: TARFlowModel, cond: Tensor | None) -> dict[str, Tensor | None]:
@@ -308,8 +308,8 @@ def test_guided_parameters_are_the_formulas(weight: float) -> None:
         torch.testing.assert_close(new_shift, expected[0])
         torch.testing.assert_close(new_log_scale.exp(), expected[1])
         called = guidance(*pairs, 1, 4)
-        assert torch.equal(called[0], new_shift)
-        assert torch.equal(called[1], new_log_scale)
+        torch.testing.assert_close(called[0], new_shift, rtol=0, atol=1e-12)
+        torch.testing.assert_close(called[1], new_log_scale, rtol=0, atol=1e-12)
 
 
 def test_gaussian_guidance_of_equal_scales_moves_the_mean_only() -> None:
@@ -324,7 +324,7 @@ def test_annealed_weights_grow_to_the_full_one() -> None:
     annealed, full = Guidance(2.0, "linear", annealed=True), Guidance(2.0, "linear")
     pairs = ((shift, log_scale), (shift_u, log_scale_u))
     assert torch.equal(annealed(*pairs, 0, 5)[0], shift)
-    assert torch.equal(annealed(*pairs, 4, 5)[0], full(*pairs, 4, 5)[0])
+    torch.testing.assert_close(annealed(*pairs, 4, 5)[0], full(*pairs, 4, 5)[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(annealed(*pairs, 2, 5)[1], log_scale + 1.0 * (log_scale - log_scale_u))
 
 
