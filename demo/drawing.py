@@ -19,9 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tarflow.evaluation.generation import image_seed
-from tarflow.flows.calibration import clock, conditions_key
-from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE
-from tarflow.flows.guidance import Guidance
+from tarflow.flows.calibration import clock
 from tarflow.pipeline.checks import NOISE_REMOVALS
 from tarflow.pipeline.limits import check_num_images
 from tarflow.pipeline.one_pass import STUDENT
@@ -254,7 +252,7 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
         stages.append(Stage("noise removed", output.images))
     residuals = (output.residual_max.tolist(), output.residual_mean.tolist())
     calibrated = len(pipe.calibrations) > known
-    result = Result(output.images, *residuals, seconds, calibrated, taken_decodings(pipe, request, noise))
+    result = Result(output.images, *residuals, seconds, calibrated, taken_decodings(pipe, request))
     events.put(Progress(list(stages), 1.0, "done", result=result))
 
 
@@ -282,19 +280,10 @@ def arguments(pipe: Any, request: Request) -> dict[str, Any]:
     }
 
 
-def taken_decodings(pipe: Any, request: Request, noise: Tensor) -> list[str]:
-    """How each block was inverted, the first inverted one first; from the calibration if that decided.
-
-    Args:
-        noise: that was drawn from, (B, C, h, w).
-    """
-    blocks = len(pipe.flow.blocks)
-    if request.decoding not in ("auto", "fast"):
-        return [request.decoding] * blocks
-    guidance = Guidance(request.guidance_scale - 1, pipe.config.guidance_method)
-    tolerance = FAST_TOLERANCE if request.decoding == "fast" else DEFAULT_TOLERANCE
-    key = conditions_key(pipe.flow, len(noise), pipe.flow.patchify(noise)[1], guidance, tolerance)
-    choices = reversed(pipe.calibrations[key])
+def taken_decodings(pipe: Any, request: Request) -> list[str]:
+    """How the run that has just ended inverted each block, the first inverted one first."""
+    if request.decoding == STUDENT:
+        return [STUDENT] * len(pipe.flow.blocks)
     return [
-        choice.method if choice.segment is None else f"{choice.method}, {choice.segment} tokens" for choice in choices
+        one.method if one.segment is None else f"{one.method}, {one.segment} tokens" for one in reversed(pipe.decodings)
     ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ from tarflow.flows.affine import at_least_float32
 from tarflow.flows.decoding import BlockRun, Decoding
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
-from tarflow.flows.jacobi import decode_jacobi
+from tarflow.flows.jacobi import GaveUpError, decode_jacobi
 from tarflow.flows.order import reorder
 from tarflow.flows.sequential import decode_sequential
 
-FILE_NAME = "decoding.json"
-#: Steps that are timed; the time of all follows from theirs.
-TIMED_STEPS = 12
+#: Steps that are timed in each turn, and turns of steps and of a sweep; the time of all follows from the least.
+TIMED_STEPS, TURNS = 12, 3
 #: Segments that are tried, as parts of the sequence, and the fewest tokens worth a segment.
 SEGMENT_PARTS, SHORTEST_SEGMENT = (1, 2, 4), 16
-#: Another method must be faster than sequential decoding by this factor, so that a noisy clock does no harm.
-MARGIN = 0.9
+#: Another method must be faster than sequential decoding by this factor, each time that both decode the whole block
+#: one after the other, so that a busy machine or a noisy clock does no harm.
+MARGIN, COMPARISONS = 0.9, 3
+#: Sweeps below which no method of sweeps ends.
+FEWEST_SWEEPS = 3
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class BlockChoice:
             of the following.
         step_ms, sweep_ms: one sequential step; one parallel pass over all tokens.
         sweeps: passes that the fastest sweeping method needed; None if none was worth trying.
-        sequential_ms, best_ms: the whole block, sequentially (estimated, or measured if that is less) and by the
-            chosen method.
+        sequential_ms, best_ms: the whole block, sequentially (estimated by the steps, or measured where something else
+            came near) and by the chosen method; the least of what was measured.
     """
 
     method: str
@@ -80,74 +82,124 @@ def calibrate(
     with torch.autocast(z.device.type, enabled=False):
         for block in reversed(model.blocks):
             ordered = at_least_float32(reorder(tokens, block.config.order))
-            choice, ordered = calibrate_block(block, ordered, grid, cond, null_cond, guidance, tolerance, fast)
+            trial = BlockTrial(block, ordered, grid, cond, null_cond, guidance, fast)
+            choice, ordered = trial.one_pass() if block.one_pass else trial.choose(tolerance)
             choices.append(choice)
             tokens = reorder(ordered, block.config.order)
     return choices[::-1]
 
 
-def calibrate_block(
-    block: Any,
-    z: Tensor,
-    grid: tuple[int, int],
-    cond: Tensor | None,
-    null_cond: Tensor | None,
-    guidance: Guidance | None,
-    tolerance: float,
-    fast: FastSteps | None = None,
-) -> tuple[BlockChoice, Tensor]:
-    """The choice for one block, and its inverse of ``z`` (B, T, C), in the block's order."""
+class BlockTrial:
+    """One block's inverse of given noise by one method and another, and the time of each.
 
-    def new_run() -> BlockRun:
-        return BlockRun(block, len(z), grid, cond, null_cond, guidance)
+    Args:
+        z: tokens in the block's order (B, T, C), at least float32.
+        others: as of `calibrate`.
+    """
 
-    def timed(function: Any) -> tuple[float, Any]:
-        start = clock(z.device)
+    def __init__(
+        self,
+        block: Any,
+        z: Tensor,
+        grid: tuple[int, int],
+        cond: Tensor | None,
+        null_cond: Tensor | None,
+        guidance: Guidance | None,
+        fast: FastSteps | None,
+    ):
+        self.block, self.z, self.grid, self.fast = block, z, grid, fast
+        self.conditions = (cond, null_cond, guidance)
+
+    def new_run(self) -> BlockRun:
+        return BlockRun(self.block, len(self.z), self.grid, *self.conditions)
+
+    def timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        """Milliseconds, and what the function gave."""
+        start = clock(self.z.device)
         result = function()
-        return clock(z.device) - start, result
+        return 1e3 * (clock(self.z.device) - start), result
 
-    if block.one_pass:
-        row_major = reorder(z, block.config.order)
-        seconds, (x, _) = timed(lambda: block.inverse(row_major, grid, cond, null_cond, guidance))
-        whole = round(1e3 * seconds, 4)
-        return BlockChoice("parallel", None, whole, whole, 1, whole, whole), reorder(x, block.config.order)
-    run, count = new_run(), min(TIMED_STEPS, z.shape[1])
-    base = run.cache.length
+    def one_pass(self) -> tuple[BlockChoice, Tensor]:
+        """Of a block that has but one way."""
+        order = self.block.config.order
+        whole, (x, _) = self.timed(lambda: self.block.inverse(reorder(self.z, order), self.grid, *self.conditions))
+        whole = round(whole, 4)
+        return BlockChoice("parallel", None, whole, whole, 1, whole, whole), reorder(x, order)
 
-    def first_steps() -> None:
-        run.cache.truncate(base)
-        decode_sequential(run, z[:, :count], fast)
+    def sequential(self) -> tuple[float, Tensor]:
+        """Milliseconds of the whole block, and its inverse."""
+        milliseconds, (x, _) = self.timed(lambda: decode_sequential(self.new_run(), self.z, self.fast))
+        return milliseconds, x
 
-    step = min(timed(first_steps)[0] for _ in range(2)) / max(count - run.first, 1)
-    sequential = step * (run.num_tokens - run.first)
+    def swept(self, decoding: Decoding, most: float) -> tuple[float, int] | None:
+        """Milliseconds and sweeps of the whole block; None as soon as they are more than ``most`` milliseconds."""
+        start = clock(self.z.device)
 
-    def sweep_once() -> None:
-        run.cache.truncate(base)
-        if run.num_tokens > run.first:
-            run.parameters(z, run.first, run.num_tokens)
+        def give_up() -> bool:
+            return 1e3 * (clock(self.z.device) - start) > most
 
-    sweep = min(timed(sweep_once)[0] for _ in range(2))
-    best, best_time, best_sweeps, x = Decoding(), sequential, None, None
+        try:
+            milliseconds, (_, _, sweeps) = self.timed(lambda: decode_jacobi(self.new_run(), self.z, decoding, give_up))
+        except GaveUpError:
+            return None
+        return (milliseconds, sweeps) if milliseconds <= most else None
+
+    def probe(self) -> tuple[float, float]:
+        """Milliseconds of a sequential step and of a sweep over all tokens, the least of turns."""
+        run, count = self.new_run(), min(TIMED_STEPS, self.z.shape[1])
+        base, steps, sweeps = run.cache.length, [], []
+
+        def first_steps() -> None:
+            run.cache.truncate(base)
+            decode_sequential(run, self.z[:, :count], self.fast)
+
+        def sweep() -> None:
+            run.cache.truncate(base)
+            if run.num_tokens > run.first:
+                run.parameters(self.z, run.first, run.num_tokens)
+
+        for _ in range(TURNS):
+            steps.append(self.timed(first_steps)[0] / max(count - run.first, 1))
+            sweeps.append(self.timed(sweep)[0])
+        return min(steps), min(sweeps)
+
+    def choose(self, tolerance: float) -> tuple[BlockChoice, Tensor]:
+        """The choice, and the block's inverse of ``z`` (B, T, C).
+
+        Methods of sweeps are tried once each, no longer than sequential decoding would take; then the fastest and
+        sequential decoding take turns, and it must win each time.
+        """
+        step, sweep = self.probe()
+        sequential = step * (self.z.shape[1] - self.new_run().first)
+        best, best_time, best_sweeps, x = Decoding(), sequential, None, None
+        for decoding in candidates(self.z.shape[1], tolerance) if FEWEST_SWEEPS * sweep < sequential else ():
+            found = self.swept(decoding, min(MARGIN * sequential, best_time))
+            if found is not None:
+                best, (best_time, best_sweeps) = decoding, found
+        measured, times = [], [best_time]
+        while best.method != "sequential" and len(measured) < COMPARISONS:
+            exact_time, x = self.sequential()
+            measured.append(exact_time)
+            found = self.swept(best, MARGIN * exact_time)
+            if found is None:
+                best, best_sweeps = Decoding(), None
+            else:
+                times.append(found[0])
+        sequential = min(measured, default=sequential)
+        best_time = sequential if best.method == "sequential" else min(times)
+        x = self.sequential()[1] if x is None else x
+        step, sweep, sequential, best_time = (round(value, 4) for value in (step, sweep, sequential, best_time))
+        return BlockChoice(best.method, best.segment, step, sweep, best_sweeps, sequential, best_time), x
+
+
+def candidates(tokens: int, tolerance: float) -> Iterator[Decoding]:
+    """What is tried against sequential decoding of so many tokens."""
     for part in SEGMENT_PARTS:
-        segment = -(-z.shape[1] // part)
-        # A whole-sequence method needs at least three passes; segments cost at least as much together.
-        if 3 * sweep > sequential or (part > 1 and segment < SHORTEST_SEGMENT):
-            break
-        decoding = Decoding("jacobi", tolerance) if part == 1 else Decoding("gs_jacobi", tolerance, segment)
-        seconds, (x, _, sweeps) = timed(lambda decoding=decoding: decode_jacobi(new_run(), z, decoding))
-        if seconds < MARGIN * sequential and seconds < best_time:
-            best, best_time, best_sweeps = decoding, seconds, sweeps
-        if seconds > 2 * sequential:
-            break
-    if best.method != "sequential":  # something may have disturbed the few steps: the whole decides
-        sequential = min(sequential, timed(lambda: decode_sequential(new_run(), z, fast))[0])
-        if best_time >= MARGIN * sequential:
-            best, best_time = Decoding(), sequential
-    if x is None:
-        x, _ = decode_sequential(new_run(), z, fast)
-    milliseconds = (round(1e3 * value, 4) for value in (step, sweep, sequential, best_time))
-    step_ms, sweep_ms, sequential_ms, best_ms = milliseconds
-    return BlockChoice(best.method, best.segment, step_ms, sweep_ms, best_sweeps, sequential_ms, best_ms), x
+        segment = -(-tokens // part)
+        if part == 1:
+            yield Decoding("jacobi", tolerance)
+        elif segment >= SHORTEST_SEGMENT:
+            yield Decoding("gs_jacobi", tolerance, segment)
 
 
 def decodings(choices: list[BlockChoice], tolerance: float) -> list[Decoding]:
@@ -155,13 +207,16 @@ def decodings(choices: list[BlockChoice], tolerance: float) -> list[Decoding]:
     return [Decoding(choice.method, tolerance, choice.segment) for choice in choices]
 
 
-def fingerprint(model: Any) -> str:
-    """A short name of a model's settings and weights, from a few numbers of each tensor."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in model.config.items() if k[0] != "_"}, default=str).encode())
-    for name, value in model.state_dict().items():
-        numbers = value.flatten()[:: max(1, value.numel() // 64)][:64].float().cpu()
-        digest.update(name.encode() + numbers.numpy().tobytes())
-    return digest.hexdigest()[:16]
+@lru_cache
+def cpu_name() -> str:
+    """The processor, as the system calls it, with the instructions that are used of it."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n")
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def conditions_key(
@@ -169,57 +224,15 @@ def conditions_key(
 ) -> str:
     """What a calibration holds for: device, dtype, batch (to the next power of two), grid, guidance, tolerance, and
     whether steps are compiled."""
-    device, dtype = model.device, str(model.dtype).removeprefix("torch.")
+    weight = model.blocks[-1].proj_in.weight
+    device, dtype = weight.device, str(weight.dtype).removeprefix("torch.")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
-        name = f"cpu, {torch.get_num_threads()} threads"
-    guided = guidance is not None and guidance.weight > 0
+        name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    guided = guidance is not None and guidance.active
     bucket = 1 << max(0, batch - 1).bit_length()
     return (
         f"{name} | {dtype} | batch {bucket} | grid {grid[0]}x{grid[1]} | guided {guided} | tolerance {tolerance:g}"
+        + (f" | attention {guidance.temperature:g}" if guided and guidance.temperature != 1 else "")
         + (" | compiled" if fast else "")
     )
-
-
-class CalibrationStore:
-    """Calibrations of one model, in memory and, if there is a folder, in its ``decoding.json``.
-
-    A file that is damaged, or of another model, is not used, and is replaced at the next calibration.
-    """
-
-    def __init__(self, folder: str | Path | None, model_fingerprint: str):
-        self.path = Path(folder) / FILE_NAME if folder is not None and Path(folder).is_dir() else None
-        self.fingerprint = model_fingerprint
-        self.choices: dict[str, list[BlockChoice]] = self._read()
-
-    def _read(self) -> dict[str, list[BlockChoice]]:
-        if self.path is None or not self.path.is_file():
-            return {}
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            if content["model"] != self.fingerprint:
-                return {}
-            choices = {
-                key: [BlockChoice(**choice) for choice in blocks] for key, blocks in content["calibrations"].items()
-            }
-            for blocks in choices.values():
-                decodings(blocks, 1.0)  # raises for a method or segment that does not exist
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-        return choices
-
-    def put(self, key: str, choices: list[BlockChoice]) -> None:
-        """Keep and, where that is possible, write."""
-        self.choices[key] = choices
-        if self.path is None:
-            return
-        content = {
-            "model": self.fingerprint,
-            "calibrations": {name: [asdict(choice) for choice in blocks] for name, blocks in self.choices.items()},
-        }
-        temporary = self.path.with_name(f"{FILE_NAME}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            temporary.rename(self.path)
-        except OSError:  # a folder that is read-only, or a full disk: the calibration is only a convenience
-            temporary.unlink(missing_ok=True)

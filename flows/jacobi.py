@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,18 @@ from tarflow.flows.affine import affine_inverse
 from tarflow.flows.decoding import BlockRun, Decoding
 
 
+class GaveUpError(Exception):
+    """Raised where the sweeps took longer than the caller wanted to wait."""
+
+
 def sweeps_between_checks(device: torch.device) -> int:
     """How many sweeps run before asking which samples are done; asking makes the host wait for an accelerator."""
     return 1 if device.type == "cpu" else 4
 
 
-def decode_jacobi(run: BlockRun, z: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor, int]:
+def decode_jacobi(
+    run: BlockRun, z: Tensor, decoding: Decoding, give_up: Callable[[], bool] | None = None
+) -> tuple[Tensor, Tensor, int]:
     """Invert a block segment by segment.
 
     x ← z·σ(x) + μ(x) from x = z on; after k sweeps the first k tokens of a segment are exact. When no sample of the
@@ -24,9 +32,13 @@ def decode_jacobi(run: BlockRun, z: Tensor, decoding: Decoding) -> tuple[Tensor,
         run: the block with an empty cache but for the prefix.
         z: tokens in the block's order (B, T, C), at least float32.
         decoding: tolerance and segment; method "jacobi" has one segment.
+        give_up: asked each time that the device has finished its sweeps, whether to stop.
 
     Returns:
         x (B, T, C) and the log-scales (B, T, C) in the block's order, and the number of sweeps, last passes included.
+
+    Raises:
+        GaveUpError: if ``give_up`` said so.
     """
     tokens = run.num_tokens
     length = tokens if decoding.method == "jacobi" else min(decoding.segment or tokens, tokens)
@@ -34,7 +46,7 @@ def decode_jacobi(run: BlockRun, z: Tensor, decoding: Decoding) -> tuple[Tensor,
     for start in range(run.first, tokens, length):
         end = min(start + length, tokens)
         base = run.cache.length
-        sweeps += sweep_segment(run, z, x, log_scales, start, end, decoding.tolerance)
+        sweeps += sweep_segment(run, z, x, log_scales, start, end, decoding.tolerance, give_up)
         if end < tokens:
             run.cache.truncate(base)
             run.parameters(x, start, end)
@@ -43,7 +55,14 @@ def decode_jacobi(run: BlockRun, z: Tensor, decoding: Decoding) -> tuple[Tensor,
 
 
 def sweep_segment(
-    run: BlockRun, z: Tensor, x: Tensor, log_scales: Tensor, start: int, end: int, tolerance: float
+    run: BlockRun,
+    z: Tensor,
+    x: Tensor,
+    log_scales: Tensor,
+    start: int,
+    end: int,
+    tolerance: float,
+    give_up: Callable[[], bool] | None = None,
 ) -> int:
     """Sweep tokens start … end − 1 of ``x`` and ``log_scales`` in place; returns the number of sweeps.
 
@@ -72,6 +91,8 @@ def sweep_segment(
             x[samples, start:end], log_scales[samples, start:end] = current[:, start:end], log_scale
         active = (change > tolerance) & (expected_change(before, change) > tolerance)
         left = int(active.sum())
+        if give_up is not None and give_up():
+            raise GaveUpError
         if left == 0:
             break
         if left <= len(change) // 2:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.flows import calibration
 from tarflow.flows.affine import at_least_float32
 from tarflow.flows.decoding import BlockRun, Decoding, check_finite, check_method
 from tarflow.flows.fast_step import FastSteps
@@ -98,6 +99,7 @@ def generate(
     callback: Callable[[int, Tensor], Change | Tensor | None] | None = None,
     decoding: Decoding | Sequence[Decoding] | None = None,
     fast: FastSteps | None = None,
+    timed: Callable[[int, float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Invert all blocks of a `TARFlowModel`, the deep one first.
 
@@ -110,6 +112,8 @@ def generate(
             layout; returns what to change, or other tokens in image layout, or None.
         decoding: how, for all blocks or one for each in the order of ``model.blocks``; sequentially if not given.
         fast: see `decode`.
+        timed: called with each block's place in ``model.blocks`` and the milliseconds that its inversion took, as long
+            as the callback leaves the guidance as it is.
 
     Returns:
         x (B, C, H, W) and the sum of the blocks' log_det (B,).
@@ -120,15 +124,20 @@ def generate(
         raise ValueError(f"got {len(methods)} decodings for {len(model.blocks)} blocks")
     log_det = z.new_zeros(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32))
     for place, block, method in zip(range(len(methods)), reversed(model.blocks), reversed(methods), strict=True):
-        name = f"block {len(methods) - 1 - place} (0 is next to the data)"
+        index = len(methods) - 1 - place
+        name = f"block {index} (0 is next to the data)"
+        start = calibration.clock(z.device) if timed is not None else 0.0
         tokens, block_log_det = decode(block, tokens, grid, cond, null_cond, guidance, method, name, fast)
+        if timed is not None:  # `decode` has waited for the device, so this makes it no slower
+            timed(index, 1e3 * (calibration.clock(z.device) - start))
         log_det = log_det + block_log_det
         if callback is not None:
             change = callback(place, model.unpatchify(tokens, grid))
             change = change if isinstance(change, Change) else Change(change)
             if change.latents is not None:
                 tokens, _ = model.patchify(change.latents)
-            guidance = guidance if change.guidance is None else change.guidance
+            if change.guidance is not None and change.guidance != guidance:
+                guidance, timed = change.guidance, None  # times of another kind of call
             null_cond = null_cond if change.null_cond is None else change.null_cond
             if change.stop:
                 break

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tarflow.flows.calibration import BlockChoice, CalibrationStore, calibrate, conditions_key, fingerprint
+from tarflow.flows.calibration import BlockChoice, calibrate, conditions_key
 from tarflow.flows.calibration import decodings as calibrated_decodings
+from tarflow.flows.calibration_store import CalibrationStore, file_of, fingerprint
 from tarflow.flows.decoding import Decoding
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
+from tarflow.flows.watch import Calibration
+from tarflow.models import FOLDER
 from tarflow.pipeline import one_pass
 from tarflow.pipeline.offload import is_elsewhere
 
@@ -45,6 +49,11 @@ class BlockInversion:
         return self._fast_student[1]
 
     @property
+    def decodings(self) -> list[Decoding] | None:
+        """How the last call inverted each of ``flow.blocks``; None before the first one."""
+        return self._decodings
+
+    @property
     def calibrations(self) -> dict[str, list[BlockChoice]]:
         """What "auto" has found so far, by device, dtype, batch and so on: method and times for each block."""
         return self.calibration_store().choices
@@ -54,7 +63,9 @@ class BlockInversion:
         state = self.flow_state()
         if self._calibration_store is None or self._calibrated_state != state:
             self._calibrated_state = state
-            self._calibration_store = CalibrationStore(self.config.get("_name_or_path") or None, fingerprint(self.flow))
+            name = self.config.get("_name_or_path")
+            shipped = bool(name) and FOLDER.resolve() in Path(name).resolve().parents
+            self._calibration_store = CalibrationStore(file_of(name, shipped), fingerprint(self.flow))
         return self._calibration_store
 
     def check_student(self) -> None:
@@ -71,19 +82,27 @@ class BlockInversion:
 
     def resolve_decoding(
         self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
-    ) -> list[Decoding]:
-        """One decoding for each block; "auto" ones by calibration, on this very noise if there is none yet."""
+    ) -> tuple[list[Decoding], Callable[[int, float], None] | None]:
+        """One decoding for each block; "auto" ones by calibration, on this very noise if there is none yet. And what is
+        to be told of the time that each block takes, so that a choice that does not hold is corrected; None if nothing.
+        """
         decodings = list(decoding) if isinstance(decoding, list | tuple) else [decoding] * len(self.flow.blocks)
         automatic = [one for one in decodings if one.method == "auto"]
         if not automatic:
-            return decodings
+            return decodings, None
         if is_elsewhere(self.flow):  # most of the time goes into fetching weights: the fewer passes the better
-            return [Decoding("sequential") if one.method == "auto" else one for one in decodings]
+            return [Decoding("sequential") if one.method == "auto" else one for one in decodings], None
         store, tolerance = self.calibration_store(), automatic[0].tolerance
         grid = self.flow.patchify(noise)[1]
         fast = self._fast_steps
         key = conditions_key(self.flow, len(noise), grid, guidance, tolerance, fast is not None)
-        if len(store.choices.get(key, ())) != len(self.flow.blocks):
-            store.put(key, calibrate(self.flow, noise, cond, null_cond, guidance, tolerance, fast))
-        found = calibrated_decodings(store.choices[key], tolerance)
-        return [best if one.method == "auto" else one for one, best in zip(decodings, found, strict=True)]
+        known = store.calibrations.get(key)
+        if known is None or known.stale or len(known.choices) != len(self.flow.blocks):
+            choices = calibrate(self.flow, noise, cond, null_cond, guidance, tolerance, fast)
+            known = Calibration(choices, len(noise), 1 if known is None else known.calibrations + 1)
+            store.put(key, known)
+        if len(automatic) < len(decodings) or len(noise) != known.batch:
+            found = calibrated_decodings(known.choices, tolerance)
+            return [best if one.method == "auto" else one for one, best in zip(decodings, found, strict=True)], None
+        found = calibrated_decodings(known.plan(doubtful_only=fast is not None), tolerance)
+        return found, store.watched(key, [one.method for one in found])

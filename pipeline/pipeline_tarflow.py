@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tarflow.flows import sampling
-from tarflow.flows.calibration import CalibrationStore
+from tarflow.flows.calibration_store import CalibrationStore
 from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, residual
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
@@ -134,6 +134,7 @@ class TARFlowPipeline(
         self._fast_student: tuple[StudentModel, Callable[..., Any]] | None = None
         self._calibration_store: CalibrationStore | None = None
         self._calibrated_state: tuple[TARFlowModel, list[int]] | None = None
+        self._decodings: list[Decoding] | None = None
         self._checked_student: tuple[StudentModel, tuple] | None = None
         LatentCodec(vae, latents_mean, latents_std)  # an error for statistics that cannot be
 
@@ -307,9 +308,10 @@ class TARFlowPipeline(
                 changed = after_block(0, x).latents
                 x = x if changed is None else changed
             else:
-                methods = self.resolve_decoding(decoding, noise, condition, away, guidance)
+                methods, timed = self.resolve_decoding(decoding, noise, condition, away, guidance)
+                self._decodings = methods
                 x, _ = sampling.generate(
-                    self.flow, noise, condition, away, guidance, after_block, methods, self._fast_steps
+                    self.flow, noise, condition, away, guidance, after_block, methods, self._fast_steps, timed
                 )
                 exact = x
         errors = (None, None)

@@ -3,12 +3,16 @@ numbers each time."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 # Before any library reads them:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TARFLOW_CACHE"] = CACHE = tempfile.mkdtemp(prefix="tarflow-tests-")
 if os.environ.get("TARFLOW_TEST_DEVICE", "cpu") == "cpu":
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
@@ -17,6 +21,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

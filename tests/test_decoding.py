@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from tarflow import TARFlowPipeline
 from tarflow.evaluation.published_sampler import generate_as_published
 from tarflow.flows import jacobi
-from tarflow.flows.calibration import FILE_NAME, CalibrationStore, calibrate, decodings, fingerprint
+from tarflow.flows.calibration_store import FILE_NAME
 from tarflow.flows.decoding import BlockRun, Decoding, residual
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
@@ -24,7 +22,6 @@ from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.order import reorder
 from tarflow.flows.sampling import decode, generate
-from tarflow.flows.step import DecodeStep
 
 
 def grid_model(name: str) -> TARFlowModel:
@@ -95,29 +92,6 @@ def test_sweeps_between_checks_change_nothing(monkeypatch) -> None:
     monkeypatch.setattr(jacobi, "sweeps_between_checks", lambda device: 3 if check(device) == 1 else 1)
     second, _ = generate(model, z, decoding=Decoding("jacobi", 1e-10))
     torch.testing.assert_close(first, second, rtol=0, atol=1e-8)
-
-
-def test_calibration_is_kept_for_its_model_only(tmp_path: Path) -> None:
-    model = grid_model("deep-prefix").float()
-    cond, null = floats(*conditions(model.double(), 2))
-    model = model.float()
-    choices = calibrate(model, random_images(model, 2), cond, null, Guidance(1.0), 1e-4)
-    assert len(choices) == len(model.blocks)
-    assert all(choice.step_ms > 0 and choice.sequential_ms > 0 for choice in choices)
-    store = CalibrationStore(tmp_path, fingerprint(model))
-    store.put("here", choices)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
-    again = CalibrationStore(tmp_path, fingerprint(model))
-    assert again.choices == {"here": choices}
-    assert decodings(choices, 0.5)[0].tolerance == 0.5
-    with torch.no_grad():
-        model.blocks[0].proj_out.weight += 1
-    assert CalibrationStore(tmp_path, fingerprint(model)).choices == {}
-    content = json.loads((tmp_path / FILE_NAME).read_text())
-    content["calibrations"]["here"][0]["method"] = "magic"
-    for text in (json.dumps(content), "{", "[]"):
-        (tmp_path / FILE_NAME).write_text(text)
-        assert CalibrationStore(tmp_path, content["model"]).choices == {}
 
 
 def test_pipeline_decodings(tmp_path: Path) -> None:
@@ -228,25 +202,3 @@ def test_numbers_that_are_not_finite_are_named(method: str) -> None:
         model.blocks[0].proj_out.bias.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"first in block 0 \(0 is next to the data\) at token 0 of 4"):
         generate(model, z, model.condition(given, None, 2), decoding=Decoding(method))
-
-
-def test_a_disturbed_clock_chooses_nothing_slower(monkeypatch) -> None:
-    """The few timed steps look slow, as if something else ran beside them; the whole sequence does not."""
-    model = grid_model("unconditional").float()
-    now, calls, steps, sweeps = [0.0], [0], DecodeStep.__call__, BlockRun.parameters
-
-    def step(*arguments: Any) -> tuple[Tensor, Tensor]:
-        now[0] += 10.0 if calls[0] % 40 < 24 else 1e-3  # of each block twice twelve steps, then all sixteen
-        calls[0] += 1
-        return steps(*arguments)
-
-    def sweep(*arguments: Any) -> tuple[Tensor, Tensor]:
-        now[0] += 1.0
-        return sweeps(*arguments)
-
-    monkeypatch.setattr(DecodeStep, "__call__", step)
-    monkeypatch.setattr(BlockRun, "parameters", sweep)
-    monkeypatch.setattr("tarflow.flows.calibration.clock", lambda device: now[0])
-    choices = calibrate(model, random_images(model, 2), None, None, None, 1e-4)
-    assert calls[0] == 80
-    assert {choice.method for choice in choices} == {"sequential"}

@@ -103,6 +103,14 @@ def test_decodings_are_named(decoding: str) -> None:
     assert result.calibrated == (decoding in ("auto", "fast"))
 
 
+def test_decodings_of_compiled_steps_are_named() -> None:
+    pipe = make_pipeline("none")
+    pipe.enable_fast_decoding(None)
+    result = drawn(pipe, Request(decoding="auto"))[-1].result
+    assert {name.split(",")[0] for name in result.decodings} <= {"sequential", "jacobi", "gs_jacobi"}
+    assert result.calibrated and len(result.decodings) == 2
+
+
 def test_noise_is_removed_as_asked() -> None:
     pipe = with_decoder(make_pipeline("none", learned_denoiser="unconditional", denoiser_layers=1))
     assert noise_removals(pipe) == ["finetuned", "score", "none", "learned"]
