@@ -9,16 +9,7 @@ away and guidance included. The student is put into the pipeline's folder, or wi
 
 from __future__ import annotations
 
-from tarflow.common.command import ending
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.student import train_student
-from tarflow.training.student_config import StudentConfig
-
-
-def main(argv: list[str] | None = None) -> None:
-    with ending():
-        train_student(*parse_dataclass(StudentConfig, argv, __doc__))
-
+from tarflow.cli.train_student import main
 
 if __name__ == "__main__":
-    main()
+    main(prog="train_student.py", description=__doc__)

@@ -1,1 +1,1 @@
-"""The command line: `tarflow generate`, `train`, `evaluate`, `demo`."""
+"""The command line: `tarflow generate`, `train`, `train-student`, `evaluate`, `demo`, `models`, `configs`."""

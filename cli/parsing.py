@@ -47,7 +47,7 @@ def dispatch(prog: str, commands: Sequence[str], argv: list[str], help_text: str
         near = difflib.get_close_matches(argv[0], commands, 1)
         hint = f"did you mean {near[0]}?" if near else f"{prog} has {', '.join(commands)}"
         raise ValueError(f"unknown command {argv[0]!r}; {hint}")
-    importlib.import_module(f"tarflow.cli.{argv[0]}").main(argv[1:])
+    importlib.import_module(f"tarflow.cli.{argv[0].replace('-', '_')}").main(argv[1:])
 
 
 def with_config_file(argv: list[str] | None) -> list[str]:

@@ -13,14 +13,20 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
 
 
+def launchers() -> tuple[str, ...]:
+    """Names of the configurations of Accelerate's launcher."""
+    return tuple(sorted(f"accelerate/{file.stem}" for file in (FOLDER / "accelerate").glob("*.yaml")))
+
+
 def resolve(name: str) -> str:
-    """The file of a configuration: the user's own, or a shipped one by its bare name.
+    """The file of a configuration: the user's own, or a shipped one by its bare name or as ``configs/NAME.yaml``.
 
     Raises:
         ValueError: if there is neither.
     """
     if Path(name).expanduser().is_file():
         return str(Path(name).expanduser())
-    if name not in shipped():
+    bare = name.removeprefix("configs/").removesuffix(".yaml") if name.startswith("configs/") else name
+    if bare not in shipped():
         raise ValueError(f"there is no configuration {name!r}: give a YAML file, or one of {', '.join(shipped())}")
-    return str(FOLDER / f"{name}.yaml")
+    return str(FOLDER / f"{bare}.yaml")

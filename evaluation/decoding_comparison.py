@@ -54,9 +54,9 @@ class ComparisonConfig:
         split: of the data.
         pictures: of the split, which are encoded, get the training noise, and are decoded by each method.
         num: samples; the flow draws each once.
-        ref: what samples are compared with: a folder that ``evaluate_fid.py ref`` wrote, or pictures; None takes the
+        ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures; None takes the
             data's split (of endless drawings the first ``num``).
-        extractor: of features, see ``evaluate_fid.py``; None leaves the distance out.
+        extractor: of features, see ``tarflow evaluate fid``; None leaves the distance out.
         extractor_weights, extractor_normalize: of it.
         captions, labels, guidance_scale, decoding, seed: of the samples, see `GenerationConfig`; captions None are the
             data's.

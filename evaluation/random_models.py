@@ -1,4 +1,4 @@
-"""Models with the shapes of the configurations in configs/, random weights and random inputs: for speed and memory."""
+"""Models with the shapes of configurations, random weights and random inputs: for speed and memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from tarflow import configs
 from tarflow.flows.model import TARFlowModel
 
 #: What a run finds out from its data and autoencoder, where a configuration does not say it. The number of classes
@@ -31,17 +32,15 @@ class Shape:
 
 
 def shape_of(name: str) -> Shape:
-    """The shape of a configuration in configs/.
+    """The shape of a configuration: a shipped one by its bare name, or a YAML file.
 
     Raises:
         ValueError: if there is no such configuration, or it has no flow.
     """
-    path = Path("configs") / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(f"there is no configuration {str(path)!r}")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "flow" not in config:
-        raise ValueError(f"the configuration {str(path)!r} has no flow")
+    path = configs.resolve(name)
+    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or "flow" not in config:
+        raise ValueError(f"the configuration {path!r} has no flow")
     arguments, text = dict(config["flow"]), config.get("text", {})
     pixels, size = config["vae"]["name"] in (None, "none"), config["data"]["image_size"]
     arguments.setdefault("sample_size", size if pixels else size // FACTOR)

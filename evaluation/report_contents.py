@@ -49,10 +49,10 @@ class ReportConfig:
         shown_neighbours: of so many samples, those nearest to a training picture.
         likelihood_images: of each split; 0 leaves likelihoods out.
         draws: of noise for each picture's likelihood.
-        extractor: of features for neighbours, see ``evaluate_fid.py``; None searches by pixels only.
+        extractor: of features for neighbours, see ``tarflow evaluate fid``; None searches by pixels only.
         extractor_weights, extractor_normalize: of it.
         run: a training's folder, whose TensorBoard logs give curves.
-        metrics: a JSON file that ``evaluate_fid.py calc`` wrote.
+        metrics: a JSON file that ``tarflow evaluate fid calc`` wrote.
     """
 
     pipeline: str

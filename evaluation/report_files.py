@@ -35,7 +35,7 @@ def read_curves(run: str) -> dict[str, Series]:
 
 
 def read_metrics(path: str) -> tuple[dict[str, str], list[str]]:
-    """Names and values of a JSON file that ``evaluate_fid.py calc`` wrote, and its warnings.
+    """Names and values of a JSON file that ``tarflow evaluate fid calc`` wrote, and its warnings.
 
     Raises:
         ValueError: if it is no such file.
@@ -50,4 +50,6 @@ def read_metrics(path: str) -> tuple[dict[str, str], list[str]]:
                 metrics[f"{side} pictures"] = f"{found[side]['count']:,}"
         return metrics, list(found.get("warnings", []))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path!r} is no JSON file of metrics that evaluate_fid.py calc wrote: {error}") from error
+        raise ValueError(
+            f"{path!r} is no JSON file of metrics that tarflow evaluate fid calc wrote: {error}"
+        ) from error

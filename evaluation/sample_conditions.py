@@ -19,7 +19,7 @@ def read_conditions(images: ImageSet, folder: str | Path) -> tuple[str, list]:
 
     Args:
         images: generated pictures.
-        folder: that ``evaluate_fid.py gen`` wrote.
+        folder: that ``tarflow evaluate fid gen`` wrote.
 
     Returns:
         "caption" or "label", and the captions or class indices.

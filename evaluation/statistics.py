@@ -182,7 +182,7 @@ def write(tensors: dict[str, Tensor], about: dict[str, Any], path: Path) -> None
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of one file."""
     if not path.is_file():
-        raise ValueError(f"there are no statistics in {str(path.parent)!r}: make them with evaluate_fid.py ref")
+        raise ValueError(f"there are no statistics in {str(path.parent)!r}: make them with tarflow evaluate fid ref")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("statistics", "{}"))

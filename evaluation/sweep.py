@@ -44,10 +44,10 @@ class SweepConfig:
         guidance_scale, denoise, decoder, noise_std, decoding: lists of settings of which every combination is a row;
             see `GenerationConfig`. Rows without denoising have no σ. The finetuned decoder, which takes noisy latents,
             is combined with no ``denoise`` but false.
-        ref: what samples are compared with: a folder that ``evaluate_fid.py ref`` wrote, or pictures.
-        metrics: see ``evaluate_fid.py calc``.
+        ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
+        metrics: see ``tarflow evaluate fid calc``.
         match: measure the shares of drawings that are what their caption or class says.
-        extractor, extractor_weights, extractor_normalize: of features, see ``evaluate_fid.py``.
+        extractor, extractor_weights, extractor_normalize: of features, see ``tarflow evaluate fid``.
         batch_size: pictures per pass of the extractor.
         rank: the metric by which the best row is found; None takes the first, and of match shares "match_all".
         keep_images: False removes a row's images when it is measured.

@@ -168,7 +168,7 @@ def training_memory(
 
 
 def memory_of(name: str, batch: int, precision: str = "bfloat16", device: str = "cpu") -> dict[str, TrainingMemory]:
-    """Memory of a step of a configuration in configs/ for the published step and for each of `MODES`."""
+    """Memory of a step of a configuration for the published step and for each of `MODES`."""
     shape = shape_of(name)
     results = {
         "published": training_memory(shape.arguments, batch, shape.prefix_length, precision, "none", True, device)

@@ -1,6 +1,6 @@
 """What an exact flow can do with a picture beside drawing one: encode it, tell its likelihood, and change it.
 
-All of it goes through z, the flow's noise, to and from which pictures map one to one. See docs/exact_flow.md.
+All of it goes through z, the flow's noise, to and from which pictures map one to one.
 """
 
 from __future__ import annotations

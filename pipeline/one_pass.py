@@ -60,7 +60,7 @@ def noise_left(pipe: Any, denoise: bool | str | None, decoder: str | None) -> bo
     """
     if pipe.student is None:
         raise ValueError(
-            "this pipeline has no student: train one with train_student.py --pipeline FOLDER, or take another decoding"
+            "this pipeline has no student: train one with tarflow train-student --pipeline FOLDER, or take another decoding"
         )
     if pipe.student.config.target == "noisy":
         return True
@@ -138,5 +138,5 @@ def check_flow(student: Any, flow: nn.Module, folder: str | None = None) -> None
         names = ", ".join(value[:12] for value in student.config.flow_hashes) or "none"
         raise ValueError(
             f"this student is of another flow: the weights' SHA-256 begins with {found[:12]}, and it knows {names}; train "
-            "one for this pipeline with train_student.py"
+            "one for this pipeline with tarflow train-student"
         )

@@ -80,7 +80,7 @@ class TARFlowPipeline(
         finetuned_decoder: a decoder that removes the training noise itself, or None.
         denoise: whether a call takes the score step before the autoencoder's decoder if it does not say; False where
             the autoencoder was trained to decode noisy latents.
-        student: a network that makes a sample in one pass, see ``train_student.py``, or None.
+        student: a network that makes a sample in one pass, see ``tarflow train-student``, or None.
         text_options: how captions are put to the text encoder, by the names of `TextOptions`; None are the defaults.
     """
 
@@ -190,7 +190,7 @@ class TARFlowPipeline(
                 the model's learned denoiser, False not at all. None is the score step with the autoencoder's decoder
                 (nothing if the pipeline's setting ``denoise`` is False) and nothing with the finetuned one, which
                 removes the noise itself.
-            decoder: "vae", the autoencoder's, or "finetuned" (see ``scripts/finetune_decoder.py``), which goes with no
+            decoder: "vae", the autoencoder's, or "finetuned" (see ``tarflow.scripts.finetune_decoder``), which goes with no
                 other removal of noise. None is the autoencoder's if ``denoise`` names a step, else the pipeline's own
                 default.
             output_type: "pil", "np", "pt" or "latent"; latents for the finetuned decoder still have their noise.

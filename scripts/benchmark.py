@@ -1,13 +1,13 @@
 """Measure speed and memory on this machine.
 
-    python scripts/benchmark.py sampling --pipeline runs/quickstart/pipeline --batches 1 16 --output runs/benchmark
-    python scripts/benchmark.py sampling --model starflow_imagenet256 --dtype bfloat16 --batches 1 16
-    python scripts/benchmark.py exactness --pipelines emoji drawings_text drawings_class
-    python scripts/benchmark.py training --model quickstart_class --batches 16
-    python scripts/benchmark.py training --model starflow_imagenet256 --precisions bfloat16 --batches 8 16 32 64 \
-        --peak-tflops 790
-    python scripts/benchmark.py memory
-    python scripts/benchmark.py memory --model starflow_imagenet256 --batch 8
+    python -m tarflow.scripts.benchmark sampling --pipeline runs/quickstart/pipeline --batches 1 16
+    python -m tarflow.scripts.benchmark sampling --model starflow_imagenet256 --dtype bfloat16 --batches 1 16
+    python -m tarflow.scripts.benchmark exactness --pipelines emoji drawings_text drawings_class
+    python -m tarflow.scripts.benchmark training --model quickstart_class --batches 16
+    python -m tarflow.scripts.benchmark training --model starflow_imagenet256 --precisions bfloat16 \
+        --batches 8 16 32 64 --peak-tflops 790
+    python -m tarflow.scripts.benchmark memory
+    python -m tarflow.scripts.benchmark memory --model starflow_imagenet256 --batch 8
 
 ``sampling`` compares the decoding methods with the published algorithm (every block token by token, the cached keys
 rotated again at each step, eager), all in one run and in turn, on the same noise, weights and precision. Trained
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     sampling = commands.add_parser("sampling", help="decoding methods side by side")
     source = sampling.add_mutually_exclusive_group(required=True)
     source.add_argument("--pipeline", help="folder or hub id of trained weights")
-    source.add_argument("--model", help="a configuration's name in configs/, with random weights")
+    source.add_argument("--model", help="the name of a configuration (tarflow configs), with random weights")
     sampling.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     sampling.add_argument("--guidance-scale", type=float, default=2.0)
     sampling.add_argument("--repeats", type=int, default=5)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     exact.add_argument("--samples", type=int, default=SAMPLES)
 
     training = commands.add_parser("training", help="steps of training side by side")
-    training.add_argument("--model", default="quickstart_class", help="a configuration's name in configs/")
+    training.add_argument("--model", default="quickstart_class", help="the name of a configuration (tarflow configs)")
     training.add_argument("--batches", type=int, nargs="+", default=[16])
     help_text = f"{', '.join(VARIANTS)}, compiled+layer, compiled+block"
     training.add_argument("--variants", nargs="+", default=list(VARIANTS), help=help_text)
@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     training.add_argument("--peak-tflops", type=float, help="of the machine; else that of a large matrix product")
 
     memory = commands.add_parser("memory", help="memory of a step of training")
-    memory.add_argument("--model", help="a configuration's name in configs/; without it a table of equal blocks")
+    memory.add_argument(
+        "--model", help="the name of a configuration (tarflow configs); without it a table of equal blocks"
+    )
     memory.add_argument("--batch", type=int, default=8)
     memory.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
     memory.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16])

@@ -1,11 +1,12 @@
 """Encode pictures once, for training without the autoencoder.
 
-    accelerate launch scripts/cache_latents.py --output CACHE --data.source folder --data.path pictures.zip \\
+    accelerate launch -m tarflow.scripts.cache_latents --output CACHE --data.source folder --data.path pictures.zip \\
         --data.image_size 256 --vae.name stabilityai/sd-vae-ft-ema [--flip true]
 
-Then train with ``--data.source latents --data.path CACHE``. Plain ``python scripts/cache_latents.py`` works too, on one
-device. Run it again after an interruption: whole files are kept. ``--text.kind pretrained --text.name NAME`` encodes
-the captions too; ``--aspect_ratios '["1:1", "4:3", "3:4"]'`` keeps pictures of mixed sizes near their own shape.
+Then train with ``--data.source latents --data.path CACHE``. Plain ``python -m tarflow.scripts.cache_latents`` works
+too, on one device. Run it again after an interruption: whole files are kept. ``--text.kind pretrained --text.name
+NAME`` encodes the captions too; ``--aspect_ratios '["1:1", "4:3", "3:4"]'`` keeps pictures of mixed sizes near their
+own shape.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Compare this implementation with what the published code computed.
 
-    python scripts/check_reference.py tests/reference/*/
+    python -m tarflow.scripts.check_reference FOLDER …
 
-Each folder has a published model, its arguments and tensors that the published code computed from it in float32 (see
-tests/reference/README.md). All are computed anew; a line each tells the largest absolute error. The exit status is 1 if
-a sample is off by more than 1e-4, or anything else by more than 1e-5 of its largest value.
+Each folder has a published model, its arguments and tensors that the published code computed from it in float32; the
+project's repository has some, and a README about them, in tests/reference. All are computed anew; a line each tells
+the largest absolute error. The exit status is 1 if a sample is off by more than 1e-4, or anything else by more than
+1e-5 of its largest value.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ways of removing the training noise side by side: none, score step, learned denoiser, finetuned decoder.
 
-    python scripts/compare_decoding.py --pipeline runs/NAME/pipeline --data.source folder --data.path my_pictures.zip \\
-        --num 5000 --ref stats --out comparison
+    python -m tarflow.scripts.compare_decoding --pipeline runs/NAME/pipeline --data.source folder \\
+        --data.path my_pictures.zip --num 5000 --ref stats --out comparison
 
 The flow draws each sample once; all methods that the pipeline has decode the same. The folder gets a table
 (``comparison.md``, ``comparison.json``: PSNR and SSIM at the training noise, Fréchet distance, seconds per image), and

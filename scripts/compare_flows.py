@@ -1,7 +1,7 @@
 """NICE, RealNVP, Glow, IAF, TARFlow and STARFlow side by side: the same data, number of parameters and steps.
 
-    python scripts/compare_flows.py --quick true
-    python scripts/compare_flows.py --quick true --parts '[plane, digits]' --output runs/flows
+    python -m tarflow.scripts.compare_flows --quick true
+    python -m tarflow.scripts.compare_flows --quick true --parts '[plane, digits]' --output runs/flows
 
 Densities of the plane, digits of scikit-learn, latents of the project's drawings, and memory against depth. Each
 training is kept in a file of its own, so the same command goes on where it stopped; tables (``flows.md``) and pictures

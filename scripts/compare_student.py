@@ -1,9 +1,9 @@
 """A student beside its flow: images per second, distance from the flow's exact inverse, pictures of the same noise.
 
-    python scripts/compare_student.py --pipeline runs/NAME/pipeline --out comparison
+    python -m tarflow.scripts.compare_student --pipeline runs/NAME/pipeline --out comparison
 
 The folder gets a table (``student.md``, ``student.json``) and ``samples.png``, the flow's samples above the student's.
-What the samples are worth, ``scripts/sweep.py --decoding '[sequential, student]'`` measures.
+What the samples are worth, ``python -m tarflow.scripts.sweep --decoding '[sequential, student]'`` measures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make a pipeline folder of a published TARFlow or STARFlow checkpoint.
 
-    python scripts/convert_checkpoint.py --checkpoint starflow_3B_t2i_256x256.pth \\
+    python -m tarflow.scripts.convert_checkpoint --checkpoint starflow_3B_t2i_256x256.pth \\
         --config starflow_3B_t2i_256x256.yaml --output starflow_3B --dtype bfloat16 \\
         --vae stabilityai/sd-vae-ft-ema --text-encoder google/flan-t5-xl
 

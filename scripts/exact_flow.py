@@ -1,9 +1,9 @@
-"""What an exact flow can do with pictures, one picture for each tool; see docs/exact_flow.md.
+"""What an exact flow can do with pictures, one picture for each tool.
 
-    python scripts/exact_flow.py --tool encode --pipeline drawings_text --out encode.png
-    python scripts/exact_flow.py --tool inpaint --pipeline runs/NAME/pipeline --data.source folder \\
+    python -m tarflow.scripts.exact_flow --tool encode --pipeline drawings_text --out encode.png
+    python -m tarflow.scripts.exact_flow --tool inpaint --pipeline runs/NAME/pipeline --data.source folder \\
         --data.path my_pictures.zip --data.caption_template '{text}' --num 4 --out inpaint.png
-    python scripts/exact_flow.py --tool ood --pipeline drawings_text --num 500 --outside.source folder \\
+    python -m tarflow.scripts.exact_flow --tool ood --pipeline drawings_text --num 500 --outside.source folder \\
         --outside.path my_pictures.zip --out ood.png
 
 Pictures are those of ``data``, with their captions or classes as conditions. It prints what was measured.

@@ -1,6 +1,6 @@
 """Copy a pipeline with the weights of flow and decoders in 16 bits, as the shipped ones are.
 
-    python scripts/export_pipeline.py --pipeline runs/NAME/pipeline --output models/NAME
+    python -m tarflow.scripts.export_pipeline --pipeline runs/NAME/pipeline --output models/NAME
 
 What the output folder has of other files, such as cards (README.md) and example prompts, stays there. Loading gives
 float32 again; the text encoder, which is small, keeps its precision.

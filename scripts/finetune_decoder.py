@@ -1,7 +1,7 @@
 """Finetune a pipeline's decoder to take latents with the training noise, so that sampling needs no score step.
 
-    accelerate launch scripts/finetune_decoder.py --pipeline runs/NAME/pipeline --config configs/decoder.yaml \\
-        --data.source folder --data.path my_pictures.zip
+    accelerate launch -m tarflow.scripts.finetune_decoder --pipeline runs/NAME/pipeline \\
+        --config decoder --data.source folder --data.path my_pictures.zip
 
 Encoder and flow stay as they are. The decoder is put into the pipeline's folder, whose calls then take it (unless
 ``--set_default false``), or with ``--save_to FOLDER`` into a copy of it. ``--resume latest`` goes on from the last
@@ -10,6 +10,7 @@ checkpoint.
 
 from __future__ import annotations
 
+from tarflow.cli.parsing import with_config_file
 from tarflow.common.command import ending
 from tarflow.training.arguments import parse_dataclass
 from tarflow.training.decoder import DecoderConfig, finetune_decoder
@@ -17,7 +18,7 @@ from tarflow.training.decoder import DecoderConfig, finetune_decoder
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        finetune_decoder(*parse_dataclass(DecoderConfig, argv, __doc__))
+        finetune_decoder(*parse_dataclass(DecoderConfig, with_config_file(argv), __doc__))
 
 
 if __name__ == "__main__":

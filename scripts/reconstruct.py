@@ -1,10 +1,10 @@
 """Pictures, and what a pipeline's autoencoder makes of them: the floor of any distance that its samples can reach.
 
-    python scripts/reconstruct.py --pipeline runs/NAME/pipeline --data.source folder --data.path pictures.zip \\
-        --split validation --num 1000 --out floor
+    python -m tarflow.scripts.reconstruct --pipeline runs/NAME/pipeline --data.source folder \\
+        --data.path pictures.zip --split validation --num 1000 --out floor
 
-It writes PNG files into ``floor/original`` and ``floor/reconstructed``, for ``evaluate_fid.py calc --samples``, and prints
-the mean peak signal-to-noise ratio. Pictures lie evenly in their split, as folders are sorted by class.
+It writes PNG files into ``floor/original`` and ``floor/reconstructed``, for ``tarflow evaluate fid calc --samples``,
+and prints the mean peak signal-to-noise ratio. Pictures lie evenly in their split, as folders are sorted by class.
 """
 
 from __future__ import annotations

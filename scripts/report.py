@@ -1,7 +1,7 @@
 """Report on a pipeline: one HTML file with samples, nearest training pictures, likelihoods, curves and settings.
 
-    python scripts/report.py --pipeline runs/NAME/pipeline --data.source folder --data.path pictures.zip \\
-        --out report.html [--run runs/NAME] [--metrics samples/metrics.json] [--extractor inception]
+    python -m tarflow.scripts.report --pipeline runs/NAME/pipeline --data.source folder \\
+        --data.path pictures.zip --out report.html [--run runs/NAME] [--metrics samples/metrics.json] [--extractor inception]
 
 The file needs no network and no scripts. The data must be what the model was trained on.
 """

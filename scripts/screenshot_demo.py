@@ -1,6 +1,7 @@
 """A picture of the web page after a drawing, for the README.
 
-    python scripts/screenshot_demo.py --pipeline runs/quickstart/pipeline --prompt "a small blue ring on a light background"
+    python -m tarflow.scripts.screenshot_demo --pipeline runs/quickstart/pipeline \\
+        --prompt "a small blue ring on a light background"
 
 It serves the page on a free port of this machine, draws in a Chromium without a window, and saves what is seen.
 """

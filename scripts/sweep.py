@@ -1,11 +1,13 @@
 """Find how to draw best: guidance × denoising × decoder × σ × decoding → a table and plots, the best row marked.
 
-    accelerate launch scripts/sweep.py --gen.pipeline runs/NAME/pipeline --gen.out sweeps/NAME --gen.num 5000 \\
-        --ref stats --guidance_scale '[1, 1.5, 2, 3]' --noise_std '[0.2, 0.3]' --decoding '[sequential, fast]'
+    accelerate launch -m tarflow.scripts.sweep --gen.pipeline runs/NAME/pipeline --gen.out sweeps/NAME \\
+        --gen.num 5000 --ref stats --guidance_scale '[1, 1.5, 2, 3]' --noise_std '[0.2, 0.3]' \\
+        --decoding '[sequential, fast]'
 
-Plain ``python scripts/sweep.py`` works too, on one device. ``--ref`` is a folder that ``evaluate_fid.py ref`` wrote; for
-models of drawings ``--match true`` measures without one. The folder gets ``sweep.csv``, ``sweep.md``, ``guidance.png``
-and ``speed.png``. Run it again after an interruption: measured rows stay, and more values may be added to the lists.
+Plain ``python -m tarflow.scripts.sweep`` works too, on one device. ``--ref`` is a folder that ``tarflow evaluate fid
+ref`` wrote; for models of drawings ``--match true`` measures without one. The folder gets ``sweep.csv``,
+``sweep.md``, ``guidance.png`` and ``speed.png``. Run it again after an interruption: measured rows stay, and more
+values may be added to the lists.
 """
 
 from __future__ import annotations

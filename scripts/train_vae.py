@@ -1,15 +1,16 @@
 """Train an AutoencoderKL and save it in Diffusers' format.
 
-    accelerate launch scripts/train_vae.py --config configs/vae_drawings_emoji.yaml [--section.key value]
+    accelerate launch -m tarflow.scripts.train_vae --config vae_drawings_emoji [--section.key value]
 
-Plain ``python scripts/train_vae.py`` works too, on one device. ``--resume latest`` goes on from the last checkpoint. The
-exponential moving average of the weights is what is evaluated and saved. docs/autoencoders.md tells more.
+Plain ``python -m tarflow.scripts.train_vae`` works too, on one device. ``--resume latest`` goes on from the last
+checkpoint. The exponential moving average of the weights is what is evaluated and saved.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from tarflow.cli.parsing import with_config_file
 from tarflow.common.command import ending
 from tarflow.training.arguments import parse_dataclass
 from tarflow.training.autoencoder import AutoencoderTrainer
@@ -18,7 +19,7 @@ from tarflow.training.autoencoder_config import TrainVaeConfig
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     with ending():
-        config, resolved = parse_dataclass(TrainVaeConfig, argv, __doc__)
+        config, resolved = parse_dataclass(TrainVaeConfig, with_config_file(argv), __doc__)
         return AutoencoderTrainer(config, resolved).run()
 
 

@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "configs": set(),
     "pipeline": {"flows", "vae", "models"},
-    "evaluation": {"flows", "vae", "data", "pipeline"},
+    "evaluation": {"flows", "vae", "data", "pipeline", "configs"},
     "training": {"flows", "vae", "data", "pipeline", "evaluation"},
     "demo": {"flows", "vae", "data", "pipeline", "models", "evaluation"},
     "cli": {"flows", "vae", "data", "pipeline", "models", "evaluation", "training", "demo", "configs"},

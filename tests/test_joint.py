@@ -228,7 +228,9 @@ def test_other_autoencoders_and_sharding_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"is for an AutoencoderKL, but .*tiny' is a AutoencoderTiny"):
         train(tmp_path / "run", *joint)
     config, _ = parse_config(["--data", "{}", "--flow", CLASS_FLOW, *NEW, "--output", "x"])
-    with pytest.raises(ValueError, match=r"cannot be sharded \(FSDP\): use configs/accelerate/ddp.yaml"):
+    with pytest.raises(
+        ValueError, match=r"cannot be sharded \(FSDP\): use --config_file \$\(tarflow configs accelerate/ddp\)"
+    ):
         check_parallel(SimpleNamespace(is_fsdp2=True), config)
     with pytest.raises(ValueError, match="latents of an autoencoder that learns cannot be cached"):
         CacheConfig(output="x", data=DataConfig(source="drawings"), vae=VaeConfig(train="joint"))

@@ -340,7 +340,9 @@ def test_what_is_no_cache(cached: Path, own: Path, tmp_path: Path) -> None:
         CachedLatents(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'train' or 'validation', got 'test'"):
         CachedLatents(cached, "test")
-    with pytest.raises(ValueError, match=r"data\.path must name a folder made by scripts/cache_latents\.py"):
+    with pytest.raises(
+        ValueError, match=r"data\.path must name a folder made by python -m tarflow\.scripts\.cache_latents"
+    ):
         DataConfig(source="latents")
     with pytest.raises(ValueError, match="pictures are needed here"):
         open_source(DataConfig(source="latents", path=str(cached)), "train")

@@ -269,7 +269,7 @@ class TestPipeline:
             pipe(CAPTIONS, decoding="student", **options)
 
     def test_pipelines_without_one(self) -> None:
-        with pytest.raises(ValueError, match=r"no student: train one with train_student.py --pipeline FOLDER"):
+        with pytest.raises(ValueError, match=r"no student: train one with tarflow train-student --pipeline FOLDER"):
             make_pipeline("none")(decoding="student")
 
 

@@ -36,7 +36,7 @@ def network_accelerator(config: NetworkConfig, folder: Path) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     if accelerator.distributed_type is DistributedType.FSDP:
-        raise ValueError("this network is not sharded: start with configs/accelerate/ddp.yaml")
+        raise ValueError("this network is not sharded: start with --config_file $(tarflow configs accelerate/ddp)")
     set_seed(config.seed)
     return accelerator
 

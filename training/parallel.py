@@ -99,17 +99,21 @@ def check_parallel(accelerator: Accelerator, config: RunConfig) -> None:
     if accelerator.is_fsdp2 and has_denoiser(config) and config.train.accumulation > 1:
         raise ValueError(
             "under FSDP a learned denoiser cannot be trained with train.accumulation above 1: raise train.batch_size "
-            "instead, or use configs/accelerate/ddp.yaml"
+            "instead, or use --config_file $(tarflow configs accelerate/ddp)"
         )
     if accelerator.is_fsdp2 and is_joint(config):
-        raise ValueError("vae.train 'joint' cannot be sharded (FSDP): use configs/accelerate/ddp.yaml")
+        raise ValueError(
+            "vae.train 'joint' cannot be sharded (FSDP): use --config_file $(tarflow configs accelerate/ddp)"
+        )
     if accelerator.is_fsdp2 and config.train.checkpointing == "reversible":
         raise ValueError(
             "under FSDP weights are not whole in the backward pass, which train.checkpointing 'reversible' needs: use "
-            "'block', or configs/accelerate/ddp.yaml"
+            "'block', or use --config_file $(tarflow configs accelerate/ddp)"
         )
     if config.text.shard and not accelerator.is_fsdp2:
-        raise ValueError("text.shard is true, but this is no FSDP run: start it with configs/accelerate/fsdp2.yaml")
+        raise ValueError(
+            "text.shard is true, but this is no FSDP run: start it with --config_file $(tarflow configs accelerate/fsdp2)"
+        )
 
 
 def verify_caches(accelerator: Accelerator, *splits: Any) -> None:

@@ -1,0 +1,28 @@
+"""Train a student of a pipeline's flow, which makes a picture in one pass.
+
+    tarflow train-student --pipeline runs/NAME/pipeline --config student_drawings
+
+The flow stays as it is: it turns noisy pictures into noise, and the student learns the way back, with the noise taken
+away and guidance included. The student is put into the pipeline's folder, or with --save_to FOLDER into a copy of it;
+`tarflow generate --decoding student` draws with it, and in Python pipe(…, decoding="student"). --resume latest goes on
+from the last checkpoint. To train on several devices: accelerate launch -m tarflow.cli train-student …
+"""
+
+from __future__ import annotations
+
+from tarflow.cli.parsing import with_config_file
+from tarflow.common.command import ending
+from tarflow.training.arguments import parse_dataclass
+from tarflow.training.student import train_student
+from tarflow.training.student_config import StudentConfig
+
+
+def main(argv: list[str] | None = None, prog: str = "tarflow train-student", description: str | None = __doc__) -> None:
+    """Train; errors end as `ending` says.
+
+    Args:
+        argv: the settings; None takes those of the command line.
+        prog, description: how the help calls this, and what it says of it.
+    """
+    with ending():
+        train_student(*parse_dataclass(StudentConfig, with_config_file(argv), description, prog))

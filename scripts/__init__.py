@@ -1,0 +1,1 @@
+"""Commands of one purpose each: ``python -m tarflow.scripts.NAME``, or in a clone ``python scripts/NAME.py``."""
