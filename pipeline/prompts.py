@@ -50,11 +50,15 @@ class PromptEncoding:
                 raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
             captions = fill_template(self.config.caption_template, captions, aspect_ratio)
             options = TextOptions.of(self.config.get("text_options"))
-            embeds = encode_captions(self.text_encoder, self.tokenizer, captions, length, options, device)
+            embeds = encode_captions(
+                self.text_encoder, self.tokenizer, captions, length, options, self._execution_device
+            )
             warn_of_cuts(self.tokenizer, captions, length, options)
             return embeds.to(device)
 
         if prompt_embeds is None:
+            if prompt is None:
+                raise ValueError("there is nothing to encode: give prompt or prompt_embeds")
             prompt_embeds = encode([prompt] if isinstance(prompt, str) else prompt)
         prompt_embeds = prompt_embeds.to(device)
         count = len(prompt_embeds)
