@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from tarflow.flows import sampling
+from tarflow.flows.adapters import FlowAdapters
 from tarflow.flows.build import check_model, make_blocks, make_denoiser
 from tarflow.flows.condition import as_condition
 from tarflow.flows.guidance import Guidance
@@ -26,7 +27,7 @@ from tarflow.flows.reversible import through_blocks
 CHECKPOINTED = ("none", "block", "layer", "both", "reversible")
 
 
-class TARFlowModel(NetworkHabits, ModelMixin, ConfigMixin):
+class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
     """Flow blocks, listed from the data to the noise.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.flows.adapters import adapters_state
 from tarflow.flows.calibration import BlockChoice, calibrate, conditions_key
 from tarflow.flows.calibration import decodings as calibrated_decodings
 from tarflow.flows.calibration_store import CalibrationStore, file_of, fingerprint
@@ -75,10 +76,11 @@ class BlockInversion:
             one_pass.check_flow(self.student, self.flow, self.config.get("_name_or_path"))
             self._checked_student = state
 
-    def flow_state(self) -> tuple[TARFlowModel, list[int]]:
+    def flow_state(self) -> tuple[TARFlowModel, list[int], list[tuple]]:
         """What differs when the flow is another one or its weights have changed."""
         # Weights that were made in inference mode have no versions, and cannot be trained.
-        return self.flow, [0 if one.is_inference() else one._version for one in self.flow.parameters()]
+        versions = [0 if one.is_inference() else one._version for one in self.flow.parameters()]
+        return self.flow, versions, adapters_state(self.flow)  # adapters are merged into weights without a new version
 
     def resolve_decoding(
         self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tarflow.flows.adapters import acting_adapters, without_adapters
 from tarflow.flows.guidance import Guidance
 from tarflow.pipeline.offload import held_parameters
 from tarflow.pipeline.weight_files import weight_file
@@ -106,7 +107,8 @@ def flow_hashes(flow: nn.Module) -> tuple[str, ...]:
 
 def named_weights(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A flow's parameters by their names in its class, also of one that is compiled or whose weights are offloaded."""
-    return ((name.replace("_orig_mod.", ""), value) for name, value in held_parameters(flow))
+    named = without_adapters(flow, held_parameters(flow))
+    return ((name.replace("_orig_mod.", ""), value) for name, value in named)
 
 
 def stored_hashes(folder: str | None, flow: nn.Module) -> set[str]:
@@ -132,6 +134,11 @@ def check_flow(student: Any, flow: nn.Module, folder: str | None = None) -> None
         folder: the pipeline's, if it was loaded from one: weights that are stored in 16 bits, and were read in others,
             are known by what is stored.
     """
+    if adapters := acting_adapters(flow):
+        raise ValueError(
+            f"a student does not know the flow's adapters ({', '.join(adapters)}), so its pictures would be without them: "
+            "take another decoding, or disable_lora() first"
+        )
     found = tensors_hash(named_weights(flow))
     known = set(student.config.flow_hashes)
     if found not in known and not stored_hashes(folder, flow) & known:

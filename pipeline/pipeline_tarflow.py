@@ -27,6 +27,7 @@ from tarflow.pipeline.components import Components
 from tarflow.pipeline.editing import ExactFlowTools
 from tarflow.pipeline.hub import PipelineFiles
 from tarflow.pipeline.inversion import BlockInversion
+from tarflow.pipeline.lora import LoraLoading
 from tarflow.pipeline.offload import Offloading
 from tarflow.pipeline.prompts import PromptEncoding
 from tarflow.pipeline.samples import SampleDecoding
@@ -60,6 +61,7 @@ class TARFlowPipeline(
     CallState,
     Components,
     Offloading,
+    LoraLoading,
     PipelineFiles,
     DiffusionPipeline,
 ):
