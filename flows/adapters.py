@@ -6,6 +6,7 @@ A flow's linear layers are, in each Transformer layer, ``qkv`` (queries, keys an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,11 +19,15 @@ LORA_TARGETS = ("qkv", "proj", "up", "down")
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
     """Layers of a model that have adapters, by name."""
-    if not getattr(model, "peft_config", None):
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # nobody who has not imported it has its layers
+    if peft is None:
         return {}
-    from peft.tuners.tuners_utils import BaseTunerLayer  # imported here: it takes a while, and few models have adapters
+    return {name: part for name, part in model.named_modules() if isinstance(part, peft.BaseTunerLayer)}
 
-    return {name: part for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)}
+
+def names_of(layer: Any) -> set[str]:
+    """Adapters of a layer, active or not."""
+    return {adapter for name in layer.adapter_layer_names for adapter in getattr(layer, name)}
 
 
 def adapters_state(model: nn.Module) -> list[tuple]:
@@ -98,6 +103,20 @@ class FlowAdapters(PeftAdapterMixin):
             for adapter, weight in zip(names, weights, strict=True):
                 layer.set_scale(adapter, weight_of(weight, name))
 
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As of Diffusers; after an error the flow is as before."""
+        try:
+            super().load_lora_adapter(*args, **kwargs)
+        except Exception:
+            self.delete_adapters([])
+            raise
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        """As of Diffusers; without any left the layers are plain ones again."""
+        super().delete_adapters(adapter_names)
+        if not any(names_of(layer) for layer in adapter_layers(self).values()):
+            self.unload_lora()
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As of Diffusers, for a flow without adapters.
 
@@ -111,7 +130,7 @@ class FlowAdapters(PeftAdapterMixin):
 def refuse_adapters(name: str, model: nn.Module) -> None:
     """An error if a model that is to be saved whole has adapters."""
     if layers := adapter_layers(model):
-        names = sorted({adapter for layer in layers.values() for adapter in layer.lora_A})
+        names = sorted({adapter for layer in layers.values() for adapter in names_of(layer)})
         raise ValueError(
             f"the {name} has adapters ({', '.join(names)}), which are saved by themselves: save_lora_weights; to save the "
             "model, take them out first (unload_lora_weights), or make them a part of it (fuse_lora, then "

@@ -18,6 +18,7 @@ from diffusers.loaders.lora_base import (
     LoraBaseMixin,
     _fetch_state_dict,
 )
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from torch import Tensor, nn
 
 from tarflow.common.files import replaced
@@ -186,6 +187,13 @@ class LoraLoading(LoraBaseMixin):
     def unfuse_lora(self, components: list[str] | None = None, **options: Any) -> None:
         """Take adapters out of the weights again; see Diffusers."""
         super().unfuse_lora(components or list(self.get_list_adapters()) or ["flow"], **options)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Take adapters out; without any left the layers are plain ones again."""
+        super().delete_adapters(adapter_names)
+        encoder = self.text_encoder
+        if isinstance(encoder, nn.Module) and not getattr(encoder, "peft_config", None):
+            recurse_remove_peft_layers(encoder)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As of `PipelineFiles`, for a pipeline without adapters.

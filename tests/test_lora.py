@@ -134,6 +134,7 @@ def test_adapters_are_saved_and_loaded(saved: Path) -> None:
     pipe.enable_lora()
     torch.testing.assert_close(draw(pipe, **arguments(pipe)), expected, rtol=0, atol=1e-5)
     pipe.delete_adapters("default_0")
+    assert not adapter_layers(pipe.flow) and not adapter_layers(pipe.text_encoder)
     torch.testing.assert_close(draw(pipe, **arguments(pipe)), before, rtol=0, atol=1e-5)
 
 
@@ -243,7 +244,7 @@ def test_bad_files_are_refused(saved: Path, tmp_path: Path) -> None:
     wider = TARFlowPipeline(small_model(conditioning="class_prefix", in_channels=8, patch_size=1, width=96))
     with pytest.raises((ValueError, RuntimeError), match=r"size mismatch|shape"):
         wider.load_lora_weights(tmp_path)
-    assert wider.get_list_adapters() == {}
+    assert wider.get_list_adapters() == {} and not adapter_layers(wider.flow)
 
 
 def test_a_student_does_not_know_adapters() -> None:
