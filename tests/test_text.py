@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from diffusers import AutoencoderKL
 from test_training import CLASS_FLOW, train
 from text_models import CONFIGS, LAYERS, POSITIONS, WIDTH, make_encoder, make_tokenizer, saved
 
 from tarflow import TARFlowPipeline
+from tarflow.data.config import DataConfig
+from tarflow.data.latents import CachedLatents
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import cut_captions, encode_captions, position_count, token_ids
 from tarflow.pipeline.text_loading import load_text_encoder
 from tarflow.pipeline.text_options import TextOptions
-from tarflow.training.config import TextConfig
+from tarflow.training.cache_plan import CacheConfig
+from tarflow.training.caching import cache_latents
+from tarflow.training.config import TextConfig, VaeConfig
 from tarflow.training.objective import FlowObjective
 from tarflow.training.parallel import layer_classes
 
@@ -386,3 +391,53 @@ def test_long_captions_are_reported(tmp_path: Path, capsys: Any, caplog: Any) ->
 def test_small_encoders_report_too(tmp_path: Path, capsys: Any) -> None:
     train(tmp_path / "run", "--text.kind", "small", "--text.max_length", "5", "--train.steps", "1", flow=FLOW)
     assert "captions are longer than 5 tokens" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_vae(tmp_path: Path) -> str:
+    """A saved random autoencoder of factor 2."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=2,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    return str(tmp_path / "vae")
+
+
+def test_cached_captions_are_encoded_as_the_options_say(tmp_path: Path, small_vae: str, capsys: Any) -> None:
+    encoder, tokenizer = make_encoder("Qwen3Model"), make_tokenizer(ends=False, padding_side="left")
+    name = saved(tmp_path / "encoder", encoder, tokenizer)
+    text = TextConfig(kind="pretrained", name=name, max_length=6, hidden_layer=-2, prefix="on ")
+    cache_latents(
+        CacheConfig(
+            output=str(tmp_path / "cache"),
+            data=DataConfig(image_size=16),
+            vae=VaeConfig(name=small_vae),
+            text=text,
+            dtype="float32",
+            num_images=8,
+            num_validation_images=2,
+        )
+    )
+    assert "10 of the 10 captions are longer than 6 tokens" in capsys.readouterr().out
+    latents = CachedLatents(tmp_path / "cache")
+    captions = [latents.caption(index) for index in range(8)]
+    expected = encode_captions(encoder, tokenizer, [*captions, ""], 6, text.options)
+    torch.testing.assert_close(torch.stack([latents[i]["cond"] for i in range(8)]), expected[:8])
+    torch.testing.assert_close(latents.null_cond, expected[8])
+
+    data = ["--data", json.dumps({"source": "latents", "path": str(tmp_path / "cache")}), "--data.image_size", "16"]
+    run = [*pretrained(name), *data, "--vae.name", small_vae, "--text.max_length", "6", "--text.prefix", "on "]
+    with pytest.raises(ValueError, match=r"were encoded with text.hidden_layer -2, but it is -1 here: set it so"):
+        train(tmp_path / "other", *run, flow=FLOW)
+    with pytest.raises(ValueError, match=r"were encoded with text.prefix 'on ', but it is None here"):
+        train(tmp_path / "other", *run, "--text.hidden_layer", "-2", "--text.prefix", "null", flow=FLOW)
+    train(tmp_path / "run", *run, "--text.hidden_layer", "-2", "--log.eval_images", "2", flow=FLOW)
+    assert "10 of the 10 captions are longer than 6 tokens" in capsys.readouterr().out
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "run/pipeline")
+    embeds, null = pipe.encode_prompt(prompt=captions[0], negative_prompt=None, device=torch.device("cpu"))
+    torch.testing.assert_close(embeds[0], expected[0])
+    torch.testing.assert_close(null[0], expected[8])
