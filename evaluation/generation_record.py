@@ -37,6 +37,8 @@ def pipeline_hash(pipe: TARFlowPipeline) -> str:
     records of images name those that were taken."""
     digest, further = hashlib.sha256(), ("finetuned_decoder", "student")
     absent = [name for name in further if getattr(pipe, name) is None]
+    if pipe.config.get("text_options") is None:
+        absent.append("text_options")  # which older pipelines do not have
     left_out = ("decoder", "denoise", *absent)
     for part in (pipe, pipe.flow, pipe.vae):
         settings = {} if part is None else {key: value for key, value in part.config.items() if key[0] != "_"}

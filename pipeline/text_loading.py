@@ -39,18 +39,19 @@ def load_text_encoder(
     """
     place = repr(name) if subfolder is None else f"{name!r} (subfolder {subfolder!r})"
     try:
-        if subfolder is None and is_there(name, "", "model_index.json"):
+        if subfolder is None and is_there(name, "", "model_index.json") and not is_there(name, "", "config.json"):
             raise ValueError("it is a folder of a pipeline: name its text encoder with subfolder, such as text_encoder")
-        tokenizer = load_tokenizer(name, subfolder, tokenizer_subfolder)
-        encoder = load_encoder(name, subfolder)
+        config = AutoConfig.from_pretrained(name, subfolder=subfolder or "", trust_remote_code=False)
+        tokenizer = load_tokenizer(name, subfolder, tokenizer_subfolder, config)
+        encoder = load_encoder(name, subfolder, encoder_class(config))
     except Exception as error:  # files that are damaged, and hubs that do not answer, raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot load the text encoder {place}: {reason}") from error
     return encoder.eval().requires_grad_(False), tokenizer
 
 
-def load_tokenizer(name: str, subfolder: str | None, tokenizer_subfolder: str | None) -> Any:
-    """The tokenizer, see `load_text_encoder`."""
+def load_tokenizer(name: str, subfolder: str | None, tokenizer_subfolder: str | None, config: PreTrainedConfig) -> Any:
+    """The tokenizer of the encoder with the configuration ``config``, see `load_text_encoder`."""
     places = [tokenizer_subfolder]
     if tokenizer_subfolder is None:
         parent, _, last = (subfolder or "").rpartition("/")
@@ -58,7 +59,8 @@ def load_tokenizer(name: str, subfolder: str | None, tokenizer_subfolder: str | 
         places = [subfolder, *([f"{parent}/{beside}".lstrip("/")] if beside else []), None]
     for place in dict.fromkeys(place or "" for place in places):
         if any(is_there(name, place, file) for file in TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(name, subfolder=place, trust_remote_code=False)
+            # Without the configuration Transformers looks for one beside the tokenizer, on the Hub in vain.
+            return AutoTokenizer.from_pretrained(name, subfolder=place, config=config, trust_remote_code=False)
     looked = " or ".join(repr(place) if place else "its root" for place in dict.fromkeys(places))
     raise ValueError(f"there is no tokenizer in {looked}: name the folder with tokenizer_subfolder")
 
@@ -68,11 +70,9 @@ def is_there(name: str, subfolder: str, file: str) -> bool:
     return cached_file(name, file, subfolder=subfolder, _raise_exceptions_for_missing_entries=False) is not None
 
 
-def load_encoder(name: str, subfolder: str | None) -> PreTrainedModel:
-    """The encoder, see `load_text_encoder`."""
-    options = {"subfolder": subfolder or "", "trust_remote_code": False}
-    kind = encoder_class(AutoConfig.from_pretrained(name, **options))
-    model, found = kind.from_pretrained(name, output_loading_info=True, **options)
+def load_encoder(name: str, subfolder: str | None, kind: type[PreTrainedModel]) -> PreTrainedModel:
+    """The encoder, from the files of a model that has the class ``kind`` without its head; see `load_text_encoder`."""
+    model, found = kind.from_pretrained(name, output_loading_info=True, subfolder=subfolder or "")
     part, prefix = text_part(model)
     # Poolers, which some checkpoints lack, are not used; zeros make them the same at every time of loading.
     lacking = [key for key in found["missing_keys"] if key.startswith(prefix) and "pool" not in key]

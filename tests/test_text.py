@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from diffusers.configuration_utils import FrozenDict
+from huggingface_hub import constants
 from test_training import CLASS_FLOW, train
 from text_models import CONFIGS, LAYERS, POSITIONS, WIDTH, make_encoder, make_tokenizer, saved
 
 from tarflow import TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.data.latents import CachedLatents
+from tarflow.evaluation.generation_record import pipeline_hash
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import cut_captions, encode_captions, position_count, token_ids
 from tarflow.pipeline.text_loading import load_text_encoder
@@ -211,7 +214,29 @@ def test_fine_tuning_keeps_the_options(tmp_path: Path) -> None:
     start = ["--init_from", str(tmp_path / "run/pipeline")]
     with pytest.raises(ValueError, match=r"text.hidden_layer is -1, but the pipeline .* was trained with -2"):
         train(tmp_path / "other", *pretrained(name, *start), flow="{}")
+    with pytest.raises(ValueError, match=r"text.kind is 'small', but the pipeline .* has a pretrained BertModel"):
+        train(tmp_path / "other", "--text.kind", "small", "--train.steps", "1", *start, flow="{}")
     train(tmp_path / "same", *pretrained(name, *start, "--text.hidden_layer", "-2"), flow="{}")
+
+
+def test_encoders_in_16_bits(tmp_path: Path) -> None:
+    name = saved(tmp_path / "encoder", make_encoder("Qwen3Model").to(torch.bfloat16), make_tokenizer())
+    trainer, _ = train(tmp_path / "run", *pretrained(name), flow=FLOW)
+    assert trainer.parts.text_encoder.dtype is torch.bfloat16
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "run/pipeline")  # in float32, as ever
+    embeds, _ = pipe.encode_prompt(prompt=SHORT, negative_prompt=None, device=torch.device("cpu"))
+    trained = trainer.inputs.conditions({"caption": [SHORT]}, torch.tensor([False]))["cond"]
+    assert (embeds - trained).abs().max() < 0.05 * embeds.abs().max()
+    train(tmp_path / "on", *pretrained(name, "--init_from", str(tmp_path / "run/pipeline")), flow="{}")
+
+
+def test_records_of_images_tell_options_apart() -> None:
+    flow = TARFlowModel(in_channels=3, sample_size=4, width=32, head_dim=32, conditioning="prefix", cond_dim=WIDTH)
+    pipe = TARFlowPipeline(flow)
+    own = pipeline_hash(pipe)
+    assert pipeline_hash(TARFlowPipeline(flow, text_options={"prefix": "a "})) != own
+    pipe._internal_dict = FrozenDict({key: value for key, value in pipe.config.items() if key != "text_options"})
+    assert pipeline_hash(pipe) == own, "a pipeline of before there were options is another one"
 
 
 PLACES = {
@@ -235,6 +260,22 @@ def test_encoder_and_tokenizer_are_found(place: str, tmp_path: Path) -> None:
     assert words.get_vocab() == tokenizer.get_vocab()
     expected = encode_captions(encoder, tokenizer, [SHORT], 8)
     torch.testing.assert_close(encode_captions(found, words, [SHORT], 8), expected)
+
+
+def test_encoders_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--pictures"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    encoder, tokenizer = make_encoder("CLIPTextModel"), make_tokenizer()
+    encoder.save_pretrained(repository / "snapshots" / commit / "text_encoder")
+    tokenizer.save_pretrained(repository / "snapshots" / commit / "tokenizer")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found, words = load_text_encoder("someone/pictures", "text_encoder")
+    expected = encode_captions(encoder, tokenizer, [SHORT], 8)
+    torch.testing.assert_close(encode_captions(found, words, [SHORT], 8), expected)
+    with pytest.raises(ValueError, match=r"cannot load the text encoder 'someone/else': We couldn't connect to"):
+        load_text_encoder("someone/else")
 
 
 def test_no_tokenizer_is_made_up(tmp_path: Path) -> None:

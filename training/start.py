@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transformers import T5EncoderModel
+
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.resize import resized_model
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
@@ -54,8 +56,14 @@ class Start:
             return encoder, tokenizer
         if config.kind == "none":
             return None, None
-        if self.pipeline.text_encoder is None:
+        own = self.pipeline.text_encoder
+        if own is None:
             raise ValueError(f"text.kind is 'small', but the pipeline {self.name!r} has no text encoder")
+        if not isinstance(own, T5EncoderModel) or self.pipeline.config.get("text_options"):
+            raise ValueError(
+                f"text.kind is 'small', but the pipeline {self.name!r} has a pretrained {type(own).__name__}: set it to "
+                "'pretrained', and text.name"
+            )
         return self.pipeline.text_encoder.requires_grad_(True), self.pipeline.tokenizer
 
     def flow_settings(self, given: dict[str, Any]) -> dict[str, Any]:
