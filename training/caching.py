@@ -275,8 +275,8 @@ def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dic
     text, cut = encoder.text, [record for record in records if record.get("cut")]
     if cut:
         count, total = sum(record["cut"] for record in cut), sum(plan.counts.values())
-        text = {**text, "cut": {"count": count, "of": str(total), "example": cut[0]["cut_example"]}}
-        tqdm.write(cut_sentence(count, str(total), config.text.max_length, cut[0]["cut_example"]))
+        text = {**text, "cut": {"count": count, "of": f"{total} captions", "example": cut[0]["cut_example"]}}
+        tqdm.write(cut_sentence(count, f"{total} captions", config.text.max_length, cut[0]["cut_example"]))
     kept = ("file", "split", "shape", "first", "count", "bytes", "sha256")
     manifest = {
         "format": FORMAT,

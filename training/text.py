@@ -123,7 +123,7 @@ def cut_report(tokenizer: Any, captions: Any, config: TextConfig) -> str | None:
     step = -(-len(captions) // LOOKED_AT)
     texts = [captions.caption(index) for index in range(0, len(captions), step or 1)]
     cut = cut_captions(tokenizer, texts, config.max_length, config.options)
-    share = f"{len(texts)}" if step <= 1 else f"{len(texts)} looked at"
+    share = f"{len(texts)} captions" + ("" if step <= 1 else " that were looked at")
     return cut_sentence(len(cut), share, config.max_length, cut[0]) if cut else None
 
 
@@ -138,6 +138,6 @@ def cut_sentence(count: int, total: str, max_length: int, example: Sequence[str]
     caption, removed = (text if len(text) <= SHOWN else f"{text[:SHOWN]} …" for text in example)
     are = "is" if count == 1 else "are"
     return (
-        f"{count} of the {total} captions {are} longer than {max_length} tokens (text.max_length) and {are} cut, for "
+        f"{count} of the {total} {are} longer than {max_length} tokens (text.max_length) and {are} cut, for "
         f"example: {caption!r} loses {removed!r}"
     )
