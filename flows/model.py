@@ -304,4 +304,8 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
     def scale_noise(self, noise: Tensor) -> Tensor:
         """Standard normal noise (B, C, H, W) as a draw from the prior."""
         variance = self.prior_variance_image()
+        if variance is not None and noise.shape[1:] != variance.shape:
+            raise ValueError(
+                f"this model has learned its prior for samples {tuple(variance.shape)}, got {tuple(noise.shape[1:])}"
+            )
         return noise if variance is None else noise * variance.sqrt().to(noise.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from tarflow.flows.decoding import DEFAULT_TOLERANCE
@@ -13,7 +14,7 @@ WITH_TOLERANCE = ("auto", "jacobi", "gs_jacobi")
 def check_counts(kind: str, num_images: int | None, num_images_per_prompt: int) -> None:
     """Whether a call's numbers of images are such, and meant for a flow with the conditioning ``kind``."""
     for name, value in (("num_images", num_images), ("num_images_per_prompt", num_images_per_prompt)):
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
         if value is not None and not whole:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if num_images is not None and kind != "none":

@@ -56,8 +56,9 @@ class BlockInversion:
 
     @property
     def calibrations(self) -> dict[str, list[BlockChoice]]:
-        """What "auto" has found so far, by device, dtype, batch and so on: method and times for each block."""
-        return self.calibration_store().choices
+        """What "auto" has found so far, by device, dtype, batch and so on: method and times for each block. Nothing where
+        weights are fetched for each use."""
+        return {} if is_elsewhere(self.flow) else self.calibration_store().choices
 
     def calibration_store(self) -> CalibrationStore:
         """Calibrations of the flow as it is now; kept in the pipeline's folder if it was loaded from one."""

@@ -123,6 +123,16 @@ def test_class_names_and_noise_of_the_file_name(tmp_path: Path) -> None:
         convert_checkpoint(checkpoint, folder / "config.json", tmp_path / "x", class_names=tmp_path / "names.txt")
 
 
+def test_an_empty_folder_with_a_card_of_ones_own_is_taken(tmp_path: Path) -> None:
+    folder = REFERENCE / "tarflow_volume_preserving"
+    (tmp_path / "pipeline" / ".git").mkdir(parents=True)
+    (tmp_path / "pipeline" / "README.md").write_text("mine")
+    output = convert_checkpoint(folder / "model.safetensors", folder / "config.json", tmp_path / "pipeline")
+    assert (output / "README.md").read_text() == "mine"
+    assert (output / ".git").is_dir()
+    assert TARFlowPipeline.from_pretrained(output).flow.config.num_classes == 3
+
+
 def with_yaml(folder: Path, *entries: dict) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump({"arguments": [*YAML, *entries]}))
 

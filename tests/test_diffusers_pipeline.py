@@ -375,6 +375,7 @@ class TestOtherOffloading:
             np.testing.assert_allclose(plain, draw(pipe, decoding=decoding, **arguments), rtol=0, atol=2e-3)
         assert torch.isfinite(pipe.log_likelihood(picture()).log_prob).all()
         assert pipe.inpaint(picture(), half_mask(), passes=1).images[0].size == (32, 32)
+        assert pipe.calibrations == {}
 
     def test_sequential_offload_with_a_student(self) -> None:
         pipe = with_student(make_pipeline())
@@ -499,6 +500,7 @@ class TestArguments:
         ("conditioning", "arguments", "message"),
         [
             ("none", {"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least 1, got 0"),
+            ("none", {"num_images_per_prompt": 1.5}, "must be a whole number of at least 1, got 1.5"),
             ("none", {"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
             ("class_prefix", {"class_labels": 1, "num_images": 4}, "from classes: say num_images_per_prompt=4"),
             ("prefix", {"prompt": "a", "num_images": 4}, "from captions: say num_images_per_prompt=4"),
@@ -533,6 +535,8 @@ class TestArguments:
         pipe = make_pipeline("none", learned_prior=True)
         with pytest.raises(ValueError, match="height must be 32, got 64: the model has learned its prior"):
             pipe(height=64)
+        with pytest.raises(ValueError, match=r"learned its prior for samples \(8, 4, 4\), got \(8, 4, 1\)"):
+            pipe.flow.scale_noise(torch.zeros(2, 8, 4, 1))
 
     def test_a_flow_that_lacks_a_tensor(self, tmp_path) -> None:
         from safetensors.torch import load_file, save_file
