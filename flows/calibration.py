@@ -19,6 +19,7 @@ from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import GaveUpError, decode_jacobi
 from tarflow.flows.order import reorder
+from tarflow.flows.prepared import at_hand
 from tarflow.flows.sequential import decode_sequential
 
 #: Steps that are timed in each turn, and turns of steps and of a sweep; the time of all follows from the least.
@@ -83,7 +84,8 @@ def calibrate(
         for block in reversed(model.blocks):
             ordered = at_least_float32(reorder(tokens, block.config.order))
             trial = BlockTrial(block, ordered, grid, cond, null_cond, guidance, fast)
-            choice, ordered = trial.one_pass() if block.one_pass else trial.choose(tolerance)
+            with at_hand(block):
+                choice, ordered = trial.one_pass() if block.one_pass else trial.choose(tolerance)
             choices.append(choice)
             tokens = reorder(ordered, block.config.order)
     return choices[::-1]

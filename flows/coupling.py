@@ -111,8 +111,7 @@ class CouplingBlock(FlowBlock):
         """Shift and log-scale of all tokens, (B, T, C) both; zeros for the seen group, on which they depend."""
         tokens, config = at_least_float32(tokens), self.config
         seen = seen_group(grid, config.groups, config.swapped, tokens.device)[:, None]  # (T, 1)
-        with at_hand(self):
-            hidden = tokens.new_zeros(1) if self.start_token is None else self.start_token.to(tokens)
+        hidden = tokens.new_zeros(1) if self.start_token is None else self.start_token.to(tokens)
         inputs = torch.where(seen, tokens, hidden)
         run = BlockRun(self, len(tokens), grid, cond, null_cond, guidance, cached=False)
         raw = self.affine_parameters(run.doubled(inputs), 0, run.context, None, run.temperature)

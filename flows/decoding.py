@@ -91,10 +91,9 @@ class BlockRun:
                     rows, 1, 1, 1, device=device, dtype=torch.promote_types(dtype, torch.float32)
                 )
                 self.temperature[batch:] = guidance.temperature
-        with at_hand(block):
-            self.context = block.context(cond if block.sees_condition else None, grid)
-            #: What stands before token 0, (C,), or None.
-            self.start_token = None if block.start_token is None else block.start_token.to(device)
+        self.context = block.context(cond if block.sees_condition else None, grid)
+        #: What stands before token 0, (C,), or None.
+        self.start_token = None if block.start_token is None else block.start_token.to(device)
         #: The first token that is made; without a start token, token 0 passes unchanged.
         self.first = 0 if self.start_token is not None else 1
         self.cache = None
@@ -233,12 +232,13 @@ def guided_states(
         if block.one_pass:
             tokens, _ = block(tokens, grid, cond, null_cond, own)
         else:
-            run = BlockRun(block, len(tokens), grid, cond, null_cond, own, cached=False)
             ordered = reorder(tokens, block.config.order)
             out = ordered.clone()
-            if run.num_tokens > run.first:
-                shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
-                out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)
+            with at_hand(block):
+                run = BlockRun(block, len(tokens), grid, cond, null_cond, own, cached=False)
+                if run.num_tokens > run.first:
+                    shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
+                    out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)
             tokens = reorder(out, block.config.order)
         states.append(tokens)
     return states

@@ -16,6 +16,7 @@ from tarflow.flows.affine import affine_forward, affine_inverse, at_least_float3
 from tarflow.flows.decoding import BlockRun, check_finite
 from tarflow.flows.likelihood import block_affine, check_autoregressive, log_prob, prior_log_prob
 from tarflow.flows.order import reorder
+from tarflow.flows.prepared import at_hand
 from tarflow.flows.sequential import fitting_threads
 from tarflow.flows.step import decode_step
 
@@ -105,7 +106,8 @@ class HeldFlow:
         self.model, self.class_labels, self.cond = model, class_labels, cond
         self.condition = model.condition(class_labels, cond, len(reference))
         self.hole = hole.flatten(1)[..., None]  # (B, T, 1)
-        self.prior_std = 1.0 if model.prior_variance is None else model.prior_variance.sqrt()  # (T, D)
+        variance = model.held_prior_variance()
+        self.prior_std = 1.0 if variance is None else variance.sqrt()  # (T, D)
         self.references = [tokens]  # what goes into each block, and z
         for block in model.blocks:
             check_autoregressive(block)
@@ -149,6 +151,11 @@ class HeldFlow:
 
     def inverse_block(self, block: Any, z: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """One block, with known tokens from the reference (B, T, D): x and log-scales (B, T, D), row-major."""
+        with at_hand(block):
+            return self.filled(block, z, reference)
+
+    def filled(self, block: Any, z: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """`inverse_block` with the block's weights at hand."""
         order = block.config.order
         run = BlockRun(block, len(z), self.grid, self.condition, None, None)
         step = decode_step(block, run.context, run.cache)

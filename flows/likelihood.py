@@ -11,6 +11,7 @@ from torch import Tensor
 from tarflow.flows.affine import affine_forward, at_least_float32
 from tarflow.flows.decoding import BlockRun
 from tarflow.flows.order import reorder
+from tarflow.flows.prepared import at_hand
 
 
 def prior_log_prob(z: Tensor, variance: Tensor | None = None) -> Tensor:
@@ -46,8 +47,9 @@ def block_affine(
         ValueError: if the block is not autoregressive from noise to data.
     """
     check_autoregressive(block)
-    run = BlockRun(block, len(x), grid, condition, None, None, cached=False)
-    shift, log_scale = run.parameters(reorder(x, block.config.order), run.first, run.num_tokens)
+    with at_hand(block):
+        run = BlockRun(block, len(x), grid, condition, None, None, cached=False)
+        shift, log_scale = run.parameters(reorder(x, block.config.order), run.first, run.num_tokens)
     parts = (F.pad(part, (0, 0, run.first, 0)) for part in (shift, log_scale))  # token 0 may pass unchanged
     shift, log_scale = (reorder(part, block.config.order) for part in parts)
     return shift, log_scale
@@ -71,8 +73,9 @@ def token_log_prob(model: Any, x: Tensor, class_labels: Tensor | None = None, co
         shift, log_scale = block_affine(block, tokens, grid, condition)
         tokens, _ = affine_forward(tokens, shift, log_scale)
         share = share - log_scale.sum(2)  # (B, T)
-    if model.prior_variance is not None:
-        std = model.prior_variance.sqrt().to(tokens.dtype)  # (T, C)
+    variance = model.held_prior_variance()
+    if variance is not None:
+        std = variance.sqrt().to(tokens.dtype)  # (T, C)
         tokens, share = tokens / std, share - std.log().sum(1)
     prior = prior_log_prob(tokens.flatten(0, 1)).unflatten(0, share.shape)
     return (share + prior).unflatten(1, grid)

@@ -20,7 +20,7 @@ from tarflow.flows.guidance import Guidance
 from tarflow.flows.habits import FlowOutput, NetworkHabits
 from tarflow.flows.network import recomputed
 from tarflow.flows.order import patchify, unpatchify
-from tarflow.flows.prepared import compute_device, compute_dtype
+from tarflow.flows.prepared import at_hand, compute_device, compute_dtype, weights_move
 from tarflow.flows.reversible import through_blocks
 
 #: What `TARFlowModel.set_checkpointing` takes.
@@ -66,7 +66,8 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         ValueError: for settings that do not fit together.
     """
 
-    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 (the library's interface)
+    _group_offload_block_modules = ["denoiser"]  # noqa: RUF012 (the library's interface)
+    _skip_layerwise_casting_patterns = ["proj_in", "proj_out", "proj_cond"]  # noqa: RUF012 (too small to be worth it)
     _repeated_blocks = ["TransformerLayer"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
 
     @register_to_config
@@ -115,6 +116,9 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         numbers = (sample_size // patch_size) ** 2, in_channels * patch_size**2
         self.register_buffer("prior_variance", torch.ones(numbers) if learned_prior else None)
         self.checkpoint_blocks = self.reversible = False
+        # Blocks have parameters of their own, so a block is the smallest part that `device_map` may put elsewhere.
+        networks = [*self.blocks, *([] if self.denoiser is None else [self.denoiser])]
+        self._no_split_modules = [*sorted({type(network).__name__ for network in networks}), "TransformerLayer"]
 
     def set_checkpointing(self, unit: str, every: int = 1) -> None:
         """Which activations the backward pass computes again instead of keeping them, to save memory.
@@ -192,7 +196,7 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         outputs = []
         for block in self.blocks:
             again = self.checkpoint_blocks or (block.caches_with_gradients and block.gradient_checkpointing)
-            if again and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and (again or weights_move(block)):
                 tokens, block_log_det = recomputed(block, tokens, grid, condition)
             else:
                 tokens, block_log_det = block(tokens, grid, condition)
@@ -266,8 +270,8 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         Raises:
             ValueError: if the condition is of the wrong kind or shape, or a label is out of range.
         """
-        last = self.blocks[-1].proj_in
-        like = torch.empty(0, device=compute_device(last), dtype=compute_dtype(last))
+        last = self.blocks[-1]
+        like = torch.empty(0, device=compute_device(last.proj_in, last), dtype=compute_dtype(last.proj_in))
         return as_condition(self.config, class_labels, cond, batch, like)
 
     def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -287,12 +291,17 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         """(B, T, C·p·p) → (B, C, H, W)."""
         return unpatchify(tokens, self.config.patch_size, self.config.patch_layout, grid)
 
-    def prior_variance_image(self) -> Tensor | None:
-        """The learned prior variance in image layout (C, H, W), or None for the unit prior."""
+    def held_prior_variance(self) -> Tensor | None:
+        """A copy of the learned prior variance (T, C·p·p) on the device that computes, or None for the unit prior."""
         if self.prior_variance is None:
             return None
-        side = self.config.sample_size // self.config.patch_size
-        return self.unpatchify(self.prior_variance[None], (side, side))[0]
+        with at_hand(self):
+            return self.prior_variance.clone()
+
+    def prior_variance_image(self) -> Tensor | None:
+        """The learned prior variance in image layout (C, H, W), or None for the unit prior."""
+        variance, side = self.held_prior_variance(), self.config.sample_size // self.config.patch_size
+        return None if variance is None else self.unpatchify(variance[None], (side, side))[0]
 
     @torch.no_grad()
     def update_prior(self, z: Tensor) -> None:

@@ -6,19 +6,20 @@ A *slot* is a place in the sequence that the Transformer reads; a prefix comes b
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from tarflow.flows.affine import at_least_float32
 from tarflow.flows.config import BlockConfig
 from tarflow.flows.kv_cache import KVCache
 from tarflow.flows.order import reorder
 from tarflow.flows.positions import rotary_angles, rotary_angles_1d, rotation_tables
-from tarflow.flows.prepared import compute_device, compute_dtype
+from tarflow.flows.prepared import called_with_group, compute_device, compute_dtype, weights_move
 from tarflow.flows.transformer import OutputLinear, RMSNorm, TransformerLayer
 
 
@@ -96,7 +97,7 @@ class TokenNetwork(nn.Module):
         config, device, dtype = self.config, compute_device(self.proj_in), compute_dtype(self.proj_in)
         prefix = added = rotation = None
         if self.proj_cond is not None:
-            prefix = self.proj_cond(cond.to(dtype))
+            prefix = self.proj_cond(cond.to(device, dtype))
         if self.pos_embed is not None:
             if grid != (config.grid_size, config.grid_size):
                 raise ValueError(
@@ -198,7 +199,9 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
     """``module(*inputs)``, of which only the inputs are kept for the backward pass. Nothing in it is random but the
     dropout of adapters, which then is drawn as before."""
     dropout = any(isinstance(part, nn.Dropout) and part.training and part.p for part in module.modules())
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=dropout)
+    # Hooks that bring weights take them away again only if the pass is computed to its end.
+    with set_checkpoint_early_stop(False) if weights_move(module) else nullcontext():
+        return checkpoint(called_with_group, module, *inputs, use_reentrant=False, preserve_rng_state=dropout)
 
 
 def first_of_equals(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -146,35 +147,101 @@ def compute_dtype(linear: Any) -> torch.dtype:
     return own or torch.float32
 
 
-def compute_device(linear: Any) -> torch.device:
-    """The device that a layer computes on, also while its weight waits on another one."""
-    linear = unwrapped(linear)
-    hook = getattr(linear, "_hf_hook", None)
-    for part in getattr(hook, "hooks", [hook]):
-        if getattr(part, "execution_device", None) is not None:
-            device = part.execution_device
-            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    registry = getattr(linear, "_diffusers_hook", None)
+def compute_device(*modules: Any) -> torch.device:
+    """The device that a layer computes on, also while its weight waits on another one.
+
+    Args:
+        modules: a linear layer, and modules around it whose hooks may bring its weight.
+    """
+    for module in map(unwrapped, modules):
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            if getattr(part, "execution_device", None) is not None:
+                device = part.execution_device
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        group = offload_group(module)
+        if group is not None:
+            return group.onload_device
+    return unwrapped(modules[0]).weight.device
+
+
+def offload_group(module: Any) -> Any:
+    """Diffusers' group of weights that a module's hook brings; None if there is none."""
+    registry = getattr(module, "_diffusers_hook", None)
     offloading = None if registry is None else registry.get_hook("group_offloading")
-    return linear.weight.device if offloading is None else offloading.group.onload_device
+    return None if offloading is None else offloading.group
 
 
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
-    """A module's own parameters on the device that it computes on, for uses that do not go through its `forward`.
+    """What a module's hooks bring on the device that it computes on, for uses that do not go through its `forward`. Not for
+    use within that, as it sends the weights away when it ends.
 
-    Accelerate's and Diffusers' offloading hooks are what brings them there and back.
+    Accelerate's and Diffusers' offloading hooks are what knows where the weights are. A group of several blocks is
+    brought by its first one in a forward pass, but by any one here, as decoding goes through them the other way.
     """
-    hook, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
-    offloading = None if registry is None else registry.get_hook("group_offloading")
+    hook, group = getattr(module, "_hf_hook", None), offload_group(module)
     if hook is not None:
         hook.pre_forward(module)
-    if offloading is not None:
-        offloading.pre_forward(module)
+    if group is not None:
+        group.onload_()
+        if group.stream is not None:
+            group.stream.synchronize()
     try:
         yield
     finally:
-        if offloading is not None:
-            offloading.post_forward(module, None)
+        if group is not None:
+            group.offload_()
         if hook is not None:
             hook.post_forward(module, None)
+
+
+def called_with_group(module: Any, *inputs: Any) -> Any:
+    """``module(*inputs)``, with its weights brought also where another module of their group, which is not called, would
+    bring them."""
+    group = offload_group(module)
+    if group is None or len(group.modules) < 2:
+        return module(*inputs)
+    with at_hand(module):
+        return module(*inputs)
+
+
+def weights_move(module: Any) -> bool:
+    """Whether Diffusers' hooks change where the weights of a `FlowBlock` or `TransformerLayer` are, or their dtype, within
+    a pass: the backward pass would find them as they are after it."""
+    layer = module.layers[0] if hasattr(module, "layers") else module
+    for part in (module, unwrapped(layer.attention.qkv)):
+        registry = getattr(part, "_diffusers_hook", None)
+        if registry is not None and any(map(registry.get_hook, ("group_offloading", "layerwise_casting"))):
+            return True
+    return False
+
+
+def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of what is in a module's ``state_dict``, also of those that hooks hold elsewhere: in Accelerate's
+    maps, or in the files of Diffusers' group offloading."""
+    files: dict[str, dict[str, Tensor]] = {}
+    groups = [group for part in module.modules() if (group := offload_group(part)) is not None]
+    places = {
+        id(tensor): (group.safetensors_file_path, key)
+        for group in groups
+        if group.offload_to_disk_path is not None
+        for tensor, key in group.tensor_to_key.items()
+    }
+    for prefix, part in module.named_modules():
+        hook = getattr(part, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", [hook])
+        maps = [one.weights_map for one in hooks if getattr(one, "weights_map", None) is not None]
+        buffers = (
+            pair for pair in part.named_buffers(recurse=False) if pair[0] not in part._non_persistent_buffers_set
+        )
+        for name, tensor in [*part.named_parameters(recurse=False), *buffers]:
+            value = tensor
+            if tensor.device.type == "meta" and maps:
+                value = maps[0][name]
+            elif id(tensor) in places:
+                file, key = places[id(tensor)]
+                if file not in files:
+                    files[file] = load_file(file)
+                value = files[file][key]
+            yield f"{prefix}.{name}" if prefix else name, value.detach()

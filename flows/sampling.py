@@ -19,6 +19,7 @@ from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
 from tarflow.flows.order import reorder
+from tarflow.flows.prepared import at_hand
 from tarflow.flows.sequential import decode_sequential
 
 
@@ -74,7 +75,7 @@ def decode(
     if decoding.segment is not None and decoding.segment > z.shape[1]:
         raise ValueError(f"the decoding segment has {decoding.segment} tokens, but the sequence only {z.shape[1]}")
     check_method(decoding, block.one_pass)
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), at_hand(block):
         if block.one_pass:
             x, log_det = block.inverse(at_least_float32(z), grid, cond, null_cond, guidance)
             check_finite(reorder(x, block.config.order), name)

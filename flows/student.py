@@ -54,6 +54,7 @@ class StudentModel(NetworkHabits, ModelMixin, ConfigMixin):
     """
 
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012 (the library's interface)
+    _skip_layerwise_casting_patterns = ["proj_in", "proj_cond", "embed_weight", "state_inputs", "head"]  # noqa: RUF012
     _repeated_blocks = ["TransformerLayer"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
 
     @register_to_config

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Offloading:
@@ -37,20 +36,6 @@ class Offloading:
 def is_elsewhere(module: nn.Module) -> bool:
     """Whether weights of a module are brought to it only while it computes (sequential offloading, ``device_map``)."""
     return any(parameter.device.type == "meta" for parameter in module.parameters())
-
-
-def held_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of a module's parameters, also of those that accelerate's hooks hold elsewhere."""
-    for prefix, part in module.named_modules():
-        hook = getattr(part, "_hf_hook", None)
-        maps = [
-            one.weights_map for one in getattr(hook, "hooks", [hook]) if getattr(one, "weights_map", None) is not None
-        ]
-        for name, parameter in part.named_parameters(recurse=False):
-            value = parameter
-            if parameter.device.type == "meta" and maps:
-                value = maps[0][name]
-            yield f"{prefix}.{name}" if prefix else name, value
 
 
 def missing_tensors(module: nn.Module) -> list[str]:

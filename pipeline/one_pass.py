@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tarflow.flows.adapters import acting_adapters, without_adapters
 from tarflow.flows.guidance import Guidance
-from tarflow.pipeline.offload import held_parameters
+from tarflow.flows.prepared import compute_dtype, held_tensors
 from tarflow.pipeline.weight_files import weight_file
 from tarflow.vae.codec import tensors_hash
 
@@ -89,7 +89,7 @@ def draw(
         weight: guidance scale − 1.
         compiled: what `torch.compile` made of the student, if anything.
     """
-    dtype = student.proj_in.weight.dtype
+    dtype = compute_dtype(student.proj_in)
     weights = torch.full((len(noise),), weight, device=noise.device)  # a tensor: compiled once for all weights
     network = student if compiled is None else compiled
     x, states = network(noise.to(dtype), class_labels, cond, weights, return_states=True)
@@ -107,8 +107,9 @@ def flow_hashes(flow: nn.Module) -> tuple[str, ...]:
 
 def named_weights(flow: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A flow's parameters by their names in its class, also of one that is compiled or whose weights are offloaded."""
-    named = without_adapters(flow, held_parameters(flow))
-    return ((name.replace("_orig_mod.", ""), value) for name, value in named)
+    parameters = {name for name, _ in flow.named_parameters()}
+    held = ((name, value) for name, value in held_tensors(flow) if name in parameters)
+    return ((name.replace("_orig_mod.", ""), value) for name, value in without_adapters(flow, held))
 
 
 def stored_hashes(folder: str | None, flow: nn.Module) -> set[str]:
