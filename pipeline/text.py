@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tarflow.pipeline.text_options import TextOptions
 
 logger = logging.get_logger(__name__)
+#: So many parts that are cut off are shown at once.
+SHOWN = 4
 #: Text models that were trained to see padding, and that their tokenizers give no mask for.
 SEES_PADDING = ("siglip_text_model", "siglip2_text_model")
 
@@ -121,11 +123,11 @@ def cut_captions(
 
 
 def warn_of_cuts(tokenizer: Any, captions: list[str], max_length: int, options: TextOptions) -> None:
-    """Warn of captions that are too long, as pipelines of Diffusers do."""
+    """Warn of captions that are too long, as pipelines of Diffusers do; of many, some are shown."""
     if cut := cut_captions(tokenizer, captions, max_length, options):
         logger.warning(
             f"{len(cut)} of {len(captions)} captions are longer than {max_length} tokens, which is what is read of them; "
-            f"cut off: {[removed for _, removed in cut]}"
+            f"cut off: {[removed for _, removed in cut[:SHOWN]]}{' and so on' if len(cut) > SHOWN else ''}"
         )
 
 
@@ -164,4 +166,5 @@ def position_count(text_encoder: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and last in ("position_embedding", "position_embeddings", "wpe"):
             # RoBERTa's positions begin behind that of padding.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(text_encoder.config, "max_position_embeddings", None)
+    count = getattr(text_encoder.config, "max_position_embeddings", None)
+    return count if count is not None and count > 0 else None  # XLNet, without a bound, has −1

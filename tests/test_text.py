@@ -115,6 +115,8 @@ def test_positions_are_counted() -> None:
     assert counts["RobertaModel"] == POSITIONS - 2
     assert counts["Qwen3Model"] == counts["Gemma2Model"] == 64
     assert counts["T5EncoderModel"] is counts["UMT5EncoderModel"] is None
+    unbounded = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=8)
+    assert position_count(transformers.XLNetModel(unbounded)) is None
     encoder = make_encoder("RobertaModel")
     full = " ".join(["a"] * 30)
     assert encode_captions(encoder, make_tokenizer(), [full], POSITIONS - 2).isfinite().all()
