@@ -164,6 +164,10 @@ class Drawings:
     def size(self, index: int) -> tuple[int, int]:
         return self.image_size, self.image_size
 
+    def facts(self, count: int) -> dict[str, str]:
+        """Nothing: settings decide what is drawn."""
+        return {}
+
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:
             raise IndexError(index)

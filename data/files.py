@@ -7,8 +7,10 @@ import posixpath
 import re
 import stat
 import zipfile
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tarflow.data.formats import OTHER_SUFFIXES, PICTURE_SUFFIXES, is_of_system, readable_suffixes, suffix
 
@@ -160,3 +162,11 @@ def list_archive(path: Path) -> dict[str, str]:
             raise ValueError(f"the archive {str(path)!r} has two different files of the name {name!r}: pack it anew")
         members[name] = info
     return {name: info.filename for name, info in members.items()}
+
+
+def hash_of(values: Iterable[Any]) -> str:
+    """SHA-256 of some values, in order."""
+    digest = sha256()
+    for value in values:
+        digest.update(f"{value!r}\n".encode())
+    return digest.hexdigest()

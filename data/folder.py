@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import logging
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from typing import IO, Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tarflow.data.captions import METADATA, keep, make_captions, read_metadata, readable_names
 from tarflow.data.config import DataConfig
-from tarflow.data.files import Files, shown
+from tarflow.data.files import Files, hash_of, shown
 from tarflow.data.formats import count_suffixes
 from tarflow.data.layout import Placed, place_pictures
 from tarflow.data.modes import check_mode
@@ -185,14 +184,6 @@ def choose_split(rows: list[Row], split: str, fraction: float) -> list[Row]:
 def is_held_out(key: str, fraction: float) -> bool:
     """Whether a caption or file name belongs to the held-out fraction: the same on every machine."""
     return zlib.crc32(key.encode("utf-8", "surrogateescape")) < fraction * 2**32
-
-
-def hash_of(values: Iterable[Any]) -> str:
-    """SHA-256 of some values, in order."""
-    digest = sha256()
-    for value in values:
-        digest.update(f"{value!r}\n".encode())
-    return digest.hexdigest()
 
 
 def read_image(read: Callable[[], bytes], name: str) -> Image.Image:

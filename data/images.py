@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from tarflow.data.config import DataConfig
 from tarflow.data.drawings import Drawings
+from tarflow.data.files import hash_of
 from tarflow.data.modes import flatten
 
 #: How many unreadable pictures in a row are skipped before giving up.
@@ -45,6 +46,10 @@ class Images(Dataset):
     def caption(self, index: int) -> str | None:
         """The caption alone, without reading the picture."""
         return self.source.caption(index)
+
+    def facts(self, count: int) -> dict[str, str]:
+        """Hashes that tell whether the first ``count`` items, and the classes, are those of another time."""
+        return {**self.source.facts(count), "classes": hash_of(self.class_names or ())}
 
     def __len__(self) -> int:
         return len(self.source)

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 from accelerate import PartialState
 
-from tarflow.training.arguments import fail, parse_dataclass
+from tarflow.common.command import ending
+from tarflow.training.arguments import parse_dataclass
 from tarflow.training.cache_plan import CacheConfig
 from tarflow.training.caching import cache_latents
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ending():
         config, _ = parse_dataclass(CacheConfig, argv, __doc__)
         manifest = cache_latents(config)
-    except (ValueError, OSError) as error:
-        fail(error)
-    if PartialState().is_main_process:
-        print(report(config.output, manifest))
+        if PartialState().is_main_process:
+            print(report(config.output, manifest))
 
 
 def report(output: str, manifest: dict) -> str:

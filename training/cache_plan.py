@@ -21,6 +21,16 @@ from tarflow.training.checks import check
 from tarflow.training.config import TextConfig, VaeConfig
 
 SPLITS = ("train", "validation")
+#: What a source's facts tell, in words.
+CHANGES = {
+    "files": "the names of files",
+    "classes": "the class names",
+    "labels": "the class labels",
+    "captions": "the captions",
+    "sizes": "the sizes or contents of files",
+    "times": "the times of files",
+    "data": "the files of the data set",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +113,8 @@ class Plan:
     Attributes:
         images: the pictures by split.
         counts: how many of them are cached, by split.
-        settings: everything that decides what is in the shards, by section, as JSON has it.
+        settings: everything that decides what is in the shards, by section, as JSON has it. Which pictures, captions
+            and labels there are is told by hashes.
     """
 
     config: CacheConfig
@@ -157,19 +168,42 @@ def make_plan(config: CacheConfig, factor: int, autoencoder: str, text: dict[str
     data = dataclasses.asdict(config.data)
     for name in ("flip", "verify", "on_error"):  # no effect here, or none on pictures that can be read
         del data[name]
+    pictures = {split: images[split].facts(counts[split]) for split in SPLITS}
     settings = {"data": data, "autoencoder": {"hash": autoencoder}, "text": text or {}, "options": options}
+    settings["pictures"] = pictures
     return Plan(config, images, counts, shards, json.loads(json.dumps(settings)))
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first setting in which two caches differ, in words."""
+    """The first setting in which two caches differ, or what has changed about the pictures, in words."""
+    if "pictures" not in found:
+        return "it is of an earlier version, which did not note its pictures"
     for section, values in wanted.items():
         others = found.get(section, {})
         for key in sorted(values.keys() | others.keys()):
             there, here = others.get(key), values.get(key)
-            if there != here:
+            if there == here:
+                continue
+            if section != "pictures":
                 return f"{section}.{key} is {there!r} there and {here!r} here"
+            return (
+                f"of the {'training' if key == 'train' else 'held-out'} pictures {changes(there, here)} changed since"
+            )
     return "it was made by another version"
+
+
+def changes(there: dict[str, str] | None, here: dict[str, str] | None) -> str:
+    """Which facts about pictures differ, in words. Where names do, sizes and times tell nothing."""
+    changed = [name for name in CHANGES if (there or {}).get(name) != (here or {}).get(name)]
+    if "files" in changed:
+        changed = [name for name in changed if name not in ("sizes", "times")]
+    return " and ".join(CHANGES[name] for name in changed)
+
+
+def without_times(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the times of files, which copies of the data need not share."""
+    pictures = {split: {**facts, "times": None} for split, facts in settings["pictures"].items()}
+    return {**settings, "pictures": pictures}
 
 
 def group_by_size(

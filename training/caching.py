@@ -6,12 +6,10 @@ do not depend on how many processes there are, nor on where an earlier run stopp
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -20,16 +18,25 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from tarflow.common.command import sentence
+from tarflow.common.files import check_writable
 from tarflow.data.images import Images, collate, to_model
-from tarflow.data.latents import FORMAT, MANIFEST, file_hash, read_header, read_manifest
+from tarflow.data.latents import FORMAT, read_manifest
 from tarflow.pipeline.text import cut_captions, encode_captions
-from tarflow.training.cache_plan import CacheConfig, Plan, Shard, difference, make_plan
+from tarflow.training.cache_folder import (
+    check_folder,
+    finish_folder,
+    kept_record,
+    make_record,
+    prepare_folder,
+    start_folder,
+    write_shard,
+)
+from tarflow.training.cache_plan import CacheConfig, Plan, difference, make_plan, without_times
 from tarflow.training.parallel import TIMEOUT, processes_on_cpus
 from tarflow.training.text import cut_sentence, encoder_settings, load_text
 from tarflow.vae.codec import (
@@ -52,24 +59,71 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
         OSError: if a file cannot be written; none is left half-written.
     """
     state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
-    encoder = Encoder(config, state.device)
-    plan = make_plan(config, encoder.codec.factor, autoencoder_hash(encoder.codec.vae), encoder.text)
     folder = Path(config.output).expanduser()
-    earlier = read_manifest(folder)
-    if earlier is not None and earlier["fingerprint"] != plan.fingerprint:
-        reason = difference(earlier["settings"], plan.settings)
-        raise ValueError(f"{config.output!r} holds another cache, {reason}: take another output or remove that folder")
-    if state.is_main_process:
-        prepare_folder(folder, encoder.codec.vae)
-    state.wait_for_everyone()
-    records = write_shards(
-        plan, encoder, folder, state.process_index, state.num_processes, show_progress=state.is_main_process
+    encoder, plan = agreed(state, lambda: open_plan(config, folder, state.device))
+    plan = same_plan(plan)
+
+    def prepare() -> None:
+        if state.is_main_process:
+            check_folder(plan, folder, encoder.codec.vae)
+            prepare_folder(folder, encoder.codec.vae)
+            start_folder(plan, folder)
+
+    agreed(state, prepare)
+    records = agreed(
+        state,
+        lambda: write_shards(
+            plan, encoder, folder, state.process_index, state.num_processes, show_progress=state.is_main_process
+        ),
     )
     records = gather_object(records)
-    if state.is_main_process:
-        write_manifest(plan, encoder, folder, records)
-    state.wait_for_everyone()
+    agreed(state, lambda: write_manifest(plan, encoder, folder, records) if state.is_main_process else None)
     return read_manifest(folder)
+
+
+def open_plan(config: CacheConfig, folder: Path, device: torch.device) -> tuple[Encoder, Plan]:
+    """Load the encoders and open the pictures.
+
+    Raises:
+        ValueError: if they cannot be, or the folder cannot be written to.
+    """
+    check_writable(folder, folder=True)
+    encoder = Encoder(config, device)
+    return encoder, make_plan(config, encoder.codec.factor, autoencoder_hash(encoder.codec.vae), encoder.text)
+
+
+def agreed(state: PartialState, stage: Callable[[], Any]) -> Any:
+    """Run a stage on each process; if it fails on one, the others hear of it instead of waiting.
+
+    Raises:
+        ValueError: of another process. What this one's stage raises is raised as it is.
+    """
+    if state.num_processes == 1:
+        return stage()
+    found, failure = None, None
+    try:
+        found = stage()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the others must hear of it)
+        failure = error
+    reasons = [reason for reason in gather_object([sentence(failure) if failure else ""]) if reason]
+    if failure is not None:
+        raise failure
+    if reasons:
+        raise ValueError(reasons[0])
+    return found
+
+
+def same_plan(plan: Plan) -> Plan:
+    """The first process's plan. Machines with copies of the data may have other times of its files, but nothing else.
+
+    Raises:
+        ValueError: if the processes see different pictures or settings.
+    """
+    all_settings = gather_object([plan.settings])
+    for settings in all_settings:
+        if without_times(settings) != without_times(all_settings[0]):
+            raise ValueError(f"the processes see different data: {difference(settings, all_settings[0])}")
+    return replace(plan, settings=all_settings[0])
 
 
 class Encoder:
@@ -151,7 +205,7 @@ def write_shards(
             parts = islice(batches, -(-len(shard.indices) // size))
             tensors, more = encode_shard(encoder, parts, progress)
             header = {**plan.header(shard), **more}
-            write_whole(folder / shard.file, tensors, header)
+            write_shard(folder / shard.file, tensors, header)
             records[shard.file] = make_record(folder / shard.file, header)
     return [records[shard.file] for shard in mine]
 
@@ -209,57 +263,6 @@ def offsets(parts: list[Tensor]) -> Tensor:
     return torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
 
 
-def write_whole(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write a shard beside its place and move it there, so that it is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(tensors, temporary, {"cache": json.dumps(header, sort_keys=True)})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write the shard {str(path)!r}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def kept_record(plan: Plan, shard: Shard, folder: Path, checksum: str | None) -> dict[str, Any] | None:
-    """The record of a shard that an earlier run wrote; None if it is not there, not whole or not the planned one.
-
-    Args:
-        checksum: of an earlier manifest, if there is one. Without it a whole file is trusted.
-    """
-    path = folder / shard.file
-    try:
-        header = read_header(path)
-    except (OSError, ValueError):
-        return None
-    if any(header.get(key) != value for key, value in plan.header(shard).items()):
-        return None
-    record = make_record(path, header)
-    return record if checksum in (None, record["sha256"]) else None
-
-
-def make_record(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """A shard's header with its file's name, size and checksum."""
-    return {**header, "file": path.name, "bytes": path.stat().st_size, "sha256": file_hash(path)}
-
-
-def prepare_folder(folder: Path, vae: Any) -> None:
-    """Make the cache's folder, remove what an interrupted run left, and save the autoencoder there, whole or not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.tmp"):
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
-    saved = folder / "vae"
-    if saved.is_dir() and autoencoder_hash(load_autoencoder(str(saved))) == autoencoder_hash(vae):
-        return
-    temporary = folder / "vae.tmp"
-    vae.save_pretrained(temporary)
-    shutil.rmtree(saved, ignore_errors=True)
-    temporary.rename(saved)
-
-
 def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dict[str, Any]]) -> None:
     """Write the manifest of a complete cache and report skipped pictures.
 
@@ -299,9 +302,7 @@ def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dic
         "settings": plan.settings,
         "shards": [{key: record[key] for key in kept} for record in records],
     }
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    finish_folder(folder, manifest)
     if manifest["skipped"]:
         example = min(record["example"] for record in records if record["example"])
         tqdm.write(f"{manifest['skipped']} unreadable images were skipped, for example: {example}")
