@@ -201,9 +201,9 @@ class TARFlowPipeline(
                 come, or ``_interrupt`` to end the call: pictures are then what the latents are at that moment, with no
                 noise removed. See `CallState`.
             decoding: "student", one pass of the pipeline's student instead of the flow's inverse; or how blocks are
-                inverted: "auto" (the fastest on this device, found by a short calibration at the
-                first call with a batch size, see `calibrations`; sequential where weights are fetched for each use), "sequential" (exact to rounding), "jacobi",
-                "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of `FAST_TOLERANCE`); or a
+                inverted: "auto" (the fastest on this device, found by a short calibration at the first call with a batch
+                size, see `calibrations`; sequential where weights are fetched for each use), "sequential" (exact to
+                rounding), "jacobi", "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of `FAST_TOLERANCE`); or a
                 `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
                 unit size, agree with sequential ones to 1e-3, with "fast" to 0.1; ``return_residual`` tells.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
@@ -302,7 +302,7 @@ class TARFlowPipeline(
                 callback_on_step_end_tensor_inputs,
                 module,
                 guidance,
-                null_condition,
+                None if learned else null_condition,
             )
             self.run_offload_hook(module)
             if learned:
