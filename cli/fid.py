@@ -56,8 +56,10 @@ class ExtractorConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        for name, least in (("batch_size", 1), ("num", 2), ("image_size", 1), ("keep_features", 0)):
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.inception_weights and self.extractor != INCEPTION:
             raise ValueError(f"inception_weights are given, but the extractor is {self.extractor!r}")
         if self.extractor_weights and self.inception_weights:

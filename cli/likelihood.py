@@ -48,6 +48,13 @@ class LikelihoodConfig:
     seed: int = 0
     output: str | None = None
 
+    def __post_init__(self) -> None:
+        least = {"num_images": 1, "draws": 1, "importance": 0, "batch_size": 1, "seed": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+
 
 def main(
     argv: list[str] | None = None, prog: str = "tarflow evaluate likelihood", description: str | None = __doc__

@@ -48,7 +48,9 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 def is_special(path: Path) -> bool:
     """Whether a path is of a device or a pipe, which must not be replaced by a file."""
-    return str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file() and not path.is_dir())
+    if not path.exists() or path.is_dir():
+        return False
+    return not path.is_file() or str(path).startswith(("/dev/", "/proc/"))
 
 
 @contextmanager

@@ -183,6 +183,12 @@ def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
         assert capsys.readouterr().out == printed
 
 
+@pytest.mark.parametrize("name", ["num_images", "draws", "batch_size"])
+def test_counts_of_evaluations_are_at_least_one(name: str, capsys: pytest.CaptureFixture) -> None:
+    argv = ["evaluate", "likelihood", "--pipeline", "none", "--data.source", "drawings", f"--{name}", "0"]
+    refused(argv, capsys, f"{name} must be at least 1, got 0")
+
+
 def test_unknown_commands_and_missing_configurations(capsys: pytest.CaptureFixture) -> None:
     refused(["genrate"], capsys, "unknown command 'genrate'; did you mean generate?")
     refused(["evaluate", "beauty"], capsys, "tarflow evaluate has fid, likelihood")

@@ -82,6 +82,8 @@ class TestCommands:
             ([], "expected a command of ref, gen, calc, run"),
             (["fid"], "expected a command"),
             (["ref", "--data", "x", "--out", "y", "--speed", "3"], "speed"),
+            (["ref", "--data", "x", "--out", "y", "--num", "0"], "num must be at least 2, got 0"),
+            (["calc", "--ref", "x", "--samples", "y", "--image_size", "0"], "image_size must be at least 1, got 0"),
             (["ref", "--data", "x", "--data.image_size", "3", "--out", "y"], "not both"),
             (
                 ["ref", "--data", "x", "--out", "y", "--extractor", "vgg16", "--inception-weights", "z"],
