@@ -51,6 +51,7 @@ from tarflow.flows.guidance import Guidance
 from tarflow.models import shipped
 from tarflow.pipeline.conversion import DTYPES
 from tarflow.pipeline.device import best_device
+from tarflow.pipeline.opening import locate
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,7 +195,7 @@ def load(arguments: argparse.Namespace) -> tuple[TARFlowModel, Any]:
     """The flow, on its device, and what encodes captions for it (None: random conditions)."""
     dtype = DTYPES[arguments.dtype]
     if arguments.pipeline is not None:
-        pipe = TARFlowPipeline.from_pretrained(arguments.pipeline).to(arguments.device)
+        pipe = TARFlowPipeline.from_pretrained(locate(arguments.pipeline)).to(arguments.device)
         pipe.flow.to(dtype)
         return pipe.flow, pipe if pipe.text_encoder is not None else None
     return random_model(arguments.model, arguments.device, dtype), None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jsonargparse
@@ -51,16 +54,58 @@ def parse_dataclass(
         formatter_class=HelpFormatter,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    parser.add_argument("--config", action="config", help="YAML file; all other arguments count more")
     parser.add_class_arguments(kind, None, sub_configs=False)
     try:
-        namespace = parser.parse_args(argv)
+        namespace = parser.parse_args(config_first(sys.argv[1:] if argv is None else argv))
         resolved = parser.dump(namespace, skip_none=False)
         arguments = vars(parser.instantiate(namespace))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(plain_message(" ".join(str(error).split()))) from error
     arguments.pop("config", None)
     return kind(**arguments), resolved
+
+
+def config_first(argv: Sequence[str]) -> list[str]:
+    """Arguments with ``--config FILE`` before all others: the parser lets later ones count more, and what is typed is
+    meant, wherever it stands."""
+    files, others, left = [], [], list(argv)
+    while left:
+        argument = left.pop(0)
+        if argument == "--config" and left:
+            files += [argument, left.pop(0)]
+        else:
+            (files if argument.startswith("--config=") else others).append(argument)
+    return [*files, *others]
+
+
+#: What the parser calls types, in words.
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list, such as '[1, 2]'",
+    "NoneType": "null",
+}
+
+
+def plain_message(message: str) -> str:
+    """The parser's message on a value of a wrong type as a sentence; any other message as it is.
+
+    Args:
+        message: on one line.
+    """
+    found = re.search(r'Parser key "([^"]+)": (.*)', message)
+    if found is None:
+        return message
+    name, rest = found.groups()
+    value = re.search(r"(?:Got value|Given value): (.*?)(?= - Expected| Given value type|$)", rest)
+    expected = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", rest)
+    kinds = [KINDS.get(kind, kind) if kind else f"one of {choices}" for kind, choices in expected]
+    if value is None or not kinds:
+        return message
+    return f"{name} must be {' or '.join(dict.fromkeys(kinds))}, got {value[1].strip()!r}"
 
 
 def check_flow_keys(flow: dict[str, Any]) -> None:

@@ -1,0 +1,66 @@
+"""Settings from files and command lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from tarflow.training.arguments import config_first, parse_dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of the tests.
+
+    Attributes:
+        count: one.
+        share: another.
+        names: some.
+        way: of two.
+        flag: yes or no.
+    """
+
+    count: int = 1
+    share: float | None = None
+    names: list[str] | None = None
+    way: Literal["left", "right"] = "left"
+    flag: bool = False
+
+
+def test_what_is_typed_counts_more_than_the_file_wherever_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("count: 2\nway: right\n")
+    (tmp_path / "b.yaml").write_text("way: left\n")
+    file = str(tmp_path / "a.yaml")
+    for argv in (
+        ["--count", "3", "--config", file],
+        ["--config", file, "--count", "3"],
+        ["--count=3", f"--config={file}"],
+    ):
+        assert parse_dataclass(Settings, argv)[0] == Settings(count=3, way="right")
+    both = ["--config", file, "--config", str(tmp_path / "b.yaml")]  # the later file counts more
+    assert parse_dataclass(Settings, both)[0] == Settings(count=2, way="left")
+    assert config_first(["a", "--config"]) == ["a", "--config"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("count", "1.5", "count must be a whole number, got '1.5'"),
+        ("share", "x", "share must be a number or null, got 'x'"),
+        ("names", "3", "names must be a list, such as '[1, 2]' or null, got '3'"),
+        ("way", "up", "way must be one of 'left', 'right', got 'up'"),
+        ("flag", "maybe", "flag must be true or false, got 'maybe'"),
+    ],
+)
+def test_wrong_types_are_said_in_words(name: str, value: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse_dataclass(Settings, [f"--{name}", value])
+    assert str(error.value) == message
+
+
+def test_other_messages_stay() -> None:
+    with pytest.raises(ValueError, match="nothing"):
+        parse_dataclass(Settings, ["--nothing", "1"])
