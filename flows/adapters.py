@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import wraps
 from typing import Any
 
+from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
@@ -117,6 +119,7 @@ class FlowAdapters(PeftAdapterMixin):
         if not any(names_of(layer) for layer in adapter_layers(self).values()):
             self.unload_lora()
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature for what they may pass
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As of Diffusers, for a flow without adapters.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NoReturn
 
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.utils import BaseOutput
 from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
@@ -61,6 +63,7 @@ class NetworkHabits:
         with kept_default_dtype():
             return super().from_pretrained(*args, **options)
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature for what they may pass
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         """As of `ModelMixin`.
 
