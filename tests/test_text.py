@@ -28,6 +28,7 @@ from tarflow.training.caching import cache_latents
 from tarflow.training.config import TextConfig, VaeConfig
 from tarflow.training.objective import FlowObjective
 from tarflow.training.parallel import layer_classes
+from tarflow.training.text import check_text
 
 FLOW = CLASS_FLOW.replace("class_prefix", "prefix")
 SHORT, LONG = "a red circle", "a small red circle on a dark background"
@@ -219,6 +220,29 @@ def test_fine_tuning_keeps_the_options(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text.kind is 'small', but the pipeline .* has a pretrained BertModel"):
         train(tmp_path / "other", "--text.kind", "small", "--train.steps", "1", *start, flow="{}")
     train(tmp_path / "same", *pretrained(name, *start, "--text.hidden_layer", "-2"), flow="{}")
+
+
+def test_resuming_keeps_options_and_encoder(tmp_path: Path) -> None:
+    name = saved(tmp_path / "encoder", make_encoder("BertModel"), make_tokenizer())
+    other = saved(tmp_path / "other", make_encoder("BertModel"), make_tokenizer())
+    run = [*pretrained(name, "--text.prefix", "a "), "--log.checkpoint_every", "1"]
+    train(tmp_path / "run", *run, flow=FLOW)
+    resumed = [*run, "--train.steps", "3", "--resume", "latest"]
+    for changes, message in (
+        (["--text.prefix", "on "], "was trained with text.prefix 'a ', but it is 'on ' here: set it so"),
+        (["--text.hidden_layer", "-2"], "was trained with text.hidden_layer -1, but it is -2 here"),
+        (["--text.max_length", "14"], "was trained with text.max_length 12, but it is 14 here"),
+        (["--text.name", other], "was trained with another text encoder than text.name gives"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "run", *resumed, *changes, flow=FLOW)
+    trainer, _ = train(tmp_path / "run", *resumed, flow=FLOW)
+    assert trainer.step == 3
+    facts = trainer.text_facts
+    check_text(tmp_path, None, facts)  # a checkpoint of before they were kept
+    check_text(tmp_path, facts, {key: value for key, value in facts.items() if key != "encoder"})  # cached captions
+    with pytest.raises(ValueError, match=r"was trained with text.kind 'pretrained', but it is 'none' here"):
+        check_text(tmp_path, facts, None)
 
 
 def test_encoders_in_16_bits(tmp_path: Path) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tarflow.pipeline.text import check_options, cut_captions
 from tarflow.pipeline.text_loading import load_text_encoder
 from tarflow.pipeline.text_options import TextOptions
 from tarflow.training.config import TextConfig
+from tarflow.vae.codec import tensors_hash
 
 #: So many captions are looked at for ones that are too long, and so many letters of an example shown.
 LOOKED_AT, SHOWN = 4096, 300
@@ -98,6 +101,42 @@ def settings_difference(found: Mapping[str, Any], config: TextConfig) -> str | N
         if there != here[name]:
             return f"text.{name} {there!r}, but it is {here[name]!r} here"
     return None
+
+
+def text_facts(config: TextConfig, encoder: nn.Module | None) -> dict[str, Any] | None:
+    """What decides how captions are encoded, as checkpoints keep it; None without captions.
+
+    Args:
+        config: the text section.
+        encoder: the run's; None if captions were encoded when they were cached.
+    """
+    if config.kind == "none":
+        return None
+    facts = {"kind": config.kind, "max_length": config.max_length, **asdict(config.options)}
+    if config.kind == "pretrained" and encoder is not None:
+        # The first numbers of each weight tell encoders apart in no time, however large they are.
+        first = [(name, weight.detach().flatten()[:256]) for name, weight in encoder.named_parameters()]
+        facts["encoder"] = tensors_hash(first)
+    return facts
+
+
+def check_text(path: Path, there: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
+    """Whether a run encodes captions as its checkpoint was trained with; checkpoints from before this was kept pass.
+
+    Args:
+        path: of the checkpoint.
+        there, here: `text_facts` of the checkpoint and of the run.
+
+    Raises:
+        ValueError: that names the first difference.
+    """
+    for name, value in (there or {}).items():
+        if name == "encoder" and (here or {}).get(name) not in (None, value):
+            raise ValueError(f"the checkpoint {str(path)!r} was trained with another text encoder than text.name gives")
+        if name != "encoder" and (found := (here or {"kind": "none"}).get(name)) != value:
+            raise ValueError(
+                f"the checkpoint {str(path)!r} was trained with text.{name} {value!r}, but it is {found!r} here: set it so"
+            )
 
 
 def cut_captions_of(parts: Any, config: TextConfig) -> str | None:

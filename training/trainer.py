@@ -33,7 +33,7 @@ from tarflow.training.report import build_pipeline, metrics_of, write_grids
 from tarflow.training.schedule import TimeLimit, images_per_step, total_steps
 from tarflow.training.setup import as_cached, make_parts, measure
 from tarflow.training.start import load_start
-from tarflow.training.text import cut_captions_of
+from tarflow.training.text import check_text, cut_captions_of, text_facts
 
 #: What a resumed run takes from its own settings.
 OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
@@ -66,8 +66,10 @@ class Trainer:
         checkpoint = find_checkpoint(self.folder / "checkpoints", config.resume) if config.resume else None
         state = None if checkpoint is None else read_state(checkpoint)
         self.parts = make_parts(config, state and state["statistics"], self.accelerator.device, start)
+        self.text_facts = text_facts(config.text, self.parts.text_encoder)
         if state is not None:
             check_state(checkpoint, state, self.checkpoint_facts())
+            check_text(checkpoint, state.get("text"), self.text_facts)
         elif config.data.verify:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
         self.prepare_model(fresh=state is None and start is None)
@@ -302,6 +304,7 @@ class Trainer:
             "images_per_step": self.images_per_step,
             "sharded": self.accelerator.is_fsdp2,
             "joint": joint_facts(self.config, self.parts.codec.vae) if is_joint(self.config) else None,
+            "text": self.text_facts,
         }
 
     def save_checkpoint(self) -> Path:
