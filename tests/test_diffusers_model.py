@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from diffusers.training_utils import EMAModel
 from helpers import condition_of, perturb, random_images, small_model
 from torch import Tensor
 
@@ -332,3 +333,40 @@ def test_an_error_while_loading_a_pipeline_leaves_the_default_dtype(tmp_path: Pa
     with pytest.raises(ValueError, match="unheard-of"):
         TARFlowPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert torch.get_default_dtype() == torch.float32
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("network", ["flow", "student"])
+@pytest.mark.parametrize(
+    "options", [{}, {"variant": "fp16"}, {"max_shard_size": "40KB"}, {"safe_serialization": False}]
+)
+def test_networks_are_saved_and_loaded(network: str, options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = small_model() if network == "flow" else small_student()
+    model.save_pretrained(tmp_path, **options)
+    weights = [file for file in tmp_path.iterdir() if file.suffix in (".safetensors", ".bin")]
+    assert len(weights) > 1 if "max_shard_size" in options else len(weights) == 1
+    loaded = type(model).from_pretrained(tmp_path, variant=options.get("variant"))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(2, 2, 4, 4)
+    expected, found = model(x, return_dict=False)[0], loaded(x, return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_an_average_of_weights_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = small_model()
+    EMAModel(model.parameters(), model_cls=TARFlowModel, model_config=model.config).save_pretrained(tmp_path)
+    loaded = EMAModel.from_pretrained(tmp_path, model_cls=TARFlowModel)
+    for average, parameter in zip(loaded.shadow_params, model.parameters(), strict=True):
+        torch.testing.assert_close(average, parameter.data, rtol=0, atol=0)
+
+
+@flows_of_each_kind
+def test_all_parameters_learn(kind: str) -> None:
+    model, x, condition = flow_of(kind)
+    outputs = (*model(x, **condition), *([] if model.denoiser is None else [model.scaled_score(x, **condition)]))
+    sum(output.square().mean() for output in outputs).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
