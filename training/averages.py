@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from diffusers.training_utils import EMAModel
 
+from tarflow.training.reading import reading
+
 
 class WeightAverages:
     """Averages of some parameters.
@@ -56,7 +58,8 @@ class WeightAverages:
         state = self._tensors()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            with reading(folder):
+                dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         for name, model in zip(state, self.models, strict=True):
             model.shadow_params = list(state[name].values())
             model.optimization_step = steps

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.averages import WeightAverages
+from tarflow.training.reading import reading
 
 NAME = re.compile(r"^step_(\d+)$")
 
@@ -109,8 +110,13 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """run.json of a checkpoint."""
-    return json.loads((path / "run.json").read_text())
+    """run.json of a checkpoint.
+
+    Raises:
+        ValueError: that names it, if it cannot be read.
+    """
+    with reading(path / "run.json"):
+        return json.loads((path / "run.json").read_text())
 
 
 def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:

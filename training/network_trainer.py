@@ -18,6 +18,7 @@ from tarflow.training.checkpoint import check_facts, checkpoints, find_checkpoin
 from tarflow.training.network_config import NetworkConfig
 from tarflow.training.network_step import NetworkStepper, Task
 from tarflow.training.parallel import TIMEOUT, StopRequest, processes_on_cpus
+from tarflow.training.reading import reading
 from tarflow.training.schedule import TimeLimit
 
 
@@ -111,7 +112,8 @@ class NetworkTrainer:
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.accelerator.load_state(str(checkpoint))
+        with reading(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
         self.stepper.averages.load(checkpoint / "averages", state["ema_steps"])
         for group in self.stepper.optimizers[0].param_groups:
             group["weight_decay"] = self.config.weight_decay  # this run's, not the checkpoint's

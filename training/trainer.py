@@ -29,6 +29,7 @@ from tarflow.training.parallel import (
     shard_layers,
     verify_caches,
 )
+from tarflow.training.reading import reading
 from tarflow.training.report import build_pipeline, metrics_of, write_grids
 from tarflow.training.schedule import TimeLimit, images_per_step, total_steps
 from tarflow.training.setup import as_cached, make_parts, measure
@@ -121,7 +122,8 @@ class Trainer:
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         wanted = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in self.optimizer.param_groups]
-        self.accelerator.load_state(str(checkpoint))
+        with reading(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
         for group, settings in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(settings)  # this run's, not the checkpoint's
         self.averages.load(checkpoint / "averages", state["ema_steps"])

@@ -1,0 +1,31 @@
+"""How checkpoints that cannot be read are refused."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+#: What torch (whose own is no Exception), safetensors, pickle and JSON raise for damaged files.
+READING = (CheckpointException, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError)
+UNDERSTANDING = (ValueError, KeyError, IndexError, TypeError)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Read a file or folder of a checkpoint.
+
+    Raises:
+        ValueError: that names it, if it is damaged, cut off or of something else.
+    """
+    try:
+        yield
+    except (*READING, *UNDERSTANDING) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"the checkpoint {str(path)!r} cannot be read, it is damaged or cut off ({reason}): resume another"
+        ) from error
