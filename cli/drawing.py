@@ -44,6 +44,8 @@ def draw(args: argparse.Namespace, target: Target) -> None:
     """
     quiet_libraries()
     pipe = open_pipeline(args.pipeline, args.device)
+    if args.lora is not None:
+        pipe.load_lora_weights(args.lora)
     seed = random.randrange(NEW_SEEDS) if args.seed is None else args.seed
     name, values = subjects_of(pipe, args)
     options = call_options(pipe, args)

@@ -30,6 +30,7 @@ def parser() -> CommandParser:
     add = parser.add_argument
     add("prompt", nargs="*", metavar="CAPTION", help="captions, for a pipeline that draws from captions")
     add("--pipeline", required=True, metavar="DIR", help="a folder, a shipped name (see `tarflow models`) or a hub id")
+    add("--lora", metavar="DIR", help="a LoRA adapter for the pipeline: a folder, a file or a hub id")
     add("--out", required=True, metavar="PATH", help="x.png, .jpg or .webp; or folder/")
     add("--class", dest="classes", action="append", metavar="NAME", help="name or number of a class; may be repeated")
     add("--num", type=int, default=1, metavar="N", help="pictures of each caption or class")

@@ -15,6 +15,8 @@ from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
+from tarflow.common.tensors import is_quantized
+
 #: Layers that get an adapter where none are named: those of attention and MLP.
 LORA_TARGETS = ("qkv", "proj", "up", "down")
 
@@ -124,9 +126,15 @@ class FlowAdapters(PeftAdapterMixin):
         """As of Diffusers, for a flow without adapters.
 
         Raises:
-            ValueError: if it has some, as a folder of it could not be loaded again.
+            ValueError: if it has some, as a folder of it could not be loaded again; or if its weights were quantized by
+                hand, of which nothing would be known when it is loaded.
         """
         refuse_adapters("flow", self)
+        if getattr(self, "hf_quantizer", None) is None and any(is_quantized(weight) for weight in self.parameters()):
+            raise ValueError(
+                "the flow's weights were quantized after it was loaded, which a folder cannot say: load it with "
+                "quantization_config=TorchAoConfig(…), which is saved along, or save the flow before"
+            )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from tarflow.common.cache import cache_folder
 from tarflow.common.files import write_json
+from tarflow.common.tensors import dequantized
 from tarflow.flows.calibration import BlockChoice, decodings
 from tarflow.flows.prepared import held_tensors
 from tarflow.flows.watch import Calibration
@@ -31,7 +32,7 @@ def fingerprint(model: Any) -> str:
     """A short name of a model's settings and weights, from a few numbers of each tensor."""
     digest = hashlib.sha256(json.dumps({k: v for k, v in model.config.items() if k[0] != "_"}, default=str).encode())
     for name, value in held_tensors(model):
-        numbers = value.flatten()[:: max(1, value.numel() // 64)][:64].float().cpu()
+        numbers = dequantized(value).flatten()[:: max(1, value.numel() // 64)][:64].float().cpu()
         digest.update(name.encode() + numbers.numpy().tobytes())
     return digest.hexdigest()[:16]
 

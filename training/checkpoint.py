@@ -126,7 +126,7 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
         path, state: the checkpoint and its run.json.
         facts: what must be the same in the run: the complete arguments of its model as "flow", "ema_decays",
             "images_per_step", whether it is "sharded", under FSDP, and by names of their own those of "joint", None if
-            the autoencoder is frozen.
+            the autoencoder is frozen, and those of "lora", None if no adapter is trained.
 
     Raises:
         ValueError: that names the first difference, and what to do.
@@ -153,6 +153,11 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
         ways = "joint" if there else "frozen"
         raise ValueError(f"the checkpoint {name!r} was trained with vae.train {ways!r}: set it to that")
     check_facts(path, there, {key: here.get(key) for key in sorted(set(here) | set(there))})
+    here, there = facts.get("lora") or {}, state.get("lora") or {}
+    if bool(here) != bool(there):
+        was = f"is of an adapter of lora.rank {there['lora.rank']}" if there else "is of no adapter (lora.rank 0)"
+        raise ValueError(f"the checkpoint {name!r} {was}: set lora.rank to that")
+    check_facts(path, there, here)
     if state["sharded"] != facts["sharded"]:
         ways = "with FSDP" if state["sharded"] else "without FSDP"
         raise ValueError(

@@ -9,6 +9,7 @@ from tarflow.data.config import DataConfig
 from tarflow.pipeline.text_options import TextOptions
 from tarflow.training.checks import check
 from tarflow.training.joint_config import JointConfig, check_joint
+from tarflow.training.lora_config import LoraConfig, check_lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +269,7 @@ class RunConfig:
 
     Attributes:
         output: folder of the run: resolved config, logs, grids, checkpoints, pipeline.
-        data, vae, joint, text, optim, train, log, metric: the sections.
+        data, vae, joint, text, lora, optim, train, log, metric: the sections.
         flow: arguments of `TARFlowModel`. in_channels, sample_size, num_classes and cond_dim may be left out: they
             follow from the autoencoder, the data and the text encoder.
         init_from: folder or hub id of a pipeline whose flow, small text encoder and latent statistics training starts
@@ -282,6 +283,7 @@ class RunConfig:
     vae: VaeConfig = field(default_factory=VaeConfig)
     joint: JointConfig = field(default_factory=JointConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     flow: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -292,6 +294,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_joint(self)
+        check_lora(self)
         if self.data.source == "latents":
             check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
         if self.train.noise == "uniform":

@@ -23,6 +23,7 @@ Purpose = Literal[
     "student prior",  # the noise of a student's own sample
     "student noise",  # the training noise on it
     "held out",  # the noise on a held-out picture
+    "dropout",  # what an adapter does not see; by process instead of by place
 ]
 
 

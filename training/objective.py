@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tarflow.flows.adapters import adapter_layers
 from tarflow.flows.likelihood import flow_loss, nats_per_dim, prior_log_prob
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text import hidden_states
@@ -120,6 +121,8 @@ def parameter_groups(
     of a `JointObjective`, and each of them that there is."""
     parts = [(objective.flow.denoiser, denoiser_lr), (getattr(objective, "vae", None), vae_lr)]
     groups = [(list(module.parameters()), rate) for module, rate in parts if module is not None]
+    if adapter_layers(objective.flow):  # of which nothing else learns
+        groups = [([weight for weight in weights if weight.requires_grad], rate) for weights, rate in groups]
     apart = {id(parameter) for parameters, _ in groups for parameter in parameters}
     others = [parameter for parameter in trained_parameters(objective) if id(parameter) not in apart]
     return [{"params": params, "lr": rate, "peak_lr": rate} for params, rate in [(others, lr), *groups]]

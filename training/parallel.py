@@ -101,6 +101,8 @@ def check_parallel(accelerator: Accelerator, config: RunConfig) -> None:
             "under FSDP a learned denoiser cannot be trained with train.accumulation above 1: raise train.batch_size "
             "instead, or use --config_file $(tarflow configs accelerate/ddp)"
         )
+    if accelerator.is_fsdp2 and config.lora.rank:
+        raise ValueError("an adapter (lora.rank) cannot be trained sharded (FSDP): use configs/accelerate/ddp.yaml")
     if accelerator.is_fsdp2 and is_joint(config):
         raise ValueError(
             "vae.train 'joint' cannot be sharded (FSDP): use --config_file $(tarflow configs accelerate/ddp)"

@@ -18,6 +18,7 @@ from tarflow.training.batches import fixed_batches, read_batch
 from tarflow.training.config import RunConfig, is_joint, noise_std
 from tarflow.training.inputs import InputMaker
 from tarflow.training.joint import trained_autoencoder
+from tarflow.training.lora import add_adapters
 from tarflow.training.setup import Parts
 
 
@@ -68,10 +69,13 @@ def build_pipeline(weights: dict[str, Tensor], parts: Parts, config: RunConfig) 
         weights: of `FlowObjective`, whole, by name.
     """
     flow = TARFlowModel(**parts.flow_arguments)
-    flow.load_state_dict(part_of(weights, "flow."))
     text_encoder, tokenizer = parts.load_text()
     if config.text.kind == "small":
         text_encoder = T5EncoderModel(text_encoder.config)
+    if config.lora.rank:
+        add_adapters(config.lora, flow, text_encoder, config.train.seed)
+    flow.load_state_dict(part_of(weights, "flow."))
+    if config.text.kind == "small":
         text_encoder.load_state_dict(part_of(weights, "text_encoder."))
     vae = parts.load_vae()
     if is_joint(config):

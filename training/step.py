@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tarflow.training.averages import WeightAverages
 from tarflow.training.config import RunConfig, has_denoiser
+from tarflow.training.draws import place_seed
 from tarflow.training.inputs import InputMaker
 from tarflow.training.objective import score_target
 from tarflow.training.schedule import images_per_step, peak_factor, schedule_factor, warmup_steps
@@ -67,6 +68,8 @@ class Stepper:
         config, accelerator, begun = self.config, self.accelerator, time.perf_counter()
         self.set_learning_rate(step, total)
         self.model.train()
+        if config.lora.dropout:  # as all that is random a function of the step, so that interruptions change nothing
+            torch.manual_seed(place_seed(config.train.seed, step, accelerator.process_index, "dropout"))
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
         latents, norm = [], torch.tensor(0.0)
         for part in range(config.train.accumulation):
@@ -78,7 +81,7 @@ class Stepper:
                 losses, z = self.backward(self.inputs.training(batch, step, self.places(part)), step)
                 for name, value in losses.items():
                     sums[name] += value
-                if self.flow.prior_variance is not None:
+                if self.flow.prior_variance is not None and not config.lora.rank:
                     latents.append(z)
                 if accelerator.sync_gradients:
                     norm = self.clip_gradients(step)

@@ -20,6 +20,7 @@ from tarflow.training.config import RunConfig, is_joint
 from tarflow.training.inputs import InputMaker
 from tarflow.training.joint import joint_facts
 from tarflow.training.joint_report import reconstruction_metrics
+from tarflow.training.lora import folder_name, prepare_adapters, save_adapters
 from tarflow.training.objective import parameter_groups, trained_parameters
 from tarflow.training.parallel import (
     StopRequest,
@@ -68,6 +69,7 @@ class Trainer:
         state = None if checkpoint is None else read_state(checkpoint)
         self.parts = make_parts(config, state and state["statistics"], self.accelerator.device, start)
         self.text_facts = text_facts(config.text, self.parts.text_encoder)
+        self.adapter = prepare_adapters(config, self.parts, start)
         if state is not None:
             check_state(checkpoint, state, self.checkpoint_facts())
             check_text(checkpoint, state.get("text"), self.text_facts)
@@ -284,7 +286,9 @@ class Trainer:
         weights = full_weights(self.accelerator, self.model)
         if self.accelerator.is_main_process:
             pipe = build_pipeline(weights, self.parts, self.config)
-            if save_as is not None:
+            if save_as is not None and self.adapter:
+                save_adapters(pipe, self.config, self.folder / folder_name(save_as), self.step)
+            elif save_as is not None:
                 pipe.save_pretrained(self.folder / save_as)
             if draw or measure:
                 pipe.to(self.accelerator.device)
@@ -307,6 +311,7 @@ class Trainer:
             "sharded": self.accelerator.is_fsdp2,
             "joint": joint_facts(self.config, self.parts.codec.vae) if is_joint(self.config) else None,
             "text": self.text_facts,
+            "lora": self.adapter,
         }
 
     def save_checkpoint(self) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.common.tensors import dequantized
 from tarflow.models import AUTOENCODERS
 
 
@@ -221,7 +222,7 @@ def tensors_hash(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch
     """SHA-256 of named tensors, sorted by name, as float32 after they were rounded to ``dtype``."""
     digest = hashlib.sha256()
     for name, value in sorted(named, key=lambda pair: pair[0]):
-        values = value.detach().cpu().to(dtype).float().contiguous()
+        values = dequantized(value).detach().cpu().to(dtype).float().contiguous()
         digest.update(f"{name} {tuple(values.shape)}\n".encode())
         digest.update(memoryview(values.flatten().numpy()))
     return digest.hexdigest()
