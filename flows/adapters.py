@@ -77,6 +77,7 @@ class FlowAdapters(PeftAdapterMixin):
         if getattr(adapter_config, "target_modules", ...) is None:
             adapter_config.target_modules = set(LORA_TARGETS)
         super().add_adapter(adapter_config, adapter_name)
+        follow_mode(self)
 
     def set_adapters(self, adapter_names: str | list[str], weights: Any = None) -> None:
         """Make these adapters the active ones.
@@ -114,6 +115,7 @@ class FlowAdapters(PeftAdapterMixin):
         except Exception:
             self.delete_adapters([])
             raise
+        follow_mode(self)
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
         """As of Diffusers; without any left the layers are plain ones again."""
@@ -136,6 +138,13 @@ class FlowAdapters(PeftAdapterMixin):
                 "quantization_config=TorchAoConfig(…), which is saved along, or save the flow before"
             )
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def follow_mode(model: nn.Module) -> None:
+    """Bring adapters into their layers' mode. New ones are in training mode whatever the model's, so that their dropout
+    would act when it draws."""
+    for layer in adapter_layers(model).values():
+        layer.train(layer.get_base_layer().training)
 
 
 def refuse_adapters(name: str, model: nn.Module) -> None:

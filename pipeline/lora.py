@@ -22,7 +22,7 @@ from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from torch import Tensor, nn
 
 from tarflow.common.files import replaced
-from tarflow.flows.adapters import adapter_layers, refuse_adapters
+from tarflow.flows.adapters import adapter_layers, follow_mode, refuse_adapters
 
 #: Parts of a pipeline that may have adapters; names in a file begin with theirs.
 PARTS = ("flow", "text_encoder")
@@ -284,6 +284,7 @@ def load_into_text_encoder(
     left = set_peft_model_state_dict(encoder, state, adapter_name).unexpected_keys
     for layer in adapter_layers(encoder).values():
         layer.set_adapter(adapter_name, inference_mode=True)
+    follow_mode(encoder)
     if left:
         raise ValueError(f"the pipeline's text encoder has no layer for {left[0]!r}: the adapter is of another one")
     if held[0]:

@@ -192,6 +192,21 @@ def test_a_fused_pipeline_is_saved_whole(saved: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(draw(again, **arguments(again)), torch.load(saved / "expected.pt"), rtol=0, atol=1e-4)
 
 
+def test_dropout_is_for_training_alone(saved: Path, tmp_path: Path) -> None:
+    pipe = opened(saved)
+    add(pipe.flow, lora_dropout=0.5)
+    add(pipe.text_encoder, std=0.5, target_modules=["q", "v"], lora_dropout=0.5)
+    pipe.text_encoder.eval()  # PEFT itself leaves new layers in training mode
+    expected = draw(pipe, **arguments(pipe))
+    torch.testing.assert_close(draw(pipe, **arguments(pipe)), expected, rtol=0, atol=1e-5)
+    pipe.save_lora_weights(tmp_path, pipe.flow, pipe.text_encoder)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path)
+    output = pipe(**arguments(pipe), return_residual=True, generator=[torch.Generator().manual_seed(s) for s in (1, 2)])
+    assert output.residual_max.max() < 1e-4
+    torch.testing.assert_close(output.images, expected, rtol=0, atol=1e-5)
+
+
 def test_adapters_mix_by_weight() -> None:
     pipe = pipeline()
     none = draw(pipe, **arguments(pipe))
