@@ -29,6 +29,7 @@ from tarflow.evaluation.match import (
 from tarflow.pipeline.device import best_device
 from tarflow.training.arguments import parse_config
 from tarflow.training.config import RunConfig
+from tarflow.training.stopping import exit_status
 from tarflow.training.trainer import Trainer
 
 #: What training may have measured of held-out pictures, and how it is said.
@@ -47,8 +48,8 @@ def main(argv: list[str]) -> None:
         config, resolved = parse_config(argv, __doc__)
         metrics = Trainer(config, resolved).run()
         trained = time.perf_counter()
-        if metrics.get("stopped"):
-            return  # from outside, before a pipeline was saved; the training has said how to go on
+        if metrics.get("stopped"):  # from outside, before a pipeline was saved; the training has said how to go on
+            raise SystemExit(exit_status(metrics))
         rows = {"pipeline": f"{config.output}/pipeline"}
         rows |= {"training curves": f"tensorboard --logdir {config.output}/logs"}
         rows |= {LIKELIHOODS[name]: f"{metrics[name]:.4f}" for name in LIKELIHOODS if name in metrics}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from tarflow.cli.parsing import with_config_file
 from tarflow.common.command import ending
 from tarflow.training.arguments import parse_config
+from tarflow.training.stopping import exit_status, launched_process
 from tarflow.training.trainer import Trainer
 
 
@@ -29,6 +30,9 @@ def main(
     Returns:
         the run's last metrics.
     """
-    with ending():
+    with launched_process(), ending():
         config, resolved = parse_config(with_config_file(argv), description, prog)
-        return Trainer(config, resolved).run()
+        metrics = Trainer(config, resolved).run()
+        if status := exit_status(metrics):
+            raise SystemExit(status)
+        return metrics

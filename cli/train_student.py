@@ -13,6 +13,7 @@ from __future__ import annotations
 from tarflow.cli.parsing import with_config_file
 from tarflow.common.command import ending
 from tarflow.training.arguments import parse_dataclass
+from tarflow.training.stopping import exit_status, launched_process
 from tarflow.training.student import train_student
 from tarflow.training.student_config import StudentConfig
 
@@ -24,5 +25,7 @@ def main(argv: list[str] | None = None, prog: str = "tarflow train-student", des
         argv: the settings; None takes those of the command line.
         prog, description: how the help calls this, and what it says of it.
     """
-    with ending():
-        train_student(*parse_dataclass(StudentConfig, with_config_file(argv), description, prog))
+    with launched_process(), ending():
+        metrics = train_student(*parse_dataclass(StudentConfig, with_config_file(argv), description, prog))
+        if status := exit_status(metrics):
+            raise SystemExit(status)

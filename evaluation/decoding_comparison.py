@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tarflow.common.files import check_writable, replaced, write_text
+from tarflow.common.progress import progress_bar
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_uint8
 from tarflow.evaluation.backbones import Normalize
@@ -174,7 +174,7 @@ def sampled(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
     """Noisy latents (B, C, h, w), the flow's keyword arguments for their condition, and the seconds that they took."""
     device = pipe.flow.device
-    for first in tqdm(range(0, config.num, config.batch_size), desc="samples", unit="batch"):
+    for first in progress_bar(range(0, config.num, config.batch_size), desc="samples", unit="batch"):
         indices = range(first, min(first + config.batch_size, config.num))
         arguments = conditions.arguments(indices)
         started = clock(device)

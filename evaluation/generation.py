@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from tarflow.common.files import check_writable
+from tarflow.common.progress import progress_bar
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.conditions import Conditions, make_conditions
 from tarflow.evaluation.generation_record import (
@@ -195,7 +195,7 @@ def draw_missing(
     missing = [chunk for chunk in chunks if not store.has(chunk)]
     total, left = sum(map(len, chunks)), sum(map(len, missing))
     seconds: list[float] = []
-    with tqdm(total=total, initial=total - left, unit=" images", disable=not show_progress) as progress:
+    with progress_bar(total=total, initial=total - left, unit=" images", disable=not show_progress) as progress:
         for chunk in missing:
             started = time.perf_counter()
             images = draw_chunk(pipe, config, conditions, chunk)

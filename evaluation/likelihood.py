@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from tarflow.common.progress import progress_bar
 from tarflow.data.images import Images, collate, to_model
 from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
 
@@ -147,7 +147,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 def batches(images: Images, count: int, batch_size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
     firsts: Iterable[int] = range(0, count, batch_size)
-    for first in tqdm(firsts, desc="likelihood", unit="batch"):
+    for first in progress_bar(firsts, desc="likelihood", unit="batch"):
         indices = list(range(first, min(first + batch_size, count)))
         yield indices, collate([images[i] for i in indices])
 

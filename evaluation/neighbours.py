@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from tarflow.common.progress import progress_bar
 from tarflow.data.images import collate
 
 #: Pixels are compared after averaging to this side.
@@ -74,7 +74,7 @@ def nearest_neighbours(
         for space, describe in spaces.items()
     }
     found: dict[str, dict[str, Neighbours]] = {space: {} for space in spaces}
-    for first in tqdm(range(0, len(images), batch_size), desc="neighbours", unit="batch"):
+    for first in progress_bar(range(0, len(images), batch_size), desc="neighbours", unit="batch"):
         indices = torch.arange(first, min(first + batch_size, len(images)))
         batch = collate([images[i] for i in indices.tolist()])["image"]
         for space, describe in spaces.items():

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from tarflow.common.progress import progress_bar
 from tarflow.data.images import Images, collate, to_uint8
 from tarflow.evaluation.likelihood import check_arguments, condition_of, noisy
 from tarflow.evaluation.picture_quality import psnr, ssim
@@ -73,7 +73,7 @@ def noisy_pictures(pipe: Any, images: Images, count: int, batch_size: int, seed:
         raise ValueError("this model draws pixels: it has no decoder that could remove the noise")
     count = check_arguments(pipe, images, count, 1, 0)
     some, found = spread(images, count), NoisyPictures([], [], [])
-    for first in tqdm(range(0, count, batch_size), desc="encoding", unit="batch", leave=False):
+    for first in progress_bar(range(0, count, batch_size), desc="encoding", unit="batch", leave=False):
         indices = list(range(first, min(first + batch_size, count)))
         batch = collate([some[i] for i in indices])
         found.originals.append(batch["image"])

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tarflow.common.files import replaced
+from tarflow.common.progress import progress_bar
 from tarflow.evaluation.conversions import notes_of
 from tarflow.evaluation.features import Extractor
 from tarflow.evaluation.image_sets import ImageSet
@@ -247,7 +247,9 @@ def extract(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterator
     process, processes = process_and_count()
     own = images.batches(batch_size, process, processes)
     number = -(-len(images) // batch_size)
-    for start in tqdm(range(0, number, processes), desc=f"features of {images.name}", disable=process > 0, leave=False):
+    for start in progress_bar(
+        range(0, number, processes), desc=f"features of {images.name}", disable=process > 0, leave=False
+    ):
         padded = torch.zeros(batch_size, extractor.dims, device=extractor.device)
         error: ValueError | OSError | None = None
         if start + process < number:

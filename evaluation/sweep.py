@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from tarflow.common.files import check_writable, read_json_lines, write_text
+from tarflow.common.progress import write_line
 from tarflow.data.latents import file_hash
 from tarflow.evaluation.charts import check_matplotlib
 from tarflow.evaluation.conditions import make_conditions
@@ -128,7 +128,7 @@ def run_sweep(
     wanted = unique([resolved(values, pipe) for values in config.combinations()])
     rows = read_rows(out, fixed)
     measure = make_measure(config, device) if measure is None else measure
-    show = tqdm.write if process == 0 else lambda _: None
+    show = write_line if process == 0 else lambda _: None
     for number, settings in enumerate(wanted, start=1):
         if any(row["settings"] == settings for row in rows):
             continue
@@ -212,7 +212,7 @@ def make_measure(config: SweepConfig, device: str | torch.device) -> Measure:
         report = evaluate(ref, str(folder), extractor, config.metrics, **options)
         for warning in report["warnings"]:
             if warning not in said and process_and_count()[0] == 0:
-                tqdm.write(f"warning: {warning}")
+                write_line(f"warning: {warning}")
             said.add(warning)
         return report["metrics"]
 

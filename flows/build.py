@@ -62,6 +62,9 @@ def network_config(model: Any, layers: int, width: int, sees_condition: bool, or
         sees_condition: whether it does.
         order: that the tokens have, or for a coupling block which of its groups is seen.
     """
+    for name, value in (("head_dim", model.head_dim), ("num_heads", model.num_heads), ("width", width)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if model.num_heads is None and width % model.head_dim:
         raise ValueError(f"head_dim {model.head_dim} does not divide the width {width}; set num_heads, or other")
     heads, grid_size = model.num_heads or width // model.head_dim, model.sample_size // model.patch_size

@@ -14,11 +14,14 @@ from tarflow.cli.parsing import with_config_file
 from tarflow.common.command import ending
 from tarflow.training.arguments import parse_dataclass
 from tarflow.training.decoder import DecoderConfig, finetune_decoder
+from tarflow.training.stopping import exit_status, launched_process
 
 
 def main(argv: list[str] | None = None) -> None:
-    with ending():
-        finetune_decoder(*parse_dataclass(DecoderConfig, with_config_file(argv), __doc__))
+    with launched_process(), ending():
+        metrics = finetune_decoder(*parse_dataclass(DecoderConfig, with_config_file(argv), __doc__))
+        if status := exit_status(metrics):
+            raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from typing import Literal
 
 import torch
 from torchvision.io import write_png
-from tqdm.auto import tqdm
 
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
+from tarflow.common.progress import progress_bar
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model, to_uint8
 from tarflow.evaluation.subset import evenly
@@ -77,7 +77,7 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     ratios = []
-    for first in tqdm(range(0, count, config.batch_size), unit="batch"):
+    for first in progress_bar(range(0, count, config.batch_size), unit="batch"):
         original = read_batch(images, chosen[first : first + config.batch_size])["image"]
         latents = pipe.codec.encode(to_model(original.to(pipe.device)))
         reconstructed = to_uint8(pipe.codec.decode(latents)).cpu()

@@ -15,12 +15,16 @@ from tarflow.common.command import ending
 from tarflow.training.arguments import parse_dataclass
 from tarflow.training.autoencoder import AutoencoderTrainer
 from tarflow.training.autoencoder_config import TrainVaeConfig
+from tarflow.training.stopping import exit_status, launched_process
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    with ending():
+    with launched_process(), ending():
         config, resolved = parse_dataclass(TrainVaeConfig, with_config_file(argv), __doc__)
-        return AutoencoderTrainer(config, resolved).run()
+        metrics = AutoencoderTrainer(config, resolved).run()
+        if status := exit_status(metrics):
+            raise SystemExit(status)
+        return metrics
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
 from tarflow.training.arguments import parse_config
+from tarflow.training.stopping import launched_process
 from tarflow.training.trainer import Trainer
 
 
@@ -44,7 +45,7 @@ def no_space(path: str) -> None:
     raise OSError(28, "No space left on device")
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     results = {name: train(arguments) for name, arguments in json.loads(sys.argv[1]).items()}
     every: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
@@ -52,3 +53,8 @@ if __name__ == "__main__":
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(every))
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with launched_process():
+        main()

@@ -122,7 +122,7 @@ class TestTraining:
             return take(self, batches, step, total)
 
         monkeypatch.setattr(PictureStepper, "take", signalled)
-        assert train(tmp_path / "parts", *settings) == {"step": 5, "stopped": True}
+        assert train(tmp_path / "parts", *settings) == {"step": 5, "stopped": "SIGTERM"}
         monkeypatch.undo()
         assert not (tmp_path / "parts").exists()
         assert train(tmp_path / "parts", *settings, "--resume", "latest")["step"] == 7

@@ -102,7 +102,9 @@ def assert_same(folder: Path, expected: dict[str, Tensor]) -> None:
 
 def test_killed_at_ten_random_instants(tmp_path: Path, uninterrupted: tuple[dict[str, Tensor], float]) -> None:
     expected, seconds = uninterrupted
-    instants = random.Random()
+    seed = random.randrange(2**32)
+    print(f"the instants are of seed {seed}")
+    instants = random.Random(seed)
     kills = runs = 0
     while kills < KILLS or runs == 0:
         folder = tmp_path / str(runs)
@@ -139,5 +141,7 @@ def test_sigterm_saves_and_exits_with_success(tmp_path: Path, uninterrupted: tup
     assert finish(tmp_path, terminate_at=7) == 0
     assert not (tmp_path / "pipeline").exists()
     assert checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000007"
-    assert finish(tmp_path, terminate_at=STEPS) == 0  # too late to stop: the pipeline is saved
+    assert finish(tmp_path, terminate_at=STEPS) == 0  # the last checkpoint is saved, and not more
+    assert not (tmp_path / "pipeline").exists()
+    assert finish(tmp_path) == 0
     assert_same(tmp_path, uninterrupted[0])

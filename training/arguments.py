@@ -109,7 +109,14 @@ def plain_message(message: str) -> str:
 
 
 def check_flow_keys(flow: dict[str, Any]) -> None:
-    """An unknown key of the flow section is an error that lists the known ones."""
+    """Errors of the flow section: an unknown key, with a list of the known ones, and a value of a wrong type."""
     known = [name for name in inspect.signature(TARFlowModel.__init__).parameters if name != "self"]
     if unknown := sorted(set(flow) - set(known)):
         raise ValueError(f"unknown key flow.{unknown[0]}; the flow section has {', '.join(known)}")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TARFlowModel, "flow")
+    required = {"in_channels": 1, "sample_size": 1}
+    try:
+        parser.parse_object({"flow": {**required, **flow}})
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error

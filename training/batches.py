@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import suppress
+from multiprocessing import active_children
+from threading import Timer
+from typing import Any, Self
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tarflow.common.command import sentence
 from tarflow.data.images import collate
 from tarflow.evaluation.subset import evenly
 
 #: Data sets longer than this are endless ones, gone through in their own order.
 SHUFFLE_LIMIT = 2**30
+#: Ends a reading process.
+END = getattr(signal, "SIGUSR1", None)
+#: Seconds that it may take to end by itself.
+PATIENCE = 2.0
 
 
 class StepSampler(Sampler[list[int]]):
@@ -106,13 +115,80 @@ def train_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=follow_trainer,
     )
 
 
-def ignore_sigterm(worker: int) -> None:
-    """A scheduler's SIGTERM goes to all processes; the one that trains decides, and ends those that read."""
+def follow_trainer(worker: int) -> None:
+    """A scheduler's SIGTERM goes to all processes, and so does a terminal's Ctrl-C; the one that trains decides, and ends
+    those that read."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if END is not None:
+        signal.signal(END, lambda *_: os._exit(0))
+
+
+class BatchReader:
+    """A process's batches. As a context it ends the reading processes with it, also after an error: they ignore the
+    SIGTERM by which Python ends them at its own exit, and waits.
+
+    Args:
+        loader: of `train_loader`.
+    """
+
+    def __init__(self, loader: DataLoader):
+        before = set(active_children())
+        self._batches = iter(loader)
+        self._readers = [process for process in active_children() if process not in before]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch.
+
+        Raises:
+            ValueError: if it cannot be read; reading processes give no other type back.
+        """
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise
+        except (ValueError, OSError) as error:
+            raise ValueError(sentence(error)) from error
+        except Exception as error:
+            kind = "" if str(error).startswith("Caught ") else f"{type(error).__name__}: "
+            raise ValueError(f"the training data cannot be read: {kind}{sentence(error)}") from error
+
+    def close(self) -> None:
+        """End the reading processes, which may be in the middle of something, within seconds."""
+        if not self._readers:
+            return
+        timer = Timer(PATIENCE, self._end)
+        timer.start()
+        # The loader's own way, which has no public name, ends its threads too.
+        with suppress(Exception):
+            getattr(self._batches, "_shutdown_workers", self._end)()
+        timer.cancel()
+        self._end()
+        for process in self._readers:
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._readers = []
+
+    def _end(self) -> None:
+        for process in self._readers:
+            if process.is_alive() and END is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, END)
 
 
 def fixed_batches(images: Dataset, count: int, batch_size: int) -> list[list[int]]:

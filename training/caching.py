@@ -20,10 +20,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from tarflow.common.command import sentence
 from tarflow.common.files import check_writable
+from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.images import Images, collate, to_model
 from tarflow.data.latents import FORMAT, read_manifest
 from tarflow.pipeline.text import cut_captions, encode_captions
@@ -200,7 +200,7 @@ def write_shards(
     )
     total, left = (sum(len(shard.indices) for shard in shards) for shards in (mine, missing))
     batches = iter(loader)
-    with tqdm(total=total, initial=total - left, unit=" images", disable=not show_progress) as progress:
+    with progress_bar(total=total, initial=total - left, unit=" images", disable=not show_progress) as progress:
         for shard in missing:
             parts = islice(batches, -(-len(shard.indices) // size))
             tensors, more = encode_shard(encoder, parts, progress)
@@ -279,7 +279,7 @@ def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dic
     if cut:
         count, total = sum(record["cut"] for record in cut), sum(plan.counts.values())
         text = {**text, "cut": {"count": count, "of": f"{total} captions", "example": cut[0]["cut_example"]}}
-        tqdm.write(cut_sentence(count, f"{total} captions", config.text.max_length, cut[0]["cut_example"]))
+        write_line(cut_sentence(count, f"{total} captions", config.text.max_length, cut[0]["cut_example"]))
     kept = ("file", "split", "shape", "first", "count", "bytes", "sha256")
     manifest = {
         "format": FORMAT,
@@ -305,4 +305,4 @@ def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dic
     finish_folder(folder, manifest)
     if manifest["skipped"]:
         example = min(record["example"] for record in records if record["example"])
-        tqdm.write(f"{manifest['skipped']} unreadable images were skipped, for example: {example}")
+        write_line(f"{manifest['skipped']} unreadable images were skipped, for example: {example}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from tarflow.common.files import write_json
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.averages import WeightAverages
 from tarflow.training.reading import reading
@@ -26,6 +27,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("_")[1]))
 
 
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, state: dict[str, Any], averages: WeightAverages, keep: int
 ) -> Path:
@@ -34,7 +39,7 @@ def save_checkpoint(
     Raises:
         OSError: on all processes if one cannot write, for example on a full disk; no half-written checkpoint stays.
     """
-    path = folder / f"step_{state['step']:08d}"
+    path = folder / checkpoint_name(state["step"])
     temporary, saved = folder / f"{path.name}.tmp", path in checkpoints(folder)
 
     def begin() -> None:
@@ -44,7 +49,7 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
 
     def end() -> None:
-        (temporary / "run.json").write_text(json.dumps(state, indent=1))
+        write_json(temporary / "run.json", state, indent=1)
 
     main = accelerator.is_main_process
     stages = [
@@ -82,6 +87,48 @@ def agreed_error(accelerator: Accelerator, stage: Callable[[], Any] | None) -> s
         reason = " ".join(str(error).split()) or type(error).__name__
     failed = accelerator.reduce(torch.tensor(float(bool(reason)), device=accelerator.device), "sum") > 0
     return reason or ("another process failed" if failed else "")
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """Work of the main process, whose result it gets; the others get None. An error ends all processes, as those would
+    wait for the main one for hours. Every process calls this.
+
+    Raises:
+        ValueError: on the others; on the main process whatever the work raises.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    result, raised = [None], []
+
+    def stage() -> None:
+        try:
+            result[0] = work()
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    error = agreed_error(accelerator, stage if accelerator.is_main_process else None)
+    if raised:
+        raise raised[0]
+    if error:
+        raise ValueError("the main process stopped; it says why")
+    return result[0]
+
+
+def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint of a run's folder to go on from, None for a new run.
+
+    Raises:
+        ValueError: if there is none, or the run would be mixed with an earlier one.
+    """
+    path = None if resume is None else find_checkpoint(folder / "checkpoints", resume)
+    found = checkpoints(folder / "checkpoints")
+    if found and (path is None or path.resolve().parent != found[-1].resolve().parent):
+        raise ValueError(
+            f"{str(folder)!r} has checkpoints of an earlier run, up to {found[-1].name}: go on with --resume latest, "
+            "give another output, or remove them"
+        )
+    return path
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -126,7 +173,8 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
         path, state: the checkpoint and its run.json.
         facts: what must be the same in the run: the complete arguments of its model as "flow", "ema_decays",
             "images_per_step", whether it is "sharded", under FSDP, and by names of their own those of "joint", None if
-            the autoencoder is frozen, and those of "lora", None if no adapter is trained.
+            the autoencoder is frozen, those of "lora", None if no adapter is trained; and what their numbers mean,
+            "classes" and "tokens" (see `meaning`).
 
     Raises:
         ValueError: that names the first difference, and what to do.
@@ -148,6 +196,7 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
             f"the checkpoint {name!r} was trained with {state['images_per_step']} pictures a step, not "
             f"{facts['images_per_step']}: set train.batch_size and train.accumulation to the same with these processes"
         )
+    check_meaning(path, state, facts)
     here, there = facts.get("joint") or {}, state.get("joint") or {}
     if bool(here) != bool(there):
         ways = "joint" if there else "frozen"
@@ -163,6 +212,32 @@ def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> Non
         raise ValueError(
             f"the checkpoint {name!r} was written {ways}: resume it that way, or start from its pipeline folder "
             "with init_from"
+        )
+
+
+def check_meaning(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Whether the numbers of classes and tokens mean the same; checkpoints from before these were kept pass.
+
+    Raises:
+        ValueError: that names the first difference.
+    """
+    kinds = (("classes", "class", "the same class folders or names"), ("tokens", "token", "the same captions"))
+    for name, what, remedy in kinds:
+        there, here = state.get(name), facts.get(name)
+        if name not in state or there == here:
+            continue
+        if not isinstance(there, list) or not isinstance(here, list):
+            raise ValueError(
+                f"the checkpoint {str(path)!r} was trained with other {name} than this run has: resume with {remedy}, "
+                "or start anew in another output"
+            )
+        places = range(max(len(there), len(here)))
+        place = next(place for place in places if there[place : place + 1] != here[place : place + 1])
+        names = (repr(known[place]) if place < len(known) else "none" for known in (there, here))
+        was, is_now = names
+        raise ValueError(
+            f"the checkpoint {str(path)!r} was trained with other {name}: {what} {place} is {was} there and {is_now} "
+            f"here; resume with {remedy}, or start anew in another output"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tarflow.data.images import Images
 from tarflow.evaluation.noisy_pictures import NoisyPictures, noisy_pictures
+from tarflow.training.checkpoint import on_main
 from tarflow.training.checks import check
 from tarflow.training.component import ComponentConfig, ComponentFolders, noisy_latents, open_splits, write_rows
 from tarflow.training.draws import draw_chances
@@ -75,8 +76,8 @@ class DecoderTask:
         self.pipe.vae.to(accelerator.device)
         self.held_out: NoisyPictures | None = None
         self.before: dict[str, list[Tensor]] = {}
-        if accelerator.is_main_process and len(held_out):
-            self.prepare_held_out(held_out)
+        if len(held_out):
+            on_main(accelerator, lambda: self.prepare_held_out(held_out))
 
     def prepare_held_out(self, images: Images) -> None:
         """Noisy held-out latents, and how they are decoded without the new decoder."""

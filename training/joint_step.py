@@ -50,11 +50,11 @@ class JointStepper(Stepper):
         return {"loss": loss.detach(), "nats_per_dim": output["nats_per_dim"].mean(), **parts}, output["z"]
 
     def clip_gradients(self, step: int) -> Tensor:
-        norm = super().clip_gradients(step)
-        if not self.loss.is_adversarial(step):
-            return norm
-        limit = self.config.optim.max_grad_norm
-        return torch.maximum(norm, self.accelerator.clip_grad_norm_(self.loss.discriminator.parameters(), limit))
+        norm, self.others_norm = super().clip_gradients(step), None
+        if self.loss.is_adversarial(step):
+            limit, parameters = self.config.optim.max_grad_norm, self.loss.discriminator.parameters()
+            self.others_norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        return norm
 
     def update(self, norm: Tensor, loss: Tensor, latents: list[Tensor], step: int) -> None:
         super().update(norm, loss, latents, step)

@@ -3,59 +3,55 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from tarflow.training.batches import StepSampler, groups_of, train_loader
-from tarflow.training.checkpoint import check_facts, checkpoints, find_checkpoint, read_state, save_checkpoint
+from tarflow.common.files import read_json_lines, write_text
+from tarflow.common.progress import progress_bar, write_line
+from tarflow.training.batches import BatchReader, StepSampler, groups_of, train_loader
+from tarflow.training.checkpoint import (
+    check_facts,
+    checkpoint_name,
+    checkpoint_to_resume,
+    on_main,
+    read_state,
+    save_checkpoint,
+)
+from tarflow.training.launcher import accumulating, check_launcher, check_trackers, is_on
 from tarflow.training.network_config import NetworkConfig
 from tarflow.training.network_step import NetworkStepper, Task
-from tarflow.training.parallel import TIMEOUT, StopRequest, processes_on_cpus
+from tarflow.training.parallel import TIMEOUT, processes_on_cpus
 from tarflow.training.reading import reading
 from tarflow.training.schedule import TimeLimit
+from tarflow.training.stopping import Stopped, StopRequest
 
 
 def network_accelerator(config: NetworkConfig, folder: Path) -> Accelerator:
     """The accelerator of a run in ``folder``; it seeds everything.
 
     Raises:
-        ValueError: if the launcher wants FSDP.
+        ValueError: if the launcher wants what these trainings do not know, FSDP for example, or a tracker is not there.
     """
+    check_launcher(config.mixed_precision, config.accumulation)
+    if is_on("ACCELERATE_USE_FSDP"):
+        raise ValueError("this network is not sharded: start with --config_file $(tarflow configs accelerate/ddp)")
+    check_trackers(config.trackers, "trackers")
     accelerator = Accelerator(
         cpu=processes_on_cpus(),
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_plugin=accumulating(config.accumulation),
         log_with=config.trackers or None,
         project_dir=str(folder),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
-    if accelerator.distributed_type is DistributedType.FSDP:
-        raise ValueError("this network is not sharded: start with --config_file $(tarflow configs accelerate/ddp)")
     set_seed(config.seed)
     return accelerator
-
-
-def checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint of a run's folder to go on from, None for a new run.
-
-    Raises:
-        ValueError: if there is none, or the new run would be mixed with an earlier one.
-    """
-    if resume is not None:
-        return find_checkpoint(folder / "checkpoints", resume)
-    if found := checkpoints(folder / "checkpoints"):
-        raise ValueError(
-            f"{str(folder)!r} has checkpoints of an earlier run, up to {found[-1].name}: go on with --resume latest, or "
-            "remove it"
-        )
-    return None
 
 
 class NetworkTrainer:
@@ -91,15 +87,18 @@ class NetworkTrainer:
             check_facts(checkpoint, state.get("facts", {}), self.facts())
         self.metrics = folder / "metrics.jsonl"
         self.step, self.total_steps, self.lowered = 0, config.steps, False  # whether max_minutes has lowered the steps
+        self.saved = checkpoint  # the last one
         if state is not None:
             self.load(checkpoint, state)
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(resolved)
-            if checkpoint is None:
-                self.metrics.unlink(missing_ok=True)
-        if config.trackers:
-            accelerator.init_trackers("logs")
+        on_main(accelerator, lambda: self.begin(resolved, fresh=checkpoint is None))
+
+    def begin(self, resolved: str, fresh: bool) -> None:
+        """Write the settings, and start the trackers."""
+        write_text(self.folder / "config.yaml", resolved)
+        if fresh:
+            self.metrics.unlink(missing_ok=True)
+        if self.config.trackers:
+            self.accelerator.init_trackers("logs")
 
     def facts(self) -> dict[str, Any]:
         """What must be the same when training goes on."""
@@ -121,7 +120,7 @@ class NetworkTrainer:
         if self.config.max_minutes is not None:
             self.total_steps = state["total_steps"]
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self) -> None:
         state = {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -130,20 +129,34 @@ class NetworkTrainer:
             "facts": self.facts(),
         }
         folder = self.folder / "checkpoints"
-        return save_checkpoint(self.accelerator, folder, state, self.stepper.averages, self.config.keep_checkpoints)
+        keep = self.config.keep_checkpoints
+        self.saved = save_checkpoint(self.accelerator, folder, state, self.stepper.averages, keep)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then evaluate and save; returns the last metrics.
 
-        At a SIGTERM a checkpoint is saved and training stops; the metrics then have ``stopped``.
+        At a SIGTERM or SIGINT a checkpoint is saved and training stops; the metrics then have the signal's name as
+        ``stopped``.
         """
+        with StopRequest() as stop:
+            try:
+                with self.batches() as batches:
+                    name = self.train(batches, stop)
+                return self.stop(name) if name else self.finish(stop)
+            except Stopped as signal:
+                return self.stop(signal.name)
+
+    def train(self, batches: BatchReader, stop: StopRequest) -> str:
+        """Train to the last step; returns the name of a signal that is to stop the run before."""
         accelerator, config = self.accelerator, self.config
-        batches, first, limit = self.batches(), self.step, None
-        progress = tqdm(total=self.total_steps, initial=first, unit="step", disable=not accelerator.is_main_process)
+        first, limit, name = self.step, None, ""
+        progress = progress_bar(
+            total=self.total_steps, initial=first, unit="step", disable=not accelerator.is_main_process
+        )
         if config.max_minutes is not None and not self.lowered:
             limit = TimeLimit(config.max_minutes)
-        with StopRequest() as stop:
-            while self.step < self.total_steps:
+        with closing(progress):
+            while self.step < self.total_steps and not name:
                 values = self.stepper.take(batches, self.step, self.total_steps)
                 self.step += 1
                 progress.update()
@@ -155,15 +168,12 @@ class NetworkTrainer:
                     self.lowered = True
                 if self.step % config.log_every == 0:
                     self.log(values, progress)
-                if self.step < self.total_steps:
-                    if stop.agreed(accelerator):
-                        progress.close()
-                        return self.stop()
-                    self.at_intervals()
-        progress.close()
-        return self.finish()
+                name = stop.agreed(accelerator)
+                if self.step < self.total_steps and not name:
+                    self.at_intervals(stop)
+        return name
 
-    def batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> BatchReader:
         """This process's batches from the current step on, one for each forward pass."""
         config, accelerator, pictures = self.config, self.accelerator, self.task.train
         sampler = StepSampler(
@@ -177,9 +187,9 @@ class NetworkTrainer:
             config.steps,
         )
         pinned = accelerator.device.type == "cuda"
-        return iter(train_loader(pictures, config.batch_size, config.num_workers, sampler, pinned))
+        return BatchReader(train_loader(pictures, config.batch_size, config.num_workers, sampler, pinned))
 
-    def log(self, values: dict[str, Tensor], progress: tqdm) -> None:
+    def log(self, values: dict[str, Tensor], progress: Any) -> None:
         """Write means over all processes."""
         names = sorted(values)
         stacked = torch.stack([values[name].detach().float().to(self.accelerator.device) for name in names])
@@ -188,51 +198,55 @@ class NetworkTrainer:
         self.accelerator.log({f"train/{name}": value for name, value in means.items()}, self.step)
         progress.set_postfix({name: f"{means[name]:.4f}" for name in ("loss", "kl", "l1") if name in means})
 
-    def at_intervals(self) -> None:
+    def at_intervals(self, stop: StopRequest) -> None:
         """Evaluation and checkpoints where they are due."""
         if self.config.eval_every and self.step % self.config.eval_every == 0:
-            self.report()
+            with stop.at_once(self.accelerator.num_processes == 1):
+                self.report()
         if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
             self.save_checkpoint()
 
     def report(self, last: bool = False) -> dict[str, Any]:
         """The task's report on the averaged weights; the main process makes it, and returns the metrics."""
         metrics: dict[str, Any] = {"step": self.step}
-        if self.accelerator.is_main_process:
+
+        def report() -> None:
             self.stepper.model.eval()
             with self.stepper.averages.applied():
-                metrics |= self.task.report(self.step, last)
+                metrics.update(self.task.report(self.step, last))
             write_metrics(self.metrics, metrics)
             numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
             self.accelerator.log({f"held_out/{name}": value for name, value in numbers.items()}, self.step)
-            tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-        self.accelerator.wait_for_everyone()
+            write_line(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+
+        on_main(self.accelerator, report)
         return metrics
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, stop: StopRequest) -> dict[str, Any]:
         if self.config.checkpoint_every:
             self.save_checkpoint()
-        metrics = self.report(last=True)
+        # What a signal ends here is done again when the run goes on.
+        with stop.at_once(bool(self.config.checkpoint_every) or self.accelerator.num_processes == 1):
+            metrics = self.report(last=True)
         skipped = self.stepper.skipped
         if skipped and self.accelerator.is_main_process:
-            tqdm.write(f"{len(skipped)} unreadable images were skipped, for example: {min(skipped)}")
+            write_line(f"{len(skipped)} unreadable images were skipped, for example: {min(skipped)}")
         self.accelerator.end_training()
         return metrics
 
-    def stop(self) -> dict[str, Any]:
-        """Save a checkpoint and end before the last step."""
-        path = self.save_checkpoint()
+    def stop(self, name: str) -> dict[str, Any]:
+        """Save a checkpoint, if it is not there yet, and end before all is done."""
+        if self.saved is None or self.saved.name != checkpoint_name(self.step):
+            self.save_checkpoint()
         if self.accelerator.is_main_process:
-            tqdm.write(f"stopped by SIGTERM at step {self.step}: {path} is saved; go on with --resume latest")
+            write_line(f"stopped by {name} at step {self.step}: {self.saved} is saved; go on with --resume latest")
         self.accelerator.end_training()
-        return {"step": self.step, "stopped": True}
+        return {"step": self.step, "stopped": name}
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     """Add metrics, with their "step", to a file of one JSON object a line. Lines of the same or later steps, which a run
     wrote that was interrupted, are dropped."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] < metrics["step"]]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in [*kept, json.dumps(metrics)]))
-    temporary.rename(path)
+    before = [value for _, value in read_json_lines(path)] if path.is_file() else []
+    kept = [value for value in before if value["step"] < metrics["step"]]
+    write_text(path, "".join(f"{json.dumps(value)}\n" for value in [*kept, metrics]))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -24,6 +21,7 @@ from torch import nn
 from tarflow.data.latents import CachedLatents
 from tarflow.training.checkpoint import agreed_error
 from tarflow.training.config import RunConfig, has_denoiser, is_joint
+from tarflow.training.launcher import accumulating, check_launcher, check_trackers, is_on, uncompiled
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Drawing a grid on one process, or writing a large checkpoint, may keep the others waiting longer than ten minutes.
@@ -31,11 +29,17 @@ TIMEOUT = timedelta(hours=2)
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """The run's accelerator."""
+    """The run's accelerator.
+
+    Raises:
+        ValueError: if the launcher wants what this training does not know, or a tracker is not there.
+    """
     train = config.train
+    check_launcher(train.mixed_precision, train.accumulation, "train.", compiles=True)
+    check_trackers(config.log.trackers, "log.trackers")
     waiting, cpu = InitProcessGroupKwargs(timeout=TIMEOUT), processes_on_cpus()
     plugin = None
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if is_on("ACCELERATE_USE_FSDP"):
         plugin = sharding(train.mixed_precision)
         if train.checkpointing != "none":
             plugin.activation_checkpointing = False  # the run's own setting takes its place
@@ -46,7 +50,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(
         cpu=cpu,
         mixed_precision=train.mixed_precision,
-        gradient_accumulation_steps=train.accumulation,
+        dynamo_plugin=uncompiled(),
+        gradient_accumulation_plugin=accumulating(train.accumulation),
         log_with=config.log.trackers or None,
         project_dir=str(Path(config.output)),
         # With a learned denoiser each forward pass leaves out one of the two networks.
@@ -129,34 +134,6 @@ def verify_caches(accelerator: Accelerator, *splits: Any) -> None:
             share = partial(split.verify, accelerator.process_index, accelerator.num_processes)
             if error := agreed_error(accelerator, share):
                 raise ValueError(error)
-
-
-class StopRequest:
-    """Notices SIGTERM, which cluster schedulers send before they end a job, some to a process and its launcher, so
-    that it comes twice."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # others may not handle signals
-            self._before = signal.signal(signal.SIGTERM, self._notice)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process has noticed one; the same answer on all of them."""
-        if accelerator.num_processes == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum") > 0)
 
 
 def full_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from tarflow.training.config import RunConfig, VaeConfig, is_joint
 from tarflow.training.start import Start, model_for_size
 from tarflow.training.text import load_text, settings_difference
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
+
+#: Larger vocabularies are kept as a hash.
+LISTED_TOKENS = 10_000
 
 
 @dataclass
@@ -117,6 +121,19 @@ def make_parts(
     text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
     held_out = validation if len(validation) else None
     return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
+
+
+def meaning(parts: Parts) -> dict[str, Any]:
+    """What the numbers of classes and of tokens mean, for checkpoints: "classes", their names or None; "tokens", those of
+    a tokenizer made for the run, or a hash of a larger one's, or None."""
+    names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
+    tokens: Any = None
+    if parts.tokenizer is not None:
+        numbers = parts.tokenizer.get_vocab()
+        tokens = sorted(numbers, key=lambda token: (numbers[token], token))
+        if len(tokens) > LISTED_TOKENS:
+            tokens = hashlib.sha256("\0".join(tokens).encode(errors="surrogatepass")).hexdigest()
+    return {"classes": None if names is None else list(names), "tokens": tokens}
 
 
 def open_autoencoder(config: RunConfig) -> Any:

@@ -35,6 +35,7 @@ class Stepper:
         bad_steps: how many of the last steps, in a row, were not finite.
         spikes: how many steps were left out for their gradient norm.
         skipped: messages of unreadable pictures.
+        others_norm: gradient norm of networks that learn beside the model, None without any.
         waited, seconds: for data, and for whole steps.
     """
 
@@ -52,6 +53,7 @@ class Stepper:
         self.optimizer, self.averages, self.inputs = optimizer, averages, inputs
         self.bad_steps = self.spikes = 0
         self.skipped: set[str] = set()
+        self.others_norm: torch.Tensor | None = None
         self.waited = self.seconds = 0.0
 
     def take(self, batches: Iterator[dict[str, Any]], step: int, total: int) -> dict[str, torch.Tensor]:
@@ -85,7 +87,7 @@ class Stepper:
                     latents.append(z)
                 if accelerator.sync_gradients:
                     norm = self.clip_gradients(step)
-                    self.update(norm, sums["loss"], latents, step)
+                    self.update(norm, sums["loss"] / config.train.accumulation, latents, step)
         self.seconds += time.perf_counter() - begun
         return {name: value / config.train.accumulation for name, value in sums.items()} | {"grad_norm": norm}
 
@@ -118,7 +120,8 @@ class Stepper:
     def update(self, norm: torch.Tensor, loss: torch.Tensor, latents: list[torch.Tensor], step: int) -> None:
         """Change the weights, unless the gradient is not finite or larger than wished."""
         size, limit = float(norm), self.config.optim.skip_grad_norm
-        finite, scaled = math.isfinite(size), self.accelerator.scaler is not None
+        others = torch.zeros(()) if self.others_norm is None else self.others_norm
+        finite, scaled = math.isfinite(size) and math.isfinite(float(others)), self.accelerator.scaler is not None
         spike = limit is not None and finite and size > limit
         self.spikes += spike
         if (finite or scaled) and not spike:

@@ -13,6 +13,7 @@ from tarflow.evaluation.noisy_pictures import NoisyPictures, noisy_pictures
 from tarflow.evaluation.student_error import exact_samples
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.one_pass import draw, flow_hashes
+from tarflow.training.checkpoint import on_main
 from tarflow.training.checks import check
 from tarflow.training.component import ComponentFolders, open_splits, write_rows
 from tarflow.training.network_trainer import NetworkTrainer, network_accelerator
@@ -43,10 +44,13 @@ class StudentTask:
         hashes = flow_hashes(self.pipe.flow)
         self.network = StudentModel(**student_arguments(config, self.pipe), flow_hashes=hashes)
         self.held_out: NoisyPictures | None = None
-        if accelerator.is_main_process:
-            if len(held_out) and self.pipe.vae is not None:
-                self.held_out = noisy_pictures(self.pipe, held_out, config.eval_images, config.batch_size)
-            self.prepare_samples(held_out if len(held_out) else self.train)
+        on_main(accelerator, lambda: self.prepare(held_out))
+
+    def prepare(self, held_out: Images) -> None:
+        """What the student is measured by."""
+        if len(held_out) and self.pipe.vae is not None:
+            self.held_out = noisy_pictures(self.pipe, held_out, self.config.eval_images, self.config.batch_size)
+        self.prepare_samples(held_out if len(held_out) else self.train)
 
     @torch.no_grad()
     def prepare_samples(self, images: Images) -> None:
@@ -116,6 +120,12 @@ def check_conditions(pipe: Any, images: Images) -> None:
     if kind.startswith("class"):
         found, count = len(images.class_names or ()), pipe.flow.config.num_classes
         check(found == count, f"the model has {count} classes, but the data has {found}")
+        known = {name: int(number) for number, name in (pipe.config.id2label or {}).items()}
+        for number, name in enumerate(images.class_names):  # other names for the same classes are fine
+            check(
+                known.get(name, number) == number,
+                f"the class {name!r} is number {known.get(name)} of the model, but {number} of the data",
+            )
 
 
 def student_arguments(config: StudentConfig, pipe: Any) -> dict[str, Any]:

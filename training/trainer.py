@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
-from tqdm.auto import tqdm
 
+from tarflow.common.files import write_text
+from tarflow.common.progress import progress_bar, write_line
 from tarflow.training.assembly import initialize_actnorm, make_objective, make_stepper, open_held_out, open_metric
 from tarflow.training.averages import WeightAverages
-from tarflow.training.batches import StepSampler, groups_of, train_loader
-from tarflow.training.checkpoint import check_state, find_checkpoint, read_state, save_checkpoint
+from tarflow.training.batches import BatchReader, StepSampler, groups_of, train_loader
+from tarflow.training.checkpoint import (
+    check_state,
+    checkpoint_name,
+    checkpoint_to_resume,
+    on_main,
+    read_state,
+    save_checkpoint,
+)
 from tarflow.training.config import RunConfig, is_joint
 from tarflow.training.inputs import InputMaker
 from tarflow.training.joint import joint_facts
 from tarflow.training.joint_report import reconstruction_metrics
+from tarflow.training.launcher import launcher_compilation
 from tarflow.training.lora import folder_name, prepare_adapters, save_adapters
 from tarflow.training.objective import parameter_groups, trained_parameters
 from tarflow.training.parallel import (
-    StopRequest,
     check_parallel,
     full_weights,
     make_accelerator,
@@ -33,8 +41,9 @@ from tarflow.training.parallel import (
 from tarflow.training.reading import reading
 from tarflow.training.report import build_pipeline, metrics_of, write_grids
 from tarflow.training.schedule import TimeLimit, images_per_step, total_steps
-from tarflow.training.setup import as_cached, make_parts, measure
+from tarflow.training.setup import as_cached, make_parts, meaning, measure
 from tarflow.training.start import load_start
+from tarflow.training.stopping import Stopped, StopRequest
 from tarflow.training.text import check_text, cut_captions_of, text_facts
 
 #: What a resumed run takes from its own settings.
@@ -65,7 +74,7 @@ class Trainer:
         set_seed(config.train.seed)
         self.images_per_step = images_per_step(config, self.accelerator.num_processes)
         # Settings are checked before anything is written.
-        checkpoint = find_checkpoint(self.folder / "checkpoints", config.resume) if config.resume else None
+        checkpoint = checkpoint_to_resume(self.folder, config.resume)
         state = None if checkpoint is None else read_state(checkpoint)
         self.parts = make_parts(config, state and state["statistics"], self.accelerator.device, start)
         self.text_facts = text_facts(config.text, self.parts.text_encoder)
@@ -78,18 +87,19 @@ class Trainer:
         self.prepare_model(fresh=state is None and start is None)
         self.longest = self.total_steps = total_steps(config, self.images_per_step)
         self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
+        self.saved = checkpoint  # the last one
         if state is not None:
             self.load(checkpoint, state)
         self.held_out = open_held_out(config, self.parts, self.accelerator)
-        self.metric = open_metric(config, self.parts, self.accelerator)
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / "config.yaml.tmp"
-            temporary.write_text(resolved)
-            temporary.rename(self.folder / "config.yaml")
-            if sentence := cut_captions_of(self.parts, config.text):
-                tqdm.write(sentence)
-        if config.log.trackers:
+        self.metric = on_main(self.accelerator, lambda: open_metric(config, self.parts, self.accelerator))
+        on_main(self.accelerator, lambda: self.begin(resolved))
+
+    def begin(self, resolved: str) -> None:
+        """Write the settings, and start the trackers."""
+        write_text(self.folder / "config.yaml", resolved)
+        if sentence := cut_captions_of(self.parts, self.config.text):
+            write_line(sentence)
+        if self.config.log.trackers:
             self.accelerator.init_trackers("logs")
 
     def prepare_model(self, fresh: bool) -> None:
@@ -99,8 +109,8 @@ class Trainer:
         train, optim = config.train, config.optim
         inside = config.text.kind == "small" or (config.text.shard and accelerator.is_fsdp2)
         parts.flow.set_checkpointing(train.checkpointing, train.checkpointing_every)
-        if train.compile:
-            parts.flow.compile_repeated_blocks(dynamic=False)
+        if train.compile or (wanted := launcher_compilation()):
+            parts.flow.compile_repeated_blocks(**{"dynamic": False, **({} if train.compile else wanted)})
         if parts.text_encoder is not None and not inside:
             parts.text_encoder.to(accelerator.device)
         if inside and config.text.shard:
@@ -140,17 +150,29 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to the last step, then evaluate and save the pipeline; returns the last metrics.
 
-        At a SIGTERM a checkpoint is saved and training stops; the metrics then have ``stopped``.
+        At a SIGTERM or SIGINT a checkpoint is saved and training stops; the metrics then have the signal's name as
+        ``stopped``.
         """
-        accelerator = self.accelerator
-        batches = self.batches()
-        progress = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process)
+        with StopRequest() as stop:
+            try:
+                with self.batches() as batches:
+                    name, metrics = self.train(batches, stop)
+                return self.stop(name) if name else self.finish(metrics, stop)
+            except Stopped as signal:
+                return self.stop(signal.name)
+
+    def train(self, batches: BatchReader, stop: StopRequest) -> tuple[str, dict[str, float]]:
+        """Train to the last step; returns the name of a signal that is to stop the run before, and the last metrics."""
+        accelerator, name = self.accelerator, ""
+        progress = progress_bar(
+            total=self.total_steps, initial=self.step, unit="step", disable=not accelerator.is_main_process
+        )
         first, metrics = self.step, {}
         limit = None
         if self.config.train.max_minutes is not None and not self.lowered:
             limit = TimeLimit(self.config.train.max_minutes)
-        with StopRequest() as stop:
-            while self.step < self.total_steps:
+        with closing(progress):
+            while self.step < self.total_steps and not name:
                 values = self.train_step(batches)
                 self.step += 1
                 progress.update()
@@ -162,13 +184,12 @@ class Trainer:
                     self.lowered = True
                 if self.step % self.config.log.log_every == 0:
                     self.log(values, done, progress)
-                if self.step < self.total_steps and stop.agreed(accelerator):
-                    return self.stop(progress)
-                metrics = self.at_intervals() or metrics
-            progress.close()
-            return self.finish(metrics)
+                name = stop.agreed(accelerator)
+                if not name:
+                    metrics = self.at_intervals(stop) or metrics
+        return name, metrics
 
-    def batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> BatchReader:
         """This process's batches from the current step on, one for each forward pass."""
         train, accelerator = self.config.train, self.accelerator
         sampler = StepSampler(
@@ -182,13 +203,13 @@ class Trainer:
             self.total_steps,
         )
         pinned = accelerator.device.type == "cuda"
-        return iter(train_loader(self.parts.train, train.batch_size, train.num_workers, sampler, pinned))
+        return BatchReader(train_loader(self.parts.train, train.batch_size, train.num_workers, sampler, pinned))
 
     def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One optimizer step, see `Stepper`."""
         return self.stepper.take(batches, self.step, self.total_steps)
 
-    def log(self, values: dict[str, torch.Tensor], done: int, progress: tqdm) -> None:
+    def log(self, values: dict[str, torch.Tensor], done: int, progress: Any) -> None:
         """Write means over all processes, and of this process's steps so far, without evaluation and the like, the
         speed and the share of the time that they waited for data."""
         names = sorted(values)
@@ -204,7 +225,7 @@ class Trainer:
         shown = {"loss": f"{means['loss']:.4f}", "images/s": f"{speed:.0f}", "waiting": f"{waiting:.1%}"}
         progress.set_postfix(shown)
 
-    def at_intervals(self) -> dict[str, float] | None:
+    def at_intervals(self, stop: StopRequest) -> dict[str, float] | None:
         """Evaluation, grids, checkpoints and pipeline folders where they are due; returns metrics if evaluated."""
         log, step, metrics = self.config.log, self.step, None
         if step >= self.total_steps:
@@ -215,7 +236,8 @@ class Trainer:
 
         measure = due(self.config.metric.every)
         if due(log.eval_every) or due(log.sample_every) or due(log.save_pipeline_every) or measure:
-            with self.averaged():
+            # Several processes would end at different places, and could not save a checkpoint any more.
+            with stop.at_once(self.accelerator.num_processes == 1), self.averaged():
                 if due(log.eval_every):
                     metrics = self.evaluate()
                 saved = f"pipeline_{step:08d}" if due(log.save_pipeline_every) else None
@@ -224,34 +246,36 @@ class Trainer:
             self.save_checkpoint()
         return metrics
 
-    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+    def finish(self, metrics: dict[str, float], stop: StopRequest) -> dict[str, float]:
         if self.config.log.checkpoint_every:
             self.save_checkpoint()
-        with self.averaged():
-            metrics = self.evaluate() or metrics
-            metrics |= self.show(self.config.log.sample_every > 0, "pipeline", self.config.metric.every > 0)
-        for number, decay in enumerate(self.averages.decays[1:], start=1):
-            with self.averaged(number):
-                self.evaluate(f"held_out_ema_{decay}")
-                self.show(False, f"pipeline_ema_{decay}")
+        # What a signal ends here is done again when the run goes on.
+        with stop.at_once(bool(self.config.log.checkpoint_every) or self.accelerator.num_processes == 1):
+            with self.averaged():
+                metrics = self.evaluate() or metrics
+                metrics |= self.show(self.config.log.sample_every > 0, "pipeline", self.config.metric.every > 0)
+            for number, decay in enumerate(self.averages.decays[1:], start=1):
+                with self.averaged(number):
+                    self.evaluate(f"held_out_ema_{decay}")
+                    self.show(False, f"pipeline_ema_{decay}")
         if self.stepper.skipped and self.accelerator.is_main_process:
-            tqdm.write(
+            write_line(
                 f"{len(self.stepper.skipped)} unreadable images were skipped, for example: {min(self.stepper.skipped)}"
             )
         if self.stepper.spikes and self.accelerator.is_main_process:
             limit = self.config.optim.skip_grad_norm
-            tqdm.write(f"{self.stepper.spikes} steps with a gradient norm above {limit} were left out")
+            write_line(f"{self.stepper.spikes} steps with a gradient norm above {limit} were left out")
         self.accelerator.end_training()
         return {**metrics, "steps": self.step}
 
-    def stop(self, progress: tqdm) -> dict[str, float]:
-        """Save a checkpoint and end before the last step."""
-        progress.close()
-        path = self.save_checkpoint()
+    def stop(self, name: str) -> dict[str, Any]:
+        """Save a checkpoint, if it is not there yet, and end before all is done."""
+        if self.saved is None or self.saved.name != checkpoint_name(self.step):
+            self.save_checkpoint()
         if self.accelerator.is_main_process:
-            tqdm.write(f"stopped by SIGTERM at step {self.step}: {path} is saved; go on with --resume latest")
+            write_line(f"stopped by {name} at step {self.step}: {self.saved} is saved; go on with --resume latest")
         self.accelerator.end_training()
-        return {"steps": self.step, "stopped": True}
+        return {"steps": self.step, "stopped": name}
 
     @contextmanager
     def averaged(self, number: int = 0) -> Iterator[None]:
@@ -274,17 +298,18 @@ class Trainer:
         self.accelerator.log({f"{name}/{key}": value for key, value in metrics.items()}, self.step)
         if self.accelerator.is_main_process:
             words = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-            tqdm.write(f"step {self.step}: {name.replace('held_out', 'held-out')} {words}")
+            write_line(f"step {self.step}: {name.replace('held_out', 'held-out')} {words}")
         return metrics
 
     def show(self, draw: bool, save_as: str | None, measure: bool = False) -> dict[str, float]:
         """Grids, a pipeline folder and the metric of the weights as they are, if wanted; the main process makes them
         and returns the metric."""
-        metrics: dict[str, float] = {}
         if not draw and save_as is None and not measure:
-            return metrics
+            return {}
         weights = full_weights(self.accelerator, self.model)
-        if self.accelerator.is_main_process:
+
+        def work() -> dict[str, float]:
+            metrics: dict[str, float] = {}
             pipe = build_pipeline(weights, self.parts, self.config)
             if save_as is not None and self.adapter:
                 save_adapters(pipe, self.config, self.folder / folder_name(save_as), self.step)
@@ -298,9 +323,10 @@ class Trainer:
                 pipe.set_progress_bar_config(disable=True)
                 metrics = self.metric.measure(pipe)
                 self.accelerator.log({f"samples/{key}": value for key, value in metrics.items()}, self.step)
-                tqdm.write(f"step {self.step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-        self.accelerator.wait_for_everyone()
-        return metrics
+                write_line(f"step {self.step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+            return metrics
+
+        return on_main(self.accelerator, work) or {}
 
     def checkpoint_facts(self) -> dict[str, Any]:
         """What must be the same when training goes on."""
@@ -312,9 +338,10 @@ class Trainer:
             "joint": joint_facts(self.config, self.parts.codec.vae) if is_joint(self.config) else None,
             "text": self.text_facts,
             "lora": self.adapter,
+            **meaning(self.parts),
         }
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self) -> None:
         mean, std = self.parts.codec.latents_mean, self.parts.codec.latents_std
         state = {
             "step": self.step,
@@ -326,4 +353,4 @@ class Trainer:
             **self.checkpoint_facts(),
         }
         keep = self.config.log.keep_checkpoints
-        return save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.averages, keep)
+        self.saved = save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.averages, keep)

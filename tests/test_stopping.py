@@ -1,0 +1,259 @@
+"""Errors of reading processes, signals, and errors of one process of several: all end a training within seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT
+from PIL import Image
+from test_training import CLASS_FLOW, SMALL, train
+from torch.utils.data import Dataset
+
+from tarflow.training.batches import BatchReader, StepSampler, train_loader
+from tarflow.training.checkpoint import checkpoints, on_main
+from tarflow.training.stopping import Stopped, StopRequest, exit_status
+from tarflow.training.trainer import Trainer
+
+#: Seconds that an end may take.
+PROMPT = 10.0
+
+
+class Pictures(Dataset):
+    """Pictures of which one cannot be read."""
+
+    def __init__(self, error: Exception | None = None, seconds: float = 0.0):
+        self.error, self.seconds = error, seconds
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        time.sleep(self.seconds)
+        if index == 7 and self.error is not None:
+            raise self.error
+        return {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "skipped": []}
+
+
+def reader(pictures: Dataset, workers: int = 2) -> BatchReader:
+    sampler = StepSampler([range(len(pictures))], 50, 0, 1, 1, 0, 0, 100)
+    return BatchReader(train_loader(pictures, 50, workers, sampler))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("the label 77 is out of range"), "^the label 77 is out of range$"),
+        (FileNotFoundError(2, "No such file or directory", "7.png"), r"No such file or directory.*7\.png"),
+        (TypeError("'NoneType' object is not a picture"), "training data cannot be read: TypeError: .*not a picture"),
+    ],
+)
+def test_errors_of_reading_processes_end_them(error: Exception, message: str, workers: int) -> None:
+    with pytest.raises(ValueError, match=message), reader(Pictures(error), workers) as batches:
+        processes = list(batches._readers)
+        assert len(processes) == workers
+        for _ in batches:
+            began = time.monotonic()
+    assert time.monotonic() - began < PROMPT
+    assert all(not process.is_alive() for process in processes)
+
+
+def test_reading_processes_outlive_signals_but_not_their_reader() -> None:
+    with reader(Pictures(seconds=0.2)) as batches:  # ten seconds for each batch
+        processes = list(batches._readers)
+        time.sleep(1.0)
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+            os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert all(process.is_alive() for process in processes)
+        began = time.monotonic()
+    assert time.monotonic() - began < PROMPT
+    assert all(not process.is_alive() for process in processes)
+
+
+def wait_for(done: Any, process: subprocess.Popen, seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i in range(40):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i * 6, 255 - i * 6, 90)).save(path)
+    return tmp_path
+
+
+def command(folder: Path, *arguments: str) -> subprocess.Popen:
+    """A training of the command line in a process group of its own, as a terminal starts it."""
+    data = ["--data.source", "folder", "--data.path", str(folder / "images"), "--data.validation_fraction", "0"]
+    settings = ["--flow", CLASS_FLOW, *SMALL, "--train.num_workers", "2", "--output", str(folder / "run")]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_latent.py"), *data, *settings, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen) -> tuple[str, float]:
+    """What it printed, and the seconds until it ended."""
+    began = time.monotonic()
+    try:
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return printed, time.monotonic() - began
+
+
+def test_a_vanished_picture_ends_the_command(folder: Path) -> None:
+    process = command(folder, "--train.steps", "100000", "--log.checkpoint_every", "1")
+    wait_for(lambda: checkpoints(folder / "run" / "checkpoints"), process)
+    for path in (folder / "images").rglob("*.png"):
+        path.unlink()
+    (folder / "images").rename(folder / "gone")
+    printed, seconds = ended(process)
+    assert process.returncode == 2, printed
+    assert "Traceback" not in printed
+    assert printed.strip().splitlines()[-1].startswith("error: ")
+    assert seconds < PROMPT
+
+
+def test_ctrl_c_saves_a_checkpoint(folder: Path) -> None:
+    process = command(folder, "--train.steps", "100000", "--log.checkpoint_every", "3")
+    wait_for(lambda: checkpoints(folder / "run" / "checkpoints"), process)
+    os.killpg(process.pid, signal.SIGINT)  # to readers too, as a terminal does
+    printed, seconds = ended(process)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed and "KeyboardInterrupt" not in printed
+    last = checkpoints(folder / "run" / "checkpoints")[-1]
+    step = int(last.name.removeprefix("step_"))
+    assert f"stopped by SIGINT at step {step}: {last} is saved; go on with --resume latest" in printed
+    assert seconds < PROMPT
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("every", ["0", "5"])
+def test_a_signal_in_the_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, every: str
+) -> None:
+    def slow(trainer: Trainer, name: str = "held_out") -> dict[str, float]:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+        return {}
+
+    options = ["--train.steps", "2", "--log.checkpoint_every", every]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", slow)
+        began = time.monotonic()
+        _, metrics = train(tmp_path, *options)
+        assert time.monotonic() - began < 40
+    assert metrics == {"steps": 2, "stopped": number.name}
+    assert exit_status(metrics) == (130 if number == signal.SIGINT else 0)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step_00000002"]
+    assert signal.getsignal(number) is not None
+    _, metrics = train(tmp_path, *options, "--resume", "latest")
+    assert "latent_nats_per_dim" in metrics
+    assert (tmp_path / "pipeline").is_dir()
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tarflow.training.stopping.time.monotonic", lambda: now[0])
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        now[0] = 0.5
+        signal.raise_signal(signal.SIGINT)  # of the launcher
+        assert stop.received == "SIGINT"
+        now[0] = 5.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped), stop.at_once():
+            pass
+        with stop.at_once(False):
+            pass
+    with StopRequest() as stop, pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+        signal.raise_signal(signal.SIGTERM)
+
+
+class Pair:
+    """Two processes, as threads, for what `on_main` needs of an accelerator."""
+
+    num_processes = 2
+
+    def __init__(self, index: int, barrier: threading.Barrier, flags: dict[int, float]):
+        self.is_main_process, self.device = index == 0, torch.device("cpu")
+        self._index, self._barrier, self._flags = index, barrier, flags
+
+    def reduce(self, value: torch.Tensor, kind: str) -> torch.Tensor:
+        self._flags[self._index] = float(value)
+        self._barrier.wait(20)
+        return torch.tensor(sum(self._flags.values()))
+
+
+def in_pair(work: Any) -> list[Any]:
+    """What `on_main` gives or raises in both processes."""
+    barrier, flags, results = threading.Barrier(2), {}, [None, None]
+
+    def run(index: int) -> None:
+        accelerator: Any = Pair(index, barrier, flags)
+        try:
+            results[index] = on_main(accelerator, work)
+        except Exception as error:  # noqa: BLE001
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return results
+
+
+def test_an_error_of_the_main_process_ends_all() -> None:
+    def broken() -> None:
+        raise KeyError("pipeline")
+
+    main, other = in_pair(broken)
+    assert isinstance(main, KeyError)
+    assert isinstance(other, ValueError) and "the main process stopped" in str(other)
+    assert in_pair(lambda: 3) == [3, None]
+    alone: Any = SimpleNamespace(num_processes=1)
+    assert on_main(alone, lambda: 4) == 4
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_metrics_lines_are_of_json(tmp_path: Path) -> None:
+    from tarflow.training.network_trainer import write_metrics
+
+    path = tmp_path / "metrics.jsonl"
+    for step in (10, 20, 30, 20):
+        write_metrics(path, {"step": step, "psnr": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text().split("\n")[:-1]] == [10, 20]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
