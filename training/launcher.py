@@ -55,6 +55,8 @@ def check_launcher(mixed_precision: str, accumulation: int, section: str = "", c
         f"the launcher wants dynamo_backend {backend!r}, but this network is not compiled: leave it out",
     )
     if is_on("ACCELERATE_USE_FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+        check(version == "2", f"FSDP must be version 2 (fsdp_version: 2), got {version}")
         check(
             not is_on("FSDP_OFFLOAD_PARAMS"),
             "fsdp_offload_params is not supported: set it to false in the launcher's configuration",

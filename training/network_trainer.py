@@ -38,9 +38,9 @@ def network_accelerator(config: NetworkConfig, folder: Path) -> Accelerator:
     Raises:
         ValueError: if the launcher wants what these trainings do not know, FSDP for example, or a tracker is not there.
     """
-    check_launcher(config.mixed_precision, config.accumulation)
     if is_on("ACCELERATE_USE_FSDP"):
         raise ValueError("this network is not sharded: start with --config_file $(tarflow configs accelerate/ddp)")
+    check_launcher(config.mixed_precision, config.accumulation)
     check_trackers(config.trackers, "trackers")
     accelerator = Accelerator(
         cpu=processes_on_cpus(),

@@ -76,8 +76,6 @@ def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
         param_dtype=DTYPES.get(mixed_precision), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"FSDP must be version 2 (fsdp_version: 2), got {plugin.fsdp_version}")
     return plugin
 
 
