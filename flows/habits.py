@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tarflow.common.dtypes import kept_default_dtype
 from tarflow.flows.network import recomputed
-from tarflow.flows.prepared import offload_group
+from tarflow.flows.prepared import check_saved_whole
 
 
 @dataclass
@@ -70,13 +70,7 @@ class NetworkHabits:
         Raises:
             ValueError: for weights that are offloaded to places where only a forward pass finds them.
         """
-        groups = [group for part in self.modules() if (group := offload_group(part)) is not None]
-        on_disk = any(group.offload_to_disk_path is not None for group in groups)
-        if on_disk or any(parameter.device.type == "meta" for parameter in self.parameters()):
-            raise ValueError(
-                f"the weights of this {type(self).__name__} are offloaded, to a disk or by Accelerate's hooks: load it anew "
-                "without offloading to save it"
-            )
+        check_saved_whole(self)
         super().save_pretrained(*args, **options)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:

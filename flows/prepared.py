@@ -172,6 +172,21 @@ def offload_group(module: Any) -> Any:
     return None if offloading is None else offloading.group
 
 
+def check_saved_whole(module: nn.Module) -> None:
+    """Refuse to save a module whose weights are in places where only a forward pass finds them.
+
+    Raises:
+        ValueError: if they are on a disk, or kept by Accelerate's hooks.
+    """
+    groups = [group for part in module.modules() if (group := offload_group(part)) is not None]
+    on_disk = any(group.offload_to_disk_path is not None for group in groups)
+    if on_disk or any(parameter.device.type == "meta" for parameter in module.parameters()):
+        raise ValueError(
+            f"the weights of this {type(module).__name__} are offloaded, to a disk or by Accelerate's hooks: load it anew "
+            "without offloading to save it"
+        )
+
+
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
     """What a module's hooks bring on the device that it computes on, for uses that do not go through its `forward`. Not for

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tarflow.flows.conversion import convert_state_dict, is_starflow, model_arguments
 from tarflow.flows.model import TARFlowModel
-from tarflow.pipeline.folder import is_unused, written_into
+from tarflow.pipeline.folder import is_unused, usual_rights, written_into
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.text import embedding_width
 from tarflow.pipeline.text_loading import load_text_encoder
@@ -300,6 +300,7 @@ def convert_checkpoint(
         pipe.save_pretrained(temporary)
         shutil.rmtree(temporary / "flow")
         write_flow(checkpoint, published.model, temporary / "flow", saved_dtype)
+        usual_rights(temporary / "flow")
         if not (output / "README.md").exists():
             (temporary / "README.md").write_text(model_card(checkpoint, dtype), encoding="utf-8")
     return output

@@ -117,6 +117,17 @@ def move(source: Path, target: Path) -> None:
             raise
 
 
+def usual_rights(folder: Path) -> None:
+    """Give all files below a new folder the rights of new files: safetensors writes files that their owner alone may
+    read, so that a pipeline in a shared folder could not be loaded by others."""
+    usual = folder / f"{TEMPORARY}rights"
+    usual.touch()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            shutil.copymode(usual, path)
+    usual.unlink()
+
+
 def remove_left_over(folder: Path) -> None:
     """Remove temporary folders that killed processes have left."""
     for path in folder.glob(f"{TEMPORARY}*"):
@@ -177,6 +188,7 @@ def add_component(source: Path, target: Path, name: str, component: Any, **setti
             parts = [key for key, value in index.items() if isinstance(value, list) and key != name]
             copy_pipeline(source, target, temporary, parts, name)
         component.save_pretrained(temporary / name)
+        usual_rights(temporary / name)
         index |= {name: [type(component).__module__, type(component).__name__], **settings}
         write_json(temporary / INDEX, dict(sorted(index.items())))
 

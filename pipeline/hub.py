@@ -13,8 +13,9 @@ from torch import nn
 
 from tarflow.common.dtypes import kept_default_dtype
 from tarflow.common.files import write_json
+from tarflow.flows.prepared import check_saved_whole
 from tarflow.models import resolve
-from tarflow.pipeline.folder import INDEX, written_into
+from tarflow.pipeline.folder import INDEX, usual_rights, written_into
 from tarflow.pipeline.offload import missing_tensors
 from tarflow.pipeline.weight_files import WeightFile, weight_file
 
@@ -113,12 +114,17 @@ class PipelineFiles:
 
         Raises:
             OSError: if writing fails, for example on a full disk; then the folder is as before.
+            ValueError: if weights of a part are on a disk, or kept by Accelerate's hooks.
         """
+        for part in self.components.values():
+            if isinstance(part, nn.Module):
+                check_saved_whole(part)
         hub = {key: kwargs.pop(key, None) for key in ("repo_id", "token", "private", "create_pr", "commit_message")}
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         with written_into(save_directory) as temporary:
             super().save_pretrained(temporary, **options, **kwargs)
             name_class(temporary, Path(save_directory).expanduser())
+            usual_rights(temporary)
         if push_to_hub:
             self._push(Path(save_directory).expanduser().resolve(), **hub)
 

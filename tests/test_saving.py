@@ -17,7 +17,7 @@ from helpers import small_model
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.pipeline import folder as folder_module
 from tarflow.pipeline import hub
-from tarflow.pipeline.folder import is_unused, written_into
+from tarflow.pipeline.folder import add_component, is_unused, written_into
 from tarflow.pipeline.weight_files import WeightFile, superseded, weight_file
 from tarflow.vae.codec import load_autoencoder
 from tarflow.vae.decoder import LatentDecoder
@@ -236,6 +236,32 @@ def test_rights_of_a_replaced_file_stay(tmp_path: Path) -> None:
         (new / "a").write_text("new")
     assert (tmp_path / "a").read_text() == "new"
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_new_files_may_be_read_by_others(tmp_path: Path) -> None:
+    """As far as new files of this process may: safetensors makes weights that their owner alone may read."""
+    pipe = small_pipeline()
+    old = os.umask(0o022)
+    try:
+        pipe.save_pretrained(tmp_path / "pipeline")
+        add_component(tmp_path / "pipeline", tmp_path / "more", "finetuned_decoder", pipe.flow)
+    finally:
+        os.umask(old)
+    for folder in ("pipeline", "more"):
+        files = [path for path in (tmp_path / folder).rglob("*") if path.is_file()]
+        assert len(files) > 3 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+def test_parts_whose_weights_are_elsewhere_are_not_saved(tmp_path: Path) -> None:
+    pipe = small_pipeline(vae=True)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    before = files_of(tmp_path / "pipeline")
+    pipe.vae.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "groups")
+    )
+    with pytest.raises(ValueError, match="weights of this AutoencoderKL are offloaded"):
+        pipe.save_pretrained(tmp_path / "pipeline")
+    assert files_of(tmp_path / "pipeline") == before
 
 
 def test_which_folders_are_unused(tmp_path: Path) -> None:

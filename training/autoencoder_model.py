@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from tarflow.pipeline.folder import written_into
+from tarflow.pipeline.folder import usual_rights, written_into
 from tarflow.training.autoencoder_config import TrainVaeConfig
 from tarflow.training.checks import check
 from tarflow.vae.codec import load_autoencoder
@@ -167,5 +167,6 @@ def save_autoencoder(vae: AutoencoderKL, output: Path, dtype: str, card: str) ->
     nn.Module.to(vae, getattr(torch, dtype))  # Diffusers' own method warns of layers to keep in float32: there are none
     with written_into(output) as temporary:
         vae.save_pretrained(temporary)
+        usual_rights(temporary)
         if card and not (output / "README.md").exists():
             (temporary / "README.md").write_text(card, encoding="utf-8")
