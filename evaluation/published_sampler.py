@@ -65,18 +65,20 @@ def attention(module: Any, x: Tensor, rotation: Any, cache: PublishedCache, laye
     if temperature is not None:
         q = q / temperature
     mask = None
-    if rotation is not None:  # STARFlow's code makes a causal mask at each step, also for a single query
+    if rotation is not None and slots < k.shape[2]:  # a causal mask at each step, also for a single query
         mask = torch.ones(slots, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - slots)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1 / math.sqrt(module.head_dim))
+    causal = mask is None and slots > 1
+    scale = 1 / math.sqrt(module.head_dim)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     y = module.proj(y.transpose(1, 2).reshape(rows, slots, -1))
     return y if module.post_norm is None else module.post_norm(y)
 
 
 def rotate_pairs(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs of the last axis; tables of the cosines and sines of each pair, (S, d/2)."""
+    """Rotate the pairs (x₀, x₁) of the last axis: x·cos + (−x₁, x₀)·sin; tables (S, d), two equal numbers a pair."""
     cos, sin = tables
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return (x * cos + torch.stack((-second, first), dim=-1).flatten(-2) * sin).to(x.dtype)
 
 
 @torch.no_grad()
@@ -92,7 +94,9 @@ def decode_as_published(
     run = BlockRun(block, len(z), grid, cond, null_cond, guidance, cached=False)
     context, batch, tokens = run.context, run.batch, run.num_tokens
     z = run.doubled(reorder(z, block.config.order))
-    rotation = None if context.rotation is None else tuple(table[:, 1::2] for table in context.rotation)
+    rotation = None
+    if context.rotation is not None:
+        rotation = tuple(table[:, 1::2].repeat_interleave(2, dim=1) for table in context.rotation)
     cache = PublishedCache(block, len(z), context.prefix_length + tokens, block.proj_in.weight.dtype)
 
     def layers(hidden: Tensor) -> Tensor:
