@@ -19,9 +19,11 @@ from tarflow.flows.order import reorder
 from tarflow.flows.prepared import at_hand, compute_device, compute_dtype
 
 METHODS = ("auto", "sequential", "jacobi", "gs_jacobi", "parallel")
-#: Samples agree with sequential ones to 1e-3 with the default tolerance, and to 0.1 with the fast one.
 DEFAULT_TOLERANCE = 1e-4
 FAST_TOLERANCE = 1e-2
+#: How far samples are from exact ones at most with these tolerances, and the guidance scale up to which that holds (see
+#: docs/sampling.md for how it was measured): stronger guidance magnifies errors, those of rounding too.
+PROMISES = {DEFAULT_TOLERANCE: (1e-3, 3.0), FAST_TOLERANCE: (0.1, 6.0)}
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,26 @@ class BlockRun:
         run.cache = None if self.cache is None else self.cache.select(rows)
         run.temperature = None if self.temperature is None else self.temperature[rows]
         return run
+
+
+def beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) -> str | None:
+    """A sentence if guidance is so strong that what a tolerance promises does not hold; None if it does, or if all blocks
+    are inverted without one.
+
+    Args:
+        decodings: of each block, "auto" resolved.
+        guidance_scale: 1 is off.
+    """
+    swept = [one.tolerance for one in decodings if one.method in ("jacobi", "gs_jacobi")]
+    fits = [tolerance for tolerance in PROMISES if swept and max(swept) <= tolerance]
+    if not fits or guidance_scale <= PROMISES[min(fits)][1]:
+        return None
+    error, scale = PROMISES[min(fits)]
+    return (
+        f"guidance_scale {guidance_scale:g} is above {scale:g}, up to which decoding with a tolerance of {max(swept):g} "
+        f"keeps latents within {error:g} of exact ones: return_residual=True tells how exact they are, and "
+        'decoding="sequential" is exact to rounding'
+    )
 
 
 def check_method(decoding: Decoding, one_pass: bool) -> None:

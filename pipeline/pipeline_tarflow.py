@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tarflow.common.progress import progress_bar
 from tarflow.flows import sampling
 from tarflow.flows.calibration_store import CalibrationStore
-from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, residual
+from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, beyond_promise, residual
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
@@ -35,6 +35,8 @@ from tarflow.pipeline.samples import SampleDecoding
 from tarflow.pipeline.text_options import TextOptions
 from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import LatentDecoder
+
+logger = logging.get_logger(__name__)
 
 Labels = int | str | list[int | str]
 
@@ -206,7 +208,8 @@ class TARFlowPipeline(
                 size, see `calibrations`; sequential where weights are fetched for each use), "sequential" (exact to
                 rounding), "jacobi", "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of `FAST_TOLERANCE`); or a
                 `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
-                unit size, agree with sequential ones to 1e-3, with "fast" to 0.1; ``return_residual`` tells.
+                unit size, agree with exact ones to 1e-3 up to a guidance scale of 3, with "fast" to 0.1 up to 6; stronger
+                guidance magnifies errors and is warned of; ``return_residual`` tells.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
             temperature: factor on the prior noise; below 1 pictures are likelier and less varied.
 
@@ -313,6 +316,8 @@ class TARFlowPipeline(
             else:
                 methods, timed = self.resolve_decoding(decoding, noise, condition, away, guidance)
                 self._decodings = methods
+                if warning := beyond_promise(methods, scale):
+                    logger.warning(warning)
                 x, _ = sampling.generate(
                     self.flow, noise, condition, away, guidance, after_block, methods, self._fast_steps, timed
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from test_sampling import GUIDANCES, MODELS, conditions
 from torch import Tensor
 
 from tarflow import TARFlowPipeline
+from tarflow.evaluation.exactness import exactness, exactness_table
 from tarflow.evaluation.published_sampler import generate_as_published
 from tarflow.flows import jacobi
 from tarflow.flows.calibration_store import FILE_NAME
-from tarflow.flows.decoding import BlockRun, Decoding, residual
+from tarflow.flows.decoding import FAST_TOLERANCE, PROMISES, BlockRun, Decoding, residual
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import decode_jacobi
@@ -52,12 +54,45 @@ def floats(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def test_default_tolerance_keeps_its_promise() -> None:
-    model = small_model(sample_size=16, conditioning="class_prefix").float()
-    z, cond = random_images(model, 4), model.condition(torch.tensor([0, 1, 2, 1]), None, 4)
-    expected, _ = generate(model, z, cond)
-    for decoding in (Decoding("jacobi"), Decoding("gs_jacobi", segment=16)):
-        assert (generate(model, z, cond, decoding=decoding)[0] - expected).abs().max() < 1e-3
+def test_tolerances_keep_their_promise_on_trained_weights() -> None:
+    """Up to the guidance scale that is stated, against float64; above it there is a warning."""
+    name, model = "drawings_class", TARFlowPipeline.from_pretrained("drawings_class").flow
+    cond, null = model.condition(torch.tensor([7, 20]), None, 2), model.condition(None, None, 2)
+    rows = list(exactness(name, model, cond, null, scales=(1.0, 3.0, 6.0), samples=2))
+    assert [row.guidance_scale for row in rows] == [1.0] * 6 + [3.0] * 6 + [6.0] * 6
+    for tolerance, (largest, scale) in PROMISES.items():
+        fast = tolerance == FAST_TOLERANCE
+        kept = [row for row in rows if row.method.startswith("fast") == fast and row.guidance_scale <= scale]
+        swept = [row for row in kept if row.method != "sequential"]
+        assert len(swept) == (3 if fast else 8)
+        assert max(row.largest for row in swept) < largest
+        assert max(row.largest for row in swept) > 0.01 * tolerance  # it is no exact method in disguise
+    assert f"| {name} | fast: jacobi | {rows[5].largest:.1e} | {rows[11].largest:.1e} |" in exactness_table(rows)
+
+
+def test_a_warning_above_the_guidance_of_the_promise(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = make_pipeline()
+
+    def warnings_of(**options: Any) -> list[str]:
+        caplog.clear()
+        draw(pipe, class_labels=[0, 1], output_type="latent", **options)
+        return [record.getMessage() for record in caplog.records if "guidance_scale" in record.getMessage()]
+
+    for decoding, scale, range_end in (("jacobi", 3.5, 3), ("gs_jacobi", 8.0, 3)):
+        (text,) = warnings_of(decoding=decoding, segment=4 if decoding[0] == "g" else None, guidance_scale=scale)
+        assert text.startswith(
+            f"guidance_scale {scale:g} is above {range_end}, up to which decoding with a tolerance of"
+        )
+        assert 'return_residual=True tells how exact they are, and decoding="sequential" is exact' in text
+    assert len(warnings_of(decoding="jacobi", tolerance=1e-2, guidance_scale=6.5)) == 1
+    for options in (
+        {"decoding": "jacobi", "guidance_scale": 3.0},
+        {"decoding": "jacobi", "tolerance": 1e-2, "guidance_scale": 6.0},
+        {"decoding": "jacobi", "tolerance": 0.5, "guidance_scale": 9.0},  # nothing is promised
+        {"decoding": "sequential", "guidance_scale": 9.0},
+        {"decoding": [Decoding("sequential")] * 2, "guidance_scale": 9.0},
+    ):
+        assert warnings_of(**options) == []
 
 
 def test_finished_samples_are_left_out(monkeypatch) -> None:
