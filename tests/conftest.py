@@ -1,5 +1,5 @@
-"""What every test shares: one thread, no network, no GPU unless TARFLOW_TEST_DEVICE names one, and the same random
-numbers each time."""
+"""What every test shares: one thread (or TARFLOW_TEST_THREADS of them), no network, no GPU unless TARFLOW_TEST_DEVICE
+names one, and the same random numbers each time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TARFLOW_TEST_THREADS", "1")))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
