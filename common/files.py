@@ -47,10 +47,14 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path is of a device or a pipe, which must not be replaced by a file."""
+    """Whether a path is of a device or a pipe, which must not be replaced by a file.
+
+    Standard streams are some even where they lead to a file. Files in /dev/shm, a disk in memory, are none.
+    """
     if not path.exists() or path.is_dir():
         return False
-    return not path.is_file() or str(path).startswith(("/dev/", "/proc/"))
+    streams = "/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/"
+    return not path.is_file() or str(path).startswith(streams)
 
 
 @contextmanager

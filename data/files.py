@@ -8,6 +8,8 @@ import re
 import stat
 import zipfile
 from collections.abc import Iterable
+from errno import ELOOP, ENOENT, ENOTDIR
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -22,8 +24,9 @@ class Files:
     back to a folder above it.
 
     Raises:
-        ValueError: if the path does not exist, is neither a folder nor a zip archive, or cannot be read whole; if an
-            archive is encrypted, holds links, or names outside of itself or twice.
+        ValueError: if the path does not exist, is neither a folder nor a zip archive, or cannot be read whole; if a
+            folder has a link that leads nowhere (see `list_folder`); if an archive is encrypted, holds links, or names
+            outside of itself or twice.
     """
 
     def __init__(self, path: str):
@@ -48,15 +51,28 @@ class Files:
 
     def images(self) -> list[str]:
         """The pictures that can be read here."""
-        return [name for name in self.names if suffix(name) in readable_suffixes()]
+        return list(self._pictures[0])
 
     def unreadable_images(self) -> list[str]:
         """Pictures of formats that could be read with a plug-in of Pillow that is not installed."""
-        return [name for name in self.names if suffix(name) in PICTURE_SUFFIXES - readable_suffixes()]
+        return list(self._pictures[1])
 
     def other_images(self) -> list[str]:
         """Drawings, raw camera files and the like, which are never read."""
-        return [name for name in self.names if suffix(name) in OTHER_SUFFIXES]
+        return list(self._pictures[2])
+
+    @cached_property
+    def _pictures(self) -> tuple[list[str], list[str], list[str]]:
+        """Names of readable, unreadable and other pictures, sorted out once, as there may be millions."""
+        readable = readable_suffixes()
+        kinds: tuple[list[str], list[str], list[str]] = [], [], []
+        kind_of = {end: kinds[2] for end in OTHER_SUFFIXES}
+        kind_of |= {end: kinds[0 if end in readable else 1] for end in PICTURE_SUFFIXES}
+        for name in self.names:
+            kind = kind_of.get(suffix(name))
+            if kind is not None:
+                kind.append(name)
+        return kinds
 
     def place(self, name: str) -> str:
         """Path and name for messages; bytes that are no text are written as numbers."""
@@ -91,7 +107,9 @@ class Files:
         return self._archive[1]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_archive": None}
+        state = {**self.__dict__, "_archive": None}
+        state.pop("_pictures", None)
+        return state
 
 
 def shown(name: str) -> str:
@@ -102,10 +120,9 @@ def shown(name: str) -> str:
 def list_folder(top: Path) -> list[str]:
     """Names of all files below a folder, in any order.
 
-    Links that lead nowhere are there too, so that reading them names them.
-
     Raises:
-        ValueError: that names a folder which cannot be read.
+        ValueError: that names a folder which cannot be read, or a link that leads nowhere: it may have been a class. A
+            link with a picture's name is there, as reading it names it.
     """
     names: list[str] = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
@@ -121,7 +138,13 @@ def list_folder(top: Path) -> list[str]:
                 for entry in entries:
                     if is_of_system(entry.name):
                         continue
-                    if entry.is_dir():
+                    if entry.is_symlink() and leads_nowhere(entry):
+                        if suffix(entry.name) not in PICTURE_SUFFIXES:
+                            raise ValueError(
+                                f"the link {shown(f'{top}/{prefix}{entry.name}')!r} leads nowhere: mend or remove it"
+                            )
+                        names.append(prefix + entry.name)
+                    elif entry.is_dir():
                         waiting.append((f"{prefix}{entry.name}/", above | {here}))
                     elif entry.is_symlink() or entry.is_file():
                         names.append(prefix + entry.name)
@@ -130,6 +153,17 @@ def list_folder(top: Path) -> list[str]:
                 f"the folder {shown(str(folder))!r} cannot be read ({error.strerror}): allow it, or move it elsewhere"
             ) from error
     return names
+
+
+def leads_nowhere(link: os.DirEntry[str]) -> bool:
+    """Whether a link's target is not there, or is the link itself."""
+    try:
+        link.stat()
+    except OSError as error:
+        if error.errno not in (ENOENT, ENOTDIR, ELOOP):
+            raise
+        return True
+    return False
 
 
 def list_archive(path: Path) -> dict[str, str]:

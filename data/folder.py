@@ -17,7 +17,7 @@ from tarflow.data.config import DataConfig
 from tarflow.data.files import Files, hash_of, shown
 from tarflow.data.formats import count_suffixes
 from tarflow.data.layout import Placed, place_pictures
-from tarflow.data.modes import check_mode
+from tarflow.data.modes import check_mode, flatten
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class ImageFolder:
 
     def __init__(self, config: DataConfig, split: str = "train"):
         self.files = Files(config.path or "")
-        self.image_column = config.image_column
         images = usable_images(self.files, skip=config.on_error == "skip")
         places = place_pictures(images, str(config.path), config.split_folders)
         self.class_names: tuple[str, ...] | None = None
@@ -193,9 +192,18 @@ def read_image(read: Callable[[], bytes], name: str) -> Image.Image:
         image = Image.open(io.BytesIO(read()))
         image.load()
         check_mode(image)
+        image.filename = name  # for errors of what is done with it
     except Exception as error:
         raise unreadable(name, error) from error
     return image
+
+
+def flattened(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """`flatten` of what `read_image` read: whatever fails, such as damaged EXIF data, is a ValueError with its name."""
+    try:
+        return flatten(image, background)
+    except Exception as error:
+        raise unreadable(getattr(image, "filename", "") or "without a name", error) from error
 
 
 def read_size(open_file: Callable[[], IO[bytes]], name: str) -> tuple[int, int]:

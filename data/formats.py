@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import posixpath
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from pathlib import PurePosixPath
 
 from PIL import Image
 
@@ -112,8 +112,8 @@ def is_of_system(name: str) -> bool:
 
 
 def suffix(name: str) -> str:
-    """The end of a file's name, ".jpg", in small letters."""
-    return PurePosixPath(name).suffix.lower()
+    """The end of a file's name, ".jpg", in small letters; "" if it has none."""
+    return posixpath.splitext(name)[1].lower()
 
 
 @cache

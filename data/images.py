@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tarflow.data.config import DataConfig
 from tarflow.data.drawings import Drawings
 from tarflow.data.files import hash_of
-from tarflow.data.modes import flatten
+from tarflow.data.folder import ImageFolder, flattened
 
 #: How many unreadable pictures in a row are skipped before giving up.
 MAX_SKIPS = 100
@@ -64,7 +64,7 @@ class Images(Dataset):
             try:
                 item = dict(self.source[index])
                 background = background_colour(self.config.background, self.config.seed, index)
-                image = fit(flatten(item.pop("image"), background), height, width)
+                image = fit(flattened(item.pop("image"), background), height, width)
                 break
             except ValueError as error:
                 skipped.append(str(error))
@@ -88,8 +88,6 @@ def open_source(config: DataConfig, split: str) -> Any:
     if config.source == "drawings":
         return Drawings(split, config.image_size, config.seed)
     if config.source == "folder":
-        from tarflow.data.folder import ImageFolder
-
         return ImageFolder(config, split)
     from tarflow.data.named import NamedDataset  # imported here because Datasets takes seconds to import
 

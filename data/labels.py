@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,33 +48,53 @@ class Labels:
             classes = sorted(values)
             return cls(column, place, classes, {text: number for number, text in enumerate(classes)})
         largest = max(class_number(value, place) for value in values)
+        if largest < 0:
+            raise ValueError(f"{place} has no class number, its largest value is {largest}: count classes from 0 on")
         if largest >= MOST_CLASSES:
             raise ValueError(f"{place} has the value {largest}, too large for a class number: count classes from 0 on")
         return cls(column, place, [str(number) for number in range(largest + 1)], None)
 
-    def check(self, data: datasets.Dataset, split: str) -> None:
-        """Whether the rows that are used have values, and texts that are classes.
+    def check(self, data: datasets.Dataset, split: str, rows: Sequence[int]) -> None:
+        """Whether the rows that are used have values, and all of them are classes.
+
+        Args:
+            data: these rows.
+            split: its name, for messages.
+            rows: their numbers in the split, for messages.
 
         Raises:
-            ValueError: that names the column, and the first row or text which does not fit.
+            ValueError: that names the column, and the first row which does not fit.
         """
         values = column_values(data, self.column, self.place)
-        if empty := [row for row, value in enumerate(values) if value is None]:
+        if empty := [row for row, value in zip(rows, values, strict=True) if value is None]:
             raise ValueError(
                 f"{self.place} is empty in {len(empty)} of {len(values)} rows of the split {split!r}, first {empty[0]}: "
                 "leave these rows out with data.where, or give them a class"
             )
-        if self.texts is not None and (new := sorted(set(values) - self.texts.keys())):
-            raise ValueError(f"{self.place} has in the split {split!r} the class {new[0]!r}, which training lacks")
-
-    def number(self, value: Any, name: str) -> int:
-        """The class number of a row's value; ``name`` is the row's, for messages."""
+        wrong = {value for value in set(values) if not self.has(value)}  # of the few values, not of the many rows
+        if not wrong:
+            return
+        row, value = next((row, value) for row, value in zip(rows, values, strict=True) if value in wrong)
         if self.texts is not None:
-            return self.texts[value]
-        label = class_number(value, self.place)
-        if not 0 <= label < len(self.classes):
-            raise ValueError(f"the label of {name} is {label}, expected 0 to {len(self.classes) - 1}")
-        return label
+            raise ValueError(
+                f"{self.place} has in the split {split!r} the class {value!r}, which training lacks, first in row {row}: "
+                "leave such rows out with data.where, or add some to training"
+            )
+        raise ValueError(
+            f"{self.place} has in the split {split!r} the label {value!r}, first in row {row}, expected whole numbers "
+            f"from 0 to {len(self.classes) - 1}, the classes of training: leave such rows out with data.where, or give "
+            "them one of these"
+        )
+
+    def has(self, value: Any) -> bool:
+        """Whether a value stands for a class."""
+        if self.texts is not None:
+            return value in self.texts
+        return is_whole(value) and 0 <= value < len(self.classes)
+
+    def number(self, value: Any) -> int:
+        """The class number of a row's value, which `check` has seen."""
+        return int(value) if self.texts is None else self.texts[value]
 
 
 def column_values(data: datasets.Dataset, column: str, place: str) -> list[Any]:
@@ -90,7 +111,12 @@ def column_values(data: datasets.Dataset, column: str, place: str) -> list[Any]:
 
 
 def class_number(value: Any, place: str) -> int:
-    """A number that stands for a class; those with a fraction of 0 are whole."""
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+    """A number that stands for a class."""
+    if is_whole(value):
         return int(value)
     raise ValueError(f"{place} has the value {value!r}, expected whole numbers from 0 on, or texts")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; those with a fraction of 0 are."""
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())

@@ -18,8 +18,8 @@ class NamedDataset:
     """Map-style data set over named columns: item i is ``{"image": PIL, "caption": str, "label": int}``.
 
     Raises:
-        ValueError: if the name cannot be loaded, a column is missing or of a type that does not fit, or (at an item) a
-            picture cannot be read or a label is out of range.
+        ValueError: if the name cannot be loaded, a column is missing or of a type that does not fit, a label is missing
+            or out of range, or (at an item) a picture cannot be read.
     """
 
     def __init__(self, config: DataConfig, split: str = "train"):
@@ -43,8 +43,11 @@ class NamedDataset:
         if config.validation_split is None:
             kept = [i for i in kept if is_held_out(str(i), config.validation_fraction) == (split == "validation")]
         self.data = data.select(kept)
+        # Made once: to take columns away takes longer than to read a row.
+        self.without_pictures = self.data.remove_columns([config.image_column])
+        self.pictures = self.data.select_columns([config.image_column])
         if self.labels is not None:
-            self.labels.check(self.data, split_name)
+            self.labels.check(self.data, split_name, kept)
         self.variants = 1 if split == "validation" else 1 + len(config.more_caption_templates)
         if not len(self.data) and split == "train":
             raise ValueError(f"no rows are left in {config.name!r} for the split {split_name!r}")
@@ -54,8 +57,7 @@ class NamedDataset:
 
     def caption(self, index: int) -> str:
         index, variant = divmod(index, self.variants)
-        row = self.data.remove_columns([self.config.image_column])[index]
-        return self._caption(row, index, variant)
+        return self._caption(self.without_pictures[index], index, variant)
 
     def _caption(self, row: dict[str, Any], index: int, variant: int) -> str:
         captions = make_captions(row, self.config, f"{self.config.name}[{index}]")
@@ -65,7 +67,7 @@ class NamedDataset:
         """Height and width of a picture, from the head of its file."""
         index = index // self.variants
         name = f"{self.config.name}[{index}]"
-        value = self._value(self.data.select_columns([self.config.image_column])[index], name)
+        value = self._value(self.pictures[index], name)
         return read_size(lambda: io.BytesIO(file_bytes(value)), value.get("path") or name)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class NamedDataset:
         if self.has_captions:
             item["caption"] = self._caption(row, index, variant)
         if self.labels is not None:
-            item["label"] = self.labels.number(row[self.config.label_column], name)
+            item["label"] = self.labels.number(row[self.config.label_column])
         return item
 
     def facts(self, count: int) -> dict[str, str]:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tarflow.data.folder import read_image, read_size
-from tarflow.data.images import fit, flatten, to_model, to_uint8
+from tarflow.data.folder import flattened, read_image, read_size
+from tarflow.data.images import fit, to_model, to_uint8
 from tarflow.evaluation.likelihood import condition_of, picture_likelihoods
 from tarflow.evaluation.picture_quality import psnr
 
@@ -86,7 +86,7 @@ def read_upload(path: str | None) -> Image.Image:
             f"The picture has {width:,} × {height:,} pixels, {height * width / 1e6:.0f} million; at most "
             f"{MOST_PIXELS // 10**6} million are taken: make it smaller first."
         )
-    return flatten(read_image(file.read_bytes, file.name), (255, 255, 255))
+    return flattened(read_image(file.read_bytes, file.name), (255, 255, 255))
 
 
 @torch.no_grad()

@@ -171,7 +171,7 @@ def data_label_counts(data: DataConfig, split: str, classes: int) -> list[int]:
     elif data.source == "folder":
         labels = [row.label for row in images.source.rows]
     else:
-        labels = list(images.source.data[data.label_column])
+        labels = [images.source.labels.number(value) for value in images.source.data[data.label_column]]
     if not 0 <= min(labels) <= max(labels) < classes:
         raise ValueError(f"the data has labels {min(labels)} to {max(labels)}, but the model 0 to {classes - 1}")
     return np.bincount(labels, minlength=classes).tolist()

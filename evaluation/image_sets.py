@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
-from tarflow.data.folder import ImageFolder, read_image, read_size, unreadable, usable_images
-from tarflow.data.images import Images, fit, flatten
+from tarflow.data.folder import ImageFolder, flattened, read_image, read_size, unreadable, usable_images
+from tarflow.data.images import Images, fit
 from tarflow.data.layout import SPLIT_FOLDERS, place_pictures
 from tarflow.evaluation.conversions import conversions_of, notes_of
 from tarflow.evaluation.image_arrays import open_array, read_whole
@@ -149,7 +149,7 @@ class FileImages(ImageSet):
         content = read_file(self.files, name)
         image = read_image(lambda: content, self.files.place(name))
         conversions = conversions_of(image, content)
-        image = flatten(image, (255, 255, 255))
+        image = flattened(image, (255, 255, 255))
         return to_tensor(image if self.image_size is None else fit(image, *self.size)), conversions
 
     def _hash_content(self, digest: Any) -> None:

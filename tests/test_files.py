@@ -6,11 +6,20 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from tarflow.common.files import check_writable, json_lines, read_json_lines, replaced, write_json, write_text
+from tarflow.common.files import (
+    check_writable,
+    is_special,
+    json_lines,
+    read_json_lines,
+    replaced,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -102,6 +111,24 @@ def test_devices_and_pipes_are_written_into(tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     write_text("/dev/null", "gone")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no disk in memory")
+def test_files_in_memory_are_files() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "x.json"
+        path.write_text("before")
+        assert not is_special(path)
+        with pytest.raises(KeyboardInterrupt), replaced(path) as temporary:
+            assert temporary.parent == path.parent  # to be renamed
+            raise KeyboardInterrupt
+        assert path.read_text() == "before"
+
+
+def test_standard_streams_are_no_files() -> None:
+    assert is_special(Path("/dev/null"))
+    for name in ("stdout", "fd/1"):
+        assert is_special(Path("/dev") / name) or not (Path("/dev") / name).exists()
 
 
 def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,46 @@ def test_links_to_nowhere_are_named(tmp_path: Path) -> None:
     assert "a/1.png" in Images(config(folder, on_error="skip"))[1]["skipped"][0]
 
 
+@pytest.mark.parametrize("target", ["gone", "a/0.png/dog", "dog"])
+def test_folders_whose_link_leads_nowhere_are_refused(tmp_path: Path, target: str) -> None:
+    """A class would be left out; the last link leads to itself."""
+    folder = write(tmp_path, "a/0.png", "b/0.png")
+    link = folder / "dog"
+    link.symlink_to(folder / target)
+    with pytest.raises(ValueError, match=r"the link '.*/dog' leads nowhere: mend or remove it"):
+        Files(str(folder))
+    link.unlink()
+    for name in (".dog", "Thumbs.db"):  # no data
+        (folder / name).symlink_to(tmp_path / "gone")
+    assert Files(str(folder)).names == ["a/0.png", "b/0.png"]
+
+
+def test_pictures_that_link_to_themselves_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path, "a/0.png")
+    (folder / "a" / "1.png").symlink_to(folder / "a" / "1.png")
+    with pytest.raises(ValueError, match=r"cannot read the image .*a/1\.png"):
+        Images(config(folder))[1]
+
+
+def test_names_are_sorted_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Files(str(write(tmp_path, "a/0.png", "b/1.JPG")))
+    seen: list[str] = []
+    monkeypatch.setattr("tarflow.data.files.suffix", lambda name: seen.append(name) or formats.suffix(name))
+    for _ in range(2):
+        assert (files.images(), files.unreadable_images(), files.other_images()) == (["a/0.png", "b/1.JPG"], [], [])
+    assert seen == files.names
+    files.images().clear()  # a copy
+    assert files.images() == files.names
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("a/b.JPG", ".jpg"), ("a.b/c", ""), ("a.tar.gz", ".gz"), (".png", ""), ("a/.png", ""), ("a b.Webp", ".webp")],
+)
+def test_suffixes(name: str, end: str) -> None:
+    assert formats.suffix(name) == end
+
+
 def test_closed_folders_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "cat/0.png", "dog/1.png")
     scandir = os.scandir

@@ -17,7 +17,9 @@ from PIL import Image
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder, is_held_out, read_size
-from tarflow.data.images import Images, background_colour, collate, fit, flatten, open_source
+from tarflow.data.images import Images, background_colour, collate, fit, open_source
+from tarflow.data.modes import flatten
+from tarflow.evaluation.image_sets import open_images
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -272,6 +274,18 @@ def test_cut_off_images_are_unreadable(classes: Path) -> None:
         Images(folder_config(classes))[0]
 
 
+def test_errors_after_decoding_name_the_image_too(classes: Path) -> None:
+    """Damaged EXIF data are read when a picture is turned upright."""
+    Image.new("RGB", (8, 8), RED).save(classes / "a" / "0.png", exif=b"Exif\0\0no TIFF at all")
+    message = r"cannot read the image .*a/0\.png: not a TIFF file"
+    with pytest.raises(ValueError, match=message):
+        Images(folder_config(classes))[0]
+    skipped = Images(folder_config(classes, on_error="skip"))[0]["skipped"]
+    assert len(skipped) == 1 and "a/0.png" in skipped[0]
+    with pytest.raises(ValueError, match=message):
+        list(open_images(classes, image_size=8).batches(8))
+
+
 def test_unreadable_images_are_skipped_and_reported(classes: Path) -> None:
     (classes / "b" / "1.png").write_bytes(b"not a picture")
     images = Images(folder_config(classes, on_error="skip"))
@@ -495,11 +509,31 @@ def test_named_data_sets_that_do_not_fit(parquet: dict[str, Any], options: dict[
         Images(DataConfig(**{**parquet, **options}))
 
 
-def test_labels_out_of_range_are_named(parquet: dict[str, Any]) -> None:
-    images = Images(DataConfig(**parquet, label_column="odd"))
-    assert images[1]["label"] == 0
-    with pytest.raises(ValueError, match=r"the label of parquet\[0\] is -1, expected 0 to 4"):
-        images[0]
+def test_labels_out_of_range_are_named_at_the_start(parquet: dict[str, Any]) -> None:
+    place = "data.label_column 'odd' of 'parquet' has in the split"
+    with pytest.raises(ValueError, match=f"{place} 'train' the label -1, first in row 0, expected .* from 0 to 4"):
+        Images(DataConfig(**parquet, label_column="odd"))
+    images = Images(DataConfig(**parquet, label_column="odd", where={"odd": [0, 1, 2, 3, 4]}))
+    assert [images[i]["label"] for i in range(len(images))] == [0, 1, 2, 3, 4]
+    smaller = {"train_split": "train[1:3]", "validation_split": "train[2:]", "where": {"odd": [0, 2, 3, 4]}}
+    with pytest.raises(ValueError, match=r"'train\[2:\]' the label 2, first in row 1, .* 0 to 1, .* data\.where"):
+        Images(DataConfig(**parquet, label_column="odd", **smaller), "validation")
+
+
+def test_columns_are_chosen_once(parquet: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the copies that reading processes get."""
+    import datasets
+
+    images = Images(DataConfig(**parquet, caption_column="title"))
+
+    def slow(*_: object, **__: object) -> None:
+        raise AssertionError("columns were chosen anew")
+
+    for name in ("remove_columns", "select_columns"):
+        monkeypatch.setattr(datasets.Dataset, name, slow)
+    for data in (images, pickle.loads(pickle.dumps(images))):
+        assert (data.caption(3), data.source.size(3)) == ("number 3", (4, 6))
+        assert int(data[3]["image"][0, 2, 2]) == 120
 
 
 def test_unreadable_pictures_of_named_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

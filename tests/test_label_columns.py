@@ -12,6 +12,7 @@ from PIL import Image
 
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
+from tarflow.evaluation.conditions import data_label_counts
 
 COLUMNS: dict[str, tuple[str, list[Any]]] = {
     "text": ("string", ["dog", "cat", "dog", "Cat"]),
@@ -23,6 +24,7 @@ COLUMNS: dict[str, tuple[str, list[Any]]] = {
     "nan": ("float64", [0.0, float("nan"), 1.0, 1.0]),
     "empty": ("int64", [None] * 4),
     "large": ("int64", [0, 1, 2, 10**12]),
+    "none": ("int64", [-1] * 4),
     "kept": ("string", ["yes", "no", "yes", "no"]),
 }
 
@@ -69,6 +71,11 @@ def test_labels(table: Callable[..., DataConfig], column: str, classes: tuple[st
     assert [images[i]["label"] for i in range(4)] == labels
 
 
+def test_labels_are_counted(table: Callable[..., DataConfig]) -> None:
+    assert data_label_counts(table(label_column="text"), "train", 3) == [1, 1, 2]
+    assert data_label_counts(table(label_column="float"), "train", 4) == [2, 1, 1, 0]
+
+
 def test_readable_names_of_texts(table: Callable[..., DataConfig]) -> None:
     names = {"cat": "a cat", "Cat": "the cat", "dog": "a dog"}
     assert Images(table(label_column="text", class_names=names)).class_names == ("the cat", "a cat", "a dog")
@@ -83,6 +90,7 @@ def test_readable_names_of_texts(table: Callable[..., DataConfig]) -> None:
         ("nan", "'nan' of 'parquet' has the value nan, expected whole numbers"),
         ("empty", "'empty' of 'parquet' has no values"),
         ("large", "'large' of 'parquet' has the value 1000000000000, too large for a class number"),
+        ("none", "'none' of 'parquet' has no class number, its largest value is -1: count classes from 0 on"),
         ("several", r"'several' of 'parquet' holds no class numbers or texts: its type is List"),
         ("raw", "'raw' of 'parquet' holds no class numbers or texts"),
     ],
@@ -95,6 +103,11 @@ def test_labels_that_are_none(table: Callable[..., DataConfig], column: str, mes
 def test_rows_without_a_label_can_be_left_out(table: Callable[..., DataConfig]) -> None:
     images = Images(table(label_column="gap", where={"gap": [0, 1]}))
     assert [images[i]["label"] for i in range(len(images))] == [0, 1]
+
+
+def test_rows_are_counted_in_the_whole_split(table: Callable[..., DataConfig]) -> None:
+    with pytest.raises(ValueError, match="is empty in 1 of 2 rows of the split 'train', first 2: leave"):
+        Images(table(label_column="textgap", where={"kept": ["yes"]}))
 
 
 def test_both_splits_have_the_same_classes(table: Callable[..., DataConfig]) -> None:

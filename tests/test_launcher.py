@@ -121,12 +121,14 @@ def test_trackers_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flow", "message"),
     [
-        ('{"layers_per_block": 2}', r"flow\.layers_per_block"),
-        ('{"layers_per_block": "1,1"}', r"flow\.layers_per_block"),
-        ('{"width": "abc"}', r"flow\.width"),
+        ('{"layers_per_block": 2}', r"^flow\.layers_per_block must be a list, such as '\[1, 2\]', got '2'$"),
+        ('{"layers_per_block": "1,1"}', r"^flow\.layers_per_block must be a list, such as '\[1, 2\]', got '1,1'$"),
+        ('{"width": "abc"}', "^flow.width must be a whole number, got 'abc'$"),
+        ('{"bias": "maybe"}', "^flow.bias must be true or false, got 'maybe'$"),
+        ('{"num_heads": "x"}', "^flow.num_heads must be a whole number or null, got 'x'$"),
         ('{"head_dim": 0}', "head_dim must be at least 1, got 0"),
         ('{"num_heads": 0}', "num_heads must be at least 1, got 0"),
-        ('{"soft_clip": "much"}', r"flow\.soft_clip"),
+        ('{"soft_clip": "much"}', "^flow.soft_clip must be a number, got 'much'$"),
     ],
 )
 def test_flow_settings_of_wrong_types(tmp_path: Path, flow: str, message: str) -> None:

@@ -16,8 +16,12 @@ from test_training import CLASS_FLOW, SMALL, TEXT_FLOW
 from test_training import train as train_run
 
 from tarflow import TARFlowPipeline
+from tarflow.data.config import DataConfig
 from tarflow.flows.adapters import adapter_layers
 from tarflow.training.arguments import parse_config
+from tarflow.training.config import RunConfig
+from tarflow.training.lora import save_adapters
+from tarflow.training.lora_config import LoraConfig
 from tarflow.training.parallel import check_parallel
 
 FILE = Path("lora") / "pytorch_lora_weights.safetensors"
@@ -69,6 +73,26 @@ def test_an_adapter_is_trained_and_drawn_with(tmp_path: Path, bases: dict[str, s
         torch.testing.assert_close(pipe.flow(x, class_labels=labels), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(pipe.flow.scaled_score(x, labels), trainer.flow.scaled_score(x, labels))
     assert "load_lora_weights" in (tmp_path / "many" / "lora" / "README.md").read_text()
+
+
+def test_what_is_written_into_the_readme_stays(tmp_path: Path) -> None:
+    class Pipe:
+        flow = text_encoder = None
+
+        def save_lora_weights(self, folder: Path, *_: object, **__: object) -> None:
+            folder.mkdir(exist_ok=True)
+
+    def save(rank: int, step: int) -> str:
+        config = RunConfig(output="x", data=DataConfig(), init_from="base [1]", lora=LoraConfig(rank=rank))
+        save_adapters(Pipe(), config, tmp_path / "lora", step)
+        return (tmp_path / "lora" / "README.md").read_text(encoding="utf-8")
+
+    assert "of rank 4" in save(4, 2)
+    text = save(8, 10)  # nothing was written into it, and its numbers are wrong
+    assert "of rank 8" in text and "in 10 steps" in text
+    for own in (text + "My cats.\n", text.replace("10 steps", "10 steps of cats"), ""):
+        (tmp_path / "lora" / "README.md").write_text(own, encoding="utf-8")
+        assert save(8, 20) == own
 
 
 def test_the_text_encoder_may_have_one_too(tmp_path: Path, bases: dict[str, str]) -> None:

@@ -86,6 +86,7 @@ KINDS = {
     "bool": "true or false",
     "str": "a text",
     "list": "a list, such as '[1, 2]'",
+    "tuple": "a list, such as '[1, 2]'",
     "NoneType": "null",
 }
 
@@ -119,4 +120,4 @@ def check_flow_keys(flow: dict[str, Any]) -> None:
     try:
         parser.parse_object({"flow": {**required, **flow}})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(plain_message(" ".join(str(error).split()))) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from tarflow.vae.codec import weights_hash
 
 #: Of the adapter, in flow and text encoder.
 NAME = "default"
+#: Stands in `README` for any number; re.escape leaves it as it is.
+NUMBER = "NUMBER_OF_ANY_SIZE"
 README = """# A LoRA adapter
 
-`pytorch_lora_weights.safetensors` is the adapter of rank {rank} that was trained from the pipeline {name!r}{steps}. Nothing
-else of that pipeline was changed, and none of it is here. To draw with it:
+`pytorch_lora_weights.safetensors` is the adapter of rank {rank} that was trained from the pipeline {name!r} in {steps} steps.
+Nothing else of that pipeline was changed, and none of it is here. To draw with it:
 
 ```python
 from tarflow import TARFlowPipeline
@@ -128,12 +131,23 @@ def adapter_facts(config: RunConfig, flow: nn.Module) -> dict[str, Any]:
 
 
 def save_adapters(pipe: TARFlowPipeline, config: RunConfig, folder: Path, step: int) -> None:
-    """Write a pipeline's adapters, and how to draw with them, to a folder."""
+    """Write a pipeline's adapters, and how to draw with them, to a folder.
+
+    A README.md that is there is left alone, unless it still is as an earlier save wrote it: its numbers are brought up to
+    date.
+    """
     encoder = pipe.text_encoder if config.lora.text_encoder else None
     pipe.save_lora_weights(folder, pipe.flow, encoder, adapter_name=NAME)
-    name = config.init_from
-    text = README.format(rank=config.lora.rank, name=name, folder=str(folder), steps=f" in {step} steps")
-    write_text(folder / "README.md", text)
+    names = {"name": config.init_from, "folder": str(folder)}
+    file = folder / "README.md"
+    if not file.exists() or is_unchanged(file.read_bytes(), names):
+        write_text(file, README.format(**names, rank=config.lora.rank, steps=step))
+
+
+def is_unchanged(content: bytes, names: dict[str, str]) -> bool:
+    """Whether a file is `README` of some rank and number of steps, and nobody has written in it."""
+    as_saved = re.escape(README.format(**names, rank=NUMBER, steps=NUMBER)).replace(NUMBER, "[0-9]+")
+    return re.fullmatch(as_saved.encode(), content) is not None
 
 
 def folder_name(name: str) -> str:
