@@ -3,11 +3,12 @@
     python quickstart.py                                           # captions; about 8 minutes on 2 CPU cores
     python quickstart.py --config configs/quickstart_class.yaml    # class labels
 
-Further arguments go to the training, for example ``--train.max_minutes 20``.
+Further arguments go to the training, for example ``--train.max_minutes 20``. After Ctrl-C the same command goes on.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     if "--config" not in argv and not any(argument.startswith("--config=") for argument in argv):
         argv = ["--config", "configs/quickstart_text.yaml", *argv]
     with ending():
-        config, resolved = parse_config(argv, __doc__)
+        config, resolved = parse_config(["--resume", "auto", *argv], __doc__)
         metrics = Trainer(config, resolved).run()
         trained = time.perf_counter()
         if metrics.get("stopped"):  # from outside, before a pipeline was saved; the training has said how to go on
@@ -54,6 +55,10 @@ def main(argv: list[str]) -> None:
         rows |= {"training curves": f"tensorboard --logdir {config.output}/logs"}
         rows |= {LIKELIHOODS[name]: f"{metrics[name]:.4f}" for name in LIKELIHOODS if name in metrics}
         rows |= draw_and_check(config)
+        if (
+            not config.log.checkpoint_every
+        ):  # an interruption's checkpoint is of no use any more: the next run is a new one
+            shutil.rmtree(Path(config.output, "checkpoints"), ignore_errors=True)
     rows["time"] = f"{trained - started:.0f} s training, {time.perf_counter() - trained:.0f} s drawing"
     print()
     for name, value in rows.items():

@@ -18,11 +18,14 @@ import pytest
 import torch
 from helpers import ROOT
 from PIL import Image
+from safetensors.torch import load_file
 from test_training import CLASS_FLOW, SMALL, train
 from torch.utils.data import Dataset
 
+from tarflow.training.averages import WeightAverages
 from tarflow.training.batches import BatchReader, StepSampler, train_loader
 from tarflow.training.checkpoint import checkpoints, on_main
+from tarflow.training.network_trainer import NetworkTrainer
 from tarflow.training.stopping import Stopped, StopRequest, exit_status
 from tarflow.training.trainer import Trainer
 
@@ -174,6 +177,57 @@ def test_a_signal_in_the_last_evaluation(
     _, metrics = train(tmp_path, *options, "--resume", "latest")
     assert "latent_nats_per_dim" in metrics
     assert (tmp_path / "pipeline").is_dir()
+
+
+def signal_in_copy(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A SIGTERM in the copy of that number of averages to weights, or back, before it copies anything."""
+    copies, copy = [0], WeightAverages._copy
+
+    def copied(averages: WeightAverages, values: Any) -> None:
+        copies[0] += 1
+        if copies[0] == number:
+            signal.raise_signal(signal.SIGTERM)
+        copy(averages, values)
+
+    monkeypatch.setattr(WeightAverages, "_copy", copied)
+
+
+@pytest.mark.parametrize(("copy", "step", "every"), [(1, 1, "1"), (2, 2, "1"), (1, 2, "0")])
+def test_a_signal_while_weights_are_averaged_saves_the_runs_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: int, step: int, every: str
+) -> None:
+    options = ["--train.steps", "2" if every == "0" else "3", "--log.eval_every", every]
+    train(tmp_path / "whole", *options, "--log.checkpoint_every", "1")
+    signal_in_copy(monkeypatch, copy)
+    _, metrics = train(tmp_path / "stopped", *options)
+    assert metrics == {"steps": step, "stopped": "SIGTERM"}
+    name = f"checkpoints/step_{step:08d}/model.safetensors"
+    whole, stopped = load_file(tmp_path / "whole" / name), load_file(tmp_path / "stopped" / name)
+    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+@pytest.mark.parametrize("copy", [1, 2])
+def test_a_signal_while_a_networks_weights_are_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: int
+) -> None:
+    weight = torch.nn.Parameter(torch.full((3,), 5.0))
+    averages = WeightAverages([weight], [0.9])
+    averages.models[0].shadow_params = [torch.zeros(3)]
+    trainer: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1, log=lambda *_: None),
+        stepper=SimpleNamespace(model=torch.nn.Identity(), averages=averages),
+        task=SimpleNamespace(report=lambda step, last: {"mean": float(weight.mean())}),
+        metrics=tmp_path / "metrics.jsonl",
+        step=1,
+    )
+    signal_in_copy(monkeypatch, copy)
+    with StopRequest() as stop:
+        if copy == 1:
+            with pytest.raises(Stopped):
+                NetworkTrainer.report(trainer, stop, True)
+        else:
+            assert NetworkTrainer.report(trainer, stop, True)["mean"] == 0
+    assert weight.tolist() == [5.0, 5.0, 5.0]
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

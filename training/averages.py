@@ -41,8 +41,8 @@ class WeightAverages:
     def applied(self, number: int = 0) -> Iterator[None]:
         """The parameters are those of one average, and afterwards as before."""
         kept = [parameter.detach().clone() for parameter in self.parameters]
-        self._copy(self.models[number].shadow_params)
         try:
+            self._copy(self.models[number].shadow_params)
             yield
         finally:
             self._copy(kept)

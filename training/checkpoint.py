@@ -163,7 +163,7 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: that names it, if it cannot be read.
     """
     with reading(path / "run.json"):
-        return json.loads((path / "run.json").read_text())
+        return json.loads((path / "run.json").read_text(encoding="utf-8"))
 
 
 def check_state(path: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:

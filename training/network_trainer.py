@@ -145,6 +145,10 @@ class NetworkTrainer:
                 return self.stop(name) if name else self.finish(stop)
             except Stopped as signal:
                 return self.stop(signal.name)
+            except (RuntimeError, ValueError):  # the main process was ended by a signal that has come here too
+                if not (stop.received and self.is_saved):
+                    raise
+                return self.stop(stop.received)
 
     def train(self, batches: BatchReader, stop: StopRequest) -> str:
         """Train to the last step; returns the name of a signal that is to stop the run before."""
@@ -201,18 +205,19 @@ class NetworkTrainer:
     def at_intervals(self, stop: StopRequest) -> None:
         """Evaluation and checkpoints where they are due."""
         if self.config.eval_every and self.step % self.config.eval_every == 0:
-            with stop.at_once(self.accelerator.num_processes == 1):
-                self.report()
+            self.report(stop, self.accelerator.num_processes == 1)
         if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
             self.save_checkpoint()
 
-    def report(self, last: bool = False) -> dict[str, Any]:
-        """The task's report on the averaged weights; the main process makes it, and returns the metrics."""
+    def report(self, stop: StopRequest, at_once: bool, last: bool = False) -> dict[str, Any]:
+        """The task's report on the averaged weights; the main process makes it, and returns the metrics. A signal ends it
+        ``at_once`` or not at all, but never while the weights are changed and put back: a checkpoint must not have those
+        of the average."""
         metrics: dict[str, Any] = {"step": self.step}
 
         def report() -> None:
             self.stepper.model.eval()
-            with self.stepper.averages.applied():
+            with self.stepper.averages.applied(), stop.at_once(at_once):
                 metrics.update(self.task.report(self.step, last))
             write_metrics(self.metrics, metrics)
             numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
@@ -226,17 +231,22 @@ class NetworkTrainer:
         if self.config.checkpoint_every:
             self.save_checkpoint()
         # What a signal ends here is done again when the run goes on.
-        with stop.at_once(bool(self.config.checkpoint_every) or self.accelerator.num_processes == 1):
-            metrics = self.report(last=True)
+        at_once = bool(self.config.checkpoint_every) or self.accelerator.num_processes == 1
+        metrics = self.report(stop, at_once, last=True)
         skipped = self.stepper.skipped
         if skipped and self.accelerator.is_main_process:
             write_line(f"{len(skipped)} unreadable images were skipped, for example: {min(skipped)}")
         self.accelerator.end_training()
         return metrics
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last checkpoint is of this step."""
+        return self.saved is not None and self.saved.name == checkpoint_name(self.step)
+
     def stop(self, name: str) -> dict[str, Any]:
         """Save a checkpoint, if it is not there yet, and end before all is done."""
-        if self.saved is None or self.saved.name != checkpoint_name(self.step):
+        if not self.is_saved:
             self.save_checkpoint()
         if self.accelerator.is_main_process:
             write_line(f"stopped by {name} at step {self.step}: {self.saved} is saved; go on with --resume latest")

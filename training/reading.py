@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -24,6 +25,8 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except (torch.OutOfMemoryError, PermissionError):  # nothing is wrong with the file
+        raise
     except (*READING, *UNDERSTANDING) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(

@@ -160,6 +160,10 @@ class Trainer:
                 return self.stop(name) if name else self.finish(metrics, stop)
             except Stopped as signal:
                 return self.stop(signal.name)
+            except RuntimeError:  # of a collective whose other processes a signal has ended
+                if not (stop.received and self.is_saved):
+                    raise
+                return self.stop(stop.received)
 
     def train(self, batches: BatchReader, stop: StopRequest) -> tuple[str, dict[str, float]]:
         """Train to the last step; returns the name of a signal that is to stop the run before, and the last metrics."""
@@ -236,8 +240,9 @@ class Trainer:
 
         measure = due(self.config.metric.every)
         if due(log.eval_every) or due(log.sample_every) or due(log.save_pipeline_every) or measure:
-            # Several processes would end at different places, and could not save a checkpoint any more.
-            with stop.at_once(self.accelerator.num_processes == 1), self.averaged():
+            # Several processes would end at different places, and could not save a checkpoint any more. The weights are
+            # changed and put back as a whole: a checkpoint must not have those of the average.
+            with self.averaged(), stop.at_once(self.accelerator.num_processes == 1):
                 if due(log.eval_every):
                     metrics = self.evaluate()
                 saved = f"pipeline_{step:08d}" if due(log.save_pipeline_every) else None
@@ -250,14 +255,14 @@ class Trainer:
         if self.config.log.checkpoint_every:
             self.save_checkpoint()
         # What a signal ends here is done again when the run goes on.
-        with stop.at_once(bool(self.config.log.checkpoint_every) or self.accelerator.num_processes == 1):
-            with self.averaged():
-                metrics = self.evaluate() or metrics
-                metrics |= self.show(self.config.log.sample_every > 0, "pipeline", self.config.metric.every > 0)
-            for number, decay in enumerate(self.averages.decays[1:], start=1):
-                with self.averaged(number):
-                    self.evaluate(f"held_out_ema_{decay}")
-                    self.show(False, f"pipeline_ema_{decay}")
+        allowed = bool(self.config.log.checkpoint_every) or self.accelerator.num_processes == 1
+        with self.averaged(), stop.at_once(allowed):
+            metrics = self.evaluate() or metrics
+            metrics |= self.show(self.config.log.sample_every > 0, "pipeline", self.config.metric.every > 0)
+        for number, decay in enumerate(self.averages.decays[1:], start=1):
+            with self.averaged(number), stop.at_once(allowed):
+                self.evaluate(f"held_out_ema_{decay}")
+                self.show(False, f"pipeline_ema_{decay}")
         if self.stepper.skipped and self.accelerator.is_main_process:
             write_line(
                 f"{len(self.stepper.skipped)} unreadable images were skipped, for example: {min(self.stepper.skipped)}"
@@ -268,9 +273,14 @@ class Trainer:
         self.accelerator.end_training()
         return {**metrics, "steps": self.step}
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last checkpoint is of this step."""
+        return self.saved is not None and self.saved.name == checkpoint_name(self.step)
+
     def stop(self, name: str) -> dict[str, Any]:
         """Save a checkpoint, if it is not there yet, and end before all is done."""
-        if self.saved is None or self.saved.name != checkpoint_name(self.step):
+        if not self.is_saved:
             self.save_checkpoint()
         if self.accelerator.is_main_process:
             write_line(f"stopped by {name} at step {self.step}: {self.saved} is saved; go on with --resume latest")
