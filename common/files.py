@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -64,9 +64,12 @@ def _replaced(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.open("xb").close()
+        usual = temporary.stat().st_mode
         yield temporary
-        if target.exists():
-            shutil.copymode(target, temporary)
+        # Some libraries, safetensors for one, write files that their owner alone may read.
+        mode = stat.S_IMODE(target.stat().st_mode if target.exists() else usual)
+        if mode != stat.S_IMODE(temporary.stat().st_mode):
+            temporary.chmod(mode)
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):

@@ -6,9 +6,9 @@ A flow's linear layers are, in each Transformer layer, ``qkv`` (queries, keys an
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
@@ -16,22 +16,17 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
 from tarflow.common.tensors import is_quantized
+from tarflow.flows.adapter_changes import (
+    adapter_layers,
+    changing_adapters,
+    follow_mode,
+    names_of,
+    refuse_offloading_to_files,
+)
+from tarflow.flows.adapter_files import adapter_of, write_adapters
 
 #: Layers that get an adapter where none are named: those of attention and MLP.
 LORA_TARGETS = ("qkv", "proj", "up", "down")
-
-
-def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers of a model that have adapters, by name."""
-    peft = sys.modules.get("peft.tuners.tuners_utils")  # nobody who has not imported it has its layers
-    if peft is None:
-        return {}
-    return {name: part for name, part in model.named_modules() if isinstance(part, peft.BaseTunerLayer)}
-
-
-def names_of(layer: Any) -> set[str]:
-    """Adapters of a layer, active or not."""
-    return {adapter for name in layer.adapter_layer_names for adapter in getattr(layer, name)}
 
 
 def adapters_state(model: nn.Module) -> list[tuple]:
@@ -76,8 +71,9 @@ class FlowAdapters(PeftAdapterMixin):
         """
         if getattr(adapter_config, "target_modules", ...) is None:
             adapter_config.target_modules = set(LORA_TARGETS)
-        super().add_adapter(adapter_config, adapter_name)
-        follow_mode(self)
+        with changing_adapters(self):
+            super().add_adapter(adapter_config, adapter_name)
+            follow_mode(self)
 
     def set_adapters(self, adapter_names: str | list[str], weights: Any = None) -> None:
         """Make these adapters the active ones.
@@ -110,18 +106,55 @@ class FlowAdapters(PeftAdapterMixin):
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As of Diffusers; after an error the flow is as before."""
-        try:
+        with changing_adapters(self, kwargs.get("adapter_name") if kwargs.get("hotswap") else None):
             super().load_lora_adapter(*args, **kwargs)
-        except Exception:
-            self.delete_adapters([])
-            raise
-        follow_mode(self)
+            follow_mode(self)
+
+    def save_lora_adapter(
+        self,
+        save_directory: str | Path,
+        adapter_name: str | None = "default",
+        upcast_before_saving: bool = False,
+        safe_serialization: bool = True,
+        weight_name: str | None = None,
+    ) -> None:
+        """As of Diffusers; the file is written whole or not at all, and may be read by whoever may read other new files.
+
+        Args:
+            save_directory: the folder.
+            adapter_name: None for the only one.
+            upcast_before_saving: whether the file has the weights in float32; the flow keeps its own.
+            safe_serialization, weight_name: as of Diffusers.
+
+        Raises:
+            ValueError: if there is no such adapter, or the folder is a file.
+        """
+        state, metadata = adapter_of(self, adapter_name, "flow")
+        if upcast_before_saving:
+            state = {name: value.float() for name, value in state.items()}
+        write_adapters(save_directory, state, metadata, weight_name, safe_serialization)
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """As of Diffusers; without any left the layers are plain ones again."""
+        """As of Diffusers; without any left the layers are plain ones again.
+
+        Raises:
+            ValueError: for weights that are offloaded to files.
+        """
+        if adapter_layers(self):
+            refuse_offloading_to_files(self)
         super().delete_adapters(adapter_names)
         if not any(names_of(layer) for layer in adapter_layers(self).values()):
             self.unload_lora()
+
+    def unload_lora(self) -> None:
+        """As of Diffusers.
+
+        Raises:
+            ValueError: for weights that are offloaded to files.
+        """
+        if adapter_layers(self):
+            refuse_offloading_to_files(self)
+        super().unload_lora()
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature for what they may pass
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,13 +171,6 @@ class FlowAdapters(PeftAdapterMixin):
                 "quantization_config=TorchAoConfig(…), which is saved along, or save the flow before"
             )
         return super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def follow_mode(model: nn.Module) -> None:
-    """Bring adapters into their layers' mode. New ones are in training mode whatever the model's, so that their dropout
-    would act when it draws."""
-    for layer in adapter_layers(model).values():
-        layer.train(layer.get_base_layer().training)
 
 
 def refuse_adapters(name: str, model: nn.Module) -> None:

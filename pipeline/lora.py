@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
-import torch
-from diffusers.loaders.lora_base import (
-    LORA_ADAPTER_METADATA_KEY,
-    LORA_WEIGHT_NAME,
-    LORA_WEIGHT_NAME_SAFE,
-    LoraBaseMixin,
-    _fetch_state_dict,
-)
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from torch import Tensor, nn
 
-from tarflow.common.files import replaced
-from tarflow.flows.adapters import adapter_layers, follow_mode, refuse_adapters
+from tarflow.flows.adapter_changes import adapter_layers, changing_adapters, refuse_offloading_to_files
+from tarflow.flows.adapter_files import adapter_of, write_adapters
+from tarflow.flows.adapters import refuse_adapters
+from tarflow.pipeline.lora_loading import load_into_text_encoder, refused_in_a_sentence, without_offloading
 
 #: Parts of a pipeline that may have adapters; names in a file begin with theirs.
 PARTS = ("flow", "text_encoder")
@@ -96,7 +90,8 @@ class LoraLoading(LoraBaseMixin):
         low_memory = kwargs.pop("low_cpu_mem_usage", False)
         kwargs["return_lora_metadata"] = True
         state, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        texts = any(name.startswith("text_encoder.") for name in state)
+        parts = [part for part in PARTS if any(name.startswith(f"{part}.") for name in state)]
+        texts = "text_encoder" in parts
         if texts and self.text_encoder is None:
             raise ValueError("these adapters are of a text encoder too, which this pipeline does not have")
         if texts and hotswap:
@@ -104,24 +99,29 @@ class LoraLoading(LoraBaseMixin):
         if adapter_name is None:
             used = {name for names in self.get_list_adapters().values() for name in names}
             adapter_name = next(f"default_{i}" for i in range(len(used) + 1) if f"default_{i}" not in used)
-        if any(name.startswith("flow.") for name in state):
-            self.flow.load_lora_adapter(
-                state,
-                prefix="flow",
-                adapter_name=adapter_name,
-                metadata=metadata,
-                low_cpu_mem_usage=low_memory,
-                hotswap=hotswap,
-                _pipeline=self,
+        if not hotswap and any(adapter_name in self.get_list_adapters().get(part, ()) for part in parts):
+            raise ValueError(
+                f"there is an adapter {adapter_name!r} already: give another adapter_name, or take it out first, "
+                f"delete_adapters({adapter_name!r})"
             )
-        if texts:
-            try:
-                load_into_text_encoder(
-                    self, part_of(state, "text_encoder"), part_of(metadata, "text_encoder"), adapter_name
+        with ExitStack() as around:
+            around.enter_context(without_offloading(self))
+            around.enter_context(refused_in_a_sentence())
+            for part in parts:
+                around.enter_context(changing_adapters(getattr(self, part), adapter_name if hotswap else None))
+            if "flow" in parts:
+                self.flow.load_lora_adapter(
+                    state,
+                    prefix="flow",
+                    adapter_name=adapter_name,
+                    metadata=metadata,
+                    low_cpu_mem_usage=low_memory,
+                    hotswap=hotswap,
                 )
-            except Exception:
-                self.delete_adapters(adapter_name)
-                raise
+            if texts:
+                load_into_text_encoder(
+                    self.text_encoder, part_of(state, "text_encoder"), part_of(metadata, "text_encoder"), adapter_name
+                )
 
     @classmethod
     def save_lora_weights(
@@ -160,25 +160,14 @@ class LoraLoading(LoraBaseMixin):
             if layers is None:
                 continue
             weights, found = adapter_of(layers, adapter_name, part) if isinstance(layers, nn.Module) else (layers, None)
-            state |= {f"{part}.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+            state |= {f"{part}.{name}": value for name, value in weights.items()}
             metadata |= {f"{part}.{name}": value for name, value in (settings[part] or found or {}).items()}
         if not state:
             raise ValueError(
                 "there are no adapters to save: give flow_lora_layers=pipe.flow, text_encoder_lora_layers=…"
             )
-        folder = Path(save_directory).expanduser()
-        if folder.is_file():
-            raise ValueError(f"{str(folder)!r} is a file; give a folder")
-        if not is_main_process:
-            return
-        path = folder / (weight_name or (LORA_WEIGHT_NAME_SAFE if safe_serialization else LORA_WEIGHT_NAME))
-        with replaced(path) as temporary:
-            if save_function is not None:
-                save_function(state, str(temporary))
-            elif safe_serialization:
-                safetensors.torch.save_file(state, str(temporary), metadata=header(metadata))
-            else:
-                torch.save(state, temporary)
+        if is_main_process:
+            write_adapters(save_directory, state, metadata, weight_name, safe_serialization, save_function)
 
     def fuse_lora(self, components: list[str] | None = None, **options: Any) -> None:
         """Make adapters a part of the weights; see Diffusers. Components are those that have adapters if not given."""
@@ -189,11 +178,29 @@ class LoraLoading(LoraBaseMixin):
         super().unfuse_lora(components or list(self.get_list_adapters()) or ["flow"], **options)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Take adapters out; without any left the layers are plain ones again."""
+        """Take adapters out; without any left the layers are plain ones again.
+
+        Raises:
+            ValueError: for weights that are offloaded to files.
+        """
+        refuse_changes(self)
         super().delete_adapters(adapter_names)
         encoder = self.text_encoder
-        if isinstance(encoder, nn.Module) and not getattr(encoder, "peft_config", None):
-            recurse_remove_peft_layers(encoder)
+        if isinstance(encoder, nn.Module):
+            if not getattr(encoder, "peft_config", None):
+                recurse_remove_peft_layers(encoder)
+            _maybe_remove_and_reapply_group_offloading(encoder)
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters out.
+
+        Raises:
+            ValueError: for weights that are offloaded to files.
+        """
+        refuse_changes(self)
+        super().unload_lora_weights()
+        if isinstance(self.text_encoder, nn.Module):
+            _maybe_remove_and_reapply_group_offloading(self.text_encoder)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As of `PipelineFiles`, for a pipeline without adapters.
@@ -207,12 +214,12 @@ class LoraLoading(LoraBaseMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def header(metadata: dict[str, Any]) -> dict[str, str]:
-    """Settings of adapters as a safetensors file has them."""
-    values = {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
-    return {"format": "pt"} | (
-        {LORA_ADAPTER_METADATA_KEY: json.dumps(values, indent=2, sort_keys=True)} if values else {}
-    )
+def refuse_changes(pipe: Any) -> None:
+    """An error if a part has adapters and its weights are offloaded to files, before another part is changed."""
+    for part in PARTS:
+        model = getattr(pipe, part)
+        if isinstance(model, nn.Module) and adapter_layers(model):
+            refuse_offloading_to_files(model)
 
 
 def with_prefixes(state: dict[str, Tensor], metadata: dict[str, Any] | None) -> tuple[dict, dict | None]:
@@ -241,53 +248,3 @@ def part_of(values: dict[str, Any] | None, part: str) -> dict[str, Any] | None:
         name.removeprefix(f"{part}."): value for name, value in (values or {}).items() if name.startswith(f"{part}.")
     }
     return found or None
-
-
-def adapter_of(model: nn.Module, adapter_name: str | None, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and settings of one adapter of a model."""
-    from peft.utils import get_peft_model_state_dict
-
-    names = sorted(getattr(model, "peft_config", {}))
-    if adapter_name is None and len(names) == 1:
-        adapter_name = names[0]
-    if adapter_name not in names:
-        found = ", ".join(names) or "none"
-        raise ValueError(f"name the adapter of the {part} that is to be saved, adapter_name=…; it has: {found}")
-    return get_peft_model_state_dict(model, adapter_name=adapter_name), model.peft_config[adapter_name].to_dict()
-
-
-def load_into_text_encoder(
-    pipe: Any, state: dict[str, Tensor], metadata: dict[str, Any] | None, adapter_name: str
-) -> None:
-    """Add an adapter to a pipeline's text encoder, of any class of Transformers.
-
-    Through PEFT itself: Transformers' own ``load_adapter`` wants a version of it that its other users need not have.
-
-    Raises:
-        ValueError: if the adapter has weights of layers that this encoder lacks.
-    """
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    if metadata is None:
-        ranks = {name.split(".lora_B")[0]: value.shape[1] for name, value in state.items() if ".lora_B" in name}
-        rank = Counter(ranks.values()).most_common(1)[0][0]
-        others = {name: value for name, value in ranks.items() if value != rank}
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=list(ranks), rank_pattern=others, alpha_pattern=dict(others)
-        )
-    else:
-        config = LoraConfig(**metadata)
-    held = pipe._optionally_disable_offloading(pipe)
-    encoder = pipe.text_encoder
-    inject_adapter_in_model(config, encoder, adapter_name=adapter_name, state_dict=state)
-    encoder._hf_peft_config_loaded = True
-    left = set_peft_model_state_dict(encoder, state, adapter_name).unexpected_keys
-    for layer in adapter_layers(encoder).values():
-        layer.set_adapter(adapter_name, inference_mode=True)
-    follow_mode(encoder)
-    if left:
-        raise ValueError(f"the pipeline's text encoder has no layer for {left[0]!r}: the adapter is of another one")
-    if held[0]:
-        pipe.enable_model_cpu_offload()
-    elif held[1]:
-        pipe.enable_sequential_cpu_offload()

@@ -42,12 +42,11 @@ class PromptEncoding:
         """
         device = self._execution_device if device is None else device
         length = max_sequence_length or self.config.max_sequence_length
-        if self.text_encoder is not None:
-            self.run_offload_hook(self.text_encoder)
 
         def encode(captions: list[str]) -> Tensor:
             if self.text_encoder is None or self.tokenizer is None:
                 raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
+            self.run_offload_hook(self.text_encoder)
             captions = fill_template(self.config.caption_template, captions, aspect_ratio)
             options = TextOptions.of(self.config.get("text_options"))
             embeds = encode_captions(

@@ -319,6 +319,15 @@ class TestModelOffload:
         pipe = self.offloaded(make_pipeline())
         assert np.isfinite(draw(pipe, class_labels=[0, 1])).all()
 
+    def test_encoded_captions_need_no_text_encoder(self) -> None:
+        pipe = self.offloaded(make_pipeline("prefix"))
+        pipe.run_offload_hook(pipe.flow)
+        embeds = torch.ones(1, 8, pipe.flow.config.cond_dim)
+        pipe.encode_prompt(None, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+        assert pipe.flow.device.type == "cpu" and pipe.text_encoder.device.type == "meta"
+        pipe.encode_prompt(CAPTIONS)
+        assert pipe.flow.device.type == "meta" and pipe.text_encoder.device.type == "cpu"
+
     @pytest.mark.parametrize("conditioning", ["none", "class_prefix", "prefix"])
     def test_tools(self, conditioning: str) -> None:
         label = {"prefix": {"prompt": CAPTIONS[0]}, "class_prefix": {"class_labels": 1}, "none": {}}[conditioning]

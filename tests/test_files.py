@@ -57,6 +57,17 @@ def test_new_files_have_the_usual_permissions(tmp_path: Path) -> None:
     assert os.stat(tmp_path / "ours").st_mode == os.stat(tmp_path / "usual").st_mode
 
 
+def test_files_that_a_writer_makes_for_its_owner_alone_get_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("")
+    (tmp_path / "group").write_text("")
+    (tmp_path / "group").chmod(0o640)
+    for name, mode in (("new", (tmp_path / "usual").stat().st_mode), ("group", 0o640)):
+        with replaced(tmp_path / name) as temporary:
+            temporary.unlink()
+            temporary.touch(mode=0o600)
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == stat.S_IMODE(mode)
+
+
 def test_json(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": "ß", "b": [1, 2]})
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"a": "ß", "b": [1, 2]}
