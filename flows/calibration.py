@@ -19,7 +19,7 @@ from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.jacobi import GaveUpError, decode_jacobi
 from tarflow.flows.order import reorder
-from tarflow.flows.prepared import at_hand
+from tarflow.flows.prepared import at_hand, compute_device, compute_dtype, offload_group
 from tarflow.flows.sequential import decode_sequential
 
 #: Steps that are timed in each turn, and turns of steps and of a sweep; the time of all follows from the least.
@@ -224,10 +224,12 @@ def cpu_name() -> str:
 def conditions_key(
     model: Any, batch: int, grid: tuple[int, int], guidance: Guidance | None, tolerance: float, fast: bool = False
 ) -> str:
-    """What a calibration holds for: device, dtype, batch (to the next power of two), grid, guidance, tolerance, and
-    whether steps are compiled."""
-    weight = model.blocks[-1].proj_in.weight
-    device, dtype = weight.device, str(weight.dtype).removeprefix("torch.")
+    """What a calibration holds for: the device and dtype that compute, batch (to the next power of two), grid, guidance,
+    tolerance, whether steps are compiled, and whether weights are brought for each use."""
+    last = model.blocks[-1]
+    device = compute_device(last.proj_in, last, model)
+    dtype = str(compute_dtype(last.proj_in)).removeprefix("torch.")
+    offloaded = any(offload_group(part) is not None for part in model.modules())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
         name = f"{cpu_name()}, {torch.get_num_threads()} threads"
@@ -237,4 +239,5 @@ def conditions_key(
         f"{name} | {dtype} | batch {bucket} | grid {grid[0]}x{grid[1]} | guided {guided} | tolerance {tolerance:g}"
         + (f" | attention {guidance.temperature:g}" if guided and guidance.temperature != 1 else "")
         + (" | compiled" if fast else "")
+        + (" | offloaded" if offloaded else "")
     )

@@ -161,7 +161,7 @@ def beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) -> str 
     return (
         f"guidance_scale {guidance_scale:g} is above {scale:g}, up to which decoding with a tolerance of {max(swept):g} "
         f"keeps latents within {error:g} of exact ones: return_residual=True tells how exact they are, and "
-        'decoding="sequential" is exact to rounding'
+        'decoding="sequential" is exact to rounding, which strong guidance magnifies too'
     )
 
 

@@ -7,8 +7,8 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from tarflow.flows.decoding import BlockRun
-from tarflow.flows.prepared import may_prepare, state_of
-from tarflow.flows.step import ModuleStep, StaticStep
+from tarflow.flows.prepared import leaves_after_use, may_prepare, state_of
+from tarflow.flows.step import DecodeStep, ModuleStep, StaticStep, decode_step
 
 logger = logging.get_logger(__name__)
 
@@ -16,6 +16,10 @@ NOT_COMPILED = (
     "Decode steps are not compiled for blocks with hooks, quantized or parametrized weights, or adapters other than plain "
     "LoRA in float32: these blocks go through their modules, which is right but slower. Fuse the adapters or remove the "
     "hooks, or leave enable_fast_decoding out."
+)
+OFFLOADED = (
+    "Decode steps are not compiled where weights leave the device after each use, as with enable_model_cpu_offload: what is "
+    "compiled would keep them there, and would have to be made anew for each call. Leave one of the two out."
 )
 #: Calls before a CUDA graph is captured: compilation and the libraries' own warm-up are then over.
 WARM_UP_CALLS = 3
@@ -59,10 +63,11 @@ class FastStep:
             for _ in range(WARM_UP_CALLS):
                 self.function(self.inputs, self.position)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.outputs = self.function(self.inputs, self.position)
             self.position.add_(1)
+        self.graph = graph  # not before: after an error there is none
         self.position.copy_(position)  # what the capture wrote to the cache is written again at the first step
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,9 +92,13 @@ class FastSteps:
         self.backend = backend
         self.steps: dict[tuple, tuple[tuple, FastStep]] = {}
 
-    def get(self, run: BlockRun) -> FastStep | ModuleStep:
+    def get(self, run: BlockRun) -> FastStep | DecodeStep | ModuleStep:
         """The step of a run's block and shape, ready for its sequence. Made anew if the block has other weights or
-        adapters; not compiled where something acts on the block's modules, with a warning."""
+        adapters; not compiled where something acts on the block's modules or takes its weights away, with a warning."""
+        if leaves_after_use(run.block):
+            logger.warning_once(OFFLOADED)
+            self.steps = {key: step for key, step in self.steps.items() if key[0] != id(run.block)}
+            return decode_step(run.block, run.context, run.cache, run.temperature)
         if not may_prepare(run.block):
             logger.warning_once(NOT_COMPILED)
             return ModuleStep(run.block, run.context, run.cache, run.temperature)

@@ -50,18 +50,28 @@ class NetworkHabits:
     """Goes before `ModelMixin` among a model's bases."""
 
     _supports_gradient_checkpointing = True
+    #: Whether `device_map` may name one accelerator only.
+    _on_one_accelerator = False
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """As of `ModelMixin`; an error leaves the process's default dtype as it was.
 
         Raises:
-            ValueError: with ``parallel_config``, see `enable_parallelism`.
+            ValueError: with ``parallel_config``, see `enable_parallelism`; for a flow with a ``device_map`` of several
+                accelerators.
         """
         if options.get("parallel_config") is not None:
             refuse_parallelism(cls)
+        places = options.get("device_map")
+        if cls._on_one_accelerator and isinstance(places, dict):
+            check_one_accelerator(cls, places)
         with kept_default_dtype():
-            return super().from_pretrained(*args, **options)
+            loaded = super().from_pretrained(*args, **options)
+        if cls._on_one_accelerator:  # what "auto" and the like have become
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            check_one_accelerator(cls, getattr(model, "hf_device_map", None) or {})
+        return loaded
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature for what they may pass
     def save_pretrained(self, *args: Any, **options: Any) -> None:
@@ -94,6 +104,21 @@ class NetworkHabits:
             ValueError: always.
         """
         refuse_parallelism(type(self))
+
+
+def check_one_accelerator(kind: type, places: dict[str, Any]) -> None:
+    """Refuse a map of modules to devices that names several accelerators.
+
+    Raises:
+        ValueError: if it does.
+    """
+    devices = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places.values()}
+    found = sorted({"cuda:0" if one == "cuda" else one for one in devices} - {"cpu", "cpu:0", "disk", "meta"})
+    if len(found) > 1:
+        raise ValueError(
+            f"device_map puts this {kind.__name__} on {len(found)} accelerators ({', '.join(found)}), and it computes on one "
+            "only: name one of them, beside 'cpu' and 'disk', or give max_memory for one"
+        )
 
 
 def refuse_parallelism(kind: type) -> NoReturn:

@@ -69,6 +69,7 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
     _group_offload_block_modules = ["denoiser"]  # noqa: RUF012 (the library's interface)
     _skip_layerwise_casting_patterns = ["proj_in", "proj_out", "proj_cond"]  # noqa: RUF012 (too small to be worth it)
     _repeated_blocks = ["TransformerLayer"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
+    _on_one_accelerator = True
 
     @register_to_config
     def __init__(

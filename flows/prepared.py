@@ -172,6 +172,15 @@ def offload_group(module: Any) -> Any:
     return None if offloading is None else offloading.group
 
 
+def leaves_after_use(module: Any) -> bool:
+    """Whether a module's own hook takes its weights to another place after each use: Accelerate's offloading, also of a
+    whole model, or Diffusers' groups."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    leaves = any(getattr(one, "offload", False) or hasattr(one, "prev_module_hook") for one in hooks)  # of CpuOffload
+    return leaves or offload_group(module) is not None
+
+
 def check_saved_whole(module: nn.Module) -> None:
     """Refuse to save a module whose weights are in places where only a forward pass finds them.
 

@@ -17,6 +17,9 @@ DISTANCES = (2, 4, 8, 16, 32)
 QUICKER = 0.75
 #: Calibrations that are made for one kind of call at most, so that an unsteady machine does not do it for ever.
 MOST_CALIBRATIONS = 4
+#: Where sequential decoding was calibrated to take longer than the choice by more than this factor, no call is
+#: sequential unless one was slow: trials would cost more than they could gain.
+CLEARLY = 2.0
 
 
 @dataclass
@@ -50,13 +53,19 @@ class Calibration:
 
     @property
     def settled(self) -> bool:
-        """Whether real calls have confirmed it often enough to keep no account of each."""
-        return self.trials >= 3 or not self.varied
+        """Whether real calls have confirmed it, or leave so little doubt, that no account of each is kept."""
+        return self.trials >= 3 or not self.varied or (self.clear and not self.doubtful)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the choice is so much faster than sequential decoding that a trial now and then is not worth it."""
+        sequential, best = (sum(getattr(one, name) for one in self.choices) for name in ("sequential_ms", "best_ms"))
+        return sequential > CLEARLY * best
 
     def trial_is_due(self, doubtful_only: bool = False) -> bool:
-        """Whether the next call should be sequential; ``doubtful_only`` where that costs much, as with steps that must
-        be compiled first."""
-        if self.doubtful or doubtful_only:
+        """Whether the next call should be sequential: now and then, or only after one that was slow where the choice is
+        `clear`, or with ``doubtful_only``, where a trial costs much, as with steps that must be compiled first."""
+        if self.doubtful or doubtful_only or self.clear:
             return self.varied and self.doubtful and self.calls >= DISTANCES[0]
         return self.varied and self.calls >= DISTANCES[min(self.trials, len(DISTANCES) - 1)]
 

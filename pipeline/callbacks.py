@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from diffusers.utils import logging
 from torch import Tensor
 
+from tarflow.flows.decoding import Decoding, beyond_promise
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.sampling import Change
+
+logger = logging.get_logger(__name__)
 
 Callback = Callable[[Any, int, int, dict], dict]
 
@@ -47,6 +51,12 @@ class CallState:
         return self.codec.factor
 
 
+def warn_beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) -> None:
+    """Say, once for each scale, if guidance is stronger than what tolerances promise; see `beyond_promise`."""
+    if warning := beyond_promise(decodings, guidance_scale):
+        logger.warning_once(warning)
+
+
 class AfterBlock:
     """Tells a call's callback of each block, and the blocks to come of what the callback changed.
 
@@ -60,6 +70,7 @@ class AfterBlock:
         null_condition: makes the condition that guidance leads away from, if it was not needed at the start.
 
     Attributes:
+        decodings: how each block is inverted, in the order of ``flow.blocks``; none with a student.
         used: the guidance of each block that was inverted, in the order of inversion.
         stopped: blocks are left that were not inverted.
         added: the null condition, if a callback turned guidance on.
@@ -77,6 +88,7 @@ class AfterBlock:
     ):
         self.pipe, self.progress, self.callback, self.tensors = pipe, progress, callback, tensors
         self.module, self.guidance, self.null_condition = module, guidance, null_condition
+        self.decodings: Sequence[Decoding] = ()
         self.used: list[Guidance] = []
         self.stopped = False
         self.added: Tensor | None = None
@@ -89,7 +101,10 @@ class AfterBlock:
             return Change()
         wanted = self.tensors is None or "latents" in self.tensors
         returned = self.callback(self.pipe, index, index, {"latents": latents} if wanted else {}) or {}
-        null = self.change_guidance(self.pipe.guidance_scale)
+        before, scale = self.guidance, self.pipe.guidance_scale
+        null = self.change_guidance(scale)
+        if self.guidance != before:
+            warn_beyond_promise(self.decodings[: max(len(self.decodings) - index - 1, 0)], scale)  # those to come
         self.pipe.run_offload_hook(self.module)
         self.stopped = bool(self.pipe.interrupt) and index + 1 < self.pipe.num_timesteps
         return Change(returned.get("latents"), self.guidance, null, self.stopped)

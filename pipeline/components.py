@@ -40,7 +40,11 @@ class Components:
         return labels_by_name(self.config.id2label)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As of Diffusers; and a part that was None is known from now on, so that it is saved."""
+        """As of Diffusers; and a part that was None is known from now on, so that it is saved. Of a flow that is replaced
+        no fast steps are kept, which would hold its weights."""
+        steps = self.__dict__.get("_fast_steps")
+        if name == "flow" and steps is not None and value is not self.flow:
+            self._fast_steps = FastSteps(steps.backend)
         super().__setattr__(name, value)
         config = self.__dict__.get("_internal_dict", {})
         if value is not None and name in self._optional_components and tuple(config.get(name, ())) == (None, None):

@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from tarflow.flows.adapters import adapters_state
 from tarflow.flows.calibration import BlockChoice, calibrate, conditions_key
 from tarflow.flows.calibration import decodings as calibrated_decodings
-from tarflow.flows.calibration_store import CalibrationStore, file_of, fingerprint
+from tarflow.flows.calibration_store import CalibrationStore, file_of, fingerprint, sample_of_weights
 from tarflow.flows.decoding import Decoding
-from tarflow.flows.fast_step import FastSteps
+from tarflow.flows.fast_step import OFFLOADED, FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
+from tarflow.flows.prepared import leaves_after_use
 from tarflow.flows.watch import Calibration
 from tarflow.models import FOLDER
 from tarflow.pipeline import one_pass
 from tarflow.pipeline.offload import is_elsewhere
+
+logger = logging.get_logger(__name__)
 
 
 class BlockInversion:
@@ -39,6 +43,14 @@ class BlockInversion:
     def disable_fast_decoding(self) -> None:
         """Go back to eager steps, and free what was compiled."""
         self._fast_steps = self._fast_student = None
+
+    def usable_fast_steps(self) -> FastSteps | None:
+        """Fast steps, if fast decoding is on; none where offloading takes the flow away after each call, with a warning."""
+        if self._fast_steps is None or not leaves_after_use(self.flow):
+            return self._fast_steps
+        logger.warning_once(OFFLOADED)
+        self._fast_steps.steps.clear()  # those from before it was offloaded hold its weights
+        return None
 
     def compiled_student(self) -> Callable[..., Any] | None:
         """What `torch.compile` makes of the present student, if fast decoding is on."""
@@ -71,17 +83,23 @@ class BlockInversion:
         return self._calibration_store
 
     def check_student(self) -> None:
-        """An error unless the pipeline's student was trained for its flow; weights that were seen are not read again."""
+        """An error unless the pipeline's student was trained for its flow; weights that were seen are not read again, but
+        for a few numbers: see `flow_state` for the changes that this does not show."""
         state = (self.student, self.flow_state())
         if state != self._checked_student:
             one_pass.check_flow(self.student, self.flow, self.config.get("_name_or_path"))
             self._checked_student = state
 
-    def flow_state(self) -> tuple[TARFlowModel, list[int], list[tuple]]:
-        """What differs when the flow is another one or its weights have changed."""
+    def flow_state(self) -> tuple[TARFlowModel, list[int], bytes, list[tuple]]:
+        """What differs when the flow is another one or its weights have changed.
+
+        Not seen is what was written through ``.data`` (``EMAModel.copy_to``, for example) to so few numbers, or to such
+        weights, that `sample_of_weights` does not show it.
+        """
         # Weights that were made in inference mode have no versions, and cannot be trained.
         versions = [0 if one.is_inference() else one._version for one in self.flow.parameters()]
-        return self.flow, versions, adapters_state(self.flow)  # adapters are merged into weights without a new version
+        # Adapters are merged into weights without a new version.
+        return self.flow, versions, sample_of_weights(self.flow), adapters_state(self.flow)
 
     def resolve_decoding(
         self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
@@ -97,7 +115,7 @@ class BlockInversion:
             return [Decoding("sequential") if one.method == "auto" else one for one in decodings], None
         store, tolerance = self.calibration_store(), automatic[0].tolerance
         grid = self.flow.patchify(noise)[1]
-        fast = self._fast_steps
+        fast = self.usable_fast_steps()
         key = conditions_key(self.flow, len(noise), grid, guidance, tolerance, fast is not None)
         known = store.calibrations.get(key)
         if known is None or known.stale or len(known.choices) != len(self.flow.blocks):

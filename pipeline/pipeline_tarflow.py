@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tarflow.common.progress import progress_bar
 from tarflow.flows import sampling
 from tarflow.flows.calibration_store import CalibrationStore
-from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, beyond_promise, residual
+from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, residual
 from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline import call_checks, checks, one_pass
 from tarflow.pipeline.aspect import aspect_size, nearest_aspect_ratio
-from tarflow.pipeline.callbacks import AfterBlock, CallState
+from tarflow.pipeline.callbacks import AfterBlock, CallState, warn_beyond_promise
 from tarflow.pipeline.components import Components
 from tarflow.pipeline.editing import ExactFlowTools
 from tarflow.pipeline.hub import PipelineFiles
@@ -35,8 +35,6 @@ from tarflow.pipeline.samples import SampleDecoding
 from tarflow.pipeline.text_options import TextOptions
 from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import LatentDecoder
-
-logger = logging.get_logger(__name__)
 
 Labels = int | str | list[int | str]
 
@@ -138,7 +136,7 @@ class TARFlowPipeline(
         self._fast_steps: FastSteps | None = None
         self._fast_student: tuple[StudentModel, Callable[..., Any]] | None = None
         self._calibration_store: CalibrationStore | None = None
-        self._calibrated_state: tuple[TARFlowModel, list[int]] | None = None
+        self._calibrated_state: tuple | None = None
         self._decodings: list[Decoding] | None = None
         self._checked_student: tuple[StudentModel, tuple] | None = None
         LatentCodec(vae, latents_mean, latents_std)  # an error for statistics that cannot be
@@ -315,11 +313,10 @@ class TARFlowPipeline(
                 x = x if changed is None else changed
             else:
                 methods, timed = self.resolve_decoding(decoding, noise, condition, away, guidance)
-                self._decodings = methods
-                if warning := beyond_promise(methods, scale):
-                    logger.warning(warning)
+                self._decodings = after_block.decodings = methods
+                warn_beyond_promise(methods, scale)
                 x, _ = sampling.generate(
-                    self.flow, noise, condition, away, guidance, after_block, methods, self._fast_steps, timed
+                    self.flow, noise, condition, away, guidance, after_block, methods, self.usable_fast_steps(), timed
                 )
                 exact = x
         errors = (None, None)

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,8 @@ def call(pipe: TARFlowPipeline) -> set[str]:
 
 
 def test_real_calls_correct_a_calibration_of_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that calibration saw of sequential decoding was slow; sweeps were not."""
-    pipe, machine = pipeline_on(monkeypatch, step=100.0, sweep=5.0)
+    """All that calibration saw of sequential decoding was slow, but not so that sweeps won by far; sweeps were not."""
+    pipe, machine = pipeline_on(monkeypatch, step=2.5, sweep=5.0)
     assert call(pipe) == {"jacobi"}
     machine.step = 1.0
     used = [call(pipe) for _ in range(20)]
@@ -125,7 +126,7 @@ def test_real_calls_correct_a_calibration_of_slow_steps(monkeypatch: pytest.Monk
 
 
 def test_real_calls_that_take_too_long_are_tried_sequentially(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, machine = pipeline_on(monkeypatch, step=1.0, sweep=1.0)
+    pipe, machine = pipeline_on(monkeypatch, step=1.0, sweep=2.0)
     used = [call(pipe) for _ in range(30)]
     assert used.count({"sequential"}) == 3  # after 2, 4 and 8 calls more
     assert used[-1] == {"jacobi"}
@@ -133,6 +134,27 @@ def test_real_calls_that_take_too_long_are_tried_sequentially(monkeypatch: pytes
     used = [call(pipe) for _ in range(8)]
     assert {"sequential"} in used[:3]
     assert used[-1] == {"sequential"}
+
+
+def test_where_sweeps_win_clearly_only_slow_calls_lead_to_trials(tmp_path: Path) -> None:
+    near = BlockChoice("jacobi", None, 1, 1, 4, 100, 60)
+    calibration = Calibration([near], 1)
+    for _ in range(DISTANCES[0]):
+        assert not calibration.trial_is_due()
+        calibration.record(["jacobi"], [60.0])
+    assert calibration.trial_is_due()
+    store = CalibrationStore(tmp_path / FILE_NAME, "model")
+    store.put("here", Calibration([replace(near, best_ms=40)], 1))
+    for _ in range(2 * DISTANCES[-1]):
+        calibration = store.calibrations["here"]
+        assert not calibration.trial_is_due() and calibration.settled
+        store.watched("here", ["jacobi"])(0, 40.0)
+    written = CalibrationStore(store.path, "model").calibrations["here"]
+    assert written.calls == 0  # no file is written for each call
+    store.watched("here", ["jacobi"])(0, 120.0)
+    for one in (store, CalibrationStore(store.path, "model")):
+        assert one.calibrations["here"].trial_is_due()
+        assert {choice.method for choice in one.calibrations["here"].plan()} == {"sequential"}
 
 
 def test_a_calibration_of_a_busy_machine_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +189,7 @@ def test_calls_that_chose_themselves_count_for_nothing(monkeypatch: pytest.Monke
 
 def test_what_calls_show_is_known_to_later_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Processes of one call each correct a choice too."""
-    pipe, machine = pipeline_on(monkeypatch, step=100.0, sweep=5.0)
+    pipe, machine = pipeline_on(monkeypatch, step=2.5, sweep=5.0)
     pipe.save_pretrained(tmp_path / "pipeline")
     used = []
     for _ in range(5):

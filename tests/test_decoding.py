@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -71,6 +75,7 @@ def test_tolerances_keep_their_promise_on_trained_weights() -> None:
 
 
 def test_a_warning_above_the_guidance_of_the_promise(caplog: pytest.LogCaptureFixture) -> None:
+    logging.Logger.warning_once.cache_clear()
     pipe = make_pipeline()
 
     def warnings_of(**options: Any) -> list[str]:
@@ -83,8 +88,12 @@ def test_a_warning_above_the_guidance_of_the_promise(caplog: pytest.LogCaptureFi
         assert text.startswith(
             f"guidance_scale {scale:g} is above {range_end}, up to which decoding with a tolerance of"
         )
-        assert 'return_residual=True tells how exact they are, and decoding="sequential" is exact' in text
+        assert (
+            'return_residual=True tells how exact they are, and decoding="sequential" is exact to rounding, which'
+            in text
+        )
     assert len(warnings_of(decoding="jacobi", tolerance=1e-2, guidance_scale=6.5)) == 1
+    assert warnings_of(decoding="jacobi", guidance_scale=3.5) == []  # said before
     for options in (
         {"decoding": "jacobi", "guidance_scale": 3.0},
         {"decoding": "jacobi", "tolerance": 1e-2, "guidance_scale": 6.0},
@@ -93,6 +102,18 @@ def test_a_warning_above_the_guidance_of_the_promise(caplog: pytest.LogCaptureFi
         {"decoding": [Decoding("sequential")] * 2, "guidance_scale": 9.0},
     ):
         assert warnings_of(**options) == []
+
+    def change(pipe: TARFlowPipeline, index: int, step: int, tensors: dict) -> dict:
+        if index == when:
+            pipe._guidance_scale = 7.0
+        return {}
+
+    options = {"decoding": "jacobi", "guidance_scale": 2.0, "callback_on_step_end": change}
+    when = pipe.num_timesteps - 1  # no block is left
+    assert warnings_of(**options) == []
+    when = 0
+    (text,) = warnings_of(**options)
+    assert text.startswith("guidance_scale 7 is above 3, ")
 
 
 def test_finished_samples_are_left_out(monkeypatch) -> None:
@@ -207,6 +228,26 @@ def test_pipeline_with_fast_steps() -> None:
     assert pipe._fast_steps.steps
     pipe.disable_fast_decoding()
     torch.testing.assert_close(draw(pipe, **options), expected)
+
+
+def test_a_capture_that_fails_leaves_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def failing(graph: Any) -> Iterator[None]:
+        raise RuntimeError("out of memory")
+        yield
+
+    model, steps = small_model(), FastSteps(None)
+    z = random_images(model, 1)
+    generate(model, z, fast=steps)
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    for _, step in steps.steps.values():
+        step.captures = True
+    for _ in range(2):  # tried again, not replayed
+        with pytest.raises(RuntimeError, match="out of memory"):
+            generate(model, z, fast=steps)
+    assert all(step.graph is None for _, step in steps.steps.values())
 
 
 def test_bad_input() -> None:

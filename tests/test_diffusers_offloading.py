@@ -7,22 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import ModelMixin
 from diffusers.hooks.group_offloading import ModuleGroup
 from helpers import condition_of, random_images, small_model
 from test_pipeline import draw, make_pipeline
 from test_student import with_student
 
 from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.flows.calibration import conditions_key
 from tarflow.flows.calibration_store import fingerprint
 from tarflow.flows.decoding import Decoding, residual
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.editing import HeldFlow
+from tarflow.flows.fast_step import FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.likelihood import log_prob, token_log_prob
 from tarflow.flows.sampling import generate
@@ -187,6 +191,49 @@ def test_pipelines_of_offloaded_parts(
     offload(pipe, tmp_path)
     for name, numbers in all_calls(pipe).items():
         np.testing.assert_allclose(numbers, expected[name], rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_fast_steps_of_groups_keep_nothing_on_the_device(tmp_path: Path) -> None:
+    model, fast = small_model(sample_size=8), FastSteps(None)
+    z = random_images(model, 2)
+    expected = generate(model, z, fast=fast)[0]
+    assert fast.steps
+    by_blocks(model, tmp_path)
+    torch.testing.assert_close(generate(model, z, fast=fast)[0], expected, rtol=0, atol=1e-5)
+    assert fast.steps == {}
+
+
+def test_calibrations_know_where_weights_wait_and_compute(tmp_path: Path) -> None:
+    model = small_model()
+
+    def key() -> str:
+        return conditions_key(model, 2, (4, 4), None, 1e-4)
+
+    plain = key()
+    by_blocks(model, tmp_path)
+    assert key() == f"{plain} | offloaded"
+    model = small_model().to(torch.float64)
+    model._hf_hook = SimpleNamespace(execution_device=torch.device("meta"))  # it waits on the CPU
+    assert key().startswith("meta | float64 | batch 2")
+
+
+def test_a_flow_is_on_one_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_model().save_pretrained(tmp_path)
+    refused = r"TARFlowModel on 2 accelerators \(cuda:0, cuda:1\)"
+    with pytest.raises(ValueError, match=refused):
+        TARFlowModel.from_pretrained(tmp_path, device_map={"blocks.0": 0, "blocks.1": "cuda:1"})
+    model = TARFlowModel.from_pretrained(tmp_path, device_map="cpu")
+    monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(lambda cls, *_, **options: model))
+    model.hf_device_map = {"blocks.0": 0, "blocks.1": 1, "denoiser": "cpu"}  # as "auto" may find
+    with pytest.raises(ValueError, match=refused):
+        TARFlowModel.from_pretrained(tmp_path, device_map="auto")
+    model.hf_device_map = {
+        "blocks.0": 0,
+        "blocks.1": torch.device("cuda", 0),
+        "denoiser": "cpu",
+        "prior_variance": "disk",
+    }
+    assert TARFlowModel.from_pretrained(tmp_path, device_map="auto") is model
 
 
 # Layerwise casting

@@ -16,13 +16,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.callbacks import PipelineCallback
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from test_pipeline import CAPTIONS, draw, make_pipeline
 from test_student import with_student
 from torch import nn
 
-from tarflow import TARFlowPipeline
-from tarflow.pipeline import one_pass
+from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.pipeline import inversion, one_pass
 from tarflow.pipeline.one_pass import flow_hashes
 from tarflow.vae.decoder import LatentDecoder
 
@@ -87,6 +88,19 @@ class TestComponents:
         other.enable_fast_decoding("eager")
         assert torch.equal(second, draw(other, **options))
         assert not torch.equal(first, second)
+
+    def test_a_replaced_flow_is_not_held_by_fast_steps(self) -> None:
+        pipe = make_pipeline()
+        pipe.enable_fast_decoding(None)
+        for replace in (lambda flow: setattr(pipe, "flow", flow), lambda flow: pipe.register_modules(flow=flow)):
+            draw(pipe, class_labels=[0, 1], **LATENT)
+            assert pipe._fast_steps.steps
+            pipe.vae = other_autoencoder(latent_channels=8)
+            pipe.flow = pipe.flow
+            assert pipe._fast_steps.steps
+            replace(make_pipeline().flow)
+            assert pipe._fast_steps.steps == {}
+            assert pipe._fast_steps.backend is None
 
     def test_a_part_that_was_none_is_saved(self, tmp_path) -> None:
         pipe = make_pipeline("none")
@@ -154,6 +168,19 @@ class TestComponents:
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
+def through_data(flow: TARFlowModel) -> None:
+    for parameter in flow.parameters():
+        parameter.data.mul_(1.01)
+
+
+def by_assignment(flow: TARFlowModel) -> None:
+    flow.load_state_dict({name: 1.01 * one for name, one in flow.state_dict().items()}, assign=True)
+
+
+def by_averages(flow: TARFlowModel) -> None:
+    EMAModel([1.01 * parameter.detach() for parameter in flow.parameters()]).copy_to(flow.parameters())
+
+
 class TestStudentKnowsItsFlow:
     @pytest.mark.parametrize(("stored", "read"), [("float16", "bfloat16"), ("bfloat16", "float16")])
     def test_from_the_other_16_bits(self, stored: str, read: str, tmp_path) -> None:
@@ -170,6 +197,20 @@ class TestStudentKnowsItsFlow:
                 next(loaded.flow.parameters()).add_(1)
             with pytest.raises(ValueError, match="this student is of another flow"):
                 loaded.check_student()
+
+    @pytest.mark.parametrize("write", [through_data, by_assignment, by_averages])
+    def test_weights_that_are_written_unseen(self, write: Callable[[TARFlowModel], None]) -> None:
+        pipe = with_student(make_pipeline())
+        pipe.flow.load_state_dict({name: one.clone() for name, one in pipe.flow.state_dict().items()}, assign=True)
+        pipe.check_student()
+        store = pipe.calibration_store()
+        versions = [one._version for one in pipe.flow.parameters()]
+        write(pipe.flow)
+        assert versions == [one._version for one in pipe.flow.parameters()]  # PyTorch has counted nothing
+        with pytest.raises(ValueError, match="this student is of another flow"):
+            pipe.check_student()
+        assert pipe.calibration_store() is not store
+        assert pipe.calibration_store() is pipe.calibration_store()
 
     def test_beside_a_compiled_flow(self) -> None:
         pipe = with_student(make_pipeline())
@@ -327,6 +368,20 @@ class TestModelOffload:
         assert pipe.flow.device.type == "cpu" and pipe.text_encoder.device.type == "meta"
         pipe.encode_prompt(CAPTIONS)
         assert pipe.flow.device.type == "meta" and pipe.text_encoder.device.type == "cpu"
+
+    def test_fast_decoding_keeps_nothing_on_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        said: list[str] = []
+        monkeypatch.setattr(inversion.logger, "warning_once", said.append)
+        pipe, labels = make_pipeline(), {"class_labels": [0, 1]}
+        pipe.enable_fast_decoding(None)
+        plain = draw(pipe, decoding="sequential", **labels)
+        assert pipe._fast_steps.steps and not said
+        self.offloaded(pipe)
+        np.testing.assert_allclose(plain, draw(pipe, decoding="sequential", **labels), rtol=0, atol=1e-5)
+        assert pipe._fast_steps.steps == {}
+        draw(pipe, **labels)  # calibrates
+        assert pipe._fast_steps.steps == {}
+        assert all("not compiled where weights leave" in text for text in said) and said
 
     @pytest.mark.parametrize("conditioning", ["none", "class_prefix", "prefix"])
     def test_tools(self, conditioning: str) -> None:
