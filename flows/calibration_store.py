@@ -40,6 +40,7 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+@torch.no_grad()
 def sample_of_weights(model: nn.Module) -> bytes:
     """A few numbers of each parameter, which tell in well under a millisecond for small models whether weights have
     changed, also by ways that PyTorch does not count, as through ``.data``.
@@ -47,15 +48,18 @@ def sample_of_weights(model: nn.Module) -> bytes:
     Changes are not seen of single numbers between those, of quantized weights, and of weights that are not in memory; a
     model in groups that are brought for each use has none, as their memory may hold anything in between.
     """
-    numbers: dict[torch.device, list[Tensor]] = {}
-    for part in model.modules():
-        if offload_group(part) is not None:
+    numbers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    pending: list[nn.Module] = [model]  # `modules` takes as long as all the rest
+    while pending:
+        part = pending.pop()
+        if "_diffusers_hook" in vars(part) and offload_group(part) is not None:
             return b""
+        pending += [child for child in part._modules.values() if child is not None]
         for parameter in part._parameters.values():
-            if type(parameter) is nn.Parameter and parameter.device.type != "meta":
-                values = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // SAMPLED)]
-                numbers.setdefault(parameter.device, []).append(values.float())
-    return b"".join(torch.cat(values).cpu().numpy().tobytes() for values in numbers.values())
+            if type(parameter) is nn.Parameter and not parameter.is_meta:
+                values = parameter.reshape(-1)[:: max(1, parameter.numel() // SAMPLED)]
+                numbers.setdefault((parameter.device, parameter.dtype), []).append(values)
+    return b"".join(torch.cat(values).float().cpu().numpy().tobytes() for values in numbers.values())
 
 
 def file_of(name: str | Path | None, shared: bool = False) -> Path | None:
