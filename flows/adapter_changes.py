@@ -11,7 +11,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import Tensor, nn
 
-from tarflow.flows.prepared import offload_group
+from tarflow.flows.prepared import is_on_files
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
@@ -37,8 +37,7 @@ def follow_mode(model: nn.Module) -> None:
 def refuse_offloading_to_files(model: nn.Module) -> None:
     """An error if a model's adapters are to change whose weights are offloaded to files: Diffusers would take what is in
     memory for them, and would not write the files anew."""
-    groups = (offload_group(part) for part in model.modules())
-    if any(group is not None and group.offload_to_disk_path is not None for group in groups):
+    if is_on_files(model):
         raise ValueError(
             f"the weights of this {type(model).__name__} are offloaded to files, which cannot get or lose adapters: change "
             "them first, then offload to a new folder (offload_to_disk_path)"

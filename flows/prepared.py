@@ -181,15 +181,24 @@ def leaves_after_use(module: Any) -> bool:
     return leaves or offload_group(module) is not None
 
 
+def is_on_files(module: nn.Module) -> bool:
+    """Whether Diffusers' group offloading keeps weights of a module in files."""
+    groups = (offload_group(part) for part in module.modules())
+    return any(group is not None and group.offload_to_disk_path is not None for group in groups)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether weights of a module are brought to it only while it computes (sequential offloading, ``device_map``)."""
+    return any(parameter.device.type == "meta" for parameter in module.parameters())
+
+
 def check_saved_whole(module: nn.Module) -> None:
     """Refuse to save a module whose weights are in places where only a forward pass finds them.
 
     Raises:
         ValueError: if they are on a disk, or kept by Accelerate's hooks.
     """
-    groups = [group for part in module.modules() if (group := offload_group(part)) is not None]
-    on_disk = any(group.offload_to_disk_path is not None for group in groups)
-    if on_disk or any(parameter.device.type == "meta" for parameter in module.parameters()):
+    if is_on_files(module) or is_elsewhere(module):
         raise ValueError(
             f"the weights of this {type(module).__name__} are offloaded, to a disk or by Accelerate's hooks: load it anew "
             "without offloading to save it"

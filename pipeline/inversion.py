@@ -18,11 +18,10 @@ from tarflow.flows.decoding import Decoding
 from tarflow.flows.fast_step import OFFLOADED, FastSteps
 from tarflow.flows.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.prepared import leaves_after_use
+from tarflow.flows.prepared import is_elsewhere, leaves_after_use
 from tarflow.flows.watch import Calibration
 from tarflow.models import FOLDER
 from tarflow.pipeline import one_pass
-from tarflow.pipeline.offload import is_elsewhere
 
 logger = logging.get_logger(__name__)
 

@@ -33,11 +33,6 @@ class Offloading:
         hook.pre_forward(module)
 
 
-def is_elsewhere(module: nn.Module) -> bool:
-    """Whether weights of a module are brought to it only while it computes (sequential offloading, ``device_map``)."""
-    return any(parameter.device.type == "meta" for parameter in module.parameters())
-
-
 def missing_tensors(module: nn.Module) -> list[str]:
     """Parameters and buffers that a module has no values of, nor a hook that would bring them."""
     missing = []

@@ -133,7 +133,6 @@ def write_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) 
     try:
         with replaced(path) as temporary:
             save_file(tensors, temporary, {"cache": json.dumps(header, sort_keys=True)})
-            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:

@@ -17,7 +17,6 @@ from tarflow.common.progress import progress_bar, write_line
 from tarflow.training.batches import BatchReader, StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import (
     check_facts,
-    checkpoint_name,
     checkpoint_to_resume,
     on_main,
     read_state,
@@ -29,7 +28,7 @@ from tarflow.training.network_step import NetworkStepper, Task
 from tarflow.training.parallel import TIMEOUT, processes_on_cpus
 from tarflow.training.reading import reading
 from tarflow.training.schedule import TimeLimit
-from tarflow.training.stopping import Stopped, StopRequest
+from tarflow.training.stopping import EndsEarly, Stopped, StopRequest
 
 
 def network_accelerator(config: NetworkConfig, folder: Path) -> Accelerator:
@@ -54,7 +53,7 @@ def network_accelerator(config: NetworkConfig, folder: Path) -> Accelerator:
     return accelerator
 
 
-class NetworkTrainer:
+class NetworkTrainer(EndsEarly):
     """One run: `NetworkTrainer(config, resolved, folder, accelerator, task, stepper).run()`.
 
     Args:
@@ -239,18 +238,9 @@ class NetworkTrainer:
         self.accelerator.end_training()
         return metrics
 
-    @property
-    def is_saved(self) -> bool:
-        """Whether the last checkpoint is of this step."""
-        return self.saved is not None and self.saved.name == checkpoint_name(self.step)
-
     def stop(self, name: str) -> dict[str, Any]:
-        """Save a checkpoint, if it is not there yet, and end before all is done."""
-        if not self.is_saved:
-            self.save_checkpoint()
-        if self.accelerator.is_main_process:
-            write_line(f"stopped by {name} at step {self.step}: {self.saved} is saved; go on with --resume latest")
-        self.accelerator.end_training()
+        """End before all is done, see `save_and_end`."""
+        self.save_and_end(name)
         return {"step": self.step, "stopped": name}
 
 

@@ -18,7 +18,6 @@ from tarflow.training.averages import WeightAverages
 from tarflow.training.batches import BatchReader, StepSampler, groups_of, train_loader
 from tarflow.training.checkpoint import (
     check_state,
-    checkpoint_name,
     checkpoint_to_resume,
     on_main,
     read_state,
@@ -43,14 +42,14 @@ from tarflow.training.report import build_pipeline, metrics_of, write_grids
 from tarflow.training.schedule import TimeLimit, images_per_step, total_steps
 from tarflow.training.setup import as_cached, make_parts, meaning, measure
 from tarflow.training.start import load_start
-from tarflow.training.stopping import Stopped, StopRequest
+from tarflow.training.stopping import EndsEarly, Stopped, StopRequest
 from tarflow.training.text import check_text, cut_captions_of, text_facts
 
 #: What a resumed run takes from its own settings.
 OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
 
 
-class Trainer:
+class Trainer(EndsEarly):
     """One run: `Trainer(config, resolved).run()`.
 
     Args:
@@ -273,18 +272,9 @@ class Trainer:
         self.accelerator.end_training()
         return {**metrics, "steps": self.step}
 
-    @property
-    def is_saved(self) -> bool:
-        """Whether the last checkpoint is of this step."""
-        return self.saved is not None and self.saved.name == checkpoint_name(self.step)
-
     def stop(self, name: str) -> dict[str, Any]:
-        """Save a checkpoint, if it is not there yet, and end before all is done."""
-        if not self.is_saved:
-            self.save_checkpoint()
-        if self.accelerator.is_main_process:
-            write_line(f"stopped by {name} at step {self.step}: {self.saved} is saved; go on with --resume latest")
-        self.accelerator.end_training()
+        """End before all is done, see `save_and_end`."""
+        self.save_and_end(name)
         return {"steps": self.step, "stopped": name}
 
     @contextmanager
