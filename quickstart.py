@@ -19,7 +19,7 @@ from tarflow import TARFlowPipeline
 from tarflow.common.command import ending
 from tarflow.common.files import replaced
 from tarflow.data.drawings import CLASS_NAMES
-from tarflow.evaluation.match import (
+from tarflow.evaluation.samples.match import (
     all_captions,
     caption_shares,
     captioned_grid,
@@ -27,11 +27,11 @@ from tarflow.evaluation.match import (
     generate,
     round_trip_error,
 )
-from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import parse_config
-from tarflow.training.config import RunConfig
-from tarflow.training.stopping import exit_status
-from tarflow.training.trainer import Trainer
+from tarflow.pipeline.loading.device import best_device
+from tarflow.training.flow.arguments import parse_config
+from tarflow.training.flow.config import RunConfig
+from tarflow.training.flow.trainer import Trainer
+from tarflow.training.loop.stopping import exit_status
 
 #: What training may have measured of held-out pictures, and how it is said.
 LIKELIHOODS = {

@@ -1,1 +1,4 @@
-"""The command line: `tarflow generate`, `train`, `train-student`, `evaluate`, `demo`, `models`, `configs`."""
+"""The command `tarflow`: one file a subcommand, thin; the work is done elsewhere.
+
+May import: everything but scripts.
+"""

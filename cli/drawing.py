@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
-from tarflow.evaluation.generation import image_seed
-from tarflow.pipeline.aspect import aspect_size
-from tarflow.pipeline.checks import NOISE_REMOVALS, label_of
-from tarflow.pipeline.limits import available_bytes, check_num_images, gigabytes, largest_count
+from tarflow.evaluation.samples.generation import image_seed
+from tarflow.pipeline.call.aspect import aspect_size
+from tarflow.pipeline.call.inputs import NOISE_REMOVALS, label_of
+from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.report import make_grid
+from tarflow.training.flow.report import make_grid
 
 #: Pictures that are drawn at once, if the memory holds them.
 BATCH = 32

@@ -22,18 +22,18 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.backbones import Normalize
-from tarflow.evaluation.features import INCEPTION, Extractor, load_extractor
-from tarflow.evaluation.fid_report import evaluate, reference_statistics, table, write_json
-from tarflow.evaluation.generation import GenerationConfig, generate_images
-from tarflow.evaluation.image_sets import open_images
-from tarflow.evaluation.metrics import Metric
-from tarflow.evaluation.statistics import KEPT_FEATURES
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.parallel import TIMEOUT, processes_on_cpus
+from tarflow.evaluation.features.backbones import Normalize
+from tarflow.evaluation.features.extractors import INCEPTION, Extractor, load_extractor
+from tarflow.evaluation.features.metrics import Metric
+from tarflow.evaluation.features.statistics import KEPT_FEATURES
+from tarflow.evaluation.images.sets import open_images
+from tarflow.evaluation.reports.fid import evaluate, reference_statistics, table, write_json
+from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
+from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import re
 
 from tarflow.cli.parsing import CommandParser
 from tarflow.cli.pictures import Target
-from tarflow.pipeline.aspect import ASPECT_RATIOS
-from tarflow.pipeline.checks import NOISE_REMOVALS
+from tarflow.pipeline.call.aspect import ASPECT_RATIOS
+from tarflow.pipeline.call.inputs import NOISE_REMOVALS
 
 DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as the pipeline was trained.
 

@@ -13,13 +13,13 @@ import json
 from typing import Literal
 
 from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_text
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
-from tarflow.evaluation.likelihood import Likelihood, evaluate_likelihood
+from tarflow.evaluation.likelihood.held_out import Likelihood, evaluate_likelihood
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import parse_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

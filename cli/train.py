@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from tarflow.cli.parsing import with_config_file
 from tarflow.common.command import ending
-from tarflow.training.arguments import parse_config
-from tarflow.training.stopping import exit_status, launched_process
-from tarflow.training.trainer import Trainer
+from tarflow.training.flow.arguments import parse_config
+from tarflow.training.flow.trainer import Trainer
+from tarflow.training.loop.stopping import exit_status, launched_process
 
 
 def main(

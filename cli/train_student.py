@@ -11,11 +11,11 @@ from the last checkpoint. To train on several devices: accelerate launch -m tarf
 from __future__ import annotations
 
 from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.stopping import exit_status, launched_process
-from tarflow.training.student import train_student
-from tarflow.training.student_config import StudentConfig
+from tarflow.training.loop.stopping import exit_status, launched_process
+from tarflow.training.student.config import StudentConfig
+from tarflow.training.student.task import train_student
 
 
 def main(argv: list[str] | None = None, prog: str = "tarflow train-student", description: str | None = __doc__) -> None:

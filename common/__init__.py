@@ -1,1 +1,4 @@
-"""What every part may use and that uses none of them: files."""
+"""What every part needs and none owns: files, progress, errors of commands, clocks, processes, charts.
+
+May import: nothing else of the project.
+"""

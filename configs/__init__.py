@@ -1,4 +1,7 @@
-"""Configurations that ship with the project, as YAML files."""
+"""Configurations that ship with the project, as YAML files.
+
+May import: nothing else of the project.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""Pictures in: the project's own drawings, image folders, zip archives, Datasets; and caches of their latents."""
+"""Pictures with captions or labels, from folders, archives, named data sets, and drawings made here; cached latents.
+
+May import: common.
+"""

@@ -1,1 +1,4 @@
-"""The local web page over any pipeline folder."""
+"""The web page that draws.
+
+May import: common, data, models, flows.*, vae, pipeline.*, evaluation.*.
+"""

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tarflow.evaluation.generation import image_seed
-from tarflow.flows.calibration import clock
-from tarflow.pipeline.checks import NOISE_REMOVALS
-from tarflow.pipeline.limits import check_num_images
-from tarflow.pipeline.one_pass import STUDENT
+from tarflow.common.clock import clock
+from tarflow.evaluation.samples.generation import image_seed
+from tarflow.pipeline.call.inputs import NOISE_REMOVALS
+from tarflow.pipeline.call.limits import check_num_images
+from tarflow.pipeline.call.student_sampling import STUDENT
 
 #: How the page names the ways to invert a block, and the parts of the sequence that its "gs_jacobi" sweeps in turn.
 DECODINGS, SEGMENTS = ("auto", "sequential", "jacobi", "gs_jacobi", "fast"), 4

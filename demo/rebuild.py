@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tarflow.data.folder import flattened, read_image, read_size
 from tarflow.data.images import fit, to_model, to_uint8
-from tarflow.evaluation.likelihood import condition_of, picture_likelihoods
-from tarflow.evaluation.picture_quality import psnr
+from tarflow.evaluation.likelihood.held_out import picture_likelihoods
+from tarflow.evaluation.reconstruction.quality import psnr
+from tarflow.pipeline.conditions import condition_of
 
 #: Larger uploads are refused before they are decoded: 40 million pixels are 120 MB.
 MOST_PIXELS = 40_000_000

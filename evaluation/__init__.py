@@ -1,0 +1,4 @@
+"""How good samples and likelihoods are; a room for each question.
+
+May import: nothing else of the project.
+"""

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from tarflow.flows.block import FlowBlock
-from tarflow.flows.config import CONDITIONINGS, DENOISERS, BlockConfig
-from tarflow.flows.coupling import CouplingBlock
+from tarflow.flows.blocks.autoregressive import FlowBlock
+from tarflow.flows.blocks.coupling import CouplingBlock
+from tarflow.flows.blocks.inverse_autoregressive import InverseAutoregressiveBlock
 from tarflow.flows.denoiser import Denoiser
-from tarflow.flows.inverse_block import InverseAutoregressiveBlock
-from tarflow.flows.order import PATCH_LAYOUTS, block_order
+from tarflow.flows.layers.config import CONDITIONINGS, DENOISERS, BlockConfig
+from tarflow.flows.layers.order import PATCH_LAYOUTS, block_order
 
 BLOCKS: dict[str, type[FlowBlock]] = {
     "autoregressive": FlowBlock,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tarflow.flows.network import TokenNetwork
+from tarflow.flows.layers.network import TokenNetwork
 
 
 class Denoiser(TokenNetwork):

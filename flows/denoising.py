@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow.flows.affine import at_least_float32
+from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.likelihood import prior_log_prob
 
 

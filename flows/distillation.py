@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.likelihood import prior_log_prob
-from tarflow.flows.sampling import generate
 
 
 def check_pair(teacher: Any, student: Any) -> None:

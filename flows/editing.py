@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow.flows.affine import affine_forward, affine_inverse, at_least_float32
-from tarflow.flows.decoding import BlockRun, check_finite
+from tarflow.flows.decoding.method import BlockRun, check_finite
+from tarflow.flows.decoding.sequential import fitting_threads
+from tarflow.flows.decoding.step import decode_step
+from tarflow.flows.layers.affine import affine_forward, affine_inverse, at_least_float32
+from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.prepared import at_hand
 from tarflow.flows.likelihood import block_affine, check_autoregressive, log_prob, prior_log_prob
-from tarflow.flows.order import reorder
-from tarflow.flows.prepared import at_hand
-from tarflow.flows.sequential import fitting_threads
-from tarflow.flows.step import decode_step
 
 PATHS = ("spherical", "linear")
 

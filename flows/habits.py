@@ -14,8 +14,8 @@ from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from torch import Tensor
 
 from tarflow.common.dtypes import kept_default_dtype
-from tarflow.flows.network import recomputed
-from tarflow.flows.prepared import check_saved_whole
+from tarflow.flows.layers.network import recomputed
+from tarflow.flows.layers.prepared import check_saved_whole
 
 
 @dataclass

@@ -8,10 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow.flows.affine import affine_forward, at_least_float32
-from tarflow.flows.decoding import BlockRun
-from tarflow.flows.order import reorder
-from tarflow.flows.prepared import at_hand
+from tarflow.flows.decoding.method import BlockRun
+from tarflow.flows.layers.affine import affine_forward, at_least_float32
+from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.prepared import at_hand
 
 
 def prior_log_prob(z: Tensor, variance: Tensor | None = None) -> Tensor:

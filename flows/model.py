@@ -12,16 +12,16 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from tarflow.flows import sampling
-from tarflow.flows.adapters import FlowAdapters
+from tarflow.flows.adapters.adapters import FlowAdapters
+from tarflow.flows.blocks.reversible import through_blocks
 from tarflow.flows.build import check_model, make_blocks, make_denoiser
-from tarflow.flows.condition import as_condition
-from tarflow.flows.guidance import Guidance
+from tarflow.flows.decoding import sampling
 from tarflow.flows.habits import FlowOutput, NetworkHabits
-from tarflow.flows.network import recomputed
-from tarflow.flows.order import patchify, unpatchify
-from tarflow.flows.prepared import at_hand, compute_device, compute_dtype, weights_move
-from tarflow.flows.reversible import through_blocks
+from tarflow.flows.layers.condition import as_condition
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.layers.network import recomputed
+from tarflow.flows.layers.order import patchify, unpatchify
+from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype, weights_move
 
 #: What `TARFlowModel.set_checkpointing` takes.
 CHECKPOINTED = ("none", "block", "layer", "both", "reversible")

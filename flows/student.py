@@ -18,14 +18,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
-from tarflow.flows.affine import at_least_float32
-from tarflow.flows.config import CONDITIONINGS, BlockConfig
 from tarflow.flows.habits import NetworkHabits, StudentOutput
-from tarflow.flows.network import recomputed
-from tarflow.flows.order import patchify, unpatchify
-from tarflow.flows.positions import rotary_angles, rotation_tables
-from tarflow.flows.prepared import compute_device, compute_dtype
-from tarflow.flows.transformer import OutputLinear, RMSNorm, TransformerLayer
+from tarflow.flows.layers.affine import at_least_float32
+from tarflow.flows.layers.config import CONDITIONINGS, BlockConfig
+from tarflow.flows.layers.network import recomputed
+from tarflow.flows.layers.order import patchify, unpatchify
+from tarflow.flows.layers.positions import rotary_angles, rotation_tables
+from tarflow.flows.layers.prepared import compute_device, compute_dtype
+from tarflow.flows.layers.transformer import OutputLinear, RMSNorm, TransformerLayer
 
 #: What a student gives: latents without the training noise, or with it, as the flow's inverse does.
 TARGETS = ("clean", "noisy")

@@ -1,4 +1,7 @@
-"""Pipelines that ship with the project; `TARFlowPipeline.from_pretrained` takes their names."""
+"""Pipelines that ship with the project; `TARFlowPipeline.from_pretrained` takes their names.
+
+May import: nothing else of the project.
+"""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tarflow.flows.conversion import convert_state_dict, is_starflow, model_arguments
 from tarflow.flows.model import TARFlowModel
-from tarflow.pipeline.folder import is_unused, usual_rights, written_into
+from tarflow.pipeline.loading.folder import is_unused, usual_rights, written_into
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-from tarflow.pipeline.text import embedding_width
-from tarflow.pipeline.text_loading import load_text_encoder
+from tarflow.pipeline.text.encoding import embedding_width
+from tarflow.pipeline.text.loading import load_text_encoder
 from tarflow.vae.codec import LatentCodec, load_autoencoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from tarflow.models import resolve, shipped
-from tarflow.pipeline.device import best_device
-from tarflow.pipeline.folder import INDEX
+from tarflow.pipeline.loading.device import best_device
+from tarflow.pipeline.loading.folder import INDEX
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -14,25 +14,27 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tarflow.common.progress import progress_bar
-from tarflow.flows import sampling
-from tarflow.flows.calibration_store import CalibrationStore
-from tarflow.flows.decoding import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, residual
-from tarflow.flows.fast_step import FastSteps
-from tarflow.flows.guidance import Guidance
+from tarflow.flows.decoding import sampling
+from tarflow.flows.decoding.calibration_store import CalibrationStore
+from tarflow.flows.decoding.fast_step import FastSteps
+from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, residual
+from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
-from tarflow.pipeline import call_checks, checks, one_pass
-from tarflow.pipeline.aspect import aspect_size, nearest_aspect_ratio
-from tarflow.pipeline.callbacks import AfterBlock, CallState, warn_beyond_promise
-from tarflow.pipeline.components import Components
-from tarflow.pipeline.editing import ExactFlowTools
-from tarflow.pipeline.hub import PipelineFiles
-from tarflow.pipeline.inversion import BlockInversion
-from tarflow.pipeline.lora import LoraLoading
-from tarflow.pipeline.offload import Offloading
-from tarflow.pipeline.prompts import PromptEncoding
-from tarflow.pipeline.samples import SampleDecoding
-from tarflow.pipeline.text_options import TextOptions
+from tarflow.pipeline.call import checks as call_checks
+from tarflow.pipeline.call import inputs as checks
+from tarflow.pipeline.call import student_sampling as one_pass
+from tarflow.pipeline.call.aspect import aspect_size, nearest_aspect_ratio
+from tarflow.pipeline.call.callbacks import AfterBlock, CallState, warn_beyond_promise
+from tarflow.pipeline.call.components import Components
+from tarflow.pipeline.call.inversion import BlockInversion
+from tarflow.pipeline.call.prompts import PromptEncoding
+from tarflow.pipeline.call.samples import SampleDecoding
+from tarflow.pipeline.editing.tools import ExactFlowTools
+from tarflow.pipeline.loading.hub import PipelineFiles
+from tarflow.pipeline.loading.offload import Offloading
+from tarflow.pipeline.lora.lora import LoraLoading
+from tarflow.pipeline.text.options import TextOptions
 from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import LatentDecoder
 

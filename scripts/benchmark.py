@@ -38,19 +38,20 @@ from typing import Any
 import torch
 
 from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.benchmarks import charts
+from tarflow.benchmarks.exactness import SAMPLES, SCALES, captions_of, exactness, exactness_table
+from tarflow.benchmarks.memory import MODES, memory_of, memory_table, training_memory
+from tarflow.benchmarks.random_models import random_model, shape_of
+from tarflow.benchmarks.sampling import Speed, compare, roofline
+from tarflow.benchmarks.training import PRECISIONS, VARIANTS, best, compare_training, loss_differences
+from tarflow.common.charts import check_matplotlib
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_text
-from tarflow.evaluation import charts
-from tarflow.evaluation.exactness import SAMPLES, SCALES, captions_of, exactness, exactness_table
-from tarflow.evaluation.machine import machine, product_speed
-from tarflow.evaluation.random_models import random_model, shape_of
-from tarflow.evaluation.sampling_speed import Speed, compare, roofline
-from tarflow.evaluation.training_memory import MODES, memory_of, memory_table, training_memory
-from tarflow.evaluation.training_speed import PRECISIONS, VARIANTS, best, compare_training, loss_differences
-from tarflow.flows.guidance import Guidance
+from tarflow.common.machine import machine, product_speed
+from tarflow.flows.layers.guidance import Guidance
 from tarflow.models import shipped
 from tarflow.pipeline.conversion import DTYPES
-from tarflow.pipeline.device import best_device
+from tarflow.pipeline.loading.device import best_device
 from tarflow.pipeline.opening import locate
 
 
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     with ending():
         check_numbers(arguments)
         check_writable(arguments.output, folder=True)
-        charts.check_matplotlib()
+        check_matplotlib()
         arguments.run(arguments)
 
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from accelerate import PartialState
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.cache_plan import CacheConfig
-from tarflow.training.caching import cache_latents
+from tarflow.training.latent_cache.caching import cache_latents
+from tarflow.training.latent_cache.plan import CacheConfig
 
 
 def main(argv: list[str] | None = None) -> None:

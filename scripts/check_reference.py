@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 
+from tarflow.benchmarks.reference import check_folder
 from tarflow.common.command import ending
-from tarflow.evaluation.reference import check_folder
 
 
 def main(argv: list[str] | None = None) -> None:

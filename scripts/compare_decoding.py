@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
-from tarflow.evaluation.decoding_comparison import ComparisonConfig, compare_decoding
+from tarflow.experiments.decoding import ComparisonConfig, compare_decoding
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import parse_dataclass
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,9 +10,9 @@ are made of all. ``pip install 'tarflow[family]'`` brings scikit-learn, and zuko
 
 from __future__ import annotations
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.evaluation.flow_comparison import FlowComparison, compare_flows
-from tarflow.training.arguments import parse_dataclass
+from tarflow.experiments.family.comparison import FlowComparison, compare_flows
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
-from tarflow.evaluation.student_comparison import StudentComparisonConfig, compare_student
+from tarflow.experiments.students import StudentComparisonConfig, compare_student
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import parse_dataclass
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tarflow.common.arguments import parse_dataclass
+from tarflow.common.charts import check_matplotlib
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, to_uint8
-from tarflow.evaluation.charts import check_matplotlib
-from tarflow.evaluation.decoding_comparison import labelled_rows, save_picture
-from tarflow.evaluation.out_of_distribution import detect, detection_chart
-from tarflow.evaluation.subset import Subset, spread
+from tarflow.data.subset import Subset, spread
+from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_chart
+from tarflow.experiments.decoding import labelled_rows, save_picture
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import parse_dataclass
 
 Rows = dict[str, Tensor]  # uint8 pictures (N, 3, H, W) by the row's name
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_json
-from tarflow.pipeline.folder import INDEX, own_folder, written_into
+from tarflow.pipeline.loading.folder import INDEX, own_folder, written_into
 from tarflow.pipeline.opening import open_pipeline
 
 DTYPES = ("float16", "bfloat16", "float32")

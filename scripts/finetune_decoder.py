@@ -11,10 +11,10 @@ checkpoint.
 from __future__ import annotations
 
 from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.decoder import DecoderConfig, finetune_decoder
-from tarflow.training.stopping import exit_status, launched_process
+from tarflow.training.autoencoder.decoder import DecoderConfig, finetune_decoder
+from tarflow.training.loop.stopping import exit_status, launched_process
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from tarflow import configs
+from tarflow.benchmarks import gpu_checks
+from tarflow.benchmarks.gpu_checks import require
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_text
-from tarflow.evaluation import gpu_checks
-from tarflow.evaluation.gpu_checks import require
-from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import parse_config
-from tarflow.training.trainer import Trainer
+from tarflow.pipeline.loading.device import best_device
+from tarflow.training.flow.arguments import parse_config
+from tarflow.training.flow.trainer import Trainer
 
 RUN = ["--config", configs.resolve("quickstart_class"), "--log.trackers", "[]", "--log.eval_images", "64"]
 SHARDED = str(configs.FOLDER / "accelerate" / "fsdp2.yaml")

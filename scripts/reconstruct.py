@@ -16,15 +16,15 @@ from typing import Literal
 import torch
 from torchvision.io import write_png
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model, to_uint8
-from tarflow.evaluation.subset import evenly
+from tarflow.data.subset import evenly
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.batches import read_batch
+from tarflow.training.loop.batches import read_batch
 
 
 @dataclass(frozen=True, kw_only=True)

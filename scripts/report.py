@@ -8,11 +8,11 @@ The file needs no network and no scripts. The data must be what the model was tr
 
 from __future__ import annotations
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.evaluation.html_report import write_report
-from tarflow.evaluation.report_contents import ReportConfig
-from tarflow.pipeline.device import best_device
-from tarflow.training.arguments import parse_dataclass
+from tarflow.evaluation.reports.contents import ReportConfig
+from tarflow.evaluation.reports.html import write_report
+from tarflow.pipeline.loading.device import best_device
 
 
 def main(argv: list[str] | None = None) -> None:

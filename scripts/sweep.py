@@ -17,10 +17,10 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.evaluation.sweep import SweepConfig, run_sweep
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.parallel import TIMEOUT, processes_on_cpus
+from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
+from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.autoencoder import AutoencoderTrainer
-from tarflow.training.autoencoder_config import TrainVaeConfig
-from tarflow.training.stopping import exit_status, launched_process
+from tarflow.training.autoencoder.config import TrainVaeConfig
+from tarflow.training.autoencoder.task import AutoencoderTrainer
+from tarflow.training.loop.stopping import exit_status, launched_process
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tarflow.evaluation.features import Extractor
+from tarflow.evaluation.features.extractors import Extractor
 
 
 def write_pictures(folder: Path, count: int = 8, seed: int = 0, size: tuple[int, int] = (32, 32)) -> Path:

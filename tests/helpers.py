@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tarflow.flows.block import FlowBlock
+from tarflow.flows.blocks.autoregressive import FlowBlock
 from tarflow.flows.model import TARFlowModel
 
 ROOT = Path(__file__).parents[1]

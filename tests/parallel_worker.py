@@ -14,9 +14,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
-from tarflow.training.arguments import parse_config
-from tarflow.training.stopping import launched_process
-from tarflow.training.trainer import Trainer
+from tarflow.training.flow.arguments import parse_config
+from tarflow.training.flow.trainer import Trainer
+from tarflow.training.loop.stopping import launched_process
 
 
 def train(arguments: list[str]) -> dict[str, Any]:

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from tarflow.flows.affine import SCALES, affine_forward, affine_inverse, at_least_float32, log_scale_of, soft_clip
+from tarflow.flows.layers.affine import (
+    SCALES,
+    affine_forward,
+    affine_inverse,
+    at_least_float32,
+    log_scale_of,
+    soft_clip,
+)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from tarflow.training.arguments import config_first, parse_dataclass
+from tarflow.common.arguments import config_first, parse_dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,19 +20,19 @@ from helpers import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.autoencoder import AutoencoderTrainer
-from tarflow.training.autoencoder_config import TrainVaeConfig
-from tarflow.training.autoencoder_model import (
+from tarflow.common.arguments import parse_dataclass
+from tarflow.training.autoencoder.config import TrainVaeConfig
+from tarflow.training.autoencoder.model import (
     Reconstruction,
     check_arguments,
     copy_for_use,
     fix_posterior,
     kl_divergence,
 )
-from tarflow.training.autoencoder_report import evaluate
-from tarflow.training.network_trainer import write_metrics
-from tarflow.training.picture_step import PictureStepper
+from tarflow.training.autoencoder.report import evaluate
+from tarflow.training.autoencoder.task import AutoencoderTrainer
+from tarflow.training.loop.network_trainer import write_metrics
+from tarflow.training.losses.step import PictureStepper
 
 MODEL: dict[str, Any] = {
     "latent_channels": 2,
@@ -163,7 +163,7 @@ class TestTraining:
 
     def test_perceptual_loss_and_time_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save_file(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "x.safetensors")
-        monkeypatch.setattr("tarflow.training.schedule.TIMED_STEPS", (2, 4))
+        monkeypatch.setattr("tarflow.training.loop.schedule.TIMED_STEPS", (2, 4))
         settings = ["--loss.perceptual", "1", "--loss.perceptual_weights", str(tmp_path / "x.safetensors")]
         metrics = train(tmp_path / "a", *settings, "--max_minutes", "1e-4", "--mixed_precision", "bf16")
         assert metrics["step"] == 5

@@ -21,10 +21,11 @@ from PIL import Image
 
 from tarflow.data.config import DataConfig
 from tarflow.data.latents import CachedLatents
-from tarflow.training import cache_folder, caching
-from tarflow.training.cache_plan import CacheConfig
-from tarflow.training.caching import agreed, cache_latents, same_plan
-from tarflow.training.config import VaeConfig
+from tarflow.training.flow.config import VaeConfig
+from tarflow.training.latent_cache import caching
+from tarflow.training.latent_cache import folder as cache_folder
+from tarflow.training.latent_cache.caching import agreed, cache_latents, same_plan
+from tarflow.training.latent_cache.plan import CacheConfig
 
 
 def save_autoencoder(path: Path, seed: int = 0) -> str:

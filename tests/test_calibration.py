@@ -18,13 +18,13 @@ from torch import Tensor
 
 from tarflow import TARFlowPipeline
 from tarflow.common.cache import cache_folder
-from tarflow.flows import calibration_store
-from tarflow.flows.calibration import COMPARISONS, TIMED_STEPS, TURNS, BlockChoice, calibrate
-from tarflow.flows.calibration_store import FILE_NAME, CalibrationStore, file_of, fingerprint
-from tarflow.flows.decoding import BlockRun
+from tarflow.flows.decoding import calibration_store
+from tarflow.flows.decoding.calibration import COMPARISONS, TIMED_STEPS, TURNS, BlockChoice, calibrate
+from tarflow.flows.decoding.calibration_store import FILE_NAME, CalibrationStore, file_of, fingerprint
+from tarflow.flows.decoding.method import BlockRun
+from tarflow.flows.decoding.step import DecodeStep
+from tarflow.flows.decoding.watch import DISTANCES, MOST_CALIBRATIONS, Calibration
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.step import DecodeStep
-from tarflow.flows.watch import DISTANCES, MOST_CALIBRATIONS, Calibration
 
 
 class Machine:
@@ -52,7 +52,7 @@ class Machine:
 
         monkeypatch.setattr(DecodeStep, "__call__", stepped)
         monkeypatch.setattr(BlockRun, "parameters", swept)
-        monkeypatch.setattr("tarflow.flows.calibration.clock", lambda device: self.now)
+        monkeypatch.setattr("tarflow.flows.decoding.calibration.clock", lambda device: self.now)
 
 
 def model_of_16_tokens() -> TARFlowModel:

@@ -20,7 +20,7 @@ from tarflow import configs
 from tarflow.cli.main import main
 from tarflow.cli.models import first_sentence
 from tarflow.cli.pictures import file_stems
-from tarflow.pipeline import limits
+from tarflow.pipeline.call import limits
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_mistyped_paths_are_not_looked_for_on_the_hub(
     def fetch(*_: object, **__: object) -> None:
         raise AssertionError("looked for on the Hub")
 
-    monkeypatch.setattr("tarflow.pipeline.hub.snapshot_download", fetch)
+    monkeypatch.setattr("tarflow.pipeline.loading.hub.snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     gen = ["evaluate", "fid", "gen", "--pipeline", "runs/pipelin", "--out", "samples"]
@@ -157,7 +157,7 @@ def test_small_memory(
     pipelines: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches shrink to what fits; a grid that does not is refused."""
-    monkeypatch.setattr("tarflow.pipeline.limits.available_bytes", lambda device: 3_000_000)
+    monkeypatch.setattr("tarflow.pipeline.call.limits.available_bytes", lambda device: 3_000_000)
     assert 0 < limits.largest_count(make_pipeline("prefix"), 8, guided=False) < 8
     generate(pipelines, "captions", "a", "--num", "8", "--seed", "0", "--out", f"{tmp_path}/x.png")
     assert Image.open(tmp_path / "x.png").size == (96, 96)

@@ -9,7 +9,7 @@ import torch
 from helpers import ROOT
 
 from tarflow.flows.model import TARFlowModel
-from tarflow.training.arguments import parse_config
+from tarflow.training.flow.arguments import parse_config
 
 OTHERS = ("vae_", "fid_", "decoder", "student_")
 TRAINING = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith(OTHERS))

@@ -17,10 +17,10 @@ from transformers import T5EncoderModel
 
 from tarflow import TARFlowPipeline
 from tarflow.pipeline import conversion
-from tarflow.pipeline.aspect import ASPECT_RATIOS, aspect_size, fill_template, nearest_aspect_ratio
+from tarflow.pipeline.call.aspect import ASPECT_RATIOS, aspect_size, fill_template, nearest_aspect_ratio
 from tarflow.pipeline.conversion import convert_checkpoint, load_published, published_from_yaml, read_published_config
-from tarflow.training.config import TextConfig
-from tarflow.training.text import small_t5, train_tokenizer
+from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.text import small_t5, train_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference"
 #: tests/reference/starflow_text/config.json in the published YAML's form.

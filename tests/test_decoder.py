@@ -18,10 +18,10 @@ from test_pipeline import draw as draw_images
 from test_pipeline import make_pipeline
 
 from tarflow import TARFlowPipeline, models
+from tarflow.common.arguments import parse_dataclass
 from tarflow.data.images import collate, to_model
-from tarflow.pipeline.folder import add_component
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.decoder import DecoderConfig, DecoderTask, finetune_decoder
+from tarflow.pipeline.loading.folder import add_component
+from tarflow.training.autoencoder.decoder import DecoderConfig, DecoderTask, finetune_decoder
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder
 

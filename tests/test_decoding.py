@@ -17,17 +17,17 @@ from test_sampling import GUIDANCES, MODELS, conditions
 from torch import Tensor
 
 from tarflow import TARFlowPipeline
-from tarflow.evaluation.exactness import exactness, exactness_table
-from tarflow.evaluation.published_sampler import generate_as_published
-from tarflow.flows import jacobi
-from tarflow.flows.calibration_store import FILE_NAME
-from tarflow.flows.decoding import FAST_TOLERANCE, PROMISES, BlockRun, Decoding, residual
-from tarflow.flows.fast_step import FastSteps
-from tarflow.flows.guidance import Guidance
-from tarflow.flows.jacobi import decode_jacobi
+from tarflow.benchmarks.exactness import exactness, exactness_table
+from tarflow.benchmarks.published_sampler import generate_as_published
+from tarflow.flows.decoding import jacobi
+from tarflow.flows.decoding.calibration_store import FILE_NAME
+from tarflow.flows.decoding.fast_step import FastSteps
+from tarflow.flows.decoding.jacobi import decode_jacobi
+from tarflow.flows.decoding.method import FAST_TOLERANCE, PROMISES, BlockRun, Decoding, residual
+from tarflow.flows.decoding.sampling import decode, generate
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.layers.order import reorder
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.order import reorder
-from tarflow.flows.sampling import decode, generate
 
 
 def grid_model(name: str) -> TARFlowModel:
@@ -174,8 +174,8 @@ def test_pipeline_decodings(tmp_path: Path) -> None:
 def test_parts_of_a_batch_are_the_batch(monkeypatch) -> None:
     pipe = make_pipeline()
     whole = draw(pipe, class_labels=[0, 1], decoding="sequential")
-    monkeypatch.setattr("tarflow.pipeline.samples.DENOISED_TOKENS", 1)
-    monkeypatch.setattr("tarflow.pipeline.samples.DECODED_PIXELS", 1)
+    monkeypatch.setattr("tarflow.pipeline.call.samples.DENOISED_TOKENS", 1)
+    monkeypatch.setattr("tarflow.pipeline.call.samples.DECODED_PIXELS", 1)
     parts = draw(pipe, class_labels=[0, 1], decoding="sequential")
     assert abs(whole - parts).max() < 1e-4
 

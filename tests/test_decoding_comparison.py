@@ -12,9 +12,9 @@ from test_decoder import small_autoencoder, with_decoder
 from test_sweep import Means
 
 from tarflow import TARFlowPipeline
-from tarflow.evaluation import decoding_comparison
-from tarflow.evaluation.decoding_comparison import ComparisonConfig, compare_decoding
-from tarflow.evaluation.features import Extractor
+from tarflow.evaluation.features.extractors import Extractor
+from tarflow.experiments import decoding as decoding_comparison
+from tarflow.experiments.decoding import ComparisonConfig, compare_decoding
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from tarflow.cli.main import main
 from tarflow.demo import about, page
 from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Request, checked, draw, noise_removals
 from tarflow.demo.rebuild import MOST_PIXELS, noise_picture, read_upload, rebuild
-from tarflow.evaluation.generation import image_seed
+from tarflow.evaluation.samples.generation import image_seed
 from tarflow.pipeline.opening import open_pipeline
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -67,7 +67,7 @@ def test_bad_requests_are_sentences(change: dict, sentence: str) -> None:
 
 
 def test_requests_of_too_much_memory_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tarflow.pipeline.limits.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("tarflow.pipeline.call.limits.available_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="not even one fits"):
         checked(make_pipeline("prefix"), REQUEST)
 

@@ -16,11 +16,11 @@ from diffusers.training_utils import EMAModel
 from helpers import condition_of, perturb, random_images, small_model
 from torch import Tensor
 
-from tarflow.flows.attention import LAST_SEES_LAST, TAKE_MASKS, attend, attend_by
-from tarflow.flows.decoding import Decoding
+from tarflow.flows.decoding.method import Decoding
+from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.habits import FlowOutput, StudentOutput
+from tarflow.flows.layers.attention import LAST_SEES_LAST, TAKE_MASKS, attend, attend_by
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.sampling import generate
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.vae.decoder import LatentDecoder

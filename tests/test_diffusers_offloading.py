@@ -21,15 +21,15 @@ from test_pipeline import draw, make_pipeline
 from test_student import with_student
 
 from tarflow import TARFlowModel, TARFlowPipeline
-from tarflow.flows.calibration import conditions_key
-from tarflow.flows.calibration_store import fingerprint
-from tarflow.flows.decoding import Decoding, residual
+from tarflow.flows.decoding.calibration import conditions_key
+from tarflow.flows.decoding.calibration_store import fingerprint
+from tarflow.flows.decoding.fast_step import FastSteps
+from tarflow.flows.decoding.method import Decoding, residual
+from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.editing import HeldFlow
-from tarflow.flows.fast_step import FastSteps
-from tarflow.flows.guidance import Guidance
+from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.likelihood import log_prob, token_log_prob
-from tarflow.flows.sampling import generate
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,9 @@ from test_student import with_student
 from torch import nn
 
 from tarflow import TARFlowModel, TARFlowPipeline
-from tarflow.pipeline import inversion, one_pass
-from tarflow.pipeline.one_pass import flow_hashes
+from tarflow.pipeline.call import inversion
+from tarflow.pipeline.call import student_sampling as one_pass
+from tarflow.pipeline.call.student_sampling import flow_hashes
 from tarflow.vae.decoder import LatentDecoder
 
 LATENT = {"output_type": "latent", "decoding": "sequential"}

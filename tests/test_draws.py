@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from tarflow.data.images import background_colour
-from tarflow.training.arguments import parse_config
-from tarflow.training.autoencoder import AutoencoderTask
-from tarflow.training.batches import StepSampler
-from tarflow.training.component import noisy_latents
-from tarflow.training.draws import Purpose, draw_chances, draw_noise, place_seed
-from tarflow.training.inputs import InputMaker
-from tarflow.training.mixture import Mixture
-from tarflow.training.student_step import StudentStepper
+from tarflow.training.autoencoder.mixture import Mixture
+from tarflow.training.autoencoder.task import AutoencoderTask
+from tarflow.training.flow.arguments import parse_config
+from tarflow.training.flow.inputs import InputMaker
+from tarflow.training.loop.batches import StepSampler
+from tarflow.training.loop.component import noisy_latents
+from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise, place_seed
+from tarflow.training.student.step import StudentStepper
 
 COUNT, CPU = 20_000, torch.device("cpu")
 #: Of an estimated mean or correlation, in its standard deviations. The numbers are always the same ones.
@@ -267,7 +267,7 @@ def test_student_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_independent(**guided, weight=found.weight[~unguided])
 
     # Its own samples, of a noise that is none of the pictures'.
-    monkeypatch.setattr("tarflow.training.student_step.score_denoise", lambda flow, noisy, sigma, **_: noisy)
+    monkeypatch.setattr("tarflow.training.student.step.score_denoise", lambda flow, noisy, sigma, **_: noisy)
     priors = []
     stepper.network = lambda z, labels, cond, weight: priors.append(z) or torch.zeros_like(z)
     stepper.put_own_samples(found, 5, range(COUNT))

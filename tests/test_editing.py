@@ -9,7 +9,7 @@ from helpers import condition_of, perturb, random_images, small_model
 from PIL import Image
 from test_pipeline import CAPTIONS, make_pipeline
 
-from tarflow.evaluation.out_of_distribution import roc, typicality
+from tarflow.evaluation.likelihood.out_of_distribution import roc, typicality
 from tarflow.flows.editing import HeldFlow, interpolate, metropolis, resample
 from tarflow.flows.likelihood import log_prob, token_log_prob
 from tarflow.flows.model import TARFlowModel

@@ -11,7 +11,7 @@ from helpers import perturb
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
-from tarflow.evaluation.likelihood import evaluate_likelihood
+from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
 from tarflow.flows.likelihood import bits_per_dim, dequantize
 from tarflow.vae.codec import load_autoencoder
 

@@ -14,7 +14,7 @@ from helpers import ROOT
 from PIL import Image
 from test_pipeline import make_pipeline
 
-from tarflow.evaluation.decoding_comparison import labelled_rows
+from tarflow.experiments.decoding import labelled_rows
 
 Run = Callable[..., str]
 

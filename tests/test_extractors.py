@@ -21,9 +21,9 @@ from transformers import (
     Dinov2Model,
 )
 
-from tarflow.evaluation.clip_score import clip_score
-from tarflow.evaluation.features import load_extractor
-from tarflow.evaluation.image_sets import open_images
+from tarflow.evaluation.features.clip_score import clip_score
+from tarflow.evaluation.features.extractors import load_extractor
+from tarflow.evaluation.images.sets import open_images
 
 
 class TestExtractors:

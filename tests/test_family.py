@@ -11,15 +11,15 @@ from test_model import jacobian
 from test_pipeline import make_pipeline
 from torch import Tensor
 
-from tarflow.evaluation.training_memory import training_memory
-from tarflow.flows.actnorm import ActNorm
-from tarflow.flows.calibration import calibrate
-from tarflow.flows.decoding import Decoding, residual
-from tarflow.flows.groups import seen_group
-from tarflow.flows.guidance import Guidance
-from tarflow.flows.mixing import ChannelMixing
+from tarflow.benchmarks.memory import training_memory
+from tarflow.flows.decoding.calibration import calibrate
+from tarflow.flows.decoding.method import Decoding, residual
+from tarflow.flows.decoding.sampling import generate
+from tarflow.flows.layers.actnorm import ActNorm
+from tarflow.flows.layers.groups import seen_group
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.layers.mixing import ChannelMixing
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.sampling import generate
 
 GLOW = {"block": "coupling", "mixing": "lu", "actnorm": True}
 CASES: dict[str, dict[str, Any]] = {

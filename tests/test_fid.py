@@ -10,8 +10,8 @@ from fid_helpers import save_backbone, save_clip, write_pictures
 from helpers import ROOT
 
 from tarflow.cli.fid import RunConfig, main
+from tarflow.common.arguments import parse_dataclass
 from tarflow.data.drawings import Drawings
-from tarflow.training.arguments import parse_dataclass
 
 
 class TestCommands:

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from tarflow.data.drawings import CLASS_NAMES, Drawings
-from tarflow.evaluation import flow_comparison, flow_plane
-from tarflow.evaluation.flow_comparison import FlowComparison, compare_flows, markdown
-from tarflow.evaluation.flow_data import PLANES, Samples, as_tensor, plane_samples, points
-from tarflow.evaluation.flow_family import FAMILY, draw, drawing_speed, fit, held_out_nats
-from tarflow.evaluation.flow_images import DIGITS, DISTILLED, as_pixels, digit_run, labelled_batches, uniform
-from tarflow.evaluation.flow_latents import class_shares
-from tarflow.evaluation.flow_runs import Runs, file_name
+from tarflow.experiments.family import comparison as flow_comparison
+from tarflow.experiments.family import plane as flow_plane
+from tarflow.experiments.family.comparison import FlowComparison, compare_flows, markdown
+from tarflow.experiments.family.data import PLANES, Samples, as_tensor, plane_samples, points
+from tarflow.experiments.family.family import FAMILY, draw, drawing_speed, fit, held_out_nats
+from tarflow.experiments.family.images import DIGITS, DISTILLED, as_pixels, digit_run, labelled_batches, uniform
+from tarflow.experiments.family.latents import class_shares
+from tarflow.experiments.family.runs import Runs, file_name
 from tarflow.flows.model import TARFlowModel
 
 TINY = {"width": 32, "head_dim": 32}
@@ -100,7 +101,7 @@ class AlwaysThree:
 
 
 def test_a_digit_run_measures_what_the_tables_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tarflow.evaluation.flow_images.SAMPLES", 20)
+    monkeypatch.setattr("tarflow.experiments.family.images.SAMPLES", 20)
     images = torch.randint(0, 17, (40, 1, 8, 8)).float()
     samples = Samples(images[:30], images[30:], torch.arange(30) % 10, torch.arange(10))
     arguments = {**DIGITS, **TINY, "layers_per_block": [1, 1]}

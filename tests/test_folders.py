@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.data import formats
 from tarflow.data.captions import readable_names
 from tarflow.data.config import DataConfig
@@ -22,9 +23,9 @@ from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder
 from tarflow.data.images import Images
 from tarflow.data.layout import place_pictures, split_of
-from tarflow.evaluation.image_sets import open_images
-from tarflow.pipeline.checks import label_indices, labels_by_name
-from tarflow.training.arguments import parse_config, parse_dataclass
+from tarflow.evaluation.images.sets import open_images
+from tarflow.pipeline.call.inputs import label_indices, labels_by_name
+from tarflow.training.flow.arguments import parse_config
 
 DOUBLE = b"\0\5\x16\7" + b"\0" * 60  # what macOS writes beside files
 

@@ -16,14 +16,14 @@ from PIL import Image
 from test_pipeline import make_pipeline
 from torch import Tensor
 
-from tarflow.evaluation.features import Extractor
-from tarflow.evaluation.fid_report import readable
-from tarflow.evaluation.frechet import bias_warning, frechet_distance
-from tarflow.evaluation.image_sets import open_images
-from tarflow.evaluation.metrics import calculate, chosen_metrics
-from tarflow.evaluation.statistics import Moments, Statistics, compute_statistics
-from tarflow.training import metric
-from tarflow.training.config import MetricConfig
+from tarflow.evaluation.features.extractors import Extractor
+from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
+from tarflow.evaluation.features.metrics import calculate, chosen_metrics
+from tarflow.evaluation.features.statistics import Moments, Statistics, compute_statistics
+from tarflow.evaluation.images.sets import open_images
+from tarflow.evaluation.reports.fid import readable
+from tarflow.training.flow import metric
+from tarflow.training.flow.config import MetricConfig
 
 
 def covariance(dims: int, rank: int | None = None) -> Tensor:
@@ -156,7 +156,7 @@ class TestStatistics:
         folder = write_pictures(tmp_path / "a")
         first = compute_statistics(open_images(folder), tiny(), cache_dir=tmp_path / "cache")
         with monkeypatch.context() as patch:
-            patch.setattr("tarflow.evaluation.statistics.extract", lambda *_: pytest.fail("computed again"))
+            patch.setattr("tarflow.evaluation.features.statistics.extract", lambda *_: pytest.fail("computed again"))
             again = compute_statistics(open_images(folder), tiny(), cache_dir=tmp_path / "cache")
         assert torch.equal(again.moments.mean, first.moments.mean)
         compute_statistics(open_images(folder), tiny(seed=1), cache_dir=tmp_path / "cache")

@@ -14,10 +14,11 @@ from PIL import Image
 from test_pipeline import CAPTIONS, make_pipeline
 
 from tarflow.data.config import DataConfig
-from tarflow.evaluation import conditions, image_store
-from tarflow.evaluation.conditions import make_conditions, read_captions
-from tarflow.evaluation.generation import GenerationConfig, generate_images, image_seed
-from tarflow.evaluation.match import all_captions
+from tarflow.evaluation.images import store as image_store
+from tarflow.evaluation.samples import conditions
+from tarflow.evaluation.samples.conditions import make_conditions, read_captions
+from tarflow.evaluation.samples.generation import GenerationConfig, generate_images, image_seed
+from tarflow.evaluation.samples.match import all_captions
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from tarflow.flows import fast_step
-from tarflow.flows.calibration import calibrate, decodings
-from tarflow.flows.decoding import Decoding, residual
+from tarflow.flows.decoding import fast_step
+from tarflow.flows.decoding.calibration import calibrate, decodings
+from tarflow.flows.decoding.fast_step import FastSteps
+from tarflow.flows.decoding.method import Decoding, residual
+from tarflow.flows.decoding.sampling import generate
+from tarflow.flows.decoding.step import DecodeStep, ModuleStep, decode_step
 from tarflow.flows.editing import HeldFlow
-from tarflow.flows.fast_step import FastSteps
-from tarflow.flows.guidance import Guidance
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.layers.prepared import may_prepare
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.prepared import may_prepare
-from tarflow.flows.sampling import generate
-from tarflow.flows.step import DecodeStep, ModuleStep, decode_step
 
 TARGETS = ["proj_in", "qkv", "proj", "up", "down", "proj_out"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tarflow.data.config import DataConfig
 from tarflow.data.drawings import Drawings
-from tarflow.evaluation.image_sets import open_images
+from tarflow.evaluation.images.sets import open_images
 
 
 class TestImageSets:

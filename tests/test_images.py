@@ -19,7 +19,7 @@ from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder, is_held_out, read_size
 from tarflow.data.images import Images, background_colour, collate, fit, open_source
 from tarflow.data.modes import flatten
-from tarflow.evaluation.image_sets import open_images
+from tarflow.evaluation.images.sets import open_images
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -16,18 +16,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import T5EncoderModel
 
+from tarflow.common.arguments import parse_dataclass
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, open_source, to_model
 from tarflow.data.latents import CachedLatents
-from tarflow.pipeline.aspect import ASPECT_RATIOS, aspect_size
-from tarflow.pipeline.text import encode_captions
-from tarflow.training import cache_folder
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.batches import fixed_batches, read_batch
-from tarflow.training.cache_plan import CacheConfig, bucket_size, make_plan
-from tarflow.training.caching import Encoder, cache_latents, prepare_folder, write_manifest, write_shards
-from tarflow.training.config import TextConfig, VaeConfig
-from tarflow.training.text import small_t5, train_tokenizer
+from tarflow.pipeline.call.aspect import ASPECT_RATIOS, aspect_size
+from tarflow.pipeline.text.encoding import encode_captions
+from tarflow.training.flow.config import TextConfig, VaeConfig
+from tarflow.training.flow.text import small_t5, train_tokenizer
+from tarflow.training.latent_cache import folder as cache_folder
+from tarflow.training.latent_cache.caching import Encoder, cache_latents, prepare_folder, write_manifest, write_shards
+from tarflow.training.latent_cache.plan import CacheConfig, bucket_size, make_plan
+from tarflow.training.loop.batches import fixed_batches, read_batch
 from tarflow.vae.codec import LatentCodec, autoencoder_hash, load_autoencoder, measure_latents
 
 COUNT = 22

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_pipeline import make_pipeline
 
-from tarflow.flows.kv_cache import KVCache
-from tarflow.pipeline.limits import (
+from tarflow.flows.layers.kv_cache import KVCache
+from tarflow.pipeline.call.limits import (
     CACHES,
     available_bytes,
     block_bytes,

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from test_pipeline import draw, make_pipeline
 
 from tarflow import TARFlowModel, TARFlowPipeline
-from tarflow.flows.adapters import LORA_TARGETS, adapter_layers, weight_of
+from tarflow.flows.adapters.adapters import LORA_TARGETS, adapter_layers, weight_of
 from tarflow.flows.student import StudentModel
-from tarflow.pipeline.one_pass import flow_hashes
+from tarflow.pipeline.call.student_sampling import flow_hashes
 
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"decoding": "sequential"},

@@ -18,7 +18,7 @@ from torch import nn
 
 from tarflow import TARFlowPipeline
 from tarflow.cli.main import main
-from tarflow.flows.adapters import adapter_layers, adapters_state
+from tarflow.flows.adapters.adapters import adapter_layers, adapters_state
 
 CPU = torch.device("cpu")
 PARTS = ("flow", "text_encoder")

@@ -11,7 +11,7 @@ from helpers import ROOT
 
 from tarflow import TARFlowPipeline
 from tarflow.data.drawing_checker import match_shares
-from tarflow.evaluation.match import all_captions, generate
+from tarflow.evaluation.samples.match import all_captions, generate
 from tarflow.models import FOLDER, resolve, shipped
 
 #: Each card has these sections.

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from tarflow.flows.order import PATCH_LAYOUTS, block_order, patchify, reorder, unpatchify
+from tarflow.flows.layers.order import PATCH_LAYOUTS, block_order, patchify, reorder, unpatchify
 
 
 @pytest.mark.parametrize("layout", PATCH_LAYOUTS)

@@ -127,7 +127,7 @@ from tarflow.cli.main import SCRIPTS, main
 for name in SCRIPTS:
     assert callable(importlib.import_module(f"tarflow.scripts.{name}").main), name
 main(["configs", "accelerate/ddp"])
-from tarflow.evaluation.random_models import shape_of
+from tarflow.benchmarks.random_models import shape_of
 assert shape_of("quickstart_class").arguments
 from tarflow.scripts.finetune_decoder import main
 main(["--config", "configs/decoder.yaml", "--pipeline", "none", "--data.source", "folder"])

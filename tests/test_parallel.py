@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from tarflow import TARFlowPipeline
-from tarflow.training.config import TextConfig
-from tarflow.training.text import small_t5, train_tokenizer
+from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.text import small_t5, train_tokenizer
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TARFLOW_TEST_DEVICE", "cpu") != "cpu", reason="compares processes on the CPU with one there"

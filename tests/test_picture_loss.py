@@ -14,14 +14,14 @@ from helpers import SHARED
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tarflow.training.discriminator import (
+from tarflow.training.losses.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
     hinge_decoder_loss,
     hinge_discriminator_loss,
 )
-from tarflow.training.perceptual import LAYERS, PerceptualLoss
-from tarflow.training.picture_loss import PictureLoss, PictureLossConfig
+from tarflow.training.losses.perceptual import LAYERS, PerceptualLoss
+from tarflow.training.losses.pictures import PictureLoss, PictureLossConfig
 
 DISCRIMINATOR: dict[str, Any] = {"adversarial": 0.5, "discriminator_width": 8, "discriminator_layers": 2}
 

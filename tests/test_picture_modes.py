@@ -14,7 +14,7 @@ from PIL import Image
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.data.modes import flatten
-from tarflow.evaluation.image_sets import open_images
+from tarflow.evaluation.images.sets import open_images
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tarflow.evaluation.picture_quality import LARGEST_PSNR, psnr, ssim
+from tarflow.evaluation.reconstruction.quality import LARGEST_PSNR, psnr, ssim
 
 
 def pictures(count: int, side: int = 24) -> torch.Tensor:

@@ -10,8 +10,8 @@ from transformers import T5EncoderModel
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.flows.model import TARFlowModel as DefiningClass
-from tarflow.training.config import TextConfig
-from tarflow.training.text import small_t5, train_tokenizer
+from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.text import small_t5, train_tokenizer
 from tarflow.vae.codec import load_autoencoder
 
 CAPTIONS = ["a red ring", "a blue star on a dark background"]

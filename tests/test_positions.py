@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tarflow.flows.positions import rotary_angles, rotary_angles_1d, rotate, rotation_tables
+from tarflow.flows.layers.positions import rotary_angles, rotary_angles_1d, rotate, rotation_tables
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 3), (4, 1)])

@@ -15,12 +15,12 @@ from test_training import TEXT_FLOW, train, weights
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
-from tarflow.training import setup
-from tarflow.training.cache_plan import CacheConfig
-from tarflow.training.caching import cache_latents
-from tarflow.training.config import OptimConfig
-from tarflow.training.schedule import TimeLimit, peak_factor
-from tarflow.training.trainer import Trainer
+from tarflow.training.flow import setup
+from tarflow.training.flow.config import OptimConfig
+from tarflow.training.flow.trainer import Trainer
+from tarflow.training.latent_cache.caching import cache_latents
+from tarflow.training.latent_cache.plan import CacheConfig
+from tarflow.training.loop.schedule import TimeLimit, peak_factor
 
 COUNT = 40
 
@@ -175,7 +175,7 @@ def test_processes_agree_on_the_time_left(monkeypatch):
     clocks = [random.Random(rank) for rank in range(2)]
     now = [0.0, 0.0]
     rank = [0]
-    monkeypatch.setattr("tarflow.training.schedule.time.perf_counter", lambda: now[rank[0]])
+    monkeypatch.setattr("tarflow.training.loop.schedule.time.perf_counter", lambda: now[rank[0]])
     limits = [TimeLimit(20) for _ in range(2)]
     total, done = 100_000, 0
     while done < total:
@@ -200,7 +200,9 @@ def test_processes_agree_on_the_time_left(monkeypatch):
 def test_the_same_losses_with_less_time_or_memory(tmp_path, monkeypatch, options):
     eager = partial(torch.nn.Module.compile, backend="eager")  # the real one takes half a minute
     monkeypatch.setattr(
-        "tarflow.flows.transformer.TransformerLayer.compile", lambda self, **more: eager(self, **more), raising=False
+        "tarflow.flows.layers.transformer.TransformerLayer.compile",
+        lambda self, **more: eager(self, **more),
+        raising=False,
     )
     losses = loss_of_steps(monkeypatch)
     train(tmp_path / "plain", "--train.steps", "4")

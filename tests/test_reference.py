@@ -17,7 +17,7 @@ from helpers import SHARED
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tarflow.evaluation.reference import check_folder
+from tarflow.benchmarks.reference import check_folder
 from tarflow.flows.conversion import convert_state_dict, model_arguments, starflow_arguments, tarflow_arguments
 from tarflow.flows.likelihood import flow_loss
 from tarflow.flows.model import TARFlowModel

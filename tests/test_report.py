@@ -18,14 +18,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate
-from tarflow.evaluation import report_contents
-from tarflow.evaluation.features import Extractor
-from tarflow.evaluation.html_report import write_report
-from tarflow.evaluation.neighbours import nearest_neighbours, pixel_description
-from tarflow.evaluation.report_contents import ReportConfig
-from tarflow.evaluation.report_files import read_curves
-from tarflow.evaluation.subset import Subset, evenly, spread
-from tarflow.evaluation.svg_charts import averaged, histogram, line_chart, ticks
+from tarflow.data.subset import Subset, evenly, spread
+from tarflow.evaluation.features.extractors import Extractor
+from tarflow.evaluation.reports import contents as report_contents
+from tarflow.evaluation.reports.contents import ReportConfig
+from tarflow.evaluation.reports.files import read_curves
+from tarflow.evaluation.reports.html import write_report
+from tarflow.evaluation.reports.neighbours import nearest_neighbours, pixel_description
+from tarflow.evaluation.reports.svg_charts import averaged, histogram, line_chart, ticks
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 SMALL = {"samples": 5, "batch_size": 4, "train_images": 40, "yardstick_images": 8, "likelihood_images": 6}

@@ -16,9 +16,9 @@ from test_pipeline import CAPTIONS, make_pipeline
 
 from tarflow.cli.main import main
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.flow_runs import Runs
-from tarflow.evaluation.generation import GenerationConfig, generate_images
-from tarflow.evaluation.sweep import SweepConfig, run_sweep
+from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
+from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
+from tarflow.experiments.family.runs import Runs
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_interrupted_runs_do_not_mix_settings_and_tensors(tmp_path: Path, monkey
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tarflow.evaluation.flow_runs.write_text", stop)
+    monkeypatch.setattr("tarflow.experiments.family.runs.write_text", stop)
     with pytest.raises(KeyboardInterrupt):
         runs.get("run", {"steps": 2}, made(2))
     monkeypatch.undo()

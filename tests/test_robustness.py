@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from test_training import CLASS_FLOW, SMALL
 from torch import Tensor
 
-from tarflow.training.arguments import parse_config
-from tarflow.training.checkpoint import checkpoints
-from tarflow.training.trainer import Trainer
+from tarflow.training.flow.arguments import parse_config
+from tarflow.training.flow.trainer import Trainer
+from tarflow.training.loop.checkpoint import checkpoints
 
 STEPS, KILLS = 24, 10
 ARGUMENTS = ["--data", "{}", "--flow", CLASS_FLOW, *SMALL, "--train.steps", str(STEPS), "--log.checkpoint_every", "2"]
 #: Starts processes that have everything imported but no threads yet.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tarflow.training.trainer", "tarflow.training.arguments"])
+CONTEXT.set_forkserver_preload(["tarflow.training.flow.trainer", "tarflow.training.flow.arguments"])
 
 
 def run_training(

@@ -10,12 +10,12 @@ import torch
 from helpers import block_parameters, condition_of, random_images, small_model
 from torch import Tensor
 
-from tarflow.flows.block import FlowBlock
-from tarflow.flows.guidance import Guidance, guide_gaussian, guide_linear
-from tarflow.flows.kv_cache import KVCache
+from tarflow.flows.blocks.autoregressive import FlowBlock
+from tarflow.flows.decoding.sampling import decode, generate
+from tarflow.flows.layers.guidance import Guidance, guide_gaussian, guide_linear
+from tarflow.flows.layers.kv_cache import KVCache
+from tarflow.flows.layers.order import reorder
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.order import reorder
-from tarflow.flows.sampling import decode, generate
 
 MODELS: dict[str, dict[str, Any]] = {
     "learned-vectors": {

@@ -15,10 +15,10 @@ import torch
 from helpers import small_model
 
 from tarflow import TARFlowModel, TARFlowPipeline
-from tarflow.pipeline import folder as folder_module
-from tarflow.pipeline import hub
-from tarflow.pipeline.folder import add_component, is_unused, written_into
-from tarflow.pipeline.weight_files import WeightFile, superseded, weight_file
+from tarflow.pipeline.loading import folder as folder_module
+from tarflow.pipeline.loading import hub
+from tarflow.pipeline.loading.folder import add_component, is_unused, written_into
+from tarflow.pipeline.loading.weight_files import WeightFile, superseded, weight_file
 from tarflow.vae.codec import load_autoencoder
 from tarflow.vae.decoder import LatentDecoder
 
@@ -163,7 +163,7 @@ def test_a_part_behind_a_link_to_a_real_second_file_system(tmp_path: Path) -> No
 
 def test_a_mount_point(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path\nfrom tarflow.pipeline.folder import written_into\n"
+        "from pathlib import Path\nfrom tarflow.pipeline.loading.folder import written_into\n"
         "for _ in range(2):\n with written_into('mount') as new: (new / 'a').write_text('b')\n"
         "print(sorted(p.name for p in Path('mount').iterdir()))"
     )

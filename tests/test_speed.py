@@ -11,11 +11,11 @@ from helpers import condition_of, random_images, small_model
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 
-from tarflow.evaluation.published_training import loss_as_published
-from tarflow.evaluation.random_models import random_inputs
-from tarflow.evaluation.sampling_speed import compare
-from tarflow.evaluation.training_memory import MODES, TrainingMemory, training_memory
-from tarflow.evaluation.training_speed import Run, compare_training, loss_differences, step_flops, with_shared_weights
+from tarflow.benchmarks.memory import MODES, TrainingMemory, training_memory
+from tarflow.benchmarks.published_training import loss_as_published
+from tarflow.benchmarks.random_models import random_inputs
+from tarflow.benchmarks.sampling import compare
+from tarflow.benchmarks.training import Run, compare_training, loss_differences, step_flops, with_shared_weights
 from tarflow.flows.likelihood import flow_loss
 from tarflow.flows.model import TARFlowModel
 
@@ -148,7 +148,7 @@ def test_no_memory_is_said_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError
         run.seconds.append(1.0)
 
-    monkeypatch.setattr("tarflow.evaluation.training_speed.take_steps", fail)
+    monkeypatch.setattr("tarflow.benchmarks.training.take_steps", fail)
     eager, block = compare_training(small_model(), 2, 0, {"float32": 1e12}, ("eager", "block"), ("float32",))
     assert eager.error == "out of memory" and eager.step_ms is None
     assert block.error is None and block.step_ms == 1000

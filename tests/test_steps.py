@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_training import train
 
-from tarflow.training.step import Stepper
-from tarflow.training.student import check_conditions
-from tarflow.training.student_step import StudentStepper
+from tarflow.training.flow.step import Stepper
+from tarflow.training.student.step import StudentStepper
+from tarflow.training.student.task import check_conditions
 
 
 def stepper(skip_grad_norm: float | None) -> tuple[Any, list[str]]:

@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from test_training import CLASS_FLOW, SMALL, train
 from torch.utils.data import Dataset
 
-from tarflow.training.averages import WeightAverages
-from tarflow.training.batches import BatchReader, StepSampler, train_loader
-from tarflow.training.checkpoint import checkpoints, on_main
-from tarflow.training.network_trainer import NetworkTrainer
-from tarflow.training.stopping import Stopped, StopRequest, exit_status
-from tarflow.training.trainer import Trainer
+from tarflow.training.flow.trainer import Trainer
+from tarflow.training.loop.averages import WeightAverages
+from tarflow.training.loop.batches import BatchReader, StepSampler, train_loader
+from tarflow.training.loop.checkpoint import checkpoints, on_main
+from tarflow.training.loop.network_trainer import NetworkTrainer
+from tarflow.training.loop.stopping import Stopped, StopRequest, exit_status
 
 #: Seconds that an end may take.
 PROMPT = 10.0
@@ -232,7 +232,7 @@ def test_a_signal_while_a_networks_weights_are_averaged(
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("tarflow.training.stopping.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tarflow.training.loop.stopping.time.monotonic", lambda: now[0])
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         now[0] = 0.5
@@ -304,7 +304,7 @@ def _handlers() -> Iterator[None]:
 
 
 def test_metrics_lines_are_of_json(tmp_path: Path) -> None:
-    from tarflow.training.network_trainer import write_metrics
+    from tarflow.training.loop.network_trainer import write_metrics
 
     path = tmp_path / "metrics.jsonl"
     for step in (10, 20, 30, 20):

@@ -17,21 +17,21 @@ from torchvision.models import mobilenet_v2
 
 from tarflow import TARFlowPipeline
 from tarflow.cli.main import main
-from tarflow.evaluation.generation import GenerationConfig, generate_images
-from tarflow.evaluation.generation_record import read_record
-from tarflow.evaluation.student_comparison import StudentComparisonConfig, compare_student
-from tarflow.evaluation.student_error import block_errors, exact_states
-from tarflow.evaluation.sweep import SweepConfig, run_sweep
-from tarflow.flows import sampling
-from tarflow.flows.decoding import guided_states
-from tarflow.flows.guidance import Guidance
+from tarflow.common.arguments import parse_dataclass
+from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
+from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
+from tarflow.evaluation.samples.record import read_record
+from tarflow.evaluation.samples.student_error import block_errors, exact_states
+from tarflow.experiments.students import StudentComparisonConfig, compare_student
+from tarflow.flows.decoding import sampling
+from tarflow.flows.decoding.method import guided_states
+from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.student import StudentModel
-from tarflow.pipeline.one_pass import flow_hashes
-from tarflow.training.arguments import parse_dataclass
-from tarflow.training.student import train_student
-from tarflow.training.student_config import StudentConfig
-from tarflow.training.student_loss import alignment_loss, extrapolated, teacher_states
-from tarflow.training.student_step import StudentStepper
+from tarflow.pipeline.call.student_sampling import flow_hashes
+from tarflow.training.student.config import StudentConfig
+from tarflow.training.student.loss import alignment_loss, extrapolated, teacher_states
+from tarflow.training.student.step import StudentStepper
+from tarflow.training.student.task import train_student
 
 
 def small_student(flow, **changes) -> StudentModel:

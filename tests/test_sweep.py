@@ -16,11 +16,11 @@ from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 from torch import nn
 
-from tarflow.evaluation import sweep
-from tarflow.evaluation.features import Extractor
-from tarflow.evaluation.generation import GenerationConfig
-from tarflow.evaluation.sweep import SweepConfig, run_sweep
-from tarflow.evaluation.sweep_tables import best_row, row_name
+from tarflow.evaluation.features.extractors import Extractor
+from tarflow.evaluation.reports import sweep
+from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
+from tarflow.evaluation.reports.sweep_tables import best_row, row_name
+from tarflow.evaluation.samples.generation import GenerationConfig
 
 
 @pytest.fixture(scope="module")

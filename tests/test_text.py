@@ -18,17 +18,17 @@ from text_models import CONFIGS, LAYERS, POSITIONS, WIDTH, make_encoder, make_to
 from tarflow import TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.data.latents import CachedLatents
-from tarflow.evaluation.generation_record import pipeline_hash
+from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.flows.model import TARFlowModel
-from tarflow.pipeline.text import cut_captions, encode_captions, position_count, token_ids
-from tarflow.pipeline.text_loading import load_text_encoder
-from tarflow.pipeline.text_options import TextOptions
-from tarflow.training.cache_plan import CacheConfig
-from tarflow.training.caching import cache_latents
-from tarflow.training.config import TextConfig, VaeConfig
-from tarflow.training.objective import FlowObjective
-from tarflow.training.parallel import layer_classes
-from tarflow.training.text import check_text
+from tarflow.pipeline.text.encoding import cut_captions, encode_captions, position_count, token_ids
+from tarflow.pipeline.text.loading import load_text_encoder
+from tarflow.pipeline.text.options import TextOptions
+from tarflow.training.flow.config import TextConfig, VaeConfig
+from tarflow.training.flow.objective import FlowObjective
+from tarflow.training.flow.text import check_text
+from tarflow.training.latent_cache.caching import cache_latents
+from tarflow.training.latent_cache.plan import CacheConfig
+from tarflow.training.loop.parallel import layer_classes
 
 FLOW = CLASS_FLOW.replace("class_prefix", "prefix")
 SHORT, LONG = "a red circle", "a small red circle on a dark background"

@@ -15,12 +15,12 @@ from tarflow import TARFlowPipeline
 from tarflow.data.images import collate, to_model
 from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.model import TARFlowModel
-from tarflow.training.arguments import parse_config
-from tarflow.training.batches import StepSampler, fixed_batches
-from tarflow.training.config import OptimConfig
-from tarflow.training.objective import score_target
-from tarflow.training.schedule import schedule_factor
-from tarflow.training.trainer import Trainer
+from tarflow.training.flow.arguments import parse_config
+from tarflow.training.flow.config import OptimConfig
+from tarflow.training.flow.objective import score_target
+from tarflow.training.flow.trainer import Trainer
+from tarflow.training.loop.batches import StepSampler, fixed_batches
+from tarflow.training.loop.schedule import schedule_factor
 
 SMALL = [
     *("--data.image_size", "32"),
@@ -195,7 +195,7 @@ def test_max_minutes_follows_a_changing_speed(tmp_path, monkeypatch):
         now[0] += 1.0 if trainer.step < 100 else 3.0
         return {"loss": torch.zeros(())}
 
-    monkeypatch.setattr("tarflow.training.schedule.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tarflow.training.loop.schedule.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Trainer, "train_step", slower_later)
     _, metrics = train(tmp_path, "--train.max_minutes", "20", "--train.steps", "5000")
     assert metrics["steps"] == pytest.approx(100 + (20 * 60 - 100) / 3, rel=0.05)
@@ -204,7 +204,7 @@ def test_max_minutes_follows_a_changing_speed(tmp_path, monkeypatch):
 
 def test_non_finite_loss_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "tarflow.training.objective.flow_loss", lambda z, log_det: (z * float("nan")).sum() + log_det.sum()
+        "tarflow.training.flow.objective.flow_loss", lambda z, log_det: (z * float("nan")).sum() + log_det.sum()
     )
     with pytest.raises(ValueError, match=r"not finite in 3 steps in a row; lower optim.lr"):
         train(tmp_path, "--train.steps", "9", "--train.max_bad_steps", "3")

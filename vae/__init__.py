@@ -1,0 +1,4 @@
+"""Pictures to latents and back, by Diffusers' autoencoders.
+
+May import: common, models.
+"""

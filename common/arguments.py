@@ -1,0 +1,93 @@
+"""YAML file and command line → a dataclass of settings."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jsonargparse
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Defaults and types behind each option; the description's lines as they are."""
+
+
+def parse_dataclass(
+    kind: type, argv: list[str] | None = None, description: str | None = None, prog: str | None = None
+) -> tuple[Any, str]:
+    """Read ``--config FILE`` and ``--section.key value`` overrides of a dataclass.
+
+    Args:
+        kind: the dataclass.
+        argv: the arguments; None takes those of the command line.
+        description, prog: what the help says the command does, and how it calls it.
+
+    Returns:
+        the configuration, and its resolved YAML.
+
+    Raises:
+        ValueError: with one sentence for an unknown key, a wrong type or a value out of range.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--key value] [--section.key value] …",
+        description=description,
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; all other arguments count more")
+    parser.add_class_arguments(kind, None, sub_configs=False)
+    try:
+        namespace = parser.parse_args(config_first(sys.argv[1:] if argv is None else argv))
+        resolved = parser.dump(namespace, skip_none=False)
+        arguments = vars(parser.instantiate(namespace))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(plain_message(" ".join(str(error).split()))) from error
+    arguments.pop("config", None)
+    return kind(**arguments), resolved
+
+
+def config_first(argv: Sequence[str]) -> list[str]:
+    """Arguments with ``--config FILE`` before all others: the parser lets later ones count more, and what is typed is
+    meant, wherever it stands."""
+    files, others, left = [], [], list(argv)
+    while left:
+        argument = left.pop(0)
+        if argument == "--config" and left:
+            files += [argument, left.pop(0)]
+        else:
+            (files if argument.startswith("--config=") else others).append(argument)
+    return [*files, *others]
+
+
+#: What the parser calls types, in words.
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list, such as '[1, 2]'",
+    "tuple": "a list, such as '[1, 2]'",
+    "NoneType": "null",
+}
+
+
+def plain_message(message: str) -> str:
+    """The parser's message on a value of a wrong type as a sentence; any other message as it is.
+
+    Args:
+        message: on one line.
+    """
+    found = re.search(r'Parser key "([^"]+)": (.*)', message)
+    if found is None:
+        return message
+    name, rest = found.groups()
+    value = re.search(r"(?:Got value|Given value): (.*?)(?= - Expected| Given value type|$)", rest)
+    expected = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", rest)
+    kinds = [KINDS.get(kind, kind) if kind else f"one of {choices}" for kind, choices in expected]
+    if value is None or not kinds:
+        return message
+    return f"{name} must be {' or '.join(dict.fromkeys(kinds))}, got {value[1].strip()!r}"

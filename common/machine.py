@@ -1,0 +1,63 @@
+"""What a machine is, and what it can do: the roofs that measured speeds are compared with."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tarflow.common.clock import clock
+
+#: Seconds of a turn: one call right after the other's would find none of its weights in the caches.
+TURN = 0.3
+
+
+def machine(device: torch.device) -> str:
+    """What measured numbers belong to."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
+    """Bytes read per second by a large copy; it reads and writes at once, so twice its size is moved."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / best_of(lambda: target.copy_(source), device)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / best_of(lambda: a @ b, device)
+
+
+def best_of(function: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+    """The shortest time in seconds, after one call that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = clock(device)
+        function()
+        times.append(clock(device) - start)
+    return min(times[1:])
+
+
+def timed(ways: dict[str, Callable[[], Any]], batch: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Medians of images per second of two ways that take turns of at least `TURN` seconds, after one call each that does
+    not count, and the median "ratio" of the second's speed to the first's."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(repeats):
+        for name, way in ways.items():
+            began, calls = clock(device), 0
+            while calls == 0 or clock(device) - began < TURN:
+                way()
+                calls += 1
+            seconds[name].append((clock(device) - began) / calls)
+    first, second = seconds.values()
+    ratio = statistics.median(slow / fast for slow, fast in zip(first, second, strict=True))
+    return {**{name: batch / statistics.median(times) for name, times in seconds.items()}, "ratio": ratio}

@@ -1,0 +1,295 @@
+"""Sets of pictures to be evaluated: folders, zip archives, ``.npz`` arrays, and the data of a configuration."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tarflow.data.config import DataConfig
+from tarflow.data.files import Files
+from tarflow.data.folder import ImageFolder, flattened, read_image, read_size, unreadable, usable_images
+from tarflow.data.images import Images, fit
+from tarflow.data.layout import SPLIT_FOLDERS, place_pictures
+from tarflow.evaluation.images.arrays import open_array, read_whole
+from tarflow.evaluation.images.conversions import conversions_of, notes_of
+
+READERS = min(8, os.cpu_count() or 1)
+#: The name of generated pictures that are kept as one array in a folder.
+ARRAY_NAME = "samples.npz"
+CHUNK = 2**20
+
+
+class ImageSet(abc.ABC):
+    """Pictures of one size, in a fixed order.
+
+    Attributes:
+        name: where they come from, for messages.
+        size: height and width in pixels.
+        conversions: what was done to how many of the pictures that the last `batches` read in this process.
+    """
+
+    def __init__(self, name: str, length: int, size: tuple[int, int]):
+        self.name, self.size, self._length = name, size, length
+        self.conversions: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batches(self, batch_size: int, process: int = 0, processes: int = 1) -> Iterator[Tensor]:
+        """Batches uint8 (B, 3, H, W) in order; of several processes each gets every ``processes``-th one.
+
+        Raises:
+            ValueError: that names a picture which cannot be read.
+        """
+        self.conversions = Counter()
+        waiting: list[list[Future]] = []
+        with ThreadPoolExecutor(READERS) as pool:
+            for first in range(process * batch_size, len(self), processes * batch_size):
+                indices = range(first, min(first + batch_size, len(self)))
+                waiting.append([pool.submit(self._read, index) for index in indices])
+                if len(waiting) > 1:  # one batch is read ahead
+                    yield self._stack(waiting.pop(0))
+            for futures in waiting:
+                yield self._stack(futures)
+
+    def _stack(self, futures: list[Future]) -> Tensor:
+        pictures = []
+        for future in futures:
+            picture, conversions = future.result()
+            pictures.append(picture)
+            self.conversions.update(conversions)
+        return torch.stack(pictures)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what was done to the pictures that the last `batches` read."""
+        return notes_of(self.conversions)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, sizes and content, and of how the pictures are fitted to a size."""
+        digest = hashlib.sha256(repr((len(self), self.size)).encode())
+        self._hash_content(digest)
+        return digest.hexdigest()
+
+    def indices(self) -> list[int]:
+        """The number by which each picture's condition is known."""
+        return list(range(len(self)))
+
+    def _read(self, index: int) -> tuple[Tensor, list[str]]:
+        """A picture (3, H, W), and what was done to it; of sets that are read picture by picture."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def _hash_content(self, digest: Any) -> None:
+        """Feed everything to a hash that decides what the pictures are."""
+
+
+class FileImages(ImageSet):
+    """The picture files below a folder or in a zip archive, sorted by name.
+
+    Args:
+        path: of the folder or archive.
+        split: take only the folder of this split; None takes all.
+        image_size: resize and centre-crop to this side; None wants pictures that all have one size.
+        num: take the first so many.
+
+    Raises:
+        ValueError: if there are no pictures, too few, or of several sizes.
+    """
+
+    def __init__(self, path: str, split: str | None = None, image_size: int | None = None, num: int | None = None):
+        self.files, self.image_size = Files(path), image_size
+        self.names = usable_images(self.files)
+        if split is not None:
+            places = place_pictures(self.names, path)
+            if not places[0].split:
+                raise ValueError(f"{path!r} has no folders train or val, so it has no split {split!r}")
+            self.names = [place.name for place in places if place.split == split]
+            if not self.names:
+                raise ValueError(f"{path!r} has no pictures of the split {split!r}")
+        self.names = self.names[: limit(len(self.names), num, path)]
+        size = (image_size, image_size) if image_size is not None else self._common_size()
+        super().__init__(str(path), len(self.names), size)
+
+    def _common_size(self) -> tuple[int, int]:
+        with ThreadPoolExecutor(READERS) as pool:
+            sizes = list(pool.map(self._file_size, self.names))
+        for name, other in zip(self.names, sizes, strict=True):
+            if other != sizes[0]:
+                first, second = (f"{height}×{width}" for height, width in (sizes[0], other))
+                raise ValueError(
+                    f"the pictures of {str(self.files.path)!r} have several sizes: {self.names[0]} has {first}, "
+                    f"{name} has {second} (height × width); give an image_size to fit them to"
+                )
+        return sizes[0]
+
+    def _file_size(self, name: str) -> tuple[int, int]:
+        return read_size(lambda: self.files.open(name), self.files.place(name))
+
+    def indices(self) -> list[int]:
+        """The numbers that generated pictures have as names; positions for others."""
+        stems = [Path(name).stem for name in self.names]
+        return [int(stem) for stem in stems] if all(stem.isdecimal() for stem in stems) else super().indices()
+
+    def _read(self, index: int) -> tuple[Tensor, list[str]]:
+        name = self.names[index]
+        content = read_file(self.files, name)
+        image = read_image(lambda: content, self.files.place(name))
+        conversions = conversions_of(image, content)
+        image = flattened(image, (255, 255, 255))
+        return to_tensor(image if self.image_size is None else fit(image, *self.size)), conversions
+
+    def _hash_content(self, digest: Any) -> None:
+        hash_files(digest, self.files, self.names)
+
+
+class ArrayImages(ImageSet):
+    """The array ``arr_0`` (N, H, W, 3) uint8 of an ``.npz`` file, as ADM's evaluator reads it; read piece by piece.
+
+    Raises:
+        ValueError: if it is no such file, or the array has another type or layout.
+    """
+
+    def __init__(self, path: str, image_size: int | None = None, num: int | None = None):
+        self.path = Path(path).expanduser()
+        with open_array(self.path) as (_, shape):
+            length, height, width, _ = shape
+        if image_size not in (None, height) or image_size not in (None, width):
+            raise ValueError(f"{str(path)!r} has pictures of {height}×{width}, but the image_size is {image_size}")
+        super().__init__(str(path), limit(length, num, str(path)), (height, width))
+
+    def batches(self, batch_size: int, process: int = 0, processes: int = 1) -> Iterator[Tensor]:
+        """As of `ImageSet`."""
+        with open_array(self.path) as (file, shape):
+            picture, start = int(np.prod(shape[1:])), file.tell()
+            for first in range(process * batch_size, len(self), processes * batch_size):
+                count = min(batch_size, len(self) - first)
+                content = read_whole(file, count * picture, self.path, start + first * picture)
+                pixels = np.frombuffer(content, dtype=np.uint8)
+                yield torch.from_numpy(pixels.reshape(count, *shape[1:]).copy()).permute(0, 3, 1, 2).contiguous()
+
+    def _hash_content(self, digest: Any) -> None:
+        with open_array(self.path) as (file, shape):
+            left = len(self) * int(np.prod(shape[1:]))
+            while left:
+                digest.update(read_whole(file, min(CHUNK, left), self.path))
+                left -= min(CHUNK, left)
+
+
+class Watched:
+    """A source of pictures that writes down what will be done to those it gives."""
+
+    def __init__(self, source: Any):
+        self.source, self.conversions = source, {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.source[index]
+        self.conversions[index] = conversions_of(item["image"])
+        return item
+
+
+class DataImages(ImageSet):
+    """The pictures of a data section, as training sees them, but never mirrored.
+
+    Raises:
+        ValueError: if the split is empty, or endless and not limited.
+    """
+
+    def __init__(self, config: DataConfig, split: str = "train", num: int | None = None):
+        self.data = Images(config, split)
+        self.watched = self.data.source = Watched(self.data.source)
+        name = f"{config.source} {config.path or config.name or ''}".strip() + f", {split}"
+        if config.source == "drawings" and num is None:
+            raise ValueError("the drawings have no end: say how many to take with num")
+        if not len(self.data):
+            raise ValueError(f"the data's split {split!r} is empty; raise data.validation_fraction or take another")
+        super().__init__(name, limit(len(self.data), num, name), (config.image_size, config.image_size))
+
+    def _read(self, index: int) -> tuple[Tensor, list[str]]:
+        item = self.data[index]
+        conversions = list(self.watched.conversions.pop(index, []))
+        return item["image"], conversions + ["unreadable and replaced by others"] * bool(item["skipped"])
+
+    def _hash_content(self, digest: Any) -> None:
+        source, config = self.watched.source, self.data.config
+        if isinstance(source, ImageFolder) and config.background != "random":
+            digest.update(repr((config.image_size, config.background, config.on_error)).encode())
+            hash_files(digest, source.files, [row.name for row in source.rows[: len(self)]])
+        else:  # what a builder or a random background makes of the files is known from the pixels only
+            for batch in self.batches(64):
+                digest.update(batch.numpy().tobytes())
+
+
+def open_images(
+    source: str | Path | DataConfig, split: str | None = None, image_size: int | None = None, num: int | None = None
+) -> ImageSet:
+    """The pictures of a path or of a data section.
+
+    Args:
+        source: a folder (searched to its depth) or zip archive of pictures, an ``.npz`` with ``arr_0`` uint8
+            (N, H, W, 3), a folder with such a ``samples.npz``, or a data section, which has its own image_size.
+        split: "train" or "validation"; of a path, the folders of that name; None takes all (of a section, "train").
+        image_size: side to which the pictures of a path are fitted; None wants pictures of one size.
+        num: take the first so many; None takes all.
+
+    Raises:
+        ValueError: in one sentence, for whatever cannot be read.
+    """
+    if split not in (None, *SPLIT_FOLDERS):
+        raise ValueError(f"the split must be 'train' or 'validation', got {split!r}")
+    if isinstance(source, DataConfig):
+        if image_size is not None:
+            raise ValueError("image_size fits the pictures of a path; a data section has its own, data.image_size")
+        return DataImages(source, split or "train", num)
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / ARRAY_NAME).is_file():
+        path = path / ARRAY_NAME
+    if path.suffix == ".npz":
+        if split is not None:
+            raise ValueError(f"{str(path)!r} is one array without splits, but the split {split!r} is asked for")
+        return ArrayImages(str(path), image_size, num)
+    return FileImages(str(path), split, image_size, num)
+
+
+def limit(length: int, num: int | None, name: str) -> int:
+    """How many of ``length`` pictures to take when ``num`` are wanted."""
+    if num is not None and not 1 <= num <= length:
+        raise ValueError(f"{num} pictures are asked for, but {name!r} has {length}")
+    return length if num is None else num
+
+
+def read_file(files: Files, name: str) -> bytes:
+    """The bytes of a file; whatever goes wrong, a damaged archive too, is a ValueError with its name."""
+    try:
+        return files.read(name)
+    except Exception as error:
+        raise unreadable(files.place(name), error) from error
+
+
+def hash_files(digest: Any, files: Files, names: list[str]) -> None:
+    """Feed names, sizes and bytes of some files to a hash, one file after the other."""
+    for name in names:
+        content = read_file(files, name)
+        digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
+        digest.update(content)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,4 @@
+"""Likelihood of held-out pictures, and telling other pictures by it.
+
+May import: common, data, flows.*, pipeline.*.
+"""

@@ -1,0 +1,163 @@
+"""Likelihood of held-out pictures under a trained pipeline's flow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.common.progress import progress_bar
+from tarflow.data.images import Images, collate, to_model
+from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
+from tarflow.pipeline.conditions import condition_of
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Means over pictures, each with the standard error of that mean.
+
+    Attributes:
+        name: "bits_per_dim" of 8-bit pictures, or "latent_nats_per_dim". The two cannot be compared.
+        mean, standard_error: over pictures, each the mean of its draws.
+        draws: how many draws of noise each picture had.
+        draw_error: standard error of ``mean`` from the noise alone; None with a single draw.
+        bound: of pixel models, the importance-weighted bound (lower is tighter), None if not asked for.
+        bound_error: its standard error over pictures.
+        images: how many pictures.
+    """
+
+    name: str
+    mean: float
+    standard_error: float
+    draws: int
+    draw_error: float | None
+    bound: float | None
+    bound_error: float | None
+    images: int
+
+
+def evaluate_likelihood(
+    pipe: Any,
+    images: Images,
+    count: int | None = None,
+    draws: int = 4,
+    importance: int = 0,
+    with_condition: bool = True,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Likelihood:
+    """Likelihood of the first ``count`` pictures.
+
+    Args:
+        pipe, images, count, draws, importance, with_condition, batch_size, seed: as of `picture_likelihoods`.
+
+    Raises:
+        ValueError: if data and model do not fit, or a number is out of range.
+    """
+    name, values, bounds = picture_likelihoods(pipe, images, count, draws, importance, with_condition, batch_size, seed)
+    bound, bound_error = (None, None) if bounds is None else mean_and_error(bounds)
+    mean, standard_error = mean_and_error(values.mean(1))
+    count = len(values)
+    draw_error = float(values.std(1).pow(2).mean().div(draws * count).sqrt()) if draws > 1 else None
+    return Likelihood(name, mean, standard_error, draws, draw_error, bound, bound_error, count)
+
+
+@torch.no_grad()
+def picture_likelihoods(
+    pipe: Any,
+    images: Images,
+    count: int | None = None,
+    draws: int = 4,
+    importance: int = 0,
+    with_condition: bool = True,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> tuple[str, Tensor, Tensor | None]:
+    """Likelihood of each of the first ``count`` pictures.
+
+    Pixel models: bits per dimension of the 8-bit pictures, −log₂ p(x) / dims, bounded from above by the mean over
+    uniform dequantisation noise u of −log₂ p(x + u); ``importance`` draws K give the tighter bound
+    −log₂ (1/K)·Σ p(x + u_k) (Burda et al., 2015). Latent models: nats per dimension of the latents (posterior modes)
+    with the training noise. The noise of picture i depends on ``seed`` and i alone.
+
+    Args:
+        pipe: a `TARFlowPipeline`.
+        images: the data.
+        count: how many pictures; None takes all.
+        draws: of noise for each picture.
+        importance: K, or 0 for no such bound.
+        with_condition: use the data's labels or captions, if the model takes them; else "no condition".
+
+    Returns:
+        the quantity's name as in `Likelihood`, its values (N, draws), and the bounds (N,), None if not asked for.
+
+    Raises:
+        ValueError: if data and model do not fit, or a number is out of range.
+    """
+    count = check_arguments(pipe, images, count, draws, importance)
+    pixels = pipe.vae is None
+    nats: list[Tensor] = []  # (B, draws) each
+    bounds: list[Tensor] = []  # (B,) each
+    for indices, batch in batches(images, count, batch_size):
+        uint8 = batch["image"].to(pipe.flow.device)
+        condition = condition_of(pipe, batch, len(indices), with_condition)
+        dims = None
+        log_probs = []
+        for draw in range(max(draws, importance)):
+            x = noisy(pipe, uint8, seed, indices, draw)
+            dims = x[0].numel()
+            log_probs.append(log_prob(pipe.flow, x, **condition).cpu().double())
+        stacked = torch.stack(log_probs, dim=1)  # (B, draws)
+        nats.append(nats_per_dim(stacked[:, :draws], dims))
+        if importance:
+            bounds.append(nats_per_dim(stacked[:, :importance].logsumexp(1) - math.log(importance), dims))
+    values = torch.cat(nats)
+    if pixels:
+        values = bits_per_dim(values)
+    name = "bits_per_dim" if pixels else "latent_nats_per_dim"
+    return name, values, bits_per_dim(torch.cat(bounds)) if importance else None
+
+
+def check_arguments(pipe: Any, images: Images, count: int | None, draws: int, importance: int) -> int:
+    """How many pictures there will be, if data, model and numbers fit."""
+    if not len(images):
+        raise ValueError(f"the data's split {images.split!r} is empty; raise data.validation_fraction or take another")
+    count = len(images) if count is None else min(count, len(images))
+    pixels = pipe.vae is None
+    for name, value, least in (("count", count, 1), ("draws", draws, 1), ("importance", importance, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if importance and not pixels:
+        raise ValueError("the importance-weighted bound is for models of pixels; this one models latents")
+    size = pipe.flow.config.sample_size * pipe.codec.factor
+    if images.config.image_size != size:
+        raise ValueError(f"the model has pictures of {size} pixels, but data.image_size is {images.config.image_size}")
+    if pixels and pipe.flow.config.in_channels != 3:
+        raise ValueError(f"the model has {pipe.flow.config.in_channels} channels; pictures have 3")
+    return count
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of (N,) numbers and its standard error; not a number for a single one."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def batches(images: Images, count: int, batch_size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    firsts: Iterable[int] = range(0, count, batch_size)
+    for first in progress_bar(firsts, desc="likelihood", unit="batch"):
+        indices = list(range(first, min(first + batch_size, count)))
+        yield indices, collate([images[i] for i in indices])
+
+
+def noisy(pipe: Any, images: Tensor, seed: int, indices: list[int], draw: int) -> Tensor:
+    """Dequantised pixels, or latents with the training noise, (B, C, h, w)."""
+    latents = None if pipe.vae is None else pipe.codec.encode(to_model(images)).float()
+    shape = images.shape[1:] if latents is None else latents.shape[1:]
+    draw_noise = torch.rand if latents is None else torch.randn
+    generators = (torch.Generator().manual_seed((seed * 1_000_003 + index) * 1_009 + draw) for index in indices)
+    noise = torch.stack([draw_noise(shape, generator=generator) for generator in generators]).to(images.device)
+    return dequantize(images, noise) if latents is None else latents + pipe.config.noise_std * noise

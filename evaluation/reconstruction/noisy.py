@@ -1,0 +1,85 @@
+"""Pictures as latents with the training noise, and the ways back to pictures: what removing the noise is judged by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.common.progress import progress_bar
+from tarflow.data.images import Images, collate, to_uint8
+from tarflow.data.subset import spread
+from tarflow.evaluation.likelihood.held_out import check_arguments, noisy
+from tarflow.evaluation.reconstruction.quality import psnr, ssim
+from tarflow.pipeline.call.inputs import NOISE_REMOVALS
+from tarflow.pipeline.conditions import condition_of
+
+
+def available_methods(pipe: Any) -> list[str]:
+    """Those of `NOISE_REMOVALS` that a pipeline has the parts for."""
+    missing = set()
+    if pipe.flow.config.learned_denoiser == "none":
+        missing.add("learned")
+    if pipe.finetuned_decoder is None:
+        missing.add("finetuned")
+    return [name for name in NOISE_REMOVALS if name not in missing]
+
+
+def decode_by(pipe: Any, method: str, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """Noisy latents (B, C, h, w) → images (B, 3, H, W) in about [−1, 1]; ``condition`` as the flow takes it."""
+    denoise, decoder = NOISE_REMOVALS[method]
+    return pipe.decode_latents(pipe.remove_noise(latents, denoise, **condition), decoder)
+
+
+@dataclass
+class NoisyPictures:
+    """Pictures and their noisy latents, in batches.
+
+    Attributes:
+        originals: uint8 (B, 3, H, W) each.
+        latents: posterior modes + σ·ε, (B, C, h, w) each; ε of a picture depends on its place alone.
+        conditions: keyword arguments of the flow for each batch.
+    """
+
+    originals: list[Tensor]
+    latents: list[Tensor]
+    conditions: list[dict[str, Tensor]]
+
+    @torch.no_grad()
+    def decoded(self, pipe: Any, method: str) -> list[Tensor]:
+        """uint8 pictures (B, 3, H, W) of all batches by one of `NOISE_REMOVALS`."""
+        parts = zip(self.latents, self.conditions, strict=True)
+        return [to_uint8(decode_by(pipe, method, latents, condition)).cpu() for latents, condition in parts]
+
+    def quality(self, pictures: list[Tensor]) -> dict[str, float]:
+        """Mean "psnr" in dB and "ssim" of what `decoded` gave."""
+        pairs = list(zip(pictures, self.originals, strict=True))
+        measures = {"psnr": psnr, "ssim": ssim}
+        return {
+            name: float(torch.cat([measure(*pair).cpu() for pair in pairs]).mean())
+            for name, measure in measures.items()
+        }
+
+
+@torch.no_grad()
+def noisy_pictures(pipe: Any, images: Images, count: int, batch_size: int, seed: int = 0) -> NoisyPictures:
+    """Encode some pictures of a split, which lie evenly in it, and add the pipeline's training noise.
+
+    Raises:
+        ValueError: if data and model do not fit, or the pipeline has no autoencoder.
+    """
+    if pipe.vae is None:
+        raise ValueError("this model draws pixels: it has no decoder that could remove the noise")
+    count = check_arguments(pipe, images, count, 1, 0)
+    some, found = spread(images, count), NoisyPictures([], [], [])
+    for first in progress_bar(range(0, count, batch_size), desc="encoding", unit="batch", leave=False):
+        indices = list(range(first, min(first + batch_size, count)))
+        batch = collate([some[i] for i in indices])
+        found.originals.append(batch["image"])
+        found.latents.append(noisy(pipe, batch["image"].to(pipe.flow.device), seed, indices, 0))
+        # Pictures without captions or labels are denoised without a condition.
+        given = "caption" in batch if pipe.flow.config.conditioning == "prefix" else "label" in batch
+        found.conditions.append(condition_of(pipe, batch, len(indices), with_condition=given))
+    return found

@@ -1,0 +1,253 @@
+"""What a report on a pipeline shows: gathered here, laid out in `tarflow.evaluation.reports.html`."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tarflow.common.machine import machine
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, collate
+from tarflow.data.subset import Subset, evenly, spread
+from tarflow.evaluation.features.extractors import Extractor, load_extractor
+from tarflow.evaluation.likelihood.held_out import mean_and_error, picture_likelihoods
+from tarflow.evaluation.reports.fid import versions
+from tarflow.evaluation.reports.files import read_curves, read_metrics
+from tarflow.evaluation.reports.neighbours import Describe, Neighbours, nearest_neighbours, pixel_description
+from tarflow.evaluation.reports.svg_charts import Series
+from tarflow.evaluation.samples.conditions import Conditions, make_conditions
+from tarflow.evaluation.samples.generation import GenerationConfig, draw_chunk, load_pipeline
+from tarflow.evaluation.samples.record import pipeline_hash
+
+PIXELS = "pixels"
+NEIGHBOURS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What to report on.
+
+    Attributes:
+        pipeline: folder or hub id.
+        data: the pictures that it was trained on; its image_size must be the model's.
+        out: the HTML file.
+        title: of the page; None takes the pipeline's name.
+        samples: how many images are drawn and shown.
+        batch_size: images at once.
+        seed: of samples and likelihoods.
+        captions, labels: of the samples, see `GenerationConfig`; None takes captions of held-out pictures (of training
+            ones without), or all classes in turn.
+        guidance_scale, denoise, decoder, noise_std, decoding: how to draw, see `GenerationConfig`.
+        train_images: how many training pictures are searched for neighbours; they lie evenly in the split.
+        yardstick_images: held-out pictures, and training pictures, whose own neighbours tell what distances mean.
+        shown_neighbours: of so many samples, those nearest to a training picture.
+        likelihood_images: of each split; 0 leaves likelihoods out.
+        draws: of noise for each picture's likelihood.
+        extractor: of features for neighbours, see ``tarflow evaluate fid``; None searches by pixels only.
+        extractor_weights, extractor_normalize: of it.
+        run: a training's folder, whose TensorBoard logs give curves.
+        metrics: a JSON file that ``tarflow evaluate fid calc`` wrote.
+    """
+
+    pipeline: str
+    data: DataConfig
+    out: str = "report.html"
+    title: str | None = None
+    samples: int = 36
+    batch_size: int = 36
+    seed: int = 0
+    captions: str | None = None
+    labels: int | str | None = None
+    guidance_scale: float | None = None
+    denoise: bool | Literal["score", "learned"] | None = None
+    decoder: Literal["vae", "finetuned"] | None = None
+    noise_std: float | None = None
+    decoding: Literal["sequential", "auto", "fast", "jacobi", "student"] = "sequential"
+    train_images: int = 10_000
+    yardstick_images: int = 256
+    shown_neighbours: int = 12
+    likelihood_images: int = 256
+    draws: int = 1
+    extractor: str | None = None
+    extractor_weights: str | None = None
+    extractor_normalize: Literal["imagenet", "half"] = "imagenet"
+    run: str | None = None
+    metrics: str | None = None
+
+    def __post_init__(self) -> None:
+        least = {"samples": 1, "batch_size": 1, "seed": 0, "train_images": NEIGHBOURS + 1, "yardstick_images": 2}
+        least |= {"shown_neighbours": 1, "likelihood_images": 0, "draws": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        if self.extractor is None and self.extractor_weights is not None:
+            raise ValueError("extractor_weights are given, but no extractor")
+
+
+@dataclass
+class Likelihoods:
+    """Values of each picture (mean over its draws) by split, and the quantity's name as in `Likelihood`."""
+
+    name: str
+    values: dict[str, Tensor]
+
+    def summary(self, split: str) -> tuple[float, float]:
+        """Mean and its standard error."""
+        return mean_and_error(self.values[split])
+
+
+@dataclass
+class Contents:
+    """Everything that a report shows.
+
+    Attributes:
+        settings: by heading, names and values.
+        images: samples uint8 (N, 3, H, W); ``texts``: what each was drawn from.
+        train: the training pictures that were searched.
+        spaces: by name of the space and group ("samples", "train", perhaps "held-out").
+        curves: by title.
+        metrics: names and values; ``warnings`` that belong to them.
+    """
+
+    title: str
+    settings: dict[str, dict[str, Any]]
+    images: Tensor
+    texts: list[str]
+    train: Subset
+    spaces: dict[str, dict[str, Neighbours]]
+    shown_neighbours: int
+    likelihoods: Likelihoods | None
+    curves: dict[str, Series]
+    metrics: dict[str, str]
+    warnings: list[str]
+
+
+def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents:
+    """Draw, search, evaluate and read.
+
+    Raises:
+        ValueError: if model, data and files do not fit.
+        OSError: if the pipeline cannot be loaded.
+    """
+    metrics, warnings = read_metrics(config.metrics) if config.metrics else ({}, [])
+    curves = read_curves(config.run) if config.run else {}
+    images = {split: Images(config.data, split) for split in ("train", "validation")}
+    extractor = None
+    if config.extractor is not None:
+        extractor = load_extractor(config.extractor, config.extractor_weights, device, config.extractor_normalize)
+    gen = generation_of(config, images)
+    pipe = load_pipeline(gen, device)
+    # Data may have captions that the model, one of classes, does not take.
+    if gen.captions is None and pipe.flow.config.conditioning == "prefix" and images[gen.split].has_captions:
+        gen = dataclasses.replace(gen, captions="data")
+    conditions = make_conditions(pipe, gen.seed, gen.labels, None, gen.captions, gen.data, gen.split)
+    likelihoods = all_likelihoods(config, pipe, images) if config.likelihood_images else None
+    samples = draw(config, gen, pipe, conditions)
+    train = spread(images["train"], config.train_images)
+    if len(train) <= NEIGHBOURS:
+        raise ValueError(f"the training split has {len(train)} pictures, too few to search for {NEIGHBOURS} neighbours")
+    spaces = search(config, train, images["validation"], samples, extractor)
+    return Contents(
+        title=config.title or f"{Path(config.pipeline).resolve().parent.name}/{Path(config.pipeline).name}",
+        settings=settings_of(config, gen, pipe, device),
+        images=samples,
+        texts=texts_of(pipe, conditions, config.samples),
+        train=train,
+        spaces=spaces,
+        shown_neighbours=min(config.shown_neighbours, config.samples),
+        likelihoods=likelihoods,
+        curves=curves,
+        metrics=metrics,
+        warnings=warnings,
+    )
+
+
+def generation_of(config: ReportConfig, images: dict[str, Images]) -> GenerationConfig:
+    """How the samples are drawn; nothing is written to ``out``."""
+    names = ("pipeline", "out", "seed", "batch_size", "labels", "guidance_scale", "noise_std", "decoding")
+    names = (*names, "denoise", "decoder")
+    options = {name: getattr(config, name) for name in names}
+    split = "validation" if len(images["validation"]) else "train"
+    return GenerationConfig(**options, num=config.samples, captions=config.captions, data=config.data, split=split)
+
+
+def draw(config: ReportConfig, gen: GenerationConfig, pipe: Any, conditions: Conditions) -> Tensor:
+    """Samples uint8 (N, 3, H, W)."""
+    parts = []
+    for first in range(0, config.samples, config.batch_size):
+        chunk = range(first, min(first + config.batch_size, config.samples))
+        parts.append(torch.from_numpy(draw_chunk(pipe, gen, conditions, chunk)))
+    return torch.cat(parts).permute(0, 3, 1, 2).contiguous()
+
+
+def texts_of(pipe: Any, conditions: Conditions, count: int) -> list[str]:
+    """What each sample was drawn from, in words."""
+    values = conditions.values(range(count))
+    if conditions.kind == "label":
+        names = {index: name for name, index in pipe.labels.items()}
+        return [names.get(value, f"class {value}") for value in values]
+    return values or [""] * count
+
+
+def search(
+    config: ReportConfig, train: Subset, held_out: Images, samples: Tensor, extractor: Extractor | None
+) -> dict[str, dict[str, Neighbours]]:
+    """Nearest training pictures of the samples, and of the pictures that are the yardstick."""
+    own = evenly(len(train), min(config.yardstick_images, len(train)))
+    queries = {"samples": samples, "train": collate([train[i] for i in own])["image"]}
+    if len(held_out):
+        some = spread(held_out, config.yardstick_images)
+        queries["held-out"] = collate([some[i] for i in range(len(some))])["image"]
+    spaces: dict[str, Describe] = {PIXELS: pixel_description}
+    if extractor is not None:
+        spaces[f"features of {extractor.name}"] = extractor
+    return nearest_neighbours(queries, train, spaces, {"train": torch.tensor(own)}, NEIGHBOURS)
+
+
+def all_likelihoods(config: ReportConfig, pipe: Any, images: dict[str, Images]) -> Likelihoods:
+    """Of some pictures of each split that has any."""
+    values, name = {}, ""
+    for group, split in (("training", "train"), ("held-out", "validation")):
+        if len(images[split]):
+            options = {"draws": config.draws, "batch_size": config.batch_size, "seed": config.seed}
+            name, found, _ = picture_likelihoods(pipe, spread(images[split], config.likelihood_images), **options)
+            values[group] = found.mean(1)
+    return Likelihoods(name, values)
+
+
+def settings_of(
+    config: ReportConfig, gen: GenerationConfig, pipe: Any, device: str | torch.device
+) -> dict[str, dict[str, Any]]:
+    """Everything that the numbers depend on."""
+    side = pipe.flow.config.sample_size * pipe.codec.factor
+    model: dict[str, Any] = {"pipeline": config.pipeline, "pictures": f"{side} × {side} pixels"}
+    for part in ("flow", "vae", "finetuned_decoder", "text_encoder"):
+        module = getattr(pipe, part)
+        if module is not None:
+            millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+            model[part.replace("_", " ")] = f"{type(module).__name__}, {millions:,.1f} million parameters"
+    model |= {"training noise σ": pipe.config.noise_std, "SHA-256": pipeline_hash(pipe)}
+    guidance_scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
+    denoise, decoder = pipe.check_outputs(gen.denoise, "np", gen.decoder, gen.decoding)
+    sampling = {
+        "guidance scale": guidance_scale,
+        "guidance method": pipe.config.guidance_method,
+        "denoise": denoise,
+        "decoder": decoder,
+        "σ": pipe.config.noise_std if gen.noise_std is None else gen.noise_std,
+        "decoding": gen.decoding,
+        "seed": gen.seed,
+    }
+    defaults = DataConfig(source=config.data.source, path=config.data.path, name=config.data.name)
+    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k == "image_size" or v != getattr(defaults, k)}
+    data = {"source": config.data.source, "path": config.data.path, "name": config.data.name} | data
+    flow = {key: value for key, value in pipe.flow.config.items() if key[0] != "_"}
+    computer = {"python": platform.python_version(), "machine": machine(torch.device(device))}
+    tables = {"Model": model, "Sampling": sampling, "Data": data, "Flow": flow, "Versions": versions() | computer}
+    return {heading: {k: v for k, v in table.items() if v is not None} for heading, table in tables.items()}

@@ -1,0 +1,251 @@
+"""Sweeps over how to draw: guidance × denoising × decoder × σ × decoding, each measured on its own images; resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tarflow.common.charts import check_matplotlib
+from tarflow.common.files import check_writable, read_json_lines, write_text
+from tarflow.common.processes import process_and_count
+from tarflow.common.progress import write_line
+from tarflow.data.latents import file_hash
+from tarflow.evaluation.features.extractors import INCEPTION, load_extractor
+from tarflow.evaluation.features.metrics import Metric
+from tarflow.evaluation.features.statistics import KEPT_FEATURES, MOMENTS
+from tarflow.evaluation.images.sets import open_images
+from tarflow.evaluation.reports.fid import evaluate, reference_statistics
+from tarflow.evaluation.reports.sweep_tables import SWEPT, best_row, row_name, write_tables
+from tarflow.evaluation.samples.conditions import make_conditions
+from tarflow.evaluation.samples.generation import GenerationConfig, generate_images, load_pipeline
+from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
+from tarflow.evaluation.samples.told import matching_shares, read_conditions
+
+Measure = Callable[[Path], dict[str, float]]
+ROWS, FIXED = "rows.jsonl", "sweep.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What to sweep over, and how to judge.
+
+    Attributes:
+        gen: what all rows share; ``gen.out`` is the sweep's folder. Its swept settings have an effect where no list is
+            given.
+        guidance_scale, denoise, decoder, noise_std, decoding: lists of settings of which every combination is a row;
+            see `GenerationConfig`. Rows without denoising have no σ. The finetuned decoder, which takes noisy latents,
+            is combined with no ``denoise`` but false.
+        ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
+        metrics: see ``tarflow evaluate fid calc``.
+        match: measure the shares of drawings that are what their caption or class says.
+        extractor, extractor_weights, extractor_normalize: of features, see ``tarflow evaluate fid``.
+        batch_size: pictures per pass of the extractor.
+        rank: the metric by which the best row is found; None takes the first, and of match shares "match_all".
+        keep_images: False removes a row's images when it is measured.
+    """
+
+    gen: GenerationConfig
+    guidance_scale: list[float] | None = None
+    denoise: list[bool | Literal["score", "learned"]] | None = None
+    decoder: list[Literal["vae", "finetuned"]] | None = None
+    noise_std: list[float] | None = None
+    decoding: list[Literal["sequential", "auto", "fast", "jacobi", "student"]] | None = None
+    ref: str | None = None
+    metrics: list[Metric] = field(default_factory=lambda: ["frechet"])
+    match: bool = False
+    extractor: str = INCEPTION
+    extractor_weights: str | None = None
+    extractor_normalize: Literal["imagenet", "half"] = "imagenet"
+    batch_size: int = 64
+    rank: str | None = None
+    keep_images: bool = True
+
+    def __post_init__(self) -> None:
+        for name in SWEPT:
+            if getattr(self, name) == []:
+                raise ValueError(f"{name} is an empty list: give at least one value, or leave it out")
+        if self.ref is None and not self.match:
+            raise ValueError("nothing is measured: give ref (pictures or their statistics), or match for drawings")
+        for values in self.combinations():
+            dataclasses.replace(self.gen, **values)  # a number out of range fails here, not hours later
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """The swept settings of each row.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        lists = [getattr(self, name) or [getattr(self.gen, name)] for name in SWEPT]
+        rows = [dict(zip(SWEPT, values, strict=True)) for values in itertools.product(*lists)]
+        rows = [{**row, "denoise": row["denoise"] == "score" or row["denoise"]} for row in rows]  # names of the same
+        rows = unique([row for row in rows if not (row["denoise"] and row["decoder"] == "finetuned")])
+        if not rows:
+            raise ValueError("no row is left: the finetuned decoder takes noisy latents, so give denoise [false] too")
+        return rows
+
+
+def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without repetitions, in order; True and 1.0 are not the same."""
+    return list({json.dumps(row, sort_keys=True): row for row in rows}.values())
+
+
+def run_sweep(
+    config: SweepConfig,
+    measure: Measure | None = None,
+    process: int = 0,
+    processes: int = 1,
+    device: str | torch.device = "cpu",
+    wait: Callable[[], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure all rows that were not measured before; the tables and plots are written anew after each.
+
+    Args:
+        config: what to do.
+        measure: metrics of a folder of images, called in all processes; None is what the configuration says.
+        process, processes, device, wait: as of `generate_images`.
+
+    Returns:
+        all rows in order: ``settings``, ``metrics`` and ``images_per_second`` of all processes.
+
+    Raises:
+        ValueError: if settings do not fit the model or each other, or the folder holds another sweep.
+        OSError: if the pipeline cannot be loaded, or a file cannot be written.
+    """
+    check_matplotlib()
+    out = Path(config.gen.out).expanduser()
+    check_writable(out, folder=True)
+    pipe = load_pipeline(config.gen, device)
+    fixed = fixed_settings(config, pipe)
+    wanted = unique([resolved(values, pipe) for values in config.combinations()])
+    rows = read_rows(out, fixed)
+    measure = make_measure(config, device) if measure is None else measure
+    show = write_line if process == 0 else lambda _: None
+    for number, settings in enumerate(wanted, start=1):
+        if any(row["settings"] == settings for row in rows):
+            continue
+        show(f"row {number} of {len(wanted)}: {row_name(settings)}")
+        folder = out / "images" / row_name(settings)
+        own = {**settings, "noise_std": settings["noise_std"] if settings["denoise"] else None}
+        gen = dataclasses.replace(config.gen, **own, out=str(folder))
+        speed = generate_images(gen, process, processes, device, wait, pipe)["images_per_second"]
+        speed = None if speed is None else speed * processes
+        rows.append({"settings": settings, "metrics": measure(folder), "images_per_second": speed})
+        rows.sort(key=lambda row: wanted.index(row["settings"]) if row["settings"] in wanted else len(wanted))
+        if process == 0:
+            write_rows(out, fixed, rows)
+            write_tables(rows, out, config.rank)
+            if not config.keep_images:
+                shutil.rmtree(folder)
+        if wait is not None:
+            wait()
+    if process == 0:
+        write_tables(rows, out, config.rank)
+        best = best_row(rows, config.rank)
+        show("no row has a number to rank by" if best is None else f"best: {row_name(rows[best]['settings'])}")
+    return rows
+
+
+def resolved(values: dict[str, Any], pipe: Any) -> dict[str, Any]:
+    """A row's settings with the pipeline's own values in place of None; σ only where it matters."""
+    own = {name: getattr(pipe.config, name) for name in ("guidance_scale", "noise_std")}
+    own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"], values["decoding"])
+    found = {name: own.get(name) if value is None else value for name, value in values.items()}
+    if not found["denoise"]:
+        found["noise_std"] = None
+    return found
+
+
+def fixed_settings(config: SweepConfig, pipe: Any) -> dict[str, Any]:
+    """Everything that all rows of a folder share, as JSON has it."""
+    gen = {k: v for k, v in dataclasses.asdict(config.gen).items() if k not in (*SWEPT, "out", "pipeline")}
+    names = ("ref", "metrics", "match", "extractor", "extractor_weights", "extractor_normalize")
+    measured = {name: getattr(config, name) for name in names}
+    if config.ref is not None and (moments := Path(config.ref).expanduser() / MOMENTS).is_file():
+        measured["ref"] = file_hash(moments)
+    measured["conditions"] = conditions_hash(config.gen, pipe)
+    return json.loads(json.dumps({"pipeline": pipeline_hash(pipe), **gen, **measured}))
+
+
+def conditions_hash(gen: GenerationConfig, pipe: Any) -> str:
+    """SHA-256 of what all images are drawn from, as captions of data may change under the same settings."""
+    conditions = make_conditions(pipe, gen.seed, gen.labels, gen.label_counts, gen.captions, gen.data, gen.split)
+    digest = hashlib.sha256()
+    for row in condition_rows(conditions, gen.num, gen.batch_size):
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
+
+
+def make_measure(config: SweepConfig, device: str | torch.device) -> Measure:
+    """The metrics of a folder of images that the configuration asks for. Reference pictures are read here, once.
+
+    Raises:
+        ValueError: if the extractor or the reference cannot be loaded.
+    """
+    if config.ref is None:
+
+        def shares(folder: Path) -> dict[str, float]:
+            images = open_images(folder)
+            return matching_shares(images, *read_conditions(images, folder))
+
+        return shares
+
+    extractor = load_extractor(config.extractor, config.extractor_weights, device, config.extractor_normalize)
+    ref = config.ref
+    if not (Path(ref).expanduser() / MOMENTS).is_file():
+        ref = str(Path(config.gen.out).expanduser() / "reference")
+        keep = KEPT_FEATURES if set(config.metrics) - {"frechet"} else 0
+        reference_statistics(open_images(config.ref), extractor, ref, config.batch_size, keep)
+
+    said: set[str] = set()
+
+    def compared(folder: Path) -> dict[str, float]:
+        options = {"match": config.match, "batch_size": config.batch_size}
+        report = evaluate(ref, str(folder), extractor, config.metrics, **options)
+        for warning in report["warnings"]:
+            if warning not in said and process_and_count()[0] == 0:
+                write_line(f"warning: {warning}")
+            said.add(warning)
+        return report["metrics"]
+
+    return compared
+
+
+def read_rows(out: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that earlier runs measured.
+
+    Raises:
+        ValueError: if they share other settings.
+    """
+    if not (out / FIXED).exists() or not (out / ROWS).exists():
+        return []
+    try:
+        there = json.loads((out / FIXED).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(out / FIXED)!r} cannot be read: {error}") from error
+    there.setdefault("conditions", fixed["conditions"])  # of which sweeps of earlier versions do not tell
+    said = {"pipeline": "the pipeline is another one", "conditions": "the captions or labels were others"}
+    for name, here in fixed.items():
+        if there.get(name) != here:
+            what = said.get(name, f"{name} was {there.get(name)!r}")
+            raise ValueError(f"{str(out)!r} holds another sweep: {what}; take another folder or remove it")
+    rows = [row for _, row in read_json_lines(out / ROWS)]
+    # Rows of earlier versions name no decoder.
+    return [{**row, "settings": {"decoder": "vae", **row["settings"]}} for row in rows]
+
+
+def write_rows(out: Path, fixed: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write all rows, whole or as before."""
+    for name, text in (
+        (FIXED, json.dumps(fixed, indent=1) + "\n"),
+        (ROWS, "".join(json.dumps(row) + "\n" for row in rows)),
+    ):
+        write_text(out / name, text)

@@ -1,0 +1,4 @@
+"""Samples by the thousand, the record of how they were made, and whether they show what was asked for.
+
+May import: common, data, flows.*, vae, pipeline.*, evaluation.images.
+"""

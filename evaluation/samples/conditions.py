@@ -1,0 +1,177 @@
+"""What each generated image is drawn from: a caption, a class label, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tarflow.common.files import json_lines
+from tarflow.data.config import DataConfig
+from tarflow.data.drawings import random_drawing
+from tarflow.data.images import Images
+from tarflow.evaluation.samples.match import all_captions
+
+#: Labels of so many drawings are counted, as there is no end of them.
+COUNTED_DRAWINGS = 10_000
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The condition of image i, which depends on i (and for drawn labels on the seed) alone.
+
+    Attributes:
+        kind: "caption", "label" or "none".
+        values: the captions, or labels from 0 on, of some indices.
+        summary: what they depend on, as JSON has it.
+        fixed: whether the summary tells them all. Captions of data, which are not read through, may change without it.
+    """
+
+    kind: str
+    values: Callable[[Sequence[int]], list]
+    summary: dict[str, Any]
+    fixed: bool = True
+
+    def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Keyword arguments of a pipeline's call for these images."""
+        if self.kind == "none":
+            return {"num_images": len(indices)}
+        return {"prompt" if self.kind == "caption" else "class_labels": self.values(indices)}
+
+
+def make_conditions(
+    pipe: Any,
+    seed: int = 0,
+    labels: int | str | None = None,
+    label_counts: list[float] | None = None,
+    captions: str | None = None,
+    data: DataConfig | None = None,
+    split: str = "train",
+) -> Conditions:
+    """Conditions that fit a pipeline; the arguments are explained at `GenerationConfig`.
+
+    Raises:
+        ValueError: for conditions that the model does not take, lacks or cannot find.
+    """
+    kind = pipe.flow.config.conditioning
+    if kind != "prefix" and captions is not None:
+        raise ValueError(f"this model has the conditioning {kind!r} and takes no captions")
+    if not kind.startswith("class") and (labels is not None or label_counts is not None):
+        raise ValueError(f"this model has the conditioning {kind!r} and takes no labels")
+    if kind == "prefix":
+        if captions is None:
+            raise ValueError("this model draws from captions: give a file of them, 'drawings', or 'data' with data")
+        return caption_conditions(captions, data, split)
+    if kind == "none":
+        return Conditions("none", lambda indices: [], {"kind": "none"})
+    return label_conditions(pipe, seed, labels, label_counts, data, split)
+
+
+def caption_conditions(captions: str, data: DataConfig | None, split: str) -> Conditions:
+    """Image i has caption i, and after the last one the first again."""
+    if captions == "data":
+        if data is None:
+            raise ValueError("captions are to be the data's, but no data is given")
+        images = Images(data, split)
+        if not len(images) or not images.has_captions:
+            raise ValueError(f"the data's split {split!r} has no captions")
+        texts: Any = images.caption
+        count, digest = len(images), repr((data, split))
+    else:
+        lines = all_captions() if captions == "drawings" else read_captions(captions)
+        texts, count, digest = lines.__getitem__, len(lines), "\n".join(lines)
+    summary = {"kind": "caption", "count": count, "sha256": hashlib.sha256(digest.encode()).hexdigest()}
+    fixed = captions != "data" or (data is not None and data.source == "drawings")
+    return Conditions("caption", lambda indices: [texts(index % count) for index in indices], summary, fixed)
+
+
+def read_captions(path: str) -> list[str]:
+    """Captions of a text file, one per line, or of a ``.jsonl`` with "text" or "caption" in each line.
+
+    Raises:
+        ValueError: if the file is missing, has no captions, or a line cannot be read.
+    """
+    file = Path(path).expanduser()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the captions file {path!r}: {error}") from error
+    found = []
+    if file.suffix.lower() == ".jsonl":
+        for number, row in json_lines(content, repr(path)):
+            caption = row.get("text", row.get("caption")) if isinstance(row, dict) else None
+            if caption is None:
+                raise ValueError(f"line {number} of {path!r} is no JSON object with a text")
+            if not isinstance(caption, str):
+                raise ValueError(f"line {number} of {path!r} has the text {caption!r}, expected a string")
+            found.append(caption)
+    else:
+        try:
+            # Lines end at line feeds alone, as in files of JSON; Windows adds a mark at the start and carriage returns.
+            lines = content.decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"the captions file {path!r} is no UTF-8 text: {error.reason}; save it as UTF-8"
+            ) from error
+        found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"the captions file {path!r} is empty; give one caption per line")
+    return found
+
+
+def label_conditions(
+    pipe: Any,
+    seed: int,
+    labels: int | str | None,
+    label_counts: list[float] | None,
+    data: DataConfig | None,
+    split: str,
+) -> Conditions:
+    """All classes in turn, labels drawn by frequency, or always the same label."""
+    classes = pipe.flow.config.num_classes
+    if label_counts is not None and labels != "data":
+        raise ValueError(f"label_counts have an effect only with labels 'data', but labels are {labels!r}")
+    if labels is None or labels == "balanced":
+        summary = {"kind": "label", "labels": "balanced", "classes": classes}
+        return Conditions("label", lambda indices: [index % classes for index in indices], summary)
+    if labels != "data":
+        (label,) = pipe.label_indices(labels)
+        return Conditions("label", lambda indices: [label] * len(indices), {"kind": "label", "labels": label})
+    if label_counts is None:
+        if data is None:
+            raise ValueError("labels are to be drawn as in the data: give label_counts or data")
+        label_counts = data_label_counts(data, split, classes)
+    counts = np.asarray(label_counts, dtype=np.float64)
+    if len(counts) != classes or not (counts >= 0).all() or not 0 < counts.sum() < np.inf:
+        raise ValueError(f"label_counts must be {classes} numbers, none below 0 and not all 0, got {label_counts}")
+    limits = counts.cumsum() / counts.sum()
+
+    def draw(indices: Sequence[int]) -> list[int]:
+        uniform = [np.random.default_rng((seed, index)).random() for index in indices]
+        return np.searchsorted(limits, uniform, side="right").tolist()
+
+    return Conditions("label", draw, {"kind": "label", "labels": "data", "counts": counts.tolist()})
+
+
+def data_label_counts(data: DataConfig, split: str, classes: int) -> list[int]:
+    """How many pictures of a split have each label, without opening them; of drawings, of the first ones.
+
+    Raises:
+        ValueError: if the data has no labels, or others than the model.
+    """
+    images = Images(data, split)
+    if images.class_names is None or not len(images):
+        raise ValueError(f"the data's split {split!r} has no class labels to draw from")
+    if data.source == "drawings":
+        labels = [random_drawing(data.seed, index, split).label for index in range(COUNTED_DRAWINGS)]
+    elif data.source == "folder":
+        labels = [row.label for row in images.source.rows]
+    else:
+        labels = [images.source.labels.number(value) for value in images.source.data[data.label_column]]
+    if not 0 <= min(labels) <= max(labels) < classes:
+        raise ValueError(f"the data has labels {min(labels)} to {max(labels)}, but the model 0 to {classes - 1}")
+    return np.bincount(labels, minlength=classes).tolist()

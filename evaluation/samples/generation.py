@@ -1,0 +1,241 @@
+"""Images by the thousand from a saved pipeline, on any number of processes, resumable.
+
+What is guaranteed: the noise and the condition of image i depend on the seed and i alone. Images are drawn in chunks of
+``batch_size`` consecutive indices, each chunk whole by one process, so the number of processes and any number of stops
+do not change a byte (on the same kind of device, with the same libraries). Another batch size has matrix products of
+other shapes, whose last bit may differ: with decoding "sequential" a few values then differ by one grey level. "auto"
+and "fast" choose their method by timing, so their images are reproducible to their tolerance only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from tarflow.common.files import check_writable
+from tarflow.common.progress import progress_bar
+from tarflow.data.config import DataConfig
+from tarflow.evaluation.images.store import NpzStore, PngStore
+from tarflow.evaluation.samples.conditions import Conditions, make_conditions
+from tarflow.evaluation.samples.record import (
+    check_conditions,
+    check_record,
+    read_record,
+    refuse_strangers,
+    settings_of,
+    write_conditions,
+    write_record,
+)
+from tarflow.evaluation.samples.told import CONDITIONS
+from tarflow.flows.decoding.method import DEFAULT_TOLERANCE
+from tarflow.pipeline.opening import locate
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What to generate.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id.
+        out: folder for the images; several machines need one that they share.
+        num: how many images.
+        batch_size: images that are drawn at once.
+        seed: image i depends on it and on i. Seeds 0 to 4,293 share no noise up to a million images.
+        format: "png", or "npz": uint8 ``arr_0`` (N, H, W, 3) and for classes int64 ``arr_1`` (N,), as of ADM.
+        labels: of class-conditional models: "balanced" (all classes in turn; also None), "data" (drawn by
+            frequency), or one label for all by index or name.
+        label_counts: frequencies for labels "data", one for each class.
+        captions: of models that take captions: a file with one per line, or ``.jsonl`` with "text" in each; "drawings"
+            (one for each of their 108 combinations), or "data". With too few the first ones come again.
+        data, split: whose frequencies or captions "data" means.
+        guidance_scale: 1 is off; None is the pipeline's own.
+        denoise, decoder: how the training noise is removed, see `TARFlowPipeline`; None is the pipeline's own way.
+        noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
+        decoding, tolerance: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding;
+            "student" is one pass of the pipeline's student.
+        dtype: of the weights.
+        fast: compile the sequential decode step, see `TARFlowPipeline.enable_fast_decoding`.
+    """
+
+    pipeline: str
+    out: str
+    num: int = 50_000
+    batch_size: int = 64
+    seed: int = 0
+    format: Literal["png", "npz"] = "png"
+    labels: int | str | None = None
+    label_counts: list[float] | None = None
+    captions: str | None = None
+    data: DataConfig | None = None
+    split: Literal["train", "validation"] = "train"
+    guidance_scale: float | None = None
+    denoise: bool | Literal["score", "learned"] | None = None
+    decoder: Literal["vae", "finetuned"] | None = None
+    noise_std: float | None = None
+    decoding: Literal["sequential", "auto", "fast", "jacobi", "student"] = "sequential"
+    tolerance: float = DEFAULT_TOLERANCE
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    fast: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("num", self.num, 1), ("batch_size", self.batch_size, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.guidance_scale is not None and not self.guidance_scale >= 1:
+            raise ValueError(f"guidance_scale must be at least 1 (off), got {self.guidance_scale}")
+        if self.noise_std is not None and not 0 <= self.noise_std < float("inf"):
+            raise ValueError(f"noise_std must be 0 or positive, got {self.noise_std}")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be positive, got {self.tolerance}")
+        if self.format not in ("png", "npz"):
+            raise ValueError(f"format must be 'png' or 'npz', got {self.format!r}")
+
+
+def generate_images(
+    config: GenerationConfig,
+    process: int = 0,
+    processes: int = 1,
+    device: str | torch.device = "cpu",
+    wait: Callable[[], None] | None = None,
+    pipe: TARFlowPipeline | None = None,
+) -> dict[str, Any]:
+    """Draw the images of one process that are not there yet; chunk k belongs to process k modulo ``processes``.
+
+    Args:
+        config: what to generate.
+        process, processes: the number of this process, and how many there are.
+        device: where to draw.
+        wait: blocks until all processes have called it. Without it process 0 must be called last.
+        pipe: the pipeline, if it is loaded already (and compiled, if wanted).
+
+    Returns:
+        ``out``, ``images`` (where they are: the folder, or the ``.npz``), ``num``, ``complete``, ``generated`` (by this
+        process in this call), and ``images_per_second`` of drawing without writing, by this process; None if nothing
+        was drawn here yet. The first chunk does not count if there are others, as it may compile and calibrate.
+
+    Raises:
+        ValueError: if settings do not fit the model, or the folder holds images of other settings or origin.
+        OSError: if the pipeline cannot be loaded or a file cannot be written; no image is left half-written.
+        FloatingPointError: for numbers that are not finite.
+    """
+    if not 0 <= process < processes:
+        raise ValueError(f"process must be 0 to {processes - 1}, got {process}")
+    check_writable(config.out, folder=True)
+    pipe = load_pipeline(config, device) if pipe is None else pipe
+    pipe.check_outputs(config.denoise, "np", config.decoder, config.decoding)
+    conditions = make_conditions(
+        pipe, config.seed, config.labels, config.label_counts, config.captions, config.data, config.split
+    )
+    out = Path(config.out).expanduser()
+    record = {"settings": settings_of(config, conditions, pipe), "num": config.num}
+    if wait is not None or processes == 1:  # else other processes may have drawn already
+        refuse_strangers(out)
+    earlier = read_record(out)
+    check_record(config, earlier, record)
+    if earlier is not None:
+        check_conditions(out, conditions, earlier["num"], config.batch_size)
+    known = earlier or {}
+    record["images_per_second"] = known.get("images_per_second")
+    if process == 0:
+        if known.get("num") != config.num or not (out / CONDITIONS).exists():
+            write_conditions(out, conditions, config.num, config.batch_size)
+        write_record(out, record | {"complete": False})
+    if wait is not None:
+        wait()  # so that no image is there without the record of its settings
+
+    store = NpzStore(out) if config.format == "npz" else PngStore(out)
+    starts = range(0, config.num, config.batch_size)
+    chunks = [range(start, min(start + config.batch_size, config.num)) for start in starts]
+    generated, speed = draw_missing(pipe, config, conditions, store, chunks[process::processes], process == 0)
+    record["images_per_second"] = speed or record["images_per_second"]
+    if wait is not None:
+        wait()
+    if process == 0:
+        complete = all(map(store.has, chunks))
+        if complete:
+            store.finish(chunks, map(conditions.values, chunks) if conditions.kind == "label" else None)
+        write_record(out, record | {"complete": complete, "processes": processes, "device": str(device)})
+    if wait is not None:
+        wait()  # so that the images are there wherever this returns
+    complete = (read_record(out) or {}).get("complete", False)
+    result = {"out": str(out), "images": str(store.images) if complete else None, "num": config.num}
+    return {**result, "complete": complete, "generated": generated, "images_per_second": record["images_per_second"]}
+
+
+def load_pipeline(config: GenerationConfig, device: str | torch.device) -> TARFlowPipeline:
+    """The pipeline with the wanted dtype on a device, without progress bars of its own.
+
+    Raises:
+        OSError, ValueError: if there is none.
+    """
+    pipe = TARFlowPipeline.from_pretrained(locate(config.pipeline), torch_dtype=getattr(torch, config.dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if config.fast:
+        pipe.enable_fast_decoding()
+    return pipe
+
+
+def draw_missing(
+    pipe: TARFlowPipeline,
+    config: GenerationConfig,
+    conditions: Conditions,
+    store: PngStore | NpzStore,
+    chunks: list[range],
+    show_progress: bool,
+) -> tuple[int, float | None]:
+    """Draw and write chunks that are not there; returns how many images, and how many a second."""
+    missing = [chunk for chunk in chunks if not store.has(chunk)]
+    total, left = sum(map(len, chunks)), sum(map(len, missing))
+    seconds: list[float] = []
+    with progress_bar(total=total, initial=total - left, unit=" images", disable=not show_progress) as progress:
+        for chunk in missing:
+            started = time.perf_counter()
+            images = draw_chunk(pipe, config, conditions, chunk)
+            seconds.append(time.perf_counter() - started)
+            store.write(chunk, images)
+            progress.update(len(chunk))
+    timed = slice(1 if len(missing) > 1 else 0, None)
+    speed = sum(map(len, missing[timed])) / sum(seconds[timed]) if missing else None
+    return left, speed
+
+
+def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Conditions, indices: range) -> np.ndarray:
+    """uint8 images (B, H, W, 3) of some indices."""
+    with noise_level(pipe, config.noise_std):
+        images = pipe(
+            **conditions.arguments(indices),
+            generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in indices],
+            guidance_scale=config.guidance_scale,
+            denoise=config.denoise,
+            decoder=config.decoder,
+            decoding=config.decoding,
+            tolerance=config.tolerance,
+            output_type="np",
+        ).images
+    pixels = (images * 255).round().astype(np.uint8)  # (B, H, W, C)
+    return pixels if pixels.shape[3] == 3 else pixels.repeat(3, axis=3)
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of an image's noise. It grows by 1 with the index, as torch's generators on CPUs take 32 bits of it:
+    hashes would soon give two images the same noise."""
+    return seed * 1_000_003 + index
+
+
+@contextmanager
+def noise_level(pipe: TARFlowPipeline, noise_std: float | None) -> Iterator[None]:
+    """Let a pipeline denoise for another σ; None leaves it."""
+    own = pipe.config.noise_std
+    pipe.register_to_config(noise_std=own if noise_std is None else noise_std)
+    try:
+        yield
+    finally:
+        pipe.register_to_config(noise_std=own)

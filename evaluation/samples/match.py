@@ -1,0 +1,90 @@
+"""How well a trained pipeline draws what it is asked for, and how exactly it inverts itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from tarflow.data.drawing_checker import match_shares, read_drawing
+from tarflow.data.drawings import BACKGROUNDS, CLASS_NAMES, COLOURS, SHAPES, SIZES
+from tarflow.flows.decoding import sampling
+
+
+def all_captions() -> list[str]:
+    """One caption for each of the 108 combinations of shape, colour and background; the two sizes alternate."""
+    captions = []
+    for shape in SHAPES:
+        for colour in COLOURS:
+            for background in BACKGROUNDS:
+                size = list(SIZES)[len(captions) % len(SIZES)]
+                captions.append(f"a {size} {colour} {shape} on a {background} background")
+    return captions
+
+
+def generate(pipe: Any, conditions: dict[str, list], batch_size: int, seed: int = 0, **options: Any) -> list:
+    """Pictures for prompts or class labels, in batches; picture i depends on seed and i alone."""
+    ((name, values),) = conditions.items()
+    images: list = []
+    for first in range(0, len(values), batch_size):
+        part = values[first : first + batch_size]
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + first + i) for i in range(len(part))]
+        images += pipe(**{name: part}, generator=generators, **options).images
+    return images
+
+
+def caption_shares(pipe: Any, rounds: int = 3, batch_size: int = 108, **options: Any) -> dict[str, float]:
+    """Shares of samples whose shape, colour and background match, over rounds × 108 captions; ``options`` are of the
+    pipeline's call."""
+    captions = all_captions() * rounds
+    return match_shares(generate(pipe, {"prompt": captions}, batch_size, **options), captions)
+
+
+def class_shares(pipe: Any, rounds: int = 9, batch_size: int = 108, **options: Any) -> dict[str, float]:
+    """The same for class labels, which name colour and shape, over rounds × 36 labels."""
+    names = list(CLASS_NAMES) * rounds
+    readings = [read_drawing(image) for image in generate(pipe, {"class_labels": names}, batch_size, **options)]
+    colour = [reading.colour == name.split()[0] for reading, name in zip(readings, names, strict=True)]
+    shape = [reading.shape == name.split()[1] for reading, name in zip(readings, names, strict=True)]
+    both = [a and b for a, b in zip(colour, shape, strict=True)]
+    return {key: sum(hits) / len(hits) for key, hits in (("shape", shape), ("colour", colour), ("all", both))}
+
+
+@torch.no_grad()
+def round_trip_error(flow: Any, cond: torch.Tensor | None = None, class_labels: Any = None, count: int = 8) -> float:
+    """Largest |f(f⁻¹(z)) − z| over ``count`` draws of noise, without guidance."""
+    size = flow.config.sample_size
+    noise = torch.randn(count, flow.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(flow.device)
+    x, _ = sampling.generate(flow, noise, flow.condition(class_labels, cond, count))
+    z, _ = flow(x, class_labels=class_labels, cond=cond)
+    return float((z - noise).abs().max())
+
+
+def captioned_grid(images: list[Image.Image], captions: list[str], columns: int = 6, scale: int = 2) -> Image.Image:
+    """Pictures, enlarged, with their captions below, wrapped to two lines."""
+    width, height = (side * scale for side in images[0].size)
+    font, line = ImageFont.load_default(size=10), 12
+    rows = -(-len(images) // columns)
+    cell_width, cell_height = width + 8, height + 2 * line + 8
+    grid = Image.new("RGB", (columns * cell_width + 8, rows * cell_height + 8), "white")
+    canvas = ImageDraw.Draw(grid)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = 8 + (i % columns) * cell_width, 8 + (i // columns) * cell_height
+        grid.paste(image.resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        for number, text in enumerate(wrap(caption, font, width)[:2]):
+            canvas.text((x, y + height + 1 + number * line), text, fill="black", font=font)
+    return grid
+
+
+def wrap(text: str, font: Any, width: int) -> list[str]:
+    """The text broken into lines that are not wider than ``width`` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

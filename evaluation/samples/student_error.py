@@ -1,0 +1,109 @@
+"""How near a student comes to the flow's exact inverse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.flows.decoding import sampling
+from tarflow.flows.decoding.method import guided_states
+from tarflow.flows.layers.guidance import Guidance
+
+
+@dataclass(frozen=True)
+class ExactSamples:
+    """What a flow makes of noise, which a student is measured by.
+
+    Attributes:
+        noise: z (B, C, h, w).
+        class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
+        conditions: condition, null condition and guidance, as `tarflow.flows.decoding.sampling.generate` takes them.
+        states: what `exact_states` gives.
+    """
+
+    noise: Tensor
+    class_labels: Tensor | None
+    cond: Tensor | None
+    conditions: tuple[Tensor | None, Tensor | None, Guidance]
+    states: list[Tensor]
+
+    @property
+    def guidance_weight(self) -> float:
+        """w of the samples."""
+        return self.conditions[2].weight
+
+    def errors(self, flow: Any, x: Tensor) -> list[float]:
+        """`block_errors` of a student's samples of the same noise, with the training noise."""
+        return block_errors(flow, x, self.states, *self.conditions)
+
+
+@torch.no_grad()
+def exact_samples(
+    pipe: Any, arguments: dict[str, Any], count: int, scale: float, method: str, seed: int
+) -> ExactSamples:
+    """Draw with a pipeline's flow, token after token.
+
+    Args:
+        arguments: of a pipeline's call: "prompt" or "class_labels" (indices), ``count`` of them, or neither.
+        scale, method: of the guidance.
+        seed: of the noise.
+    """
+    flow, device = pipe.flow, pipe.flow.device
+    noise = torch.randn(count, *pipe.latent_shape(None, None), generator=torch.Generator().manual_seed(seed))
+    z = flow.scale_noise(noise.to(device))
+    labels = cond = null = None
+    if "prompt" in arguments:
+        cond, null = pipe.encode_prompt(arguments["prompt"], device)
+    elif "class_labels" in arguments:
+        labels = torch.tensor(arguments["class_labels"], device=device)
+    guidance = Guidance(scale - 1, method)
+    null_condition = flow.condition(None, null, count) if guidance.active else None
+    conditions = flow.condition(labels, cond, count), null_condition, guidance
+    return ExactSamples(z, labels, cond, conditions, exact_states(flow, z, *conditions))
+
+
+@torch.no_grad()
+def exact_states(
+    flow: Any, z: Tensor, condition: Tensor | None, null_condition: Tensor | None, guidance: Guidance | None
+) -> list[Tensor]:
+    """What the flow's blocks stand at when noise is inverted token after token: the sample itself, then the outputs of
+    the blocks from the data to the noise, the last of them z; (B, C, H, W) each.
+
+    Args:
+        flow: a `TARFlowModel`.
+        z: noise (B, C, H, W).
+        condition, null_condition, guidance: see `tarflow.flows.decoding.sampling.generate`.
+    """
+    states = [z]
+    sampling.generate(
+        flow, z, condition, null_condition, guidance, callback=lambda place, tokens: states.append(tokens) or None
+    )
+    return states[::-1]
+
+
+@torch.no_grad()
+def block_errors(
+    flow: Any,
+    x: Tensor,
+    exact: list[Tensor],
+    condition: Tensor | None,
+    null_condition: Tensor | None,
+    guidance: Guidance | None,
+) -> list[float]:
+    """Mean absolute differences between where the flow takes a student's samples and where its blocks exactly stand:
+    of the samples themselves, and after each block; the last is mean |f(x) − z|.
+
+    Args:
+        x: the student's samples with the training noise (B, C, H, W).
+        exact: what `exact_states` gave for the same noise.
+        flow, condition, null_condition, guidance: as there.
+    """
+    grid = flow.patchify(x)[1]
+    states = [
+        x,
+        *(flow.unpatchify(state, grid) for state in guided_states(flow, x, condition, null_condition, guidance)),
+    ]
+    return [float((state - other).abs().mean()) for state, other in zip(states, exact, strict=True)]

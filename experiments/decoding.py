@@ -1,0 +1,278 @@
+"""Ways of removing the training noise side by side, on the same samples: none, score step, learned denoiser, finetuned
+decoder. What each costs, how near it comes to held-out pictures, and how far its samples are from real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from tarflow.common.clock import clock
+from tarflow.common.files import check_writable, replaced, write_text
+from tarflow.common.machine import machine
+from tarflow.common.progress import progress_bar
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, to_uint8
+from tarflow.evaluation.features.backbones import Normalize
+from tarflow.evaluation.features.extractors import INCEPTION, Extractor, load_extractor
+from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
+from tarflow.evaluation.features.statistics import Moments, compute_statistics
+from tarflow.evaluation.images.sets import open_images
+from tarflow.evaluation.reconstruction.noisy import available_methods, decode_by, noisy_pictures
+from tarflow.evaluation.reports.fid import open_reference, versions
+from tarflow.evaluation.samples.conditions import Conditions, make_conditions
+from tarflow.evaluation.samples.generation import image_seed
+from tarflow.evaluation.samples.record import pipeline_hash
+
+#: A row of the table: its columns' names in the JSON file and in the table.
+COLUMNS = {
+    "method": "noise removed by",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "distance": "",  # named by the extractor
+    "seconds": "seconds per image, noise removed and decoded",
+    "total_seconds": "with sampling",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """What to compare.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id.
+        data: pictures to reconstruct, captions, and the reference of the distance if ``ref`` does not give one.
+        out: folder for comparison.json, comparison.md, samples.png and reconstructions.png.
+        split: of the data.
+        pictures: of the split, which are encoded, get the training noise, and are decoded by each method.
+        num: samples; the flow draws each once.
+        ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures; None takes the
+            data's split (of endless drawings the first ``num``).
+        extractor: of features, see ``tarflow evaluate fid``; None leaves the distance out.
+        extractor_weights, extractor_normalize: of it.
+        captions, labels, guidance_scale, decoding, seed: of the samples, see `GenerationConfig`; captions None are the
+            data's.
+        batch_size: samples and pictures at once.
+        repeats: of the clock's measurements, of which the medians count; methods take turns.
+        columns: samples in the pictures.
+    """
+
+    pipeline: str
+    data: DataConfig
+    out: str
+    split: Literal["train", "validation"] = "validation"
+    pictures: int = 256
+    num: int = 1000
+    ref: str | None = None
+    extractor: str | None = INCEPTION
+    extractor_weights: str | None = None
+    extractor_normalize: Normalize = "imagenet"
+    captions: str | None = None
+    labels: int | str | None = None
+    guidance_scale: float | None = None
+    decoding: Literal["sequential", "auto", "fast", "jacobi"] = "sequential"
+    seed: int = 0
+    batch_size: int = 64
+    repeats: int = 5
+    columns: int = 8
+
+    def __post_init__(self) -> None:
+        least = {"pictures": 1, "num": 1, "batch_size": 1, "repeats": 1, "columns": 1, "seed": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        if self.extractor is None and (self.extractor_weights is not None or self.ref is not None):
+            raise ValueError("extractor_weights and ref are for a distance, but extractor is null")
+
+
+@torch.no_grad()
+def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]]:
+    """Compare, and write tables and pictures.
+
+    Args:
+        config: what to compare.
+        pipe: the pipeline, on its device.
+
+    Returns:
+        a row for each method that the pipeline has the parts for: "method", "psnr", "ssim", "distance" (None without an
+        extractor), "seconds" and "total_seconds".
+
+    Raises:
+        ValueError: if settings, data and pipeline do not fit.
+    """
+    out, methods = Path(config.out).expanduser(), available_methods(pipe)
+    check_writable(out, folder=True)
+    captions = config.captions
+    if captions is None and pipe.flow.config.conditioning == "prefix":
+        captions = "data"
+    conditions = make_conditions(pipe, config.seed, config.labels, None, captions, config.data, config.split)
+    extractor = None
+    if config.extractor is not None:
+        extractor = load_extractor(
+            config.extractor, config.extractor_weights, pipe.flow.device, config.extractor_normalize
+        )
+    images = Images(config.data, config.split)
+    held_out = noisy_pictures(pipe, images, config.pictures, config.batch_size, config.seed)
+    rows = [{"method": method} for method in methods]
+    reconstructions = {"original": held_out.originals}
+    for row in rows:
+        reconstructions[row["method"]] = held_out.decoded(pipe, row["method"])
+        row |= held_out.quality(reconstructions[row["method"]])
+    samples, distances, seconds, sampling = compare_samples(config, pipe, conditions, extractor, methods)
+    for row in rows:
+        row["distance"], row["seconds"] = distances.get(row["method"]), seconds[row["method"]]
+        row["total_seconds"] = row["seconds"] + sampling
+    write_tables(config, pipe, rows, extractor, out)
+    save_picture(labelled_rows(samples), out / "samples.png")
+    first = {name: torch.cat(batches)[: config.columns] for name, batches in reconstructions.items()}
+    save_picture(labelled_rows(first), out / "reconstructions.png")
+    return rows
+
+
+def compare_samples(
+    config: ComparisonConfig, pipe: Any, conditions: Conditions, extractor: Extractor | None, methods: list[str]
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float], float]:
+    """Draw each sample once and decode it by all methods.
+
+    Returns:
+        the first samples by method, uint8 (columns, 3, H, W); the distances, and the seconds per image to remove the
+        noise and decode, by method; and the seconds per image of sampling.
+    """
+    shown: dict[str, list[Tensor]] = {method: [] for method in methods}
+    moments = {} if extractor is None else {method: Moments(extractor.dims) for method in methods}
+    seconds: dict[str, float] = {}
+    drawn: list[float] = []
+    for latents, condition, spent in sampled(config, pipe, conditions):
+        drawn.append(spent / len(latents))
+        for method in methods:
+            pictures = to_uint8(decode_by(pipe, method, latents, condition)).cpu()
+            if extractor is not None:
+                moments[method].update(extractor(rgb(pictures)))
+            missing = config.columns - sum(map(len, shown[method]))
+            shown[method].append(pictures[: max(missing, 0)])
+        if not seconds:  # the loop above has warmed everything up
+            seconds = time_methods(pipe, methods, latents, condition, config.repeats)
+    distances = {}
+    if extractor is not None:
+        reference = reference_moments(config, extractor)
+        for method, found in moments.items():
+            distances[method] = frechet_distance(found.mean, found.covariance, reference.mean, reference.covariance)
+    sampling = statistics.median(drawn[1:] or drawn)  # the first batch may calibrate
+    return {method: torch.cat(parts) for method, parts in shown.items()}, distances, seconds, sampling
+
+
+def sampled(
+    config: ComparisonConfig, pipe: Any, conditions: Conditions
+) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
+    """Noisy latents (B, C, h, w), the flow's keyword arguments for their condition, and the seconds that they took."""
+    device = pipe.flow.device
+    for first in progress_bar(range(0, config.num, config.batch_size), desc="samples", unit="batch"):
+        indices = range(first, min(first + config.batch_size, config.num))
+        arguments = conditions.arguments(indices)
+        started = clock(device)
+        latents = pipe(
+            **arguments,
+            generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in indices],
+            guidance_scale=config.guidance_scale,
+            decoding=config.decoding,
+            denoise=False,
+            decoder="vae",
+            output_type="latent",
+        ).images
+        spent = clock(device) - started
+        condition: dict[str, Tensor] = {}
+        if "prompt" in arguments:
+            condition["cond"] = pipe.encode_prompt(arguments["prompt"], device, do_classifier_free_guidance=False)[0]
+        elif "class_labels" in arguments:
+            condition["class_labels"] = torch.tensor(arguments["class_labels"], device=device)
+        yield latents, condition, spent
+
+
+def time_methods(
+    pipe: Any, methods: list[str], latents: Tensor, condition: dict[str, Tensor], repeats: int
+) -> dict[str, float]:
+    """Median seconds per image to remove the noise and decode, by method; they take turns."""
+    spent: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(repeats):
+        for method in methods:
+            started = clock(latents.device)
+            decode_by(pipe, method, latents, condition)
+            spent[method].append((clock(latents.device) - started) / len(latents))
+    return {method: statistics.median(times) for method, times in spent.items()}
+
+
+def reference_moments(config: ComparisonConfig, extractor: Extractor) -> Moments:
+    """Of the features of real pictures."""
+    if config.ref is not None:
+        return open_reference(config.ref, extractor, config.batch_size, None, None, 0).moments
+    endless = config.data.source == "drawings"
+    images = open_images(config.data, config.split, num=config.num if endless else None)
+    return compute_statistics(images, extractor, config.batch_size, keep_features=0).moments
+
+
+def rgb(pictures: Tensor) -> Tensor:
+    """(B, 3, H, W) of pictures with one or three colours."""
+    return pictures.expand(-1, 3, -1, -1)
+
+
+def labelled_rows(rows: dict[str, Tensor], least: int = 96) -> Image.Image:
+    """uint8 pictures (N, 3, H, W) of each row side by side, behind its name; small ones are enlarged to ``least``."""
+    height, width = next(iter(rows.values())).shape[2:]
+    scale = max(1, least // height)
+    font, margin, gap = ImageFont.load_default(size=12), 80, 4
+    cell_width, cell_height = width * scale + gap, height * scale + gap
+    columns = max(len(pictures) for pictures in rows.values())
+    canvas = Image.new("RGB", (margin + columns * cell_width, len(rows) * cell_height), "white")
+    for number, (name, pictures) in enumerate(rows.items()):
+        top = number * cell_height
+        ImageDraw.Draw(canvas).text((gap, top + cell_height // 2 - 6), name, fill="black", font=font)
+        for place, picture in enumerate(rgb(pictures)):
+            image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+            enlarged = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (margin + place * cell_width, top))
+    return canvas
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG file, whole or not at all."""
+    with replaced(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True)
+
+
+def write_tables(
+    config: ComparisonConfig, pipe: Any, rows: list[dict[str, Any]], extractor: Extractor | None, out: Path
+) -> None:
+    """Write ``comparison.json``, with all that the numbers depend on, and ``comparison.md``."""
+    warning = None if extractor is None else bias_warning(config.num, extractor.dims)
+    report = {
+        "rows": rows,
+        "noise_std": pipe.config.noise_std,
+        "distance": None if extractor is None else extractor.metric_name,
+        "warnings": [] if warning is None else [warning],
+        "settings": dataclasses.asdict(config),
+        "pipeline": pipeline_hash(pipe),
+        "machine": machine(pipe.flow.device),
+        "versions": versions(),
+    }
+    write_text(out / "comparison.json", json.dumps(report, indent=2) + "\n")
+    names = [name for name in COLUMNS if extractor is not None or name != "distance"]
+    titles = [COLUMNS[name] or extractor.metric_name for name in names]
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    for row in rows:
+        values = (row[name] for name in names)
+        lines.append(f"| {' | '.join(value if isinstance(value, str) else f'{value:.4g}' for value in values)} |")
+    lines += [
+        "",
+        f"PSNR and SSIM: of {config.pictures} pictures whose latents got noise of σ {pipe.config.noise_std:g}.",
+    ]
+    lines += [f"Times: medians of {config.repeats}, batches of {min(config.batch_size, config.num)}."]
+    lines += [] if warning is None else [warning]
+    write_text(out / "comparison.md", "\n".join(lines) + "\n")

@@ -1,0 +1,147 @@
+"""A student beside its flow: speed, distance from the exact inverse, and pictures of the same noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tarflow.common.files import check_writable, write_text
+from tarflow.common.machine import machine, timed
+from tarflow.data.config import DataConfig
+from tarflow.evaluation.samples.conditions import make_conditions
+from tarflow.evaluation.samples.generation import image_seed
+from tarflow.evaluation.samples.student_error import exact_samples
+from tarflow.experiments.decoding import labelled_rows, save_picture
+from tarflow.pipeline.call.student_sampling import STUDENT, draw
+
+#: What is timed: the latents as they come, with or without the training noise, and whole calls.
+TIMED: dict[str, dict[str, Any]] = {
+    "latents": {"output_type": "latent", "denoise": False},
+    "pictures": {"output_type": "pt"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentComparisonConfig:
+    """What to compare.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id of a pipeline with a student.
+        out: folder for student.json, student.md and samples.png.
+        data, split: of the captions, if the model takes some and ``captions`` does not name others.
+        captions, labels: see `GenerationConfig`.
+        guidance_scale: None is the pipeline's own, or the student's largest if that is smaller.
+        batch_sizes: images at once, each timed.
+        decoding: of the flow, to compare with.
+        student_dtype: of the student's weights.
+        compile: compile the student, and the flow's sequential step, see `TARFlowPipeline.enable_fast_decoding`.
+        repeats: of the clock's measurements, of which the medians count; the two take turns.
+        num: samples whose errors are measured; ``columns`` of them are shown.
+        seed: of the noise.
+    """
+
+    pipeline: str
+    out: str
+    data: DataConfig | None = None
+    split: Literal["train", "validation"] = "validation"
+    captions: str | None = None
+    labels: int | str | None = None
+    guidance_scale: float | None = None
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    decoding: Literal["sequential", "auto", "fast"] = "sequential"
+    student_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    repeats: int = 7
+    num: int = 64
+    columns: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "num", "columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes must list numbers of at least 1, got {self.batch_sizes}")
+
+
+@torch.no_grad()
+def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any]:
+    """Compare, and write tables and pictures.
+
+    Args:
+        config: what to compare.
+        pipe: the pipeline, on its device.
+
+    Returns:
+        "speed": a row for each batch size and each of `TIMED`, with the medians of "flow" and "student" in images per
+        second and the median of their ratios; "errors": of the samples and after each block, see `block_errors`.
+
+    Raises:
+        ValueError: if settings and pipeline do not fit.
+    """
+    out = Path(config.out).expanduser()
+    check_writable(out, folder=True)
+    pipe.check_outputs(None, "pt", None, STUDENT)
+    pipe.check_student()
+    pipe.student.to(getattr(torch, config.student_dtype))
+    if config.compile:
+        pipe.enable_fast_decoding()
+    scale = config.guidance_scale
+    if scale is None:
+        scale = min(pipe.config.guidance_scale, pipe.student.config.max_guidance_scale)
+    captions = config.captions
+    if captions is None and config.data is not None and pipe.flow.config.conditioning == "prefix":
+        captions = "data"
+    conditions = make_conditions(pipe, config.seed, config.labels, None, captions, config.data, config.split)
+
+    def call(count: int, decoding: str, **options: Any) -> Any:
+        generators = [torch.Generator().manual_seed(image_seed(config.seed, index)) for index in range(count)]
+        arguments = conditions.arguments(range(count))
+        return pipe(**arguments, generator=generators, guidance_scale=scale, decoding=decoding, **options).images
+
+    speed = []
+    for batch in config.batch_sizes:
+        for name, options in TIMED.items():
+            ways = {
+                "flow": lambda batch=batch, options=options: call(batch, config.decoding, **options),
+                "student": lambda batch=batch, options=options: call(batch, STUDENT, **options),
+            }
+            speed.append({"batch": batch, "timed": name, **timed(ways, batch, config.repeats, pipe.flow.device)})
+    arguments, method = conditions.arguments(range(config.num)), pipe.student.config.guidance_method
+    exact = exact_samples(pipe, arguments, config.num, scale, method, config.seed)
+    _, noisy = draw(pipe.student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
+    report = {
+        "speed": speed,
+        "errors": exact.errors(pipe.flow, noisy),
+        "guidance_scale": scale,
+        "settings": dataclasses.asdict(config),
+        "machine": machine(pipe.flow.device),
+    }
+    write_tables(report, pipe, out)
+    rows = {name: call(config.columns, name, output_type="pt") for name in (config.decoding, STUDENT)}
+    rows = {name: (images.cpu() * 255).round().to(torch.uint8) for name, images in rows.items()}
+    save_picture(labelled_rows({"flow": rows[config.decoding], "student": rows[STUDENT]}), out / "samples.png")
+    return report
+
+
+def write_tables(report: dict[str, Any], pipe: Any, out: Path) -> None:
+    """Write ``student.json`` and ``student.md``."""
+    write_text(out / "student.json", json.dumps(report, indent=2) + "\n")
+    size = pipe.flow.config.sample_size // pipe.flow.config.patch_size
+    lines = [f"| batch | timed | flow, {report['settings']['decoding']}, images/s | student, images/s | ratio |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for row in report["speed"]:
+        values = (f"{row[name]:.4g}" for name in ("flow", "student"))
+        lines.append(f"| {row['batch']} | {row['timed']} | {' | '.join(values)} | {row['ratio']:.3g} |")
+    settings = f"guidance scale {report['guidance_scale']:g}, student in {report['settings']['student_dtype']}"
+    settings += ", both compiled" if report["settings"]["compile"] else ""
+    lines += ["", f"{size * size} tokens, {settings}; {report['machine']}; medians."]
+    lines += ["", "| mean error of the samples | after each block, data to noise |", "| --- | --- |"]
+    after = ", ".join(f"{error:.3g}" for error in report["errors"][1:])
+    lines.append(f"| {report['errors'][0]:.3g} | {after} |")
+    write_text(out / "student.md", "\n".join(lines) + "\n")

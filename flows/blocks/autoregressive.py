@@ -1,0 +1,94 @@
+"""One autoregressive flow block.
+
+Shapes: B batch, T tokens, C channels of a token, S slots of a sequence, L prefix tokens.
+With a start token, slot t holds token t − 1 (the start token in slot 0) and its output belongs to token t; without
+one, slot t holds token t and its output belongs to token t + 1, so token 0 passes unchanged and the last slot is not
+needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tarflow.flows.decoding import sampling
+from tarflow.flows.layers.affine import affine_forward, log_scale_of, soft_clip
+from tarflow.flows.layers.config import BlockConfig
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.layers.kv_cache import KVCache
+from tarflow.flows.layers.network import BlockContext, TokenNetwork
+from tarflow.flows.layers.order import reorder
+
+
+class FlowBlock(TokenNetwork):
+    """Invertible map of T tokens: each is shifted and scaled by numbers that depend on the tokens before it.
+
+    Args:
+        config: what the block is made of.
+    """
+
+    #: Whether `inverse` is one parallel pass, as in the subclasses; here it makes token after token.
+    one_pass = False
+    #: Whether `forward` writes to a cache, so that its layers' activations can only be computed again all together.
+    caches_with_gradients = False
+
+    def __init__(self, config: BlockConfig):
+        # [raw scale; shift]; zeros, so an untrained block is the identity
+        super().__init__(config, outputs=config.token_dim * (1 if config.scale == "additive" else 2))
+        self.start_token = nn.Parameter(torch.randn(config.token_dim) * 0.02) if config.start_token else None
+
+    def forward(self, x: Tensor, grid: tuple[int, int], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to noise, in one parallel pass.
+
+        Args:
+            x: row-major tokens (B, T, C).
+            grid: rows and columns of tokens.
+            cond: class labels (B,) for class vectors, prefix tokens (B, L, E) for a prefix; ignored by a block that
+                does not see the condition.
+
+        Returns:
+            z (B, T, C), row-major, and log|det dz/dx| (B,).
+        """
+        x = reorder(x, self.config.order)
+        if self.start_token is None:
+            shift, log_scale = self.affine_parameters(x[:, :-1], 0, self.context(cond, grid))
+            shift, log_scale = F.pad(shift, (0, 0, 1, 0)), F.pad(log_scale, (0, 0, 1, 0))  # token 0 is unchanged
+        else:
+            start = self.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
+            shift, log_scale = self.affine_parameters(torch.cat([start, x[:, :-1]], 1), 0, self.context(cond, grid))
+        z, log_det = affine_forward(x, shift, log_scale)
+        return reorder(z, self.config.order), log_det
+
+    def inverse(
+        self,
+        z: Tensor,
+        grid: tuple[int, int],
+        cond: Tensor | None = None,
+        null_cond: Tensor | None = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Noise to data, token after token; the inverse of `forward`, with the same log_det, if guidance is off.
+
+        Args:
+            z: row-major tokens (B, T, C).
+            grid, cond: as in `forward`.
+            null_cond: the condition of the second, unconditional pass that guidance compares with.
+            guidance: how strongly and by which formula.
+        """
+        return sampling.decode(self, z, grid, cond, null_cond, guidance)
+
+    def affine_parameters(
+        self,
+        inputs: Tensor,
+        first_slot: int,
+        context: BlockContext,
+        cache: KVCache | None = None,
+        temperature: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Shift and log-scale (B, S, C) from the tokens in a run of slots, in the block's order; see `run`."""
+        out = soft_clip(self.run(inputs, first_slot, context, cache, temperature), self.config.soft_clip)
+        if self.config.scale == "additive":
+            return out, torch.zeros_like(out)
+        raw, shift = out.chunk(2, dim=-1)
+        return shift, log_scale_of(raw, self.config.scale)

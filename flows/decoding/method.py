@@ -1,0 +1,266 @@
+"""How a block is inverted: which method, how exactly; and what all methods need of a block.
+
+Shapes: B batch, R rows (B, or 2·B in guided blocks), T tokens, S tokens of a segment, C channels of a token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.flows.layers.affine import affine_forward
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype
+
+METHODS = ("auto", "sequential", "jacobi", "gs_jacobi", "parallel")
+DEFAULT_TOLERANCE = 1e-4
+FAST_TOLERANCE = 1e-2
+#: How far samples are from exact ones at most with these tolerances, and the guidance scale up to which that holds (see
+#: docs/sampling.md for how it was measured): stronger guidance magnifies errors, those of rounding too.
+PROMISES = {DEFAULT_TOLERANCE: (1e-3, 3.0), FAST_TOLERANCE: (0.1, 6.0)}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to invert a block.
+
+    Attributes:
+        method: "sequential", token after token, exact to rounding; "jacobi", all tokens at once, again and again until
+            nothing changes; "gs_jacobi" (Gauss–Seidel–Jacobi), segment after segment, Jacobi within; "parallel", the
+            one exact pass of coupling and inverse autoregressive blocks, which they also take for "sequential"; "auto",
+            what `calibrate` found to be the fastest on this device.
+        tolerance: sweeps over a segment end for a sample when no number of it changed by more than this, or is
+            expected to, by how fast the changes shrink. After as many sweeps as the segment has tokens it is exact
+            anyway.
+        segment: tokens of a segment, for "gs_jacobi".
+    """
+
+    method: str = "sequential"
+    tolerance: float = DEFAULT_TOLERANCE
+    segment: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"the decoding method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if not self.tolerance > 0:
+            raise ValueError(f"the decoding tolerance must be positive, got {self.tolerance}")
+        if self.method == "gs_jacobi" and self.segment is None:
+            raise ValueError("the decoding method 'gs_jacobi' needs a segment, a number of tokens")
+        if self.segment is not None and self.segment < 1:
+            raise ValueError(f"the decoding segment must be at least 1 token, got {self.segment}")
+
+
+class BlockRun:
+    """One block and everything that stays the same while it is inverted: conditions, guidance, cache.
+
+    Args:
+        block: a `FlowBlock`.
+        batch: B.
+        grid: rows and columns of tokens.
+        cond, null_cond: what the block sees, and what its second pass sees under guidance.
+        guidance: None or weight 0 for one pass only. It acts in blocks that see the condition, and with an attention
+            temperature other than 1 in all of them.
+        cached: keep keys and values; the prefix is written at once.
+    """
+
+    def __init__(
+        self,
+        block: Any,
+        batch: int,
+        grid: tuple[int, int],
+        cond: Tensor | None,
+        null_cond: Tensor | None,
+        guidance: Guidance | None,
+        cached: bool = True,
+    ):
+        self.block, self.batch, self.num_tokens = block, batch, grid[0] * grid[1]
+        guided = guidance is not None and guidance.active
+        self.guidance = guidance if guided and (block.sees_condition or guidance.temperature != 1) else None
+        device, dtype = compute_device(block.proj_in), compute_dtype(block.proj_in)
+        rows, self.temperature = batch, None
+        if self.guidance is not None:
+            rows = 2 * batch
+            if block.sees_condition and (cond is not None or null_cond is not None):
+                cond = torch.cat([expand_rows(cond, block, batch), expand_rows(null_cond, block, batch)])
+            if guidance.temperature != 1:
+                self.temperature = torch.ones(
+                    rows, 1, 1, 1, device=device, dtype=torch.promote_types(dtype, torch.float32)
+                )
+                self.temperature[batch:] = guidance.temperature
+        self.context = block.context(cond if block.sees_condition else None, grid)
+        #: What stands before token 0, (C,), or None.
+        self.start_token = None if block.start_token is None else block.start_token.to(device)
+        #: The first token that is made; without a start token, token 0 passes unchanged.
+        self.first = 0 if self.start_token is not None else 1
+        self.cache = None
+        if cached:
+            slots = self.context.prefix_length + self.num_tokens
+            self.cache = block.new_cache(rows, slots, dtype)
+            block.prefill(self.context, self.cache, self.temperature)
+
+    def inputs(self, x: Tensor, start: int, end: int) -> Tensor:
+        """What sits in the slots of tokens start … end − 1, (B, end − start, C): the tokens before them."""
+        if start > 0:
+            return x[:, start - 1 : end - 1]
+        first = self.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
+        return torch.cat([first, x[:, : end - 1]], dim=1)
+
+    def doubled(self, inputs: Tensor) -> Tensor:
+        """The rows that the network sees: both passes of a guided block."""
+        return inputs if self.guidance is None else torch.cat([inputs, inputs])
+
+    def combined(self, parameters: tuple[Tensor, Tensor], token: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and log-scale (B, …) of R rows' parameters."""
+        if self.guidance is None:
+            return parameters
+        (shift, shift_u), (log_scale, log_scale_u) = (part.chunk(2) for part in parameters)
+        return self.guidance((shift, log_scale), (shift_u, log_scale_u), token, self.num_tokens)
+
+    def parameters(self, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Shift and log-scale (B, S, C) of tokens start … end − 1, from all tokens before each, in one parallel pass.
+
+        With a cache, it must hold the slots before ``start``; theirs are written behind.
+        """
+        token = torch.arange(start, end, device=x.device)[:, None]
+        inputs = self.doubled(self.inputs(x, start, end))
+        parameters = self.block.affine_parameters(
+            inputs, start - self.first, self.context, self.cache, self.temperature
+        )
+        return self.combined(parameters, token)
+
+    def select(self, active: Tensor) -> BlockRun:
+        """The same for some of the B samples, (B,) booleans; the cache is copied."""
+        rows = active if self.guidance is None else torch.cat([active, active])
+        run = copy.copy(self)
+        run.batch = int(active.sum())
+        run.context = self.context.select(rows)
+        run.cache = None if self.cache is None else self.cache.select(rows)
+        run.temperature = None if self.temperature is None else self.temperature[rows]
+        return run
+
+
+def beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) -> str | None:
+    """A sentence if guidance is so strong that what a tolerance promises does not hold; None if it does, or if all blocks
+    are inverted without one.
+
+    Args:
+        decodings: of each block, "auto" resolved.
+        guidance_scale: 1 is off.
+    """
+    swept = [one.tolerance for one in decodings if one.method in ("jacobi", "gs_jacobi")]
+    fits = [tolerance for tolerance in PROMISES if swept and max(swept) <= tolerance]
+    if not fits or guidance_scale <= PROMISES[min(fits)][1]:
+        return None
+    error, scale = PROMISES[min(fits)]
+    return (
+        f"guidance_scale {guidance_scale:g} is above {scale:g}, up to which decoding with a tolerance of {max(swept):g} "
+        f"keeps latents within {error:g} of exact ones: return_residual=True tells how exact they are, and "
+        'decoding="sequential" is exact to rounding, which strong guidance magnifies too'
+    )
+
+
+def check_method(decoding: Decoding, one_pass: bool) -> None:
+    """An error for a method that is not for blocks that are inverted in one pass, or only for them."""
+    if one_pass and decoding.method not in ("sequential", "parallel"):
+        raise ValueError(
+            f"this model's blocks are inverted exactly in one parallel pass, so there is no {decoding.method!r}: leave "
+            "decoding out"
+        )
+    if not one_pass and decoding.method == "parallel":
+        raise ValueError(
+            "the decoding method 'parallel' is for coupling and inverse autoregressive blocks; these ones make token "
+            "after token: leave decoding out"
+        )
+
+
+def expand_rows(cond: Tensor | None, block: Any, batch: int) -> Tensor:
+    """A block's condition with one row per sample; class vectors without a label take the "no class" row."""
+    if cond is None:
+        return torch.full((batch,), block.config.num_classes, device=compute_device(block.proj_in))
+    return cond.expand(batch, *cond.shape[1:])
+
+
+def check_finite(x: Tensor, block: str) -> None:
+    """Raise a FloatingPointError that names the block and the first step with a number that is not finite.
+
+    Args:
+        x: decoded tokens in the block's order, (B, T, C).
+    """
+    finite = x.isfinite().all(dim=2)  # (B, T)
+    if not bool(finite.all()):
+        step = int((~finite.all(dim=0)).nonzero()[0])
+        raise FloatingPointError(
+            f"decoding gave numbers that are not finite, first in {block} at token {step} of {x.shape[1]} in the "
+            "block's order; check the weights, the noise, and use a wider dtype or less guidance"
+        )
+
+
+@torch.no_grad()
+def residual(
+    model: Any,
+    x: Tensor,
+    z: Tensor,
+    cond: Tensor | None = None,
+    null_cond: Tensor | None = None,
+    guidance: Guidance | Sequence[Guidance] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How exact samples are: |f(x) − z| from one parallel pass of the (guided) map f.
+
+    Args:
+        model: a `TARFlowModel`.
+        x: samples, not denoised; z: the noise that they were made of, (B, C, H, W) both.
+        cond, null_cond, guidance: as they were made with.
+
+    Returns:
+        the largest and the mean of each sample, (B,) both.
+    """
+    tokens = guided_states(model, x, cond, null_cond, guidance)[-1]
+    error = (tokens - model.patchify(z)[0]).abs().flatten(1)
+    return error.amax(1), error.mean(1)
+
+
+@torch.no_grad()
+def guided_states(
+    model: Any,
+    x: Tensor,
+    cond: Tensor | None = None,
+    null_cond: Tensor | None = None,
+    guidance: Guidance | Sequence[Guidance] | None = None,
+) -> list[Tensor]:
+    """What each block of the (guided) map from data to noise makes, in one parallel pass.
+
+    Given the tokens before it, a guided token is still an affine function of its noise, so the guided map too goes from
+    data to noise without drawing.
+
+    Args:
+        model: a `TARFlowModel`.
+        x: data with the training noise (B, C, H, W).
+        cond, null_cond, guidance: see `BlockRun`; guidance of all blocks, or one for each in the order of
+            ``model.blocks``.
+
+    Returns:
+        row-major tokens (B, T, C), from the block next to the data to z.
+    """
+    tokens, grid = model.patchify(x)
+    states = []
+    guidances = guidance if isinstance(guidance, Sequence) else [guidance] * len(model.blocks)
+    for block, own in zip(model.blocks, guidances, strict=True):
+        if block.one_pass:
+            tokens, _ = block(tokens, grid, cond, null_cond, own)
+        else:
+            ordered = reorder(tokens, block.config.order)
+            out = ordered.clone()
+            with at_hand(block):
+                run = BlockRun(block, len(tokens), grid, cond, null_cond, own, cached=False)
+                if run.num_tokens > run.first:
+                    shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
+                    out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)
+            tokens = reorder(out, block.config.order)
+        states.append(tokens)
+    return states

@@ -1,0 +1,296 @@
+"""One token through a block's Transformer: the same numbers as `TokenNetwork.run`, with as few operations as possible.
+
+A step of a small batch takes as long as its operations are many and its weights are large, not as its arithmetic is
+much. So everything that all steps share is made once before the first, and the loop touches plain tensors, no modules.
+Where something acts on the modules (hooks, quantized weights, ...: see `prepared`), steps go through them instead.
+
+Shapes: R rows (samples, twice as many under guidance), D width, H query heads, K key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarflow.flows.layers.affine import at_least_float32, log_scale_of
+from tarflow.flows.layers.kv_cache import KVCache
+from tarflow.flows.layers.prepared import may_prepare, plain_linear
+from tarflow.flows.layers.transformer import LayerNorm, RMSNorm
+
+#: From so many rows on, a CPU's matrix products of weights laid out (in, out) take 0.6 to 0.85 of the time, unless the
+#: input is wider than the output; copying the weights once costs less than that saves in a sequence.
+ROWS_FOR_LAYOUT = 8
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What a step needs of one layer; matrices are transposed, as `torch.addmm` takes them."""
+
+    attention_norm: Any
+    qkv: tuple[Tensor, Tensor]
+    query_norm: Any
+    key_norm: Any
+    proj: tuple[Tensor, Tensor]
+    attention_post_norm: Any
+    mlp_norm: Any
+    up: tuple[Tensor, Tensor]
+    gated: bool
+    down: tuple[Tensor, Tensor]
+    mlp_post_norm: Any
+    keys_values: Tensor  # of the cache: (R, 2, K, capacity, d)
+
+
+def decode_step(block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None) -> Any:
+    """A `DecodeStep` if the block's weights are all that its layers are, else a `ModuleStep`."""
+    return (DecodeStep if may_prepare(block) else ModuleStep)(block, context, cache, temperature)
+
+
+class ModuleStep:
+    """As `DecodeStep`, through the block's modules: slower, and right whatever acts on them."""
+
+    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+        self.block, self.context, self.cache, self.temperature = block, context, cache, temperature
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token's parameters, (R, C) both, from what sits in the next slot, (R, C)."""
+        slot = self.cache.length - self.context.prefix_length
+        parameters = self.block.affine_parameters(inputs[:, None], slot, self.context, self.cache, self.temperature)
+        return tuple(part[:, 0] for part in parameters)
+
+
+class DecodeStep:
+    """Shift and log-scale of one token after another.
+
+    Args:
+        block: a `FlowBlock` that `may_prepare` allows; its weights must not change while the step is used.
+        context: what `block.context` gave.
+        cache: keys and values of R rows; it holds the prefix, if there is one, and grows by one slot at each call.
+        temperature: divides the attention logits, (R, 1, 1, 1), or None.
+    """
+
+    #: Whether pairs may be rotated as complex numbers, which compilers do not take.
+    complex_rotation = True
+
+    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+        self.cache, self.config = cache, block.config
+        self.copies: list[tuple[Tensor, Callable[[], Tensor]]] = []  # prepared tensors, and how they are made
+        self.prefix_length = context.prefix_length
+        self.added = None if context.added is None else context.added.unbind(1)  # a (B or 1, D) for each slot
+        self.inverse_temperature = None if temperature is None else 1 / temperature.view(-1, 1)
+        self.heads, self.kv_heads, self.head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        self.rotated = (self.heads + self.kv_heads) * self.head_dim  # columns of queries and keys
+        dtype = block.proj_in.weight.dtype
+        self.cos = self.sin = self.turns = None
+        if context.rotation is not None:  # a row for each slot, of all heads' queries and keys
+            repeats = self.heads + self.kv_heads
+            cos, sin = (table.repeat(1, repeats).to(dtype) for table in context.rotation)
+            if self.complex_rotation and dtype in (torch.float32, torch.float64):
+                turns = torch.complex(cos[:, 0::2].contiguous(), sin[:, 1::2].contiguous())
+                values = turns.new_ones(len(turns), self.kv_heads * self.head_dim // 2)  # which are not turned
+                self.turns = torch.cat([turns, values], dim=1).unbind(0)
+            else:
+                self.cos, self.sin = cos.unbind(0), sin.unbind(0)
+        self.proj_in, self.dtype = self.transposed(block.proj_in), dtype
+        self.final_norm = None if block.final_norm is None else self.norm_function(block.final_norm, dtype)
+        self.soft_clip = self.config.soft_clip
+        self.proj_out = self.transposed(block.proj_out, scale=1 / self.soft_clip if self.soft_clip else 1, wide=True)
+        self.layers = [self.layer_weights(layer, index, dtype) for index, layer in enumerate(block.layers)]
+
+    def layer_weights(self, layer: Any, index: int, dtype: torch.dtype) -> LayerWeights:
+        attention, mlp, rows = layer.attention, layer.mlp, self.cache.keys_values.shape[1]
+        return LayerWeights(
+            self.norm_function(attention.norm, dtype),
+            self.transposed(attention.qkv, rows),
+            attention.query_norm,
+            attention.key_norm,
+            self.transposed(attention.proj, rows),
+            self.norm_function(attention.post_norm, dtype),
+            self.norm_function(mlp.norm, dtype),
+            self.transposed(mlp.up, rows),
+            mlp.gated,
+            self.transposed(mlp.down, rows),
+            self.norm_function(mlp.post_norm, dtype),
+            self.cache.keys_values[index],
+        )
+
+    def kept(self, make: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
+        """What ``make`` gives; if that is no view of ``weight`` but a copy, it is made anew by `refresh`."""
+        made = make()
+        if weight is None or made.data_ptr() != weight.data_ptr():
+            self.copies.append((made, make))
+        return made
+
+    def refresh(self) -> None:
+        """Take over the weights' present numbers, in place."""
+        for copy, make in self.copies:
+            copy.copy_(make())
+
+    def transposed(self, linear: Any, rows: int = 0, scale: float = 1, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """Weight (in, out) and bias (out,), zeros if there is none. The weight is a view, or for many rows on a CPU a
+        copy in that layout if the product is faster with it.
+
+        Args:
+            linear: the layer.
+            rows: of the products; 0 for a view.
+            scale: of the product.
+            wide: in at least float32.
+        """
+
+        def part(index: int) -> Tensor:
+            value = plain_linear(linear)[index]
+            if value is None:
+                return linear.weight.new_zeros(linear.out_features)
+            value = at_least_float32(value) if wide else value
+            value = value if scale == 1 else value * scale
+            if index:
+                return value
+            copies = value.device.type == "cpu" and rows >= ROWS_FOR_LAYOUT and value.shape[1] <= value.shape[0]
+            return value.t().contiguous() if copies else value.t()
+
+        return self.kept(lambda: part(0), linear.weight), self.kept(lambda: part(1), linear.bias)
+
+    def norm_function(self, module: Any, dtype: torch.dtype) -> Any:
+        """A norm as a function; where no conversion is needed, in one operation. None for None."""
+        if module is None or dtype not in (torch.float32, torch.float64):
+            return module
+        shape, eps = module.weight.shape, module.eps
+        if isinstance(module, LayerNorm):
+            weight, bias = module.weight.detach(), module.bias.detach()
+            return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+        if isinstance(module, RMSNorm):
+            weight = self.kept(lambda: 1 + module.weight.detach(), None)
+            # torch.rms_norm is several times slower than these on a CPU, and the same elsewhere.
+            return lambda x: x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_() * weight
+        return module
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token's parameters.
+
+        Args:
+            inputs: what sits in the next slot, (R, C).
+
+        Returns:
+            shift and log_scale (R, C), at least float32.
+        """
+        parameters = self.parameters(inputs, self.cache.length)
+        self.cache.advance(1)
+        return parameters
+
+    def parameters(self, inputs: Tensor, position: Any) -> tuple[Tensor, Tensor]:
+        """The parameters of the token whose input sits at a position of the cache, which counts the prefix too."""
+        weight, bias = self.proj_in
+        hidden = torch.addmm(bias, inputs.to(self.dtype), weight)
+        if self.added is not None:
+            hidden = hidden + self.row(self.added, position - self.prefix_length)
+        for layer in self.layers:
+            hidden = self.add_product(
+                hidden, self.attend(layer, hidden, position), layer.proj, layer.attention_post_norm
+            )
+            weight, bias = layer.up
+            y = torch.addmm(bias, layer.mlp_norm(hidden), weight)
+            if layer.gated:
+                gate, y = y.chunk(2, dim=-1)
+                y = F.gelu(gate, approximate="tanh").mul_(y)
+            else:
+                y = F.gelu(y)
+            hidden = self.add_product(hidden, y, layer.down, layer.mlp_post_norm)
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        weight, bias = self.proj_out
+        out = torch.addmm(bias, hidden.to(weight.dtype), weight)
+        if self.soft_clip:
+            out = out.tanh_().mul_(self.soft_clip)
+        if self.config.scale == "additive":
+            return out, torch.zeros_like(out)
+        raw, shift = out.chunk(2, dim=-1)
+        return shift, log_scale_of(raw, self.config.scale)
+
+    @staticmethod
+    def add_product(hidden: Tensor, y: Tensor, linear: tuple[Tensor, Tensor], norm: Any) -> Tensor:
+        """hidden + norm(y·weight + bias), (R, D); without a norm in place, which spares a copy of the bias."""
+        weight, bias = linear
+        if norm is None:
+            return hidden.addmm_(y, weight).add_(bias)
+        return hidden + norm(torch.addmm(bias, y, weight))
+
+    @staticmethod
+    def row(rows: Any, position: Any) -> Tensor:
+        """One slot's row of a table."""
+        return rows[position]
+
+    def remember(self, keys_values: Tensor, new: Tensor, position: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write a slot's keys and values (R, 2, K, d); returns the keys and values to attend to, and a mask of them."""
+        keys_values.select(3, position).copy_(new)
+        keys, values = keys_values.narrow(3, 0, position + 1).unbind(1)
+        return keys, values, None
+
+    def attend(self, layer: LayerWeights, hidden: Tensor, position: Any) -> Tensor:
+        """One layer's heads side by side, (R, H·d); writes the slot's keys and values to the cache."""
+        rows, head_dim = hidden.shape[0], self.head_dim
+        weight, bias = layer.qkv
+        qkv = torch.addmm(bias, layer.attention_norm(hidden), weight)
+        qk = qkv.narrow(1, 0, self.rotated)
+        if layer.query_norm is not None:
+            q, k = qk.view(rows, -1, head_dim).split([self.heads, self.kv_heads], dim=1)
+            qk.copy_(torch.cat([layer.query_norm(q), layer.key_norm(k)], dim=1).view(rows, -1))
+        if self.turns is not None:  # the pairs (x₀, x₁) as x₀ + i·x₁, in one operation
+            torch.view_as_complex(qkv.view(rows, -1, 2)).mul_(self.row(self.turns, position))
+        elif self.cos is not None:  # (x₀, x₁) → (x₀·cos − x₁·sin, x₁·cos + x₀·sin) for all pairs
+            swapped = qk.view(rows, -1, 2).flip(-1).view(rows, -1)
+            qk.mul_(self.row(self.cos, position)).addcmul_(swapped, self.row(self.sin, position))
+        q = qkv.narrow(1, 0, self.heads * head_dim)
+        if self.inverse_temperature is not None:
+            q = q * self.inverse_temperature
+        new = qkv.narrow(1, self.heads * head_dim, 2 * self.kv_heads * head_dim)
+        keys, values, mask = self.remember(layer.keys_values, new.view(rows, 2, self.kv_heads, head_dim), position)
+        # The heads of a group are queries of one key/value head.
+        y = F.scaled_dot_product_attention(
+            q.view(rows, self.kv_heads, -1, head_dim), keys, values, attn_mask=mask, scale=1 / math.sqrt(head_dim)
+        )
+        return y.reshape(rows, -1)
+
+
+class StaticStep(DecodeStep):
+    """The same with shapes that never change, for compilers and CUDA graphs: the position is a tensor, and attention
+    goes over the whole cache behind a mask.
+
+    The tensors of one sequence (prefix, positions, class vectors, temperature) are buffers that `load` fills, so that
+    what was compiled or captured for one sequence serves the next.
+    """
+
+    complex_rotation = False
+
+    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+        super().__init__(block, context, cache, temperature)
+        for name in ("cos", "sin", "added"):
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, torch.stack(rows))
+        self.slots = torch.arange(cache.capacity, device=cache.keys_values.device)
+
+    def load(self, context: Any, cache: KVCache, temperature: Tensor | None) -> None:
+        """Take over another sequence of the same shapes: its prefix in a cache, positions, vectors, temperature."""
+        prefix = cache.length
+        self.cache.keys_values[..., :prefix, :].copy_(cache.keys_values[..., :prefix, :])
+        if self.cos is not None:
+            for buffer, table in zip((self.cos, self.sin), context.rotation, strict=True):
+                buffer.copy_(table.repeat(1, self.heads + self.kv_heads))
+        if self.added is not None:
+            self.added.copy_(context.added.transpose(0, 1))
+        if self.inverse_temperature is not None:
+            self.inverse_temperature.copy_(1 / temperature.view(-1, 1))
+        self.cache.length = prefix
+
+    @staticmethod
+    def row(rows: Tensor, position: Tensor) -> Tensor:
+        """One slot's row of a table (S, …)."""
+        return rows.index_select(0, position.view(1)).squeeze(0)
+
+    def remember(self, keys_values: Tensor, new: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys_values.index_copy_(3, position.view(1), new.unsqueeze(3))
+        return keys_values[:, 0], keys_values[:, 1], (self.slots <= position).view(1, 1, 1, -1)

@@ -1,0 +1,121 @@
+"""What a call's callback sees of the pipeline, and what it may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from diffusers.utils import logging
+from torch import Tensor
+
+from tarflow.flows.decoding.method import Decoding, beyond_promise
+from tarflow.flows.decoding.sampling import Change
+from tarflow.flows.layers.guidance import Guidance
+
+logger = logging.get_logger(__name__)
+
+Callback = Callable[[Any, int, int, dict], dict]
+
+
+class CallState:
+    """`TARFlowPipeline`'s attributes that are a call's own; before the first call they are the defaults."""
+
+    _interrupt = False
+    _num_timesteps = 0
+    _guidance_scale: float | None = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call. A callback sets ``_guidance_scale`` for the blocks to come; 1 or less is off."""
+        return self.config.guidance_scale if self._guidance_scale is None else self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether guidance is on."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the call takes: one for each block, or one with a student."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set ``_interrupt``, which ends the call after the current block."""
+        return self._interrupt
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent position along each side."""
+        return self.codec.factor
+
+
+def warn_beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) -> None:
+    """Say, once for each scale, if guidance is stronger than what tolerances promise; see `beyond_promise`."""
+    if warning := beyond_promise(decodings, guidance_scale):
+        logger.warning_once(warning)
+
+
+class AfterBlock:
+    """Tells a call's callback of each block, and the blocks to come of what the callback changed.
+
+    Args:
+        pipe: the pipeline, whose `CallState` is the call's.
+        progress: a progress bar.
+        callback: the user's, or None.
+        tensors: names of the tensors that it wants; None is all.
+        module: what the callback may have taken from its device, by decoding a preview.
+        guidance: of the call.
+        null_condition: makes the condition that guidance leads away from, if it was not needed at the start.
+
+    Attributes:
+        decodings: how each block is inverted, in the order of ``flow.blocks``; none with a student.
+        used: the guidance of each block that was inverted, in the order of inversion.
+        stopped: blocks are left that were not inverted.
+        added: the null condition, if a callback turned guidance on.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        progress: Any,
+        callback: Callback | None,
+        tensors: list[str] | None,
+        module: Any,
+        guidance: Guidance,
+        null_condition: Callable[[], Tensor | None] | None = None,
+    ):
+        self.pipe, self.progress, self.callback, self.tensors = pipe, progress, callback, tensors
+        self.module, self.guidance, self.null_condition = module, guidance, null_condition
+        self.decodings: Sequence[Decoding] = ()
+        self.used: list[Guidance] = []
+        self.stopped = False
+        self.added: Tensor | None = None
+
+    def __call__(self, index: int, latents: Tensor) -> Change:
+        """After block ``index`` of the call, 0 for the first; latents (B, C, h, w)."""
+        self.used.append(self.guidance)
+        self.progress.update()
+        if self.callback is None:
+            return Change()
+        wanted = self.tensors is None or "latents" in self.tensors
+        returned = self.callback(self.pipe, index, index, {"latents": latents} if wanted else {}) or {}
+        before, scale = self.guidance, self.pipe.guidance_scale
+        null = self.change_guidance(scale)
+        if self.guidance != before:
+            warn_beyond_promise(self.decodings[: max(len(self.decodings) - index - 1, 0)], scale)  # those to come
+        self.pipe.run_offload_hook(self.module)
+        self.stopped = bool(self.pipe.interrupt) and index + 1 < self.pipe.num_timesteps
+        return Change(returned.get("latents"), self.guidance, null, self.stopped)
+
+    def change_guidance(self, scale: float) -> Tensor | None:
+        """Take over the scale that a callback may have set; returns the null condition if it is needed now."""
+        before, self.guidance = self.guidance, replace(self.guidance, weight=max(scale - 1.0, 0.0))
+        if self.guidance.active and not before.active and self.added is None and self.null_condition is not None:
+            self.added = self.null_condition()
+        return self.added
+
+    def null(self, first: Tensor | None) -> Tensor | None:
+        """The null condition that was used at last; ``first`` is the call's."""
+        return first if self.added is None else self.added

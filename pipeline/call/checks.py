@@ -1,0 +1,60 @@
+"""Arguments of a call that would have no effect, or none that was meant: one sentence for each."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+from tarflow.flows.decoding.method import DEFAULT_TOLERANCE
+
+#: Ways to decode, by a call's name, that take a tolerance.
+WITH_TOLERANCE = ("auto", "jacobi", "gs_jacobi")
+
+
+def check_counts(kind: str, num_images: int | None, num_images_per_prompt: int) -> None:
+    """Whether a call's numbers of images are such, and meant for a flow with the conditioning ``kind``."""
+    for name, value in (("num_images", num_images), ("num_images_per_prompt", num_images_per_prompt)):
+        whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+        if value is not None and not whole:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if num_images is not None and kind != "none":
+        what = "captions" if kind == "prefix" else "classes"
+        raise ValueError(
+            f"num_images is for models without conditions, and this one draws from {what}: say "
+            f"num_images_per_prompt={num_images}"
+        )
+
+
+def check_negative(kind: str, negative_prompt: Any, negative_embeds: Any, scale: float, callback: bool) -> None:
+    """Whether what guidance leads away from can have an effect; ``callback`` if one may turn guidance on."""
+    if negative_embeds is not None and kind != "prefix":
+        raise ValueError(f"this model has the conditioning {kind!r} and takes no negative_prompt_embeds")
+    if negative_prompt is not None and negative_embeds is not None:
+        raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
+    texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt]
+    if any(texts) and scale <= 1 and not callback:
+        raise ValueError(
+            f"negative_prompt has no effect without guidance, and guidance_scale is {scale:g}: take one above 1, or leave "
+            "negative_prompt out"
+        )
+
+
+def check_caption_options(kind: str, max_sequence_length: int | None) -> None:
+    """Whether options of captions are given to a model that has captions."""
+    if max_sequence_length is None:
+        return
+    if kind != "prefix":
+        raise ValueError(f"this model has the conditioning {kind!r} and takes no max_sequence_length")
+    if max_sequence_length < 1:
+        raise ValueError(f"max_sequence_length must be at least 1, got {max_sequence_length}")
+
+
+def check_decoding(decoding: Any, tolerance: float | None, segment: int | None) -> None:
+    """Whether tolerance and segment are for this way to decode; the default tolerance may be given with any."""
+    name = decoding if isinstance(decoding, str) else None
+    what = f"decoding={name!r}" if name is not None else "a Decoding, which has its own"
+    if segment is not None and name != "gs_jacobi":
+        raise ValueError(f"segment is for decoding='gs_jacobi', and has no effect with {what}: leave it out")
+    if tolerance not in (None, DEFAULT_TOLERANCE) and name not in WITH_TOLERANCE:
+        names = ", ".join(repr(one) for one in WITH_TOLERANCE)
+        raise ValueError(f"tolerance is for decoding {names}, and has no effect with {what}: leave it out")

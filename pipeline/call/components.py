@@ -1,0 +1,87 @@
+"""A pipeline's parts and settings, which may be replaced at any time: what is made of them follows."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+
+from tarflow.flows.decoding.fast_step import FastSteps
+from tarflow.pipeline.call.inputs import labels_by_name
+from tarflow.vae.codec import LatentCodec
+
+
+class Components:
+    """What `TARFlowPipeline` makes of its parts and settings as they are now."""
+
+    _image_processor: VaeImageProcessor | None = None
+
+    @property
+    def codec(self) -> LatentCodec:
+        """Pictures to latents and back, by the present autoencoder and latent statistics."""
+        return LatentCodec(self.vae, self.config.latents_mean, self.config.latents_std)
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Diffusers' processor, for the present autoencoder unless another was set."""
+        if self._image_processor is not None:
+            return self._image_processor
+        return VaeImageProcessor(vae_scale_factor=self.codec.factor)
+
+    @image_processor.setter
+    def image_processor(self, processor: VaeImageProcessor | None) -> None:
+        self._image_processor = processor
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Indices of the classes by name, see `labels_by_name`."""
+        return labels_by_name(self.config.id2label)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of Diffusers; and a part that was None is known from now on, so that it is saved. Of a flow that is replaced
+        no fast steps are kept, which would hold its weights."""
+        steps = self.__dict__.get("_fast_steps")
+        if name == "flow" and steps is not None and value is not self.flow:
+            self._fast_steps = FastSteps(steps.backend)
+        super().__setattr__(name, value)
+        config = self.__dict__.get("_internal_dict", {})
+        if value is not None and name in self._optional_components and tuple(config.get(name, ())) == (None, None):
+            self.register_modules(**{name: value})
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """A pipeline of another's parts, which they share; see Diffusers.
+
+        Args:
+            pipeline: the other.
+            kwargs: parts and settings instead of its own; ``torch_dtype``, which is float32 if not given.
+        """
+        if kwargs.get("custom_pipeline") is not None:
+            return super().from_pipe(pipeline, **kwargs)
+        # Diffusers compares classes with annotations, and an autoencoder may be of any class.
+        expected, _ = cls._get_signature_keys(cls)
+        types = cls._get_signature_types()
+        shared = {
+            name: part
+            for name, part in pipeline.components.items()
+            if name in expected and (name == "vae" or part is None or fits(part, types[name]))
+        }
+        return super().from_pipe(pipeline, **{**shared, **kwargs})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles compile their steps anew: compiled code belongs to a process."""
+        state = dict(self.__dict__)
+        if self._fast_steps is not None:
+            state["_fast_steps"] = FastSteps(self._fast_steps.backend)
+        state["_fast_student"] = None
+        return state
+
+
+def fits(part: Any, types: tuple[Any, ...]) -> bool:
+    """Whether a part is of one of the classes; compiled and wrapped ones are what they wrap."""
+    part = getattr(part, "_orig_mod", part)
+    return not isinstance(part, torch.nn.Module) or any(
+        kind is Any or (isinstance(kind, type) and isinstance(part, kind)) for kind in types
+    )

@@ -1,0 +1,76 @@
+"""Captions of a call as the flow's condition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tarflow.pipeline.call.aspect import fill_template
+from tarflow.pipeline.text.encoding import encode_captions, warn_of_cuts
+from tarflow.pipeline.text.options import TextOptions
+
+
+class PromptEncoding:
+    """`TARFlowPipeline`'s way from texts to encoded captions."""
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        aspect_ratio: str = "1:1",
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encoded captions and, with guidance, encoded negative ones, (B, L, E) each; B counts images.
+
+        Args:
+            prompt: one or several captions, or None with ``prompt_embeds``.
+            device: of the result; where the pipeline computes if not given.
+            num_images_per_prompt: each row is repeated so often.
+            do_classifier_free_guidance: whether negative ones are wanted; else the second result is None.
+            negative_prompt: one, or one for each caption; the empty caption if not given.
+            prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts, B counting captions.
+            max_sequence_length: the pipeline's own if not given.
+            aspect_ratio: for the caption's template.
+
+        Raises:
+            ValueError: for negative captions that are not as many, or texts without a text encoder.
+        """
+        device = self._execution_device if device is None else device
+        length = max_sequence_length or self.config.max_sequence_length
+
+        def encode(captions: list[str]) -> Tensor:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
+            self.run_offload_hook(self.text_encoder)
+            captions = fill_template(self.config.caption_template, captions, aspect_ratio)
+            options = TextOptions.of(self.config.get("text_options"))
+            embeds = encode_captions(
+                self.text_encoder, self.tokenizer, captions, length, options, self._execution_device
+            )
+            warn_of_cuts(self.tokenizer, captions, length, options)
+            return embeds.to(device)
+
+        if prompt_embeds is None:
+            if prompt is None:
+                raise ValueError("there is nothing to encode: give prompt or prompt_embeds")
+            prompt_embeds = encode([prompt] if isinstance(prompt, str) else prompt)
+        prompt_embeds = prompt_embeds.to(device)
+        count = len(prompt_embeds)
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        if not do_classifier_free_guidance:
+            return prompt_embeds, None
+        if negative_prompt_embeds is None:
+            texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+            if len(texts) not in (1, count):
+                raise ValueError(f"negative_prompt has {len(texts)} texts for {count} prompts; give one or as many")
+            negative_prompt_embeds = encode(texts)
+        negative_prompt_embeds = negative_prompt_embeds.to(device)
+        if len(negative_prompt_embeds) not in (1, count):
+            raise ValueError(f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {count} prompts")
+        negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+        return prompt_embeds, negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)

@@ -1,0 +1,20 @@
+"""What a batch of data says of its pictures, as the flow takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def condition_of(pipe: Any, batch: dict[str, Any], count: int, with_condition: bool) -> dict[str, Any]:
+    """Keyword arguments of the flow for the data's labels or captions, or for none."""
+    kind = pipe.flow.config.conditioning
+    if kind == "prefix":
+        if with_condition and "caption" not in batch:
+            raise ValueError("the model takes captions, but the data has none; ask for no condition")
+        captions = batch["caption"] if with_condition else [""] * count
+        return {"cond": pipe.encode_prompt(captions, do_classifier_free_guidance=False)[0]}
+    if kind == "none" or not with_condition:
+        return {}
+    if "label" not in batch:
+        raise ValueError("the model takes class labels, but the data has none; ask for no condition")
+    return {"class_labels": batch["label"].to(pipe.flow.device)}

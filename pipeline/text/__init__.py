@@ -1,0 +1,4 @@
+"""Captions to condition tokens, by any text encoder of Transformers.
+
+May import: common.
+"""

@@ -1,0 +1,143 @@
+"""Finetuning a pipeline's decoder: it learns to decode latents with the training noise, while all else stays frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tarflow.common.checks import check
+from tarflow.data.images import Images
+from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
+from tarflow.training.loop.checkpoint import on_main
+from tarflow.training.loop.component import ComponentConfig, ComponentFolders, noisy_latents, open_splits, write_rows
+from tarflow.training.loop.draws import draw_chances
+from tarflow.training.loop.network_trainer import NetworkTrainer, network_accelerator
+from tarflow.training.losses.pictures import PictureLossConfig
+from tarflow.training.losses.step import PictureStepper
+from tarflow.vae.codec import weights_hash
+from tarflow.vae.decoder import LatentDecoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(ComponentConfig):
+    """Everything about finetuning a decoder.
+
+    Attributes, besides those of `ComponentConfig`:
+        set_default: the pipeline's calls take the new decoder unless they say otherwise; False leaves their default.
+        noise_std: σ of the noise on the latents; None is the pipeline's training noise, which its samples have.
+        loss: what makes decoded pictures like their originals.
+    """
+
+    kind: ClassVar[str] = "decoder"
+
+    set_default: bool = True
+    noise_std: float | None = None
+    loss: PictureLossConfig = field(default_factory=PictureLossConfig)
+    lr: float = 3e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.noise_std is None or self.noise_std >= 0, f"noise_std must be 0 or positive, got {self.noise_std}")
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.data.image_size
+
+
+class DecoderTask:
+    """What `NetworkTrainer` trains: a copy of the autoencoder's decoder.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+
+    Raises:
+        ValueError: if pipeline, data and settings do not fit.
+    """
+
+    def __init__(self, config: DecoderConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.folders = ComponentFolders(config)
+        self.pipe = self.folders.open("cpu")
+        if self.pipe.vae is None:
+            raise ValueError(f"the pipeline {config.pipeline!r} models pixels: it has no decoder to finetune")
+        if config.noise_std is not None:
+            self.pipe.register_to_config(noise_std=config.noise_std)
+        self.noise_std = self.pipe.config.noise_std
+        self.train, held_out = open_splits(config, self.pipe)
+        self.encoder_hash = weights_hash(self.pipe.vae)
+        self.network = LatentDecoder.from_autoencoder(self.pipe.vae).train().requires_grad_(True)
+        self.pipe.vae.to(accelerator.device)
+        self.held_out: NoisyPictures | None = None
+        self.before: dict[str, list[Tensor]] = {}
+        if len(held_out):
+            on_main(accelerator, lambda: self.prepare_held_out(held_out))
+
+    def prepare_held_out(self, images: Images) -> None:
+        """Noisy held-out latents, and how they are decoded without the new decoder."""
+        self.pipe.to(self.accelerator.device)
+        self.held_out = noisy_pictures(self.pipe, images, self.config.eval_images, self.config.batch_size)
+        self.before = {name: self.held_out.decoded(self.pipe, name) for name in ("none", "score")}
+        for module in (self.pipe.flow, self.pipe.text_encoder):  # they are not needed any more
+            if module is not None:
+                module.to("cpu")
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.network.last_layer
+
+    def facts(self) -> dict[str, Any]:
+        return {"the autoencoder's SHA-256": self.encoder_hash, "noise_std": self.noise_std}
+
+    def decode(
+        self, model: nn.Module, batch: dict[str, Any], step: int, places: Sequence[int]
+    ) -> tuple[Tensor, Tensor, dict[str, tuple[float, Tensor]]]:
+        """Latents with noise, decoded, as the flow sees them in its training; no further losses."""
+        flipped = None
+        if self.config.data.flip:
+            flipped = draw_chances(self.config.seed, step, places, self.accelerator.device, "flip") < 0.5
+        images, _, noisy = noisy_latents(self.pipe, self.config, self.accelerator, batch, flipped, step, places)
+        return model(self.pipe.codec.raw(noisy)), images, {}
+
+    @torch.no_grad()
+    def report(self, step: int, last: bool) -> dict[str, float]:
+        """PSNR and SSIM of noisy held-out latents by the autoencoder's decoder, after the score step and by the new
+        decoder, and their grid, a row each below the originals. The last one saves the decoder."""
+        metrics: dict[str, float] = {}
+        # A copy: Accelerate makes the network itself compute with mixed precision.
+        decoder = LatentDecoder.from_config(self.network.config).eval()
+        decoder.load_state_dict(self.network.state_dict())
+        if self.held_out is not None:
+            self.pipe.register_modules(finetuned_decoder=decoder.to(self.accelerator.device))
+            pictures = {**self.before, "finetuned": self.held_out.decoded(self.pipe, "finetuned")}
+            for name, decoded in pictures.items():
+                metrics |= {f"{measure}_{name}": value for measure, value in self.held_out.quality(decoded).items()}
+            rows = [torch.cat(row)[: self.config.grid_images] for row in (self.held_out.originals, *pictures.values())]
+            write_rows(rows, self.config.folder / "samples" / f"decoded_{step:08d}.png")
+        if last:
+            settings = {"decoder": "finetuned"} if self.config.set_default else {}
+            self.folders.add("finetuned_decoder", decoder, **settings)
+        return metrics
+
+
+def finetune_decoder(config: DecoderConfig, resolved: str) -> dict[str, float]:
+    """Train, and save the decoder; returns the last metrics.
+
+    Args:
+        config: the settings.
+        resolved: their YAML, saved with the run.
+
+    Raises:
+        ValueError: if settings, pipeline, data or checkpoint do not fit.
+        OSError: if a file cannot be written.
+    """
+    accelerator = network_accelerator(config, config.folder)
+    task = DecoderTask(config, accelerator)
+    stepper = PictureStepper(config, accelerator, task)
+    return NetworkTrainer(config, resolved, config.folder, accelerator, task, stepper).run()

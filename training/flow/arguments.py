@@ -1,0 +1,35 @@
+"""YAML file and command line → `RunConfig`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jsonargparse
+
+from tarflow.common.arguments import parse_dataclass, plain_message
+from tarflow.flows.model import TARFlowModel
+from tarflow.training.flow.config import RunConfig
+
+
+def parse_config(
+    argv: list[str] | None = None, description: str | None = None, prog: str | None = None
+) -> tuple[RunConfig, str]:
+    """The configuration of a training run, see `parse_dataclass`; unknown keys of the flow are an error too."""
+    config, resolved = parse_dataclass(RunConfig, argv, description, prog)
+    check_flow_keys(config.flow)
+    return config, resolved
+
+
+def check_flow_keys(flow: dict[str, Any]) -> None:
+    """Errors of the flow section: an unknown key, with a list of the known ones, and a value of a wrong type."""
+    known = [name for name in inspect.signature(TARFlowModel.__init__).parameters if name != "self"]
+    if unknown := sorted(set(flow) - set(known)):
+        raise ValueError(f"unknown key flow.{unknown[0]}; the flow section has {', '.join(known)}")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TARFlowModel, "flow")
+    required = {"in_channels": 1, "sample_size": 1}
+    try:
+        parser.parse_object({"flow": {**required, **flow}})
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(plain_message(" ".join(str(error).split()))) from error

@@ -1,0 +1,121 @@
+"""A batch of pictures, or of cached latents, as what the flow is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow.data.images import to_model
+from tarflow.flows.likelihood import dequantize
+from tarflow.pipeline.text.encoding import encode_captions, token_ids
+from tarflow.training.flow.config import RunConfig, is_joint, noise_std
+from tarflow.training.flow.setup import Parts
+from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise
+
+
+class InputMaker:
+    """Keyword arguments of `FlowObjective` from a batch, with draws that depend on the pictures' places alone.
+
+    Args:
+        config: of the run.
+        parts: codec, text encoder, tokenizer and so on.
+        device: of the results.
+        token_ids: captions are encoded inside the objective, not here.
+        autocast: context in which the autoencoder encodes training pictures; held-out ones are encoded exactly.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Parts,
+        device: torch.device,
+        token_ids: bool = False,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.config, self.parts, self.device = config, parts, device
+        self.token_ids, self.autocast = token_ids, autocast
+
+    @torch.no_grad()
+    def training(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Any]:
+        """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from if
+        the settings have it. Of an autoencoder that is trained along, the pictures and the noise."""
+        train = self.config.train
+        flipped = None
+        if self.config.data.flip:
+            flipped = draw_chances(train.seed, step, places, self.device, "flip") < 0.5
+        dropped = draw_chances(train.seed, step, places, self.device, "drop") < train.drop_rate
+        more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, dropped)}
+        if is_joint(self.config):
+            arguments = self.parts.flow_arguments
+            shape = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
+            noise = draw_noise(train.seed, step, places, shape, self.device, "noise")
+            return {"images": to_model(self.chosen(batch, "image", flipped)), "noise": noise, **more}
+        with self.autocast():
+            mean, std = self.posterior(batch, flipped)
+        noise = self.noise(step, places, mean, "noise")
+        if std is not None and self.config.vae.sample_posterior:
+            shape = tuple(mean.shape[1:])
+            mean = mean + std * draw_noise(train.seed, step, places, shape, self.device, "posterior")
+        return {"latents": self.noisy(mean, noise), **more}
+
+    @torch.no_grad()
+    def evaluation(self, batch: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
+        """A held-out batch: posterior modes with noise that is the same at every call."""
+        mean, _ = self.posterior(batch)
+        kept = torch.zeros(len(mean), dtype=torch.bool, device=self.device)
+        return {"latents": self.noisy(mean, self.noise(-1, places, mean, "held out")), **self.conditions(batch, kept)}
+
+    def posterior(self, batch: dict[str, Any], flipped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the scaled latents, (B, C, h, w) each, of the pictures or, where ``flipped``
+        (B,), of their mirror images. Pixels that get uniform noise stay 8-bit numbers."""
+        if "latent_mean" in batch:
+            return self.chosen(batch, "latent_mean", flipped), self.chosen(batch, "latent_std", flipped)
+        images = self.chosen(batch, "image", flipped)
+        if self.config.train.noise == "uniform":
+            return images, None
+        mean, std = self.parts.codec.encode_posterior(to_model(images))
+        return mean.float(), std
+
+    def chosen(self, batch: dict[str, Any], name: str, flipped: Tensor | None) -> Tensor:
+        """Pictures or latents of a batch or, where ``flipped`` (B,), those of the mirror images."""
+        values = self.moved(batch[name])
+        if flipped is None:
+            return values
+        mirrored = values.flip(-1) if name == "image" else self.moved(batch[f"{name}_flipped"])
+        return torch.where(flipped[:, None, None, None], mirrored, values)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def noise(self, step: int, places: Sequence[int], like: Tensor, purpose: Purpose) -> Tensor:
+        train = self.config.train
+        shape = tuple(like.shape[1:])
+        return draw_noise(train.seed, step, places, shape, self.device, purpose, train.noise == "uniform")
+
+    def noisy(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Normalised latents (or pixels) with the training noise, (B, C, h, w) float32."""
+        if self.config.train.noise == "uniform":
+            return dequantize(latents, noise)
+        return self.parts.codec.normalise(latents) + noise_std(self.config) * noise
+
+    def conditions(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
+        """Labels, token ids or encoded captions; "none" where ``dropped`` (B,)."""
+        parts, text = self.parts, self.config.text
+        if classes := parts.flow_arguments.get("num_classes"):
+            labels = self.moved(batch["label"])
+            return {"class_labels": torch.where(dropped, torch.full_like(labels, classes), labels)}
+        if text.kind == "none":
+            return {}
+        if parts.null_cond is not None:  # captions were encoded when the latents were cached
+            cond = self.moved(batch["cond"])
+            return {"cond": torch.where(dropped[:, None, None], parts.null_cond.to(self.device), cond)}
+        pairs = zip(batch["caption"], dropped.tolist(), strict=True)
+        captions = ["" if drop else caption for caption, drop in pairs]
+        if self.token_ids:
+            ids, mask = token_ids(parts.tokenizer, captions, text.max_length, text.options)
+            return {"input_ids": self.moved(ids), "attention_mask": self.moved(mask)}
+        return {"cond": encode_captions(parts.text_encoder, parts.tokenizer, captions, text.max_length, text.options)}

@@ -1,0 +1,143 @@
+"""What a run shows of itself: held-out likelihood, sample grids, pipeline folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from tarflow.flows.likelihood import bits_per_dim
+from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.training.flow.config import RunConfig, is_joint, noise_std
+from tarflow.training.flow.inputs import InputMaker
+from tarflow.training.flow.joint import trained_autoencoder
+from tarflow.training.flow.lora import add_adapters
+from tarflow.training.flow.setup import Parts
+from tarflow.training.loop.batches import fixed_batches, read_batch
+
+
+class HeldOut:
+    """Held-out pictures, divided among the processes.
+
+    Args:
+        images: of the validation split.
+        count: how many.
+        batch_size: of one process.
+        process, processes: this process and how many there are.
+    """
+
+    def __init__(self, images: Any, count: int, batch_size: int, process: int, processes: int):
+        self.batches: list[tuple[dict[str, Any], list[int], int]] = []
+        for indices in fixed_batches(images, count, batch_size * processes):
+            mine = indices[process * batch_size : (process + 1) * batch_size]
+            # Every process must pass as often through a sharded model: one without pictures takes one, not counted.
+            shown = mine or indices[:1]
+            self.batches.append((read_batch(images, shown), shown, len(mine)))
+
+    @torch.no_grad()
+    def nats_per_dim(self, model: nn.Module, inputs: InputMaker, accelerator: Accelerator) -> float:
+        """Mean over the pictures with the training noise, which is the same at every call; every process calls this."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch, places, counted in self.batches:
+            nats = model(**inputs.evaluation(batch, places))["nats_per_dim"]
+            # On the CPU, as MPS has no float64; a sum of a few thousand numbers does not need it to be passed on.
+            sums += torch.tensor([float(nats[:counted].cpu().double().sum()), counted], dtype=torch.float64)
+        total, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
+        return total / count
+
+
+def metrics_of(nats: float, config: RunConfig) -> dict[str, float]:
+    """Held-out nats per dimension under a name that tells what the dimensions are: ``latent_nats_per_dim`` or
+    ``pixel_nats_per_dim`` (pixels in [−1, 1]); with uniform noise also ``bits_per_dim`` of the 8-bit pictures."""
+    if not config.vae.pixels:
+        return {"latent_nats_per_dim": nats}
+    if config.train.noise == "uniform":
+        return {"pixel_nats_per_dim": nats, "bits_per_dim": bits_per_dim(nats)}
+    return {"pixel_nats_per_dim": nats}
+
+
+def build_pipeline(weights: dict[str, Tensor], parts: Parts, config: RunConfig) -> TARFlowPipeline:
+    """A pipeline with given weights, whatever trained them, in the host's memory: a device may have none to spare.
+
+    Args:
+        weights: of `FlowObjective`, whole, by name.
+    """
+    flow = TARFlowModel(**parts.flow_arguments)
+    text_encoder, tokenizer = parts.load_text()
+    if config.text.kind == "small":
+        text_encoder = T5EncoderModel(text_encoder.config)
+    if config.lora.rank:
+        add_adapters(config.lora, flow, text_encoder, config.train.seed)
+    flow.load_state_dict(part_of(weights, "flow."))
+    if config.text.kind == "small":
+        text_encoder.load_state_dict(part_of(weights, "text_encoder."))
+    vae = parts.load_vae()
+    if is_joint(config):
+        vae = trained_autoencoder(part_of(weights, "vae."), vae, parts.codec.latents_std, noise_std(config))
+    names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
+    return TARFlowPipeline(
+        flow=flow.eval(),
+        vae=vae,
+        text_encoder=None if text_encoder is None else text_encoder.eval(),
+        tokenizer=tokenizer,
+        latents_mean=parts.codec.latents_mean,
+        latents_std=parts.codec.latents_std,
+        noise_std=noise_std(config),
+        denoise=not is_joint(config),
+        id2label=dict(enumerate(names)) if names else None,
+        max_sequence_length=config.text.max_length,
+        guidance_scale=config.log.guidance_scale,
+        guidance_method=config.log.guidance_method,
+        text_options=config.text.options.changed or None,
+    )
+
+
+def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of one part of a module, under their names in that part."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def grid_conditions(parts: Parts, config: RunConfig) -> dict[str, Any]:
+    """What the sample grid shows: prompts, classes in turn, or a number of unconditional pictures."""
+    count = config.log.sample_images
+    if config.text.kind != "none":
+        prompts = config.log.prompts
+        if prompts is None:
+            source = parts.validation or parts.train
+            prompts = [source.caption(i) for i in range(min(count, len(source)))]
+        return {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
+    if classes := parts.flow_arguments.get("num_classes"):
+        return {"class_labels": [i % classes for i in range(count)]}
+    return {"num_images": count}
+
+
+def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> None:
+    """Grids from fixed noise, before and after the denoising step: samples_STEP_raw.png and samples_STEP.png; only the
+    second, without the step, if the pipeline takes none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe.set_progress_bar_config(disable=True)
+    for denoise, suffix in ((False, "_raw"), (True, "")) if pipe.config.denoise else ((False, ""),):
+        images = pipe(
+            **grid_conditions(parts, config),
+            denoise=denoise,
+            decoding="sequential",  # the same at every step and on every machine
+            generator=[torch.Generator().manual_seed(1000 + i) for i in range(config.log.sample_images)],
+        ).images
+        make_grid(images).save(folder / f"samples_{step:08d}{suffix}.png")
+
+
+def make_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size side by side, as many rows as columns if not said otherwise."""
+    columns = columns or max(1, round(len(images) ** 0.5))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, ((i % columns) * width, (i // columns) * height))
+    return grid

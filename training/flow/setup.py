@@ -1,0 +1,234 @@
+"""The parts of a run, made from its configuration."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderKL
+
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, to_model
+from tarflow.data.latents import CachedLatents, read_manifest
+from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.text.encoding import embedding_width
+from tarflow.training.autoencoder.model import new_autoencoder
+from tarflow.training.flow.config import RunConfig, VaeConfig, is_joint
+from tarflow.training.flow.start import Start, model_for_size
+from tarflow.training.flow.text import load_text, settings_difference
+from tarflow.training.loop.batches import fixed_batches, read_batch
+from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
+
+#: Larger vocabularies are kept as a hash.
+LISTED_TOKENS = 10_000
+
+
+@dataclass
+class Parts:
+    """Data, autoencoder, text encoder and flow of a run.
+
+    Attributes:
+        train, validation: pictures or cached latents; no validation if nothing is held out.
+        codec: without its autoencoder if latents are cached.
+        load_vae: gives the autoencoder (None for pixels), which a saved pipeline needs.
+        load_text: gives text encoder and tokenizer, which a saved pipeline needs.
+        text_encoder: None if there is none, or captions were encoded when they were cached.
+        null_cond: the encoded empty caption (L, E) of cached encoded captions.
+        flow_arguments: the complete arguments of ``flow``.
+    """
+
+    train: Images | CachedLatents
+    validation: Images | CachedLatents | None
+    codec: LatentCodec
+    load_vae: Callable[[], Any]
+    load_text: Callable[[], tuple[Any, Any]]
+    text_encoder: Any
+    tokenizer: Any
+    null_cond: torch.Tensor | None
+    flow: TARFlowModel
+    flow_arguments: dict[str, Any]
+
+
+def make_parts(
+    config: RunConfig,
+    statistics: tuple[list[float], list[float]] | None,
+    device: torch.device,
+    start: Start | None = None,
+) -> Parts:
+    """Open the data, load the encoders, measure the latents and make the flow.
+
+    Args:
+        config: of the run.
+        statistics: mean and standard deviation of the latents' channels, from a checkpoint; None measures them.
+        device: of the autoencoder.
+        start: the pipeline that training starts from.
+
+    Raises:
+        ValueError: if the parts do not fit together.
+    """
+    train, validation = open_split(config, "train"), open_split(config, "validation")
+    conditioning = config.flow.get("conditioning", "none")
+    check_conditions(config, train, conditioning)
+    cached = isinstance(train, CachedLatents)
+    if cached:
+        check_cache(config, train)
+    vae = None if cached else open_autoencoder(config)
+    if vae is not None:
+        vae.to(device)
+    if not cached and config.data.image_size % (factor := LatentCodec(vae).factor):
+        raise ValueError(
+            f"data.image_size ({config.data.image_size}) must be a multiple of {factor}, the autoencoder's"
+        )
+    if start is not None:
+        start.check_autoencoder(train.manifest["autoencoder"]["hash"] if cached else vae)
+        statistics = start.statistics
+    normalised = config.vae.measure_images > 0 if start is None else statistics is not None
+    codec = make_codec(config.vae, train, vae, statistics, device) if normalised else LatentCodec(vae)
+    channels, side = latent_shape(config, train, codec)
+
+    torch.manual_seed(config.train.seed)
+    captions: Any = ()
+    if config.text.kind == "small":
+        captions = (train.caption(i) for i in range(min(config.text.vocab_captions, len(train))))
+    null_cond = train.null_cond if cached and config.text.kind == "pretrained" else None
+    text_encoder = tokenizer = None
+    if null_cond is None:
+        text_encoder, tokenizer = load_text(config.text, captions) if start is None else start.text(config.text)
+    derived: dict[str, Any] = {"in_channels": channels, "sample_size": side}
+    if conditioning.startswith("class"):
+        derived["num_classes"] = len(train.class_names or ())
+    if conditioning == "prefix":
+        derived["cond_dim"] = embedding_width(text_encoder) if null_cond is None else null_cond.shape[1]
+    arguments = dict(config.flow)
+    for key, value in derived.items():
+        if arguments.setdefault(key, value) != value:
+            whose, remedy = ("", "leave it out")
+            if start is not None:
+                whose, remedy = f" of the pipeline {start.name!r}", "fine-tuning cannot change it"
+            raise ValueError(f"flow.{key}{whose} is {arguments[key]}, but data and encoders give {value}; {remedy}")
+    if cached and len(train.shapes) > 1 and (arguments.get("learned_prior") or arguments.get("positions") == "learned"):
+        raise ValueError("the cache has pictures of several shapes, which learned positions and priors do not fit")
+    flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
+    if start is not None:
+        arguments = flow.arguments
+    loaded = (lambda: load_autoencoder(str(train.path / "vae"))) if cached else (lambda: vae)
+    anew = null_cond is not None or config.text.shard  # there is no encoder, or none that is whole
+    text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
+    held_out = validation if len(validation) else None
+    return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
+
+
+def meaning(parts: Parts) -> dict[str, Any]:
+    """What the numbers of classes and of tokens mean, for checkpoints: "classes", their names or None; "tokens", those of
+    a tokenizer made for the run, or a hash of a larger one's, or None."""
+    names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
+    tokens: Any = None
+    if parts.tokenizer is not None:
+        numbers = parts.tokenizer.get_vocab()
+        tokens = sorted(numbers, key=lambda token: (numbers[token], token))
+        if len(tokens) > LISTED_TOKENS:
+            tokens = hashlib.sha256("\0".join(tokens).encode(errors="surrogatepass")).hexdigest()
+    return {"classes": None if names is None else list(names), "tokens": tokens}
+
+
+def open_autoencoder(config: RunConfig) -> Any:
+    """The run's autoencoder, frozen as yet; None for pixels.
+
+    Raises:
+        ValueError: if there is none of that name, or it cannot be trained along as the settings want it.
+    """
+    if config.vae.name == "new":
+        torch.manual_seed(config.train.seed)
+        return new_autoencoder(config.joint.model, config.data.image_size).eval().requires_grad_(False)
+    vae = load_autoencoder(config.vae.name, config.vae.subfolder)
+    if is_joint(config) and not isinstance(vae, AutoencoderKL):
+        raise ValueError(
+            f"vae.train is 'joint', which is for an AutoencoderKL, but {config.vae.name!r} is a {type(vae).__name__}"
+        )
+    return vae
+
+
+def open_split(config: RunConfig, split: str) -> Images | CachedLatents:
+    if config.data.source == "latents":
+        return CachedLatents(config.data.path, split, flip=config.data.flip and split == "train")
+    return Images(config.data, split)
+
+
+def check_conditions(config: RunConfig, train: Images | CachedLatents, conditioning: str) -> None:
+    """Whether data, text encoder and flow agree on what pictures are drawn from."""
+    if conditioning.startswith("class") and train.class_names is None:
+        raise ValueError(
+            f"flow.conditioning is {conditioning!r}, but the data has no classes (folders or label column)"
+        )
+    if (conditioning == "prefix") != (config.text.kind != "none"):
+        raise ValueError(
+            f"flow.conditioning is {conditioning!r} and text.kind is {config.text.kind!r}: captions need 'prefix' and "
+            "a text encoder, other conditionings need text.kind 'none'"
+        )
+    if conditioning == "prefix" and not train.has_captions:
+        raise ValueError("the data has no captions: give data.caption_column or a folder with metadata.jsonl")
+
+
+def as_cached(config: RunConfig, resolved: str) -> tuple[RunConfig, str]:
+    """The settings, and their YAML, with the autoencoder and picture size of the cache where they have the defaults.
+
+    Raises:
+        ValueError: if other values are set than the cache was made with.
+    """
+    manifest = read_manifest(Path(config.data.path).expanduser())
+    if manifest is None:
+        return config, resolved  # opening the cache says so
+    name, side = manifest["autoencoder"]["name"], manifest["image_size"]
+    if config.vae.name not in (name, VaeConfig().name):
+        raise ValueError(f"vae.name is {config.vae.name!r}, but the latents were cached with {name!r}")
+    if config.data.image_size not in (side, DataConfig.image_size):
+        raise ValueError(f"data.image_size is {config.data.image_size}, but the latents are of pictures of {side}")
+    vae, data = replace(config.vae, name=name), replace(config.data, image_size=side)
+    settings = yaml.safe_load(resolved)
+    settings["vae"]["name"], settings["data"]["image_size"] = name, side
+    return replace(config, vae=vae, data=data), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def check_cache(config: RunConfig, cache: CachedLatents) -> None:
+    """Whether captions were encoded as the settings say."""
+    text = cache.manifest["text"]
+    encoded = text is not None and config.text.kind == "pretrained"
+    if encoded and (difference := settings_difference(text, config.text)):
+        raise ValueError(f"the captions were encoded with {difference}: set it so, or cache them anew")
+    if text is not None and config.text.shard:
+        raise ValueError("text.shard is true, but the captions are cached in encoded form: no encoder is needed")
+
+
+def make_codec(
+    config: VaeConfig, train: Images | CachedLatents, vae: Any, statistics: Any, device: torch.device
+) -> LatentCodec:
+    """The codec with its statistics, measured if need be."""
+    if statistics is None and isinstance(train, CachedLatents):
+        statistics = train.latents_mean, train.latents_std
+    if statistics is None and vae is None:
+        return LatentCodec(None)  # pixels
+    if statistics is None:
+        statistics = measure(vae, train, config.measure_images, device)
+    return LatentCodec(vae, *statistics)
+
+
+def measure(vae: Any, images: Images, count: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of the scaled latents of some pictures, see `measure_latents`."""
+    batches = (read_batch(images, indices) for indices in fixed_batches(images, count, 64))
+    return measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))
+
+
+def latent_shape(config: RunConfig, train: Images | CachedLatents, codec: LatentCodec) -> tuple[int, int]:
+    """Channels and side of the latents of a square picture."""
+    if isinstance(train, CachedLatents):
+        return len(train.latents_mean), train.image_size // train.manifest["factor"]
+    pixels = config.data.image_size
+    device = None if codec.vae is None else codec.vae.device
+    with torch.no_grad():
+        shape = codec.encode(torch.zeros(1, 3, pixels, pixels, device=device)).shape
+    return shape[1], shape[2]

@@ -1,0 +1,101 @@
+"""Training that starts from a saved pipeline: fine-tuning, and going on at another size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import T5EncoderModel
+
+from tarflow.flows.model import TARFlowModel
+from tarflow.flows.resize import resized_model
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.pipeline.text.options import TextOptions
+from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.text import load_text
+from tarflow.vae.codec import autoencoder_hash, weights_hash
+
+
+@dataclass
+class Start:
+    """What a pipeline gives to a run.
+
+    Attributes:
+        pipeline: in float32.
+        name: its folder or hub id, for errors.
+    """
+
+    pipeline: TARFlowPipeline
+    name: str
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]] | None:
+        """Mean and standard deviation of the latents' channels, which the flow was trained with."""
+        config = self.pipeline.config
+        return None if config.latents_mean is None else (list(config.latents_mean), list(config.latents_std))
+
+    def check_autoencoder(self, other: Any) -> None:
+        """An error if the run's autoencoder (or its hash; None for pixels) is not the pipeline's."""
+        own = None if self.pipeline.vae is None else autoencoder_hash(self.pipeline.vae)
+        if own != (other if other is None or isinstance(other, str) else autoencoder_hash(other)):
+            raise ValueError(f"the pipeline {self.name!r} has another autoencoder than vae.name and the data give")
+
+    def text(self, config: TextConfig) -> tuple[Any, Any]:
+        """Text encoder and tokenizer: a small encoder is the pipeline's, a pretrained one is loaded anew."""
+        if config.kind == "pretrained":
+            options = TextOptions.of(self.pipeline.config.get("text_options"))
+            for name, value in asdict(options).items():
+                if value != (given := getattr(config, name)):
+                    raise ValueError(
+                        f"text.{name} is {given!r}, but the pipeline {self.name!r} was trained with {value!r}: set it so"
+                    )
+            encoder, tokenizer = load_text(config, ())
+            own = self.pipeline.text_encoder
+            if own is not None and weights_hash(own) != weights_hash(encoder):
+                raise ValueError(f"the pipeline {self.name!r} has another text encoder than text.name, {config.name!r}")
+            return encoder, tokenizer
+        if config.kind == "none":
+            return None, None
+        own = self.pipeline.text_encoder
+        if own is None:
+            raise ValueError(f"text.kind is 'small', but the pipeline {self.name!r} has no text encoder")
+        if not isinstance(own, T5EncoderModel) or self.pipeline.config.get("text_options"):
+            raise ValueError(
+                f"text.kind is 'small', but the pipeline {self.name!r} has a pretrained {type(own).__name__}: set it to "
+                "'pretrained', and text.name"
+            )
+        return self.pipeline.text_encoder.requires_grad_(True), self.pipeline.tokenizer
+
+    def flow_settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The flow section: the pipeline's settings, which given ones must equal; sizes follow from the data.
+
+        Raises:
+            ValueError: that names the first setting that differs.
+        """
+        own = self.pipeline.flow.arguments
+        for key, value in given.items():
+            found = list(own[key]) if isinstance(own[key], tuple) else own[key]
+            if key != "sample_size" and found != value:
+                raise ValueError(f"flow.{key} is {value}, but the pipeline {self.name!r} has {found}; leave it out")
+        sizes = {"sample_size": given["sample_size"]} if "sample_size" in given else {}
+        return {key: value for key, value in own.items() if key != "sample_size"} | sizes
+
+
+def load_start(name: str) -> Start:
+    """Open a pipeline to start from.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return Start(TARFlowPipeline.from_pretrained(name), name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot start from {name!r}, which is no pipeline: {' '.join(str(error).split())}") from error
+
+
+def model_for_size(start: Start, arguments: dict[str, Any]) -> TARFlowModel:
+    """The pipeline's flow, with positions rescaled if the data has another size."""
+    flow = start.pipeline.flow.train()
+    return (
+        flow if flow.config.sample_size == arguments["sample_size"] else resized_model(flow, arguments["sample_size"])
+    )

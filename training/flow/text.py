@@ -1,0 +1,182 @@
+"""Text encoders for captions: a pretrained frozen one, or a small one trained with the flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from tarflow.pipeline.text.encoding import check_options, cut_captions
+from tarflow.pipeline.text.loading import load_text_encoder
+from tarflow.pipeline.text.options import TextOptions
+from tarflow.training.flow.config import TextConfig
+from tarflow.vae.codec import tensors_hash
+
+#: So many captions are looked at for ones that are too long, and so many letters of an example shown.
+LOOKED_AT, SHOWN = 4096, 300
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def load_text(config: TextConfig, captions: Iterable[str]) -> tuple[Any, Any]:
+    """Text encoder and tokenizer; (None, None) for kind "none".
+
+    Args:
+        config: the text section.
+        captions: training captions, for a small encoder's tokenizer.
+
+    Raises:
+        ValueError: if a pretrained encoder cannot be loaded, or cannot do what the settings ask of it.
+    """
+    if config.kind == "none":
+        return None, None
+    if config.kind == "pretrained":
+        encoder, tokenizer = load_text_encoder(config.name, config.subfolder, config.tokenizer_subfolder)
+        check_options(encoder, tokenizer, config.max_length, config.options)
+        return encoder, tokenizer
+    tokenizer = train_tokenizer(captions, config)
+    return T5EncoderModel(small_t5(config, len(tokenizer))), tokenizer
+
+
+def small_t5(config: TextConfig, vocab_size: int) -> T5Config:
+    """Sizes of the small encoder. Without dropout, so that training is the same after a resume."""
+    return T5Config(
+        vocab_size=vocab_size,
+        d_model=config.width,
+        d_kv=config.width // config.heads,
+        d_ff=config.width * 4,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def train_tokenizer(captions: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
+    """A lower-case tokenizer of words or byte pairs that ends every caption with an end token."""
+    special = list(SPECIAL.values())
+    if config.unit == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
+        trainer = trainers.WordLevelTrainer(vocab_size=config.vocab_size, special_tokens=special)
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
+        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(captions, trainer)
+    eos = SPECIAL["eos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=config.max_length, clean_up_tokenization_spaces=False, **SPECIAL
+    )
+
+
+def encoder_settings(config: TextConfig) -> dict[str, Any]:
+    """What decides how captions are encoded, by name; what has its default is left out unless it always stood there."""
+    settings = {"name": config.name, "subfolder": config.subfolder, "max_length": config.max_length}
+    if config.tokenizer_subfolder is not None:
+        settings["tokenizer_subfolder"] = config.tokenizer_subfolder
+    return settings | config.options.changed
+
+
+def settings_difference(found: Mapping[str, Any], config: TextConfig) -> str | None:
+    """In words, the first setting in which captions were encoded otherwise; None if there is none.
+
+    Args:
+        found: `encoder_settings` with which they were, and more.
+        config: the text section.
+    """
+    here = {field.name: getattr(config, field.name) for field in fields(TextConfig)}
+    defaults = {field.name: field.default for field in fields(TextConfig)}
+    for name in ("name", "subfolder", "tokenizer_subfolder", "max_length", *asdict(TextOptions())):
+        there = found.get(name, defaults[name])
+        if there != here[name]:
+            return f"text.{name} {there!r}, but it is {here[name]!r} here"
+    return None
+
+
+def text_facts(config: TextConfig, encoder: nn.Module | None) -> dict[str, Any] | None:
+    """What decides how captions are encoded, as checkpoints keep it; None without captions.
+
+    Args:
+        config: the text section.
+        encoder: the run's; None if captions were encoded when they were cached.
+    """
+    if config.kind == "none":
+        return None
+    facts = {"kind": config.kind, "max_length": config.max_length, **asdict(config.options)}
+    if config.kind == "pretrained" and encoder is not None:
+        # The first numbers of each weight tell encoders apart in no time, however large they are.
+        first = [(name, weight.detach().flatten()[:256]) for name, weight in encoder.named_parameters()]
+        facts["encoder"] = tensors_hash(first)
+    return facts
+
+
+def check_text(path: Path, there: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
+    """Whether a run encodes captions as its checkpoint was trained with; checkpoints from before this was kept pass.
+
+    Args:
+        path: of the checkpoint.
+        there, here: `text_facts` of the checkpoint and of the run.
+
+    Raises:
+        ValueError: that names the first difference.
+    """
+    for name, value in (there or {}).items():
+        if name == "encoder" and (here or {}).get(name) not in (None, value):
+            raise ValueError(f"the checkpoint {str(path)!r} was trained with another text encoder than text.name gives")
+        if name != "encoder" and (found := (here or {"kind": "none"}).get(name)) != value:
+            raise ValueError(
+                f"the checkpoint {str(path)!r} was trained with text.{name} {value!r}, but it is {found!r} here: set it so"
+            )
+
+
+def cut_captions_of(parts: Any, config: TextConfig) -> str | None:
+    """A sentence on a run's training captions that are too long; None if all fit, or there are none.
+
+    Args:
+        parts: `Parts` of the run. Of captions that were encoded when they were cached the cache knows.
+        config: the text section.
+    """
+    if parts.null_cond is not None:
+        found = parts.train.manifest["text"].get("cut")
+        return found and cut_sentence(found["count"], found["of"], config.max_length, found["example"])
+    return None if parts.tokenizer is None else cut_report(parts.tokenizer, parts.train, config)
+
+
+def cut_report(tokenizer: Any, captions: Any, config: TextConfig) -> str | None:
+    """A sentence on captions that are longer than ``text.max_length`` tokens; None if all fit.
+
+    Args:
+        captions: what has ``len`` and a ``caption`` by index; of more than `LOOKED_AT` as many at equal distances are
+            looked at.
+    """
+    step = -(-len(captions) // LOOKED_AT)
+    texts = [captions.caption(index) for index in range(0, len(captions), step or 1)]
+    cut = cut_captions(tokenizer, texts, config.max_length, config.options)
+    share = f"{len(texts)} captions" + ("" if step <= 1 else " that were looked at")
+    return cut_sentence(len(cut), share, config.max_length, cut[0]) if cut else None
+
+
+def cut_sentence(count: int, total: str, max_length: int, example: Sequence[str]) -> str:
+    """What is said of captions that are cut.
+
+    Args:
+        count: how many.
+        total: of how many, in words.
+        example: a caption and the part that is cut off.
+    """
+    caption, removed = (text if len(text) <= SHOWN else f"{text[:SHOWN]} …" for text in example)
+    are = "is" if count == 1 else "are"
+    return (
+        f"{count} of the {total} {are} longer than {max_length} tokens (text.max_length) and {are} cut, for "
+        f"example: {caption!r} loses {removed!r}"
+    )

@@ -1,0 +1,265 @@
+"""What a cache of latents will hold: which pictures, of which size, in which shard, and what that depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader, Dataset
+
+from tarflow.common.checks import check
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images
+from tarflow.data.latents import FORMAT
+from tarflow.training.flow.config import TextConfig, VaeConfig
+from tarflow.training.loop.batches import SHUFFLE_LIMIT
+
+SPLITS = ("train", "validation")
+#: What a source's facts tell, in words.
+CHANGES = {
+    "files": "the names of files",
+    "classes": "the class names",
+    "labels": "the class labels",
+    "captions": "the captions",
+    "sizes": "the sizes or contents of files",
+    "times": "the times of files",
+    "data": "the files of the data set",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What to cache.
+
+    Attributes:
+        output: folder of the cache; several machines need one that they share.
+        data: the pictures; ``flip`` there has no effect, see below.
+        vae: the autoencoder; ``measure_images`` has no effect, as all training pictures are measured.
+        text: kind "pretrained" caches encoded captions too, "none" and "small" the captions alone.
+        flip: encode the mirrored pictures too.
+        shard_size: pictures per file. A shard is held in memory, with encoded captions perhaps gigabytes.
+        batch_size: pictures that are encoded at once.
+        dtype: of the latents and encoded captions in the files.
+        mixed_precision: of the autoencoder while encoding; its results differ from full precision.
+        aspect_ratios: None makes squares of ``data.image_size``. A list of width:height, such as ["1:1", "4:3", "3:4"],
+            gives each picture the nearest ratio, at about the area of the square. It takes a first pass over the head
+            of every picture file, in every process (an orientation that comes after a PNG's pixels is not seen there).
+        unit: both sides of all pictures are multiples of the autoencoder's factor times this, the patch size.
+        num_images, num_validation_images: how many from the first on; None takes all. Endless sources need both.
+        num_workers: processes that read pictures, for each process that encodes.
+    """
+
+    output: str
+    data: DataConfig
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    flip: bool = False
+    shard_size: int = 4096
+    batch_size: int = 64
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    aspect_ratios: list[str] | None = None
+    unit: int = 1
+    num_images: int | None = None
+    num_validation_images: int | None = None
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        check(not self.vae.pixels, "vae.name is none: without an autoencoder there is nothing to cache")
+        check(
+            self.vae.train == "frozen", "vae.train is 'joint': latents of an autoencoder that learns cannot be cached"
+        )
+        check(self.data.source != "latents", "data.source is 'latents': a cache is made of pictures")
+        for name in ("shard_size", "batch_size", "unit"):
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self.num_workers >= 0, f"num_workers must be 0 or positive, got {self.num_workers}")
+        check(self.num_images is None or self.num_images >= 1, f"num_images must be at least 1, got {self.num_images}")
+        held_out = self.num_validation_images
+        check(held_out is None or held_out >= 0, f"num_validation_images must be 0 or positive, got {held_out}")
+        check(self.aspect_ratios != [], "aspect_ratios is empty: name at least one, or none (null) for squares")
+        for name in self.aspect_ratios or ():
+            correct = re.fullmatch(r"[1-9]\d*:[1-9]\d*", name)
+            check(bool(correct), f"aspect_ratios must be like 4:3 (width:height), got {name!r}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a cache.
+
+    Attributes:
+        file: its name.
+        size: height and width of its pictures, in pixels.
+        first: number of its first picture within the split.
+        indices: of its pictures in the source.
+    """
+
+    file: str
+    split: str
+    size: tuple[int, int]
+    first: int
+    indices: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of a cache, and what they depend on.
+
+    Attributes:
+        images: the pictures by split.
+        counts: how many of them are cached, by split.
+        settings: everything that decides what is in the shards, by section, as JSON has it. Which pictures, captions
+            and labels there are is told by hashes.
+    """
+
+    config: CacheConfig
+    images: dict[str, Images]
+    counts: dict[str, int]
+    shards: list[Shard]
+    settings: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def header(self, shard: Shard) -> dict[str, Any]:
+        """What a shard of this plan must tell about itself."""
+        indices = hashlib.sha256(repr(list(shard.indices)).encode()).hexdigest()
+        identity = {"split": shard.split, "size": list(shard.size), "first": shard.first, "count": len(shard.indices)}
+        return {"format": FORMAT, "fingerprint": self.fingerprint, **identity, "indices": indices}
+
+
+def make_plan(config: CacheConfig, factor: int, autoencoder: str, text: dict[str, Any] | None) -> Plan:
+    """Open the pictures and deal them out to shards: the same in every process.
+
+    Args:
+        config: what to cache.
+        factor: of the autoencoder.
+        autoencoder: its hash.
+        text: what the text encoder is, None if captions are not encoded.
+
+    Raises:
+        ValueError: if pictures, encoders and sizes do not fit together.
+    """
+    images = {split: Images(config.data, split) for split in SPLITS}
+    if text is not None and not images["train"].has_captions:
+        raise ValueError("text.kind is 'pretrained', but the data has no captions")
+    counts, shards = {}, []
+    for split, wanted, option in zip(
+        SPLITS, (config.num_images, config.num_validation_images), ("num_images", "num_validation_images"), strict=True
+    ):
+        if wanted is None and len(images[split]) > SHUFFLE_LIMIT:
+            raise ValueError(f"data.source {config.data.source!r} is endless: say with {option} how many to cache")
+        counts[split] = len(images[split]) if wanted is None else min(wanted, len(images[split]))
+        first, number = 0, 0
+        for size, indices in group_by_size(images[split], counts[split], config, factor * config.unit).items():
+            for start in range(0, len(indices), config.shard_size):
+                part = indices[start : start + config.shard_size]
+                shards.append(Shard(f"{split}-{number:05d}.safetensors", split, size, first, part))
+                first, number = first + len(part), number + 1
+    options = {"pictures": counts, "factor": factor}
+    for name in ("flip", "shard_size", "dtype", "mixed_precision", "aspect_ratios", "unit"):
+        options[name] = getattr(config, name)
+    data = dataclasses.asdict(config.data)
+    for name in ("flip", "verify", "on_error"):  # no effect here, or none on pictures that can be read
+        del data[name]
+    pictures = {split: images[split].facts(counts[split]) for split in SPLITS}
+    settings = {"data": data, "autoencoder": {"hash": autoencoder}, "text": text or {}, "options": options}
+    settings["pictures"] = pictures
+    return Plan(config, images, counts, shards, json.loads(json.dumps(settings)))
+
+
+def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first setting in which two caches differ, or what has changed about the pictures, in words."""
+    if "pictures" not in found:
+        return "it is of an earlier version, which did not note its pictures"
+    for section, values in wanted.items():
+        others = found.get(section, {})
+        for key in sorted(values.keys() | others.keys()):
+            there, here = others.get(key), values.get(key)
+            if there == here:
+                continue
+            if section != "pictures":
+                return f"{section}.{key} is {there!r} there and {here!r} here"
+            return (
+                f"of the {'training' if key == 'train' else 'held-out'} pictures {changes(there, here)} changed since"
+            )
+    return "it was made by another version"
+
+
+def changes(there: dict[str, str] | None, here: dict[str, str] | None) -> str:
+    """Which facts about pictures differ, in words. Where names do, sizes and times tell nothing."""
+    changed = [name for name in CHANGES if (there or {}).get(name) != (here or {}).get(name)]
+    if "files" in changed:
+        changed = [name for name in changed if name not in ("sizes", "times")]
+    return " and ".join(CHANGES[name] for name in changed)
+
+
+def without_times(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the times of files, which copies of the data need not share."""
+    pictures = {split: {**facts, "times": None} for split, facts in settings["pictures"].items()}
+    return {**settings, "pictures": pictures}
+
+
+def group_by_size(
+    images: Images, count: int, config: CacheConfig, multiple: int
+) -> dict[tuple[int, int], Sequence[int]]:
+    """Indices of the first ``count`` pictures, by the height and width that they are brought to.
+
+    Raises:
+        ValueError: if squares of ``data.image_size`` are no multiple of ``multiple`` pixels, or a picture cannot be
+            read and is not to be skipped.
+    """
+    side = config.data.image_size
+    if config.aspect_ratios is None:
+        if side % multiple:
+            raise ValueError(f"data.image_size ({side}) must be a multiple of {multiple}, the autoencoder's × unit")
+        return {(side, side): range(count)}
+    ratios = [float(name.split(":")[0]) / float(name.split(":")[1]) for name in config.aspect_ratios]
+    sizes = [bucket_size(ratio, side, multiple) for ratio in ratios]
+    groups: dict[tuple[int, int], list[int]] = {size: [] for size in sizes}
+    waiting: list[int] = []  # unreadable pictures, which the next readable one replaces
+    for index, found in enumerate(picture_sizes(images, count, config.num_workers)):
+        waiting.append(index)
+        if found is not None:
+            ratio = math.log(found[1] / found[0])
+            nearest = min(range(len(ratios)), key=lambda i: abs(math.log(ratios[i]) - ratio))
+            groups[sizes[nearest]] += waiting
+            waiting = []
+    groups[sizes[0]] += waiting
+    return groups
+
+
+def bucket_size(ratio: float, side: int, multiple: int) -> tuple[int, int]:
+    """Height and width of about side² pixels whose width is ``ratio`` times the height, multiples of ``multiple``."""
+    height, width = side / math.sqrt(ratio), side * math.sqrt(ratio)
+    return max(1, round(height / multiple)) * multiple, max(1, round(width / multiple)) * multiple
+
+
+class PictureSizes(Dataset):
+    """Height and width of each picture, None for those that cannot be read and are to be skipped."""
+
+    def __init__(self, images: Images, count: int):
+        self.images, self.count = images, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[int, int] | None:
+        try:
+            return self.images.source.size(index)
+        except ValueError:
+            if self.images.config.on_error == "raise":
+                raise
+            return None
+
+
+def picture_sizes(images: Images, count: int, workers: int) -> list[tuple[int, int] | None]:
+    """Height and width of the first ``count`` pictures."""
+    loader = DataLoader(PictureSizes(images, count), batch_size=256, num_workers=workers, collate_fn=list)
+    return [size for batch in loader for size in batch]

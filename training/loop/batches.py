@@ -1,0 +1,208 @@
+"""Which pictures belong to which step: a pure function of the step, so that resuming is exact on any process count."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import active_children
+from threading import Timer
+from typing import Any, Self
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tarflow.common.command import sentence
+from tarflow.data.images import collate
+from tarflow.data.subset import evenly
+
+#: Data sets longer than this are endless ones, gone through in their own order.
+SHUFFLE_LIMIT = 2**30
+#: Ends a reading process.
+END = getattr(signal, "SIGUSR1", None)
+#: Seconds that it may take to end by itself.
+PATIENCE = 2.0
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of indices for one process, one for each forward pass: epoch after epoch, each in its own shuffled order.
+
+    All passes of all processes in one step share one batch, of pictures of one shape. Where there are several shapes, a
+    shape's last batch of an epoch is filled up with pictures from the epoch's beginning.
+
+    Args:
+        groups: indices of the pictures of each shape.
+        batch_size: of one process in one pass.
+        process, processes: this process and how many there are.
+        accumulation: passes in one step.
+        seed: of the orders.
+        start, total: steps already done, and at which to stop.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[range],
+        batch_size: int,
+        process: int,
+        processes: int,
+        accumulation: int,
+        seed: int,
+        start: int,
+        total: int,
+    ):
+        self.groups, self.batch_size, self.seed = [group for group in groups if len(group)], batch_size, seed
+        self.process, self.processes, self.accumulation = process, processes, accumulation
+        self.start, self.total = start, total
+
+    def __len__(self) -> int:
+        return (self.total - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self.batch_size * self.processes * self.accumulation
+        batches = self._of_one_shape(size) if len(self.groups) == 1 else self._of_several_shapes(size)
+        for batch in batches:
+            for part in range(self.accumulation):
+                first = (part * self.processes + self.process) * self.batch_size
+                yield batch[first : first + self.batch_size]
+
+    def _of_one_shape(self, size: int) -> Iterator[list[int]]:
+        (group,) = self.groups
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.start, self.total):
+            batch = []
+            for position in range(step * size, (step + 1) * size):
+                if len(group) > SHUFFLE_LIMIT:
+                    batch.append(group[position % len(group)])
+                    continue
+                if position // len(group) != epoch:
+                    epoch = position // len(group)
+                    order = self._shuffled(len(group), epoch)
+                batch.append(group[int(order[position % len(group)])])
+            yield batch
+
+    def _of_several_shapes(self, size: int) -> Iterator[list[int]]:
+        counts = [-(-len(group) // size) for group in self.groups]
+        epoch, batches = -1, []
+        for step in range(self.start, self.total):
+            if step // sum(counts) != epoch:
+                epoch = step // sum(counts)
+                batches = []
+                for number, (group, count) in enumerate(zip(self.groups, counts, strict=True), start=1):
+                    order = self._shuffled(len(group), epoch, number)
+                    order = order.repeat(-(-count * size // len(group)))[: count * size] + group.start
+                    batches += order.split(size)
+                places = self._shuffled(len(batches), epoch)
+            yield batches[int(places[step % sum(counts)])].tolist()
+
+    def _shuffled(self, length: int, epoch: int, group: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_009 + group)
+        return torch.randperm(length, generator=generator)
+
+
+def groups_of(images: Dataset) -> Sequence[range]:
+    """Indices of a data set's pictures of each shape; pictures that are not cached have one."""
+    return getattr(images, "groups", [range(len(images))])
+
+
+def train_loader(
+    images: Dataset, batch_size: int, workers: int, sampler: StepSampler, pin_memory: bool = False
+) -> DataLoader:
+    return DataLoader(
+        images,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=follow_trainer,
+    )
+
+
+def follow_trainer(worker: int) -> None:
+    """A scheduler's SIGTERM goes to all processes, and so does a terminal's Ctrl-C; the one that trains decides, and ends
+    those that read."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if END is not None:
+        signal.signal(END, lambda *_: os._exit(0))
+
+
+class BatchReader:
+    """A process's batches. As a context it ends the reading processes with it, also after an error: they ignore the
+    SIGTERM by which Python ends them at its own exit, and waits.
+
+    Args:
+        loader: of `train_loader`.
+    """
+
+    def __init__(self, loader: DataLoader):
+        before = set(active_children())
+        self._batches = iter(loader)
+        self._readers = [process for process in active_children() if process not in before]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch.
+
+        Raises:
+            ValueError: if it cannot be read; reading processes give no other type back.
+        """
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise
+        except (ValueError, OSError) as error:
+            raise ValueError(sentence(error)) from error
+        except Exception as error:
+            kind = "" if str(error).startswith("Caught ") else f"{type(error).__name__}: "
+            raise ValueError(f"the training data cannot be read: {kind}{sentence(error)}") from error
+
+    def close(self) -> None:
+        """End the reading processes, which may be in the middle of something, within seconds."""
+        if not self._readers:
+            return
+        timer = Timer(PATIENCE, self._end)
+        timer.start()
+        # The loader's own way, which has no public name, ends its threads too.
+        with suppress(Exception):
+            getattr(self._batches, "_shutdown_workers", self._end)()
+        timer.cancel()
+        self._end()
+        for process in self._readers:
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._readers = []
+
+    def _end(self) -> None:
+        for process in self._readers:
+            if process.is_alive() and END is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, END)
+
+
+def fixed_batches(images: Dataset, count: int, batch_size: int) -> list[list[int]]:
+    """Indices of ``count`` pictures in batches of one shape, of each shape its share. They lie evenly in the data, since
+    folders are sorted by class; of endless data they are the first."""
+    batches, total = [], len(images)
+    for group in groups_of(images):
+        share = -(-min(count, total) * len(group) // total)
+        chosen = range(share) if len(group) > SHUFFLE_LIMIT else evenly(len(group), share)
+        indices = [group[place] for place in chosen]
+        batches += [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+    return batches
+
+
+def read_batch(images: Dataset, indices: Sequence[int]) -> dict[str, Any]:
+    """Some pictures as a batch."""
+    return collate([images[index] for index in indices])

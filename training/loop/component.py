@@ -1,0 +1,147 @@
+"""What the trainings of a pipeline's further components share: the pipeline, its pictures, and where the result goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from tarflow.common.checks import check
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, to_model
+from tarflow.pipeline.loading.folder import add_component, own_folder
+from tarflow.pipeline.opening import locate, open_pipeline
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.training.loop.draws import draw_noise
+from tarflow.training.loop.network_config import NetworkConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentConfig(NetworkConfig):
+    """How a further component of a pipeline is trained.
+
+    Attributes, besides those of `NetworkConfig`:
+        pipeline: folder, shipped name or hub id.
+        data: the pictures, of the model's size.
+        output: folder of the run: resolved settings, logs, grids, checkpoints. None is ``runs/NAME_`` and what is
+            trained, with the name of the pipeline's folder, or of the folder above if it is called "pipeline".
+        save_to: folder of the pipeline with the component. None puts the component into the pipeline's own folder.
+        sample_posterior: noise on draws from the autoencoder's posterior, or else on its means: as the flow was trained
+            (``vae.sample_posterior`` there).
+        grid_images: in the grid of each evaluation.
+    """
+
+    #: What is trained, in names of folders.
+    kind: ClassVar[str]
+
+    pipeline: str
+    data: DataConfig
+    output: str | None = None
+    save_to: str | None = None
+    sample_posterior: bool = True
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    grid_images: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.grid_images >= 1, f"grid_images must be at least 1, got {self.grid_images}")
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        path = Path(self.pipeline).expanduser()
+        name = path.parent.name if path.name == "pipeline" and path.parent.name else path.name
+        return Path("runs") / f"{name}_{self.kind}"
+
+
+class ComponentFolders:
+    """A pipeline's folder, and the one that gets the component; they may be the same.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ValueError: if there is no such pipeline, or the other folder cannot be written to.
+    """
+
+    def __init__(self, config: ComponentConfig):
+        place = locate(config.pipeline)
+        self.target = own_folder(config.pipeline, config.save_to)
+        self.source = Path(place) if Path(place).is_dir() else Path(TARFlowPipeline.download(place))
+        self.dtype = config.dtype
+
+    def open(self, device: Any) -> TARFlowPipeline:
+        """The pipeline, see `open_pipeline`."""
+        return open_pipeline(str(self.source), device)
+
+    def add(self, name: str, component: nn.Module, **settings: Any) -> None:
+        """Write the pipeline with a component of this name, see `add_component`."""
+        if self.dtype != "float32":
+            component.to(getattr(torch, self.dtype))
+        add_component(self.source, self.target, name, component, **settings)
+        print(f"the {name.replace('_', ' ')} is in {self.target}")
+
+
+def open_splits(config: ComponentConfig, pipe: Any) -> tuple[Images, Images]:
+    """Training and held-out pictures.
+
+    Raises:
+        ValueError: if they do not fit the pipeline, or there are none to train on.
+    """
+    train, held_out = Images(config.data, "train"), Images(config.data, "validation")
+    size = pipe.flow.config.sample_size * pipe.codec.factor
+    check(
+        config.data.image_size == size,
+        f"the model has pictures of {size} pixels, but data.image_size is {config.data.image_size}",
+    )
+    check(len(train) > 0, "the data's training split is empty")
+    return train, held_out
+
+
+@torch.no_grad()
+def noisy_latents(
+    pipe: Any,
+    config: ComponentConfig,
+    accelerator: Accelerator,
+    batch: dict[str, Any],
+    flipped: Tensor | None,
+    step: int,
+    places: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training pictures as the flow was trained on them.
+
+    Args:
+        pipe: the pipeline, its autoencoder on the accelerator's device.
+        batch: of the training pictures.
+        flipped: which pictures are mirrored, (B,); None for none.
+        step, places: see `draw_noise`.
+
+    Returns:
+        pictures (B, 3, H, W) in [−1, 1], the posterior's means of their scaled latents, and normalised latents with the
+        training noise, (B, C, h, w).
+    """
+    images = to_model(batch["image"].to(accelerator.device, non_blocking=True))
+    if flipped is not None:
+        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+    with accelerator.autocast():
+        mean, std = pipe.codec.encode_posterior(images)
+    shape, device, drawn = tuple(mean.shape[1:]), accelerator.device, mean
+    if config.sample_posterior and std is not None:
+        drawn = mean + std * draw_noise(config.seed, step, places, shape, device, "posterior")
+    noise = draw_noise(config.seed, step, places, shape, device, "noise")
+    noisy = pipe.codec.normalise(drawn).float() + pipe.config.noise_std * noise
+    return images, mean, noisy
+
+
+def write_rows(rows: list[Tensor], path: Path) -> None:
+    """Write uint8 pictures (N, 3, H, W) of each row side by side, as one picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(make_grid(torch.cat(rows).float() / 255, nrow=len(rows[0])), path)

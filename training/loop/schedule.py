@@ -1,0 +1,71 @@
+"""How long a run is and which learning rate each step has."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from tarflow.training.flow.config import OptimConfig, RunConfig
+
+#: The speed is first measured between these steps; the first ones are slower and not counted.
+TIMED_STEPS = (10, 70)
+
+
+def images_per_step(config: RunConfig, processes: int) -> int:
+    """Pictures of all processes and passes in one optimizer step."""
+    return config.train.batch_size * config.train.accumulation * processes
+
+
+def total_steps(config: RunConfig, images_per_step: int) -> int:
+    """Optimizer steps of a run, from ``train.images`` if it is given, else ``train.steps``."""
+    return config.train.steps if config.train.images is None else -(-config.train.images // images_per_step)
+
+
+def warmup_steps(config: OptimConfig, images_per_step: int) -> int:
+    """Steps of the warm-up, from ``warmup_images`` if it is given, else ``warmup_steps``."""
+    return config.warmup_steps if config.warmup_images is None else -(-config.warmup_images // images_per_step)
+
+
+def peak_factor(config: OptimConfig, images_per_step: int) -> float:
+    """What the learning rates are multiplied by for the size of a step's batch."""
+    ratio = images_per_step / config.reference_batch
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_scaling]
+
+
+def schedule_factor(step: int, total: int, warmup: int, config: OptimConfig) -> float:
+    """Learning rate of a step over the peak: a linear warm-up, then a cosine to ``min_lr_ratio`` at ``total`` steps, or
+    a constant."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class TimeLimit:
+    """How many steps fit into some minutes from now on, estimated again and again, as a machine's speed changes.
+
+    Processes with clocks of their own estimate at the same steps, as long as they agree on the results.
+    """
+
+    def __init__(self, minutes: float):
+        self.started = self.measured_from = time.perf_counter()
+        self.seconds, self.measured_step, self.next_estimate = 60 * minutes, 0, TIMED_STEPS[1]
+
+    def is_due(self, done: int) -> bool:
+        """Whether it is time for an estimate; called after each step with the number of steps since the start."""
+        if done == TIMED_STEPS[0]:
+            self.measured_step, self.measured_from = done, time.perf_counter()
+        return done == self.next_estimate
+
+    def steps_left(self, done: int, most: int) -> int:
+        """Steps for the rest of the time by this process's clock, at least one and at most ``most``."""
+        now = time.perf_counter()
+        seconds_per_step = (now - self.measured_from) / (done - self.measured_step)
+        self.measured_step, self.measured_from = done, now
+        return min(most, max(1, int((self.seconds - (now - self.started)) / seconds_per_step)))
+
+    def agree(self, done: int, left: int) -> None:
+        """Take over the number of steps that is left, which decides when to estimate again."""
+        self.next_estimate = done + max(TIMED_STEPS[0], min(done, left) // 2)

@@ -1,0 +1,4 @@
+"""Losses between pictures: distances, perceptual, adversarial.
+
+May import: common, evaluation.features, training.loop.
+"""

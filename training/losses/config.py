@@ -1,0 +1,72 @@
+"""Settings of the loss of decoded pictures, checked when built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tarflow.common.checks import check
+
+#: The package of Zhang et al., whose layers are weighted by what people found similar; it fetches its own weights.
+LPIPS = "lpips"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureLossConfig:
+    """Weights of a loss's parts; 0 leaves a part out.
+
+    Attributes:
+        l1, l2: of the mean absolute and mean squared difference of pixels in [−1, 1].
+        perceptual: of `PerceptualLoss`.
+        perceptual_network: a classifier of Torchvision, or "lpips" where that package is installed.
+        perceptual_weights: file of the classifier's state dict, ``.safetensors`` or ``.pth``.
+        perceptual_normalize: of pixels, as the classifier's weights want it: "imagenet", or "half" for [−1, 1].
+        perceptual_layers: names of the classifier's modules that are compared; None takes one of each resolution.
+        adversarial: of the discriminator's opinion.
+        adversarial_start: the step from which it counts, and from which the discriminator learns.
+        adaptive: multiply ``adversarial`` by `adaptive_weight`.
+        discriminator_width, discriminator_layers, discriminator_lr: its channels, halvings and learning rate.
+    """
+
+    l1: float = 1.0
+    l2: float = 1.0
+    perceptual: float = 0.0
+    perceptual_network: str = "mobilenet_v2"
+    perceptual_weights: str | None = None
+    perceptual_normalize: Literal["imagenet", "half"] = "imagenet"
+    perceptual_layers: list[str] | None = None
+    adversarial: float = 0.0
+    adversarial_start: int = 0
+    adaptive: bool = True
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    discriminator_lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "l2", "perceptual", "adversarial", "adversarial_start"):
+            check(getattr(self, name) >= 0, f"loss.{name} must be 0 or positive, got {getattr(self, name)}")
+        check(
+            self.l1 + self.l2 + self.perceptual > 0,
+            "loss.l1, loss.l2 and loss.perceptual are all 0: nothing makes pictures like their originals",
+        )
+        check(self.perceptual_layers != [], "loss.perceptual_layers is empty: name at least one, or null")
+        if self.perceptual > 0 and self.perceptual_network == LPIPS:
+            for name in ("perceptual_weights", "perceptual_layers"):
+                check(getattr(self, name) is None, f"loss.{name} is for classifiers of Torchvision, not for lpips")
+        elif self.perceptual > 0:
+            check(
+                self.perceptual_weights is not None,
+                f"loss.perceptual needs weights of {self.perceptual_network}: set loss.perceptual_weights to their file",
+            )
+        width = self.discriminator_width
+        check(width >= 8 and width % 8 == 0, f"loss.discriminator_width must be a multiple of 8, got {width}")
+        check(
+            self.discriminator_layers >= 1,
+            f"loss.discriminator_layers must be at least 1, got {self.discriminator_layers}",
+        )
+        check(self.discriminator_lr > 0, f"loss.discriminator_lr must be positive, got {self.discriminator_lr}")
+
+    @property
+    def discriminator_shape(self) -> list[int] | None:
+        """What its weights depend on; None without a discriminator."""
+        return [self.discriminator_width, self.discriminator_layers] if self.adversarial > 0 else None

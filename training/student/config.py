@@ -1,0 +1,83 @@
+"""Settings of a student's training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from tarflow.common.checks import check
+from tarflow.evaluation.features.backbones import Normalize
+from tarflow.training.loop.component import ComponentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(ComponentConfig):
+    """Everything about training a student of a pipeline's flow.
+
+    Attributes, besides those of `ComponentConfig`:
+        num_layers, width, head_dim: of the student, see `StudentModel`.
+        patch_size: of the student's tokens; None is the flow's. A student is not bound to it: larger patches are fewer
+            tokens.
+        target: what it makes, "clean" latents, or "noisy" ones as the flow's inverse does, which want a score step.
+        alignment: what leads its layers along the flow's way back: "projected", its layers before the last are read by
+            learned projections, which are to give the flow's states; "states", those readings are all that the next
+            layer gets; "none".
+        alignment_weight: of their mean squared error, beside the one of the latents.
+        guidance_scale: the largest that the student is to know; None is the pipeline's own, 1 is none.
+        guidance: how the student learns it: "flow", from pairs that the guided flow maps to each other; "extrapolated",
+            from latents moved away from what the student makes of the same noise without a condition.
+        unguided_share: share of pictures with scale 1; the others' scales are uniform from 1 to the largest.
+        own_share: share of pictures that are the student's own samples, with new noise, instead of the data's, after
+            ``own_after`` of the steps (a fraction): the flow maps them to noise as it does any picture, so that the
+            student learns where it will be used.
+        own_after: see there.
+        perceptual: weight of a perceptual loss of ``perceptual_pictures`` decoded pictures of each pass; 0 is off.
+            ``perceptual_network``, ``perceptual_weights``, ``perceptual_normalize``, ``perceptual_layers``: see
+            `PerceptualLoss`.
+    """
+
+    kind: ClassVar[str] = "student"
+
+    num_layers: int = 8
+    width: int = 256
+    head_dim: int = 64
+    patch_size: int | None = None
+    target: Literal["clean", "noisy"] = "clean"
+    alignment: Literal["projected", "states", "none"] = "projected"
+    alignment_weight: float = 1.0
+    guidance_scale: float | None = None
+    guidance: Literal["flow", "extrapolated"] = "flow"
+    unguided_share: float = 0.25
+    own_share: float = 0.0
+    own_after: float = 0.5
+    perceptual: float = 0.0
+    perceptual_network: str = "mobilenet_v2"
+    perceptual_weights: str | None = None
+    perceptual_normalize: Normalize = "imagenet"
+    perceptual_layers: list[str] | None = None
+    perceptual_pictures: int = 8
+    steps: int = 10000
+    batch_size: int = 64
+    eval_every: int = 1000
+    eval_images: int = 128
+    grid_images: int = 12
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_layers", "width", "head_dim", "perceptual_pictures"):
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self.patch_size is None or self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
+        for name in ("alignment_weight", "perceptual"):
+            check(getattr(self, name) >= 0, f"{name} must be 0 or positive, got {getattr(self, name)}")
+        for name in ("unguided_share", "own_share", "own_after"):
+            check(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
+        check(
+            self.guidance_scale is None or self.guidance_scale >= 1,
+            f"guidance_scale must be at least 1 (off), got {self.guidance_scale}",
+        )
+        check(
+            self.perceptual == 0 or self.perceptual_network == "lpips" or self.perceptual_weights is not None,
+            "perceptual is on, so perceptual_weights must name the weights' file of its network",
+        )
+        check(self.data.source != "latents", "a student learns from pictures: data.source cannot be 'latents'")

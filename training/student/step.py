@@ -1,0 +1,149 @@
+"""One optimizer step of a student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tarflow.flows.denoising import score_denoise
+from tarflow.flows.student import StudentModel
+from tarflow.pipeline.conditions import condition_of
+from tarflow.training.loop.component import noisy_latents
+from tarflow.training.loop.draws import draw_chances, draw_noise
+from tarflow.training.loop.network_step import NetworkStepper
+from tarflow.training.losses.perceptual import make_perceptual
+from tarflow.training.student.config import StudentConfig
+from tarflow.training.student.loss import alignment_loss, extrapolated, teacher_states
+
+
+@dataclass
+class Pictures:
+    """Latents (B, C, h, w) of a batch with their conditions.
+
+    Attributes:
+        clean, noisy: without and with the training noise.
+        labels: class indices (B,), or None.
+        cond: encoded captions (B, L, E), or None.
+        weight: guidance weights (B,).
+    """
+
+    clean: Tensor
+    noisy: Tensor
+    labels: Tensor | None
+    cond: Tensor | None
+    weight: Tensor
+
+
+class StudentStepper(NetworkStepper):
+    """Takes optimizer steps of a student.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+        network: the student.
+        pipe: the pipeline with its flow, whose modules are on the run's device.
+
+    Raises:
+        ValueError: if the perceptual loss does not fit its weights or the pictures.
+    """
+
+    def __init__(self, config: StudentConfig, accelerator: Accelerator, network: StudentModel, pipe: Any):
+        super().__init__(config, accelerator, network, betas=(0.9, 0.95))
+        self.network, self.pipe = network, pipe
+        self.largest_weight = network.config.max_guidance_scale - 1
+        self.null_cond: Tensor | None = None
+        if pipe.flow.config.conditioning == "prefix":
+            self.null_cond = pipe.encode_prompt([""], accelerator.device, do_classifier_free_guidance=False)[0]
+        self.perceptual = make_perceptual(config)
+        if self.perceptual is not None:
+            self.perceptual.to(accelerator.device)
+            self.perceptual.check_size(pipe.flow.config.sample_size * pipe.codec.factor)
+
+    def backward(self, batch: dict[str, Any], step: int, total: int, places: Sequence[int]) -> dict[str, Tensor]:
+        config, pictures = self.config, self.pictures(batch, step, places)
+        with torch.no_grad():
+            if config.own_share > 0 and step >= config.own_after * total:
+                with self.accelerator.autocast():
+                    self.put_own_samples(pictures, step, places)
+            guided = self.largest_weight > 0 and config.guidance == "flow"
+            # What is learned is computed exactly: with bf16 the targets would be off by up to 0.4.
+            states = self.states(pictures, pictures.weight if guided else None)
+        z, led = states[0], states[1:]
+        found, read = self.model(z, pictures.labels, pictures.cond, pictures.weight, return_states=True)
+        wanted = pictures.clean if config.target == "clean" else pictures.noisy
+        if self.largest_weight > 0 and config.guidance == "extrapolated":
+            wanted = self.away_from_unconditional(wanted, z, pictures)
+        latents = (found - wanted).pow(2).mean()
+        loss, parts = latents, {"latents": latents.detach()}
+        if read:
+            aligned = alignment_loss(read, led[: len(read)])
+            loss, parts["alignment"] = loss + config.alignment_weight * aligned, aligned.detach()
+        if self.perceptual is not None:
+            seen = slice(config.perceptual_pictures)
+            with self.accelerator.autocast():
+                decoded = self.pipe.codec.decode(found[seen]).float()
+                with torch.no_grad():
+                    original = self.pipe.codec.decode(wanted[seen]).float()
+                perceptual = self.perceptual(decoded, original)
+            loss, parts["perceptual"] = loss + config.perceptual * perceptual, perceptual.detach()
+        self.accelerator.backward(loss)
+        return {"loss": loss.detach(), **parts}
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> Pictures:
+        """A batch as the flow was trained on it, with guidance weights; some conditions are dropped if guidance is
+        extrapolated."""
+        config, pipe, device = self.config, self.pipe, self.accelerator.device
+        flipped = None
+        if config.data.flip:
+            flipped = draw_chances(config.seed, step, places, device, "flip") < 0.5
+        _, mean, noisy = noisy_latents(pipe, config, self.accelerator, batch, flipped, step, places)
+        clean = pipe.codec.normalise(mean).float()
+        condition = condition_of(pipe, batch, len(clean), with_condition=True)
+        labels, cond = condition.get("class_labels"), condition.get("cond")
+        lone = draw_chances(config.seed, step, places, device, "unguided")
+        unguided = lone < config.unguided_share
+        chance = draw_chances(config.seed, step, places, device, "guidance")
+        weight = torch.where(unguided, 0.0, self.largest_weight * chance)
+        if self.largest_weight > 0 and config.guidance == "extrapolated":
+            dropped = lone < config.unguided_share / 2
+            if labels is not None:
+                labels = torch.where(dropped, pipe.flow.null_label, labels)
+            if cond is not None:
+                cond = torch.where(dropped[:, None, None], self.null_cond, cond)
+        return Pictures(clean, noisy, labels, cond, weight)
+
+    def states(self, pictures: Pictures, weight: Tensor | None) -> list[Tensor]:
+        """The flow's states of the pictures, see `teacher_states`."""
+        flow, batch = self.pipe.flow, len(pictures.noisy)
+        condition = flow.condition(pictures.labels, pictures.cond, batch)
+        null = None if weight is None else flow.condition(None, self.null_cond, batch)
+        return teacher_states(flow, pictures.noisy, condition, null, weight, self.network.config.guidance_method)
+
+    def put_own_samples(self, pictures: Pictures, step: int, places: Sequence[int]) -> None:
+        """Replace the first pictures of the batch by samples of the student, with new noise; without it they are what
+        the flow's score step makes of them."""
+        config, flow, count = self.config, self.pipe.flow, round(self.config.own_share * len(pictures.clean))
+        if count == 0:
+            return
+        shape, sigma = tuple(pictures.clean.shape[1:]), self.pipe.config.noise_std
+        place = (config.seed, step, places[:count], shape, pictures.clean.device)
+        prior, noise = draw_noise(*place, "student prior"), draw_noise(*place, "student noise")
+        labels, cond = (None if part is None else part[:count] for part in (pictures.labels, pictures.cond))
+        own = self.network(flow.scale_noise(prior), labels, cond, pictures.weight[:count])
+        noisy = own + sigma * noise if config.target == "clean" else own
+        pictures.noisy[:count] = noisy
+        pictures.clean[:count] = score_denoise(flow, noisy, sigma, class_labels=labels, cond=cond)
+
+    @torch.no_grad()
+    def away_from_unconditional(self, wanted: Tensor, z: Tensor, pictures: Pictures) -> Tensor:
+        """Latents as guidance changes them, see `extrapolated`."""
+        labels = None if pictures.labels is None else torch.full_like(pictures.labels, self.pipe.flow.null_label)
+        with self.accelerator.autocast():
+            unconditional = self.network(z, labels, self.null_cond, 0.0)
+        return extrapolated(wanted, unconditional, pictures.weight)

@@ -1,0 +1,182 @@
+"""Training a student, which makes in one pass what a pipeline's flow makes token after token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tarflow.common.checks import check
+from tarflow.data.images import Images, to_uint8
+from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
+from tarflow.evaluation.samples.student_error import exact_samples
+from tarflow.flows.student import StudentModel
+from tarflow.pipeline.call.student_sampling import draw, flow_hashes
+from tarflow.training.loop.checkpoint import on_main
+from tarflow.training.loop.component import ComponentFolders, open_splits, write_rows
+from tarflow.training.loop.network_trainer import NetworkTrainer, network_accelerator
+from tarflow.training.student.config import StudentConfig
+from tarflow.training.student.step import StudentStepper
+
+
+class StudentTask:
+    """What is trained, see `tarflow.training.loop.network_step.Task`: a student of a pipeline's flow.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+
+    Raises:
+        ValueError: if pipeline, data and settings do not fit.
+    """
+
+    def __init__(self, config: StudentConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.folders = ComponentFolders(config)
+        self.pipe = self.folders.open(accelerator.device)
+        self.train, held_out = open_splits(config, self.pipe)
+        check_conditions(self.pipe, self.train)
+        for module in (self.pipe.flow, self.pipe.vae, self.pipe.text_encoder):
+            if module is not None:
+                module.eval().requires_grad_(False)
+        hashes = flow_hashes(self.pipe.flow)
+        self.network = StudentModel(**student_arguments(config, self.pipe), flow_hashes=hashes)
+        self.held_out: NoisyPictures | None = None
+        on_main(accelerator, lambda: self.prepare(held_out))
+
+    def prepare(self, held_out: Images) -> None:
+        """What the student is measured by."""
+        if len(held_out) and self.pipe.vae is not None:
+            self.held_out = noisy_pictures(self.pipe, held_out, self.config.eval_images, self.config.batch_size)
+        self.prepare_samples(held_out if len(held_out) else self.train)
+
+    @torch.no_grad()
+    def prepare_samples(self, images: Images) -> None:
+        """The flow's own samples from fixed noise and their pictures, which the student's are held against."""
+        pipe, count = self.pipe, min(self.config.grid_images, len(images))
+        kind, items = pipe.flow.config.conditioning, [images[place] for place in range(count)]
+        arguments = {}
+        if kind == "prefix":
+            arguments = {"prompt": [item["caption"] for item in items]}
+        elif kind != "none":
+            arguments = {"class_labels": [item["label"] for item in items]}
+        scale = min(pipe.config.guidance_scale, self.network.config.max_guidance_scale)
+        method = self.network.config.guidance_method
+        self.exact = exact_samples(pipe, arguments, count, scale, method, self.config.seed)
+        self.shown = self.decoded(self.exact.states[0], self.exact.class_labels, self.exact.cond, noisy=True)
+
+    def facts(self) -> dict[str, Any]:
+        settings = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
+        hashes = settings.pop("flow_hashes")
+        return {"the flow's SHA-256": hashes[0], **{f"student.{key}": value for key, value in settings.items()}}
+
+    @torch.no_grad()
+    def report(self, step: int, last: bool) -> dict[str, Any]:
+        """PSNR and SSIM of held-out pictures, from their noise back to pictures; how far the flow takes the student's
+        samples from where it should; and a grid, the flow's samples above the student's. The last one saves the
+        student."""
+        # A copy: Accelerate makes the network itself compute with mixed precision.
+        student = StudentModel.from_config(self.network.config).eval()
+        student.load_state_dict(self.network.state_dict())
+        student.to(self.accelerator.device)
+        metrics = {} if self.held_out is None else self.reconstruction(student)
+        exact = self.exact
+        x, noisy = draw(student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
+        errors = exact.errors(self.pipe.flow, noisy)
+        metrics |= {"error_samples": errors[0], "error_noise": errors[-1], "errors_by_block": errors[1:]}
+        pictures = self.decoded(x, exact.class_labels, exact.cond, self.config.target == "noisy")
+        write_rows([self.shown, pictures], self.config.folder / "samples" / f"samples_{step:08d}.png")
+        if last:
+            self.folders.add("student", student)
+        return metrics
+
+    def reconstruction(self, student: StudentModel) -> dict[str, float]:
+        """PSNR and SSIM of what the student makes of held-out pictures' noise, without guidance."""
+        pictures = []
+        for latents, condition in zip(self.held_out.latents, self.held_out.conditions, strict=True):
+            z, _ = self.pipe.flow(latents, **condition)
+            labels, cond = condition.get("class_labels"), condition.get("cond")
+            pictures.append(self.decoded(student(z, labels, cond), labels, cond, self.config.target == "noisy"))
+        return self.held_out.quality(pictures)
+
+    def decoded(self, x: Tensor, labels: Tensor | None, cond: Tensor | None, noisy: bool) -> Tensor:
+        """Pictures of latents, uint8 (B, 3, H, W), without the training noise if they have it."""
+        pipe = self.pipe
+        if noisy:
+            x = pipe.remove_noise(x, pipe.check_outputs(None, "pt", "vae")[0], labels, cond)
+        return to_uint8(pipe.decode_latents(x)).cpu()
+
+
+def check_conditions(pipe: Any, images: Images) -> None:
+    """Whether pictures have what the pipeline draws from.
+
+    Raises:
+        ValueError: if not.
+    """
+    kind = pipe.flow.config.conditioning
+    check(kind != "prefix" or images.has_captions, "the model draws from captions, but the data has none")
+    if kind.startswith("class"):
+        found, count = len(images.class_names or ()), pipe.flow.config.num_classes
+        check(found == count, f"the model has {count} classes, but the data has {found}")
+        known = {name: int(number) for number, name in (pipe.config.id2label or {}).items()}
+        for number, name in enumerate(images.class_names):  # other names for the same classes are fine
+            check(
+                known.get(name, number) == number,
+                f"the class {name!r} is number {known.get(name)} of the model, but {number} of the data",
+            )
+
+
+def student_arguments(config: StudentConfig, pipe: Any) -> dict[str, Any]:
+    """Arguments of `StudentModel` for a pipeline's flow.
+
+    Raises:
+        ValueError: if there are fewer layers than states to read.
+    """
+    flow = pipe.flow.config
+    conditional = flow.conditioning != "none"
+    scale = pipe.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    check(conditional or scale == 1, f"the model is unconditional: there is no guidance, but guidance_scale is {scale}")
+    states = 0
+    if config.alignment != "none":
+        states = len(pipe.flow.blocks) - (config.target == "noisy")
+    check(
+        config.num_layers > states,
+        f"num_layers must be at least {states + 1}, one more than the states of the flow to align with; "
+        f"got {config.num_layers}",
+    )
+    return {
+        "in_channels": flow.in_channels,
+        "sample_size": flow.sample_size,
+        "patch_size": flow.patch_size if config.patch_size is None else config.patch_size,
+        "patch_layout": flow.patch_layout,
+        "num_layers": config.num_layers,
+        "width": config.width,
+        "head_dim": config.head_dim,
+        "conditioning": flow.conditioning,
+        "num_classes": flow.num_classes,
+        "cond_dim": flow.cond_dim if flow.conditioning == "prefix" else 0,
+        "state_layers": tuple(range(config.num_layers - states, config.num_layers)),
+        "through_states": config.alignment == "states",
+        "max_guidance_scale": float(scale),
+        "guidance_method": pipe.config.guidance_method,
+        "target": config.target,
+    }
+
+
+def train_student(config: StudentConfig, resolved: str) -> dict[str, Any]:
+    """Train, and save the student; returns the last metrics.
+
+    Args:
+        config: the settings.
+        resolved: their YAML, saved with the run.
+
+    Raises:
+        ValueError: if settings, pipeline, data or checkpoint do not fit.
+        OSError: if a file cannot be written.
+    """
+    accelerator = network_accelerator(config, config.folder)
+    task = StudentTask(config, accelerator)
+    stepper = StudentStepper(config, accelerator, task.network, task.pipe)
+    return NetworkTrainer(config, resolved, config.folder, accelerator, task, stepper).run()
