@@ -17,13 +17,13 @@ from test_training import CLASS_FLOW, train
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.flows.likelihood import log_prob
+from tarflow.training.flow.accelerator import check_parallel
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.config import VaeConfig
 from tarflow.training.flow.joint import JointObjective, renormalise
 from tarflow.training.flow.joint_config import JointConfig
 from tarflow.training.flow.step import Stepper
 from tarflow.training.latent_cache.plan import CacheConfig
-from tarflow.training.loop.parallel import check_parallel
 from tarflow.vae.codec import LatentCodec
 
 #: Pictures of 16 pixels to latents of 4 × 4.

@@ -12,12 +12,12 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DynamoBackend
 from test_training import CLASS_FLOW, SMALL, train
 
+from tarflow.training.flow.accelerator import make_accelerator
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.loop.checkpoint import checkpoints
 from tarflow.training.loop.launcher import check_launcher, check_trackers, launcher_compilation
 from tarflow.training.loop.network_config import NetworkConfig
 from tarflow.training.loop.network_trainer import network_accelerator
-from tarflow.training.loop.parallel import make_accelerator
 
 ARGUMENTS = ["--data", "{}", "--flow", CLASS_FLOW, *SMALL]
 REFUSED = [

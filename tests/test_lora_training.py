@@ -18,11 +18,11 @@ from test_training import train as train_run
 from tarflow import TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.flows.adapters.adapters import adapter_layers
+from tarflow.training.flow.accelerator import check_parallel
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.config import RunConfig
 from tarflow.training.flow.lora import save_adapters
 from tarflow.training.flow.lora_config import LoraConfig
-from tarflow.training.loop.parallel import check_parallel
 
 FILE = Path("lora") / "pytorch_lora_weights.safetensors"
 SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]

@@ -16,10 +16,10 @@ from test_training import TEXT_FLOW, train, weights
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.training.flow import setup
-from tarflow.training.flow.config import OptimConfig
 from tarflow.training.flow.trainer import Trainer
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.plan import CacheConfig
+from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.schedule import TimeLimit, peak_factor
 
 COUNT = 40

@@ -16,10 +16,10 @@ from tarflow.data.images import collate, to_model
 from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.flow.arguments import parse_config
-from tarflow.training.flow.config import OptimConfig
 from tarflow.training.flow.objective import score_target
 from tarflow.training.flow.trainer import Trainer
 from tarflow.training.loop.batches import StepSampler, fixed_batches
+from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.schedule import schedule_factor
 
 SMALL = [

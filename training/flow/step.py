@@ -112,7 +112,7 @@ class Stepper:
         return range(first, first + size)
 
     def set_learning_rate(self, step: int, total: int) -> None:
-        optim, images = self.config.optim, images_per_step(self.config, self.accelerator.num_processes)
+        optim, images = self.config.optim, images_per_step(self.config.train, self.accelerator.num_processes)
         factor = schedule_factor(step, total, warmup_steps(optim, images), optim) * peak_factor(optim, images)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from tarflow.common.files import write_text
 from tarflow.common.progress import progress_bar, write_line
+from tarflow.training.flow.accelerator import check_parallel, make_accelerator
 from tarflow.training.flow.assembly import initialize_actnorm, make_objective, make_stepper, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, is_joint
 from tarflow.training.flow.inputs import InputMaker
@@ -34,13 +35,7 @@ from tarflow.training.loop.checkpoint import (
     save_checkpoint,
 )
 from tarflow.training.loop.launcher import launcher_compilation
-from tarflow.training.loop.parallel import (
-    check_parallel,
-    full_weights,
-    make_accelerator,
-    shard_layers,
-    verify_caches,
-)
+from tarflow.training.loop.parallel import full_weights, shard_layers, verify_caches
 from tarflow.training.loop.reading import reading
 from tarflow.training.loop.schedule import TimeLimit, images_per_step, total_steps
 from tarflow.training.loop.stopping import EndsEarly, Stopped, StopRequest
@@ -71,7 +66,7 @@ class Trainer(EndsEarly):
         self.accelerator = make_accelerator(config)
         check_parallel(self.accelerator, config)
         set_seed(config.train.seed)
-        self.images_per_step = images_per_step(config, self.accelerator.num_processes)
+        self.images_per_step = images_per_step(config.train, self.accelerator.num_processes)
         # Settings are checked before anything is written.
         checkpoint = checkpoint_to_resume(self.folder, config.resume)
         state = None if checkpoint is None else read_state(checkpoint)
@@ -84,7 +79,7 @@ class Trainer(EndsEarly):
         elif config.data.verify:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
         self.prepare_model(fresh=state is None and start is None)
-        self.longest = self.total_steps = total_steps(config, self.images_per_step)
+        self.longest = self.total_steps = total_steps(config.train, self.images_per_step)
         self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
         self.saved = checkpoint  # the last one
         if state is not None:

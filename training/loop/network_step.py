@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tarflow.training.flow.config import OptimConfig
 from tarflow.training.loop.averages import WeightAverages
+from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.network_config import NetworkConfig
 from tarflow.training.loop.schedule import schedule_factor
 
