@@ -54,7 +54,8 @@ def shape_of(name: str) -> Shape:
 
 
 def random_model(name: str, device: str, dtype: torch.dtype, **changes: Any) -> TARFlowModel:
-    """A model of the shape of a configuration with random weights, neither the identity nor wild.
+    """A model of the shape of a configuration with random weights, neither the identity nor wild: shifts and scales are
+    about as large at any width, so that rounding grows as little from block to block as in a trained one.
 
     Args:
         changes: arguments of the model to replace.
@@ -63,7 +64,7 @@ def random_model(name: str, device: str, dtype: torch.dtype, **changes: Any) -> 
     with torch.device(device):
         model = TARFlowModel(**{**shape_of(name).arguments, **changes}).to(dtype)
         for block in model.blocks:
-            torch.nn.init.normal_(block.proj_out.weight, std=0.02)
+            torch.nn.init.normal_(block.proj_out.weight, std=0.02 * (128 / block.config.width) ** 0.5)
     return model.eval()
 
 

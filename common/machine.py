@@ -22,15 +22,27 @@ def machine(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
-    """Bytes read per second by a large copy; it reads and writes at once, so twice its size is moved."""
+def copy_size(device: torch.device) -> int:
+    """Bytes of a copy that takes long beside launching it and waiting for it: half a millisecond on a GPU of 8 TB/s."""
+    return 2**31 if device.type == "cuda" else 2**28
+
+
+def product_size(device: torch.device) -> int:
+    """Rows of square matrices whose product takes long beside launching it and waiting for it: a millisecond."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes per second of a large copy; it reads and writes at once, so twice its size is moved."""
+    size = size or copy_size(device)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_of(lambda: target.copy_(source), device)
 
 
-def product_speed(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+def product_speed(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Floating-point operations per second of a large matrix product."""
+    size = size or product_size(device)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / best_of(lambda: a @ b, device)
 

@@ -220,9 +220,8 @@ def conditions(model: TARFlowModel, text: Any, batch: int) -> tuple[Any, Any]:
 
 def run_training(arguments: argparse.Namespace) -> None:
     shape, device = shape_of(arguments.model), torch.device(arguments.device)
-    size = 8192 if device.type == "cuda" else 2048
     peaks = {
-        name: arguments.peak_tflops * 1e12 if arguments.peak_tflops else product_speed(device, DTYPES[name], size)
+        name: arguments.peak_tflops * 1e12 if arguments.peak_tflops else product_speed(device, DTYPES[name])
         for name in arguments.precisions
     }
     model, speeds = random_model(arguments.model, arguments.device, torch.float32), []

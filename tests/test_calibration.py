@@ -52,7 +52,8 @@ class Machine:
 
         monkeypatch.setattr(DecodeStep, "__call__", stepped)
         monkeypatch.setattr(BlockRun, "parameters", swept)
-        monkeypatch.setattr("tarflow.flows.decoding.calibration.clock", lambda device: self.now)
+        for module in ("calibration", "sampling"):
+            monkeypatch.setattr(f"tarflow.flows.decoding.{module}.clock", lambda device: self.now)
 
 
 def model_of_16_tokens() -> TARFlowModel:

@@ -25,6 +25,7 @@ from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.decoding.jacobi import decode_jacobi
 from tarflow.flows.decoding.method import FAST_TOLERANCE, PROMISES, BlockRun, Decoding, residual
 from tarflow.flows.decoding.sampling import decode, generate
+from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.model import TARFlowModel
@@ -138,6 +139,26 @@ def test_finished_samples_are_left_out(monkeypatch) -> None:
     assert min(batches) < 4
     expected, _ = decode(block, tokens, grid, cond, null, how)
     torch.testing.assert_close(reorder(x, block.config.order), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "segment"), [("jacobi", None), ("gs_jacobi", 32)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sweeps_in_16_bits_end_above_rounding(dtype: torch.dtype, method: str, segment: int | None) -> None:
+    """With the tolerance as it is given they would go on until each of the 64 tokens is exact."""
+    torch.manual_seed(0)
+    model = small_model(sample_size=16, width=128, layers_per_block=[2])
+    torch.nn.init.normal_(model.blocks[0].proj_out.weight, std=0.02)
+    model.to(dtype)
+    tokens, grid = model.patchify(random_images(model, 2).float())
+
+    def run() -> BlockRun:
+        return BlockRun(model.blocks[0], 2, grid, None, None, None)
+
+    with torch.no_grad():
+        x, _, sweeps = decode_jacobi(run(), tokens, Decoding(method, 1e-4, segment))
+        exact, _ = decode_sequential(run(), tokens)
+    assert sweeps < 20
+    assert (x - exact).abs().max() < 0.1
 
 
 def test_sweeps_between_checks_change_nothing(monkeypatch) -> None:

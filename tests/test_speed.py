@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from tarflow.benchmarks.memory import MODES, TrainingMemory, training_memory
 from tarflow.benchmarks.published_training import loss_as_published
-from tarflow.benchmarks.random_models import random_inputs
+from tarflow.benchmarks.random_models import random_inputs, random_model
 from tarflow.benchmarks.sampling import compare
 from tarflow.benchmarks.training import Run, compare_training, loss_differences, step_flops, with_shared_weights
+from tarflow.common.machine import copy_size, product_size
 from tarflow.flows.likelihood import flow_loss
 from tarflow.flows.model import TARFlowModel
 
@@ -170,3 +171,23 @@ def test_measurements_stop_at_their_deadline() -> None:
     assert compare_training(small_model(), 2, 0, {"float32": 1e12}, precisions=("float32",), deadline=over) == []
     speeds = compare(small_model(), 1, None, None, None, repeats=3, compiled=True, deadline=over)
     assert [speed.method for speed in speeds] == ["published", "sequential"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ceilings_are_measured_long_beside_waiting_for_the_device(device: str) -> None:
+    """A wait takes some 10 µs on a GPU; of the fastest, 8 TB/s and 2,500 TFLOP/s, and of fast CPUs."""
+    bandwidth, speed = (8e12, 2.5e15) if device == "cuda" else (3e11, 5e12)
+    assert 2 * copy_size(torch.device(device)) / bandwidth > 4e-4
+    assert 2 * product_size(torch.device(device)) ** 3 / speed > 4e-4
+
+
+def test_random_models_move_numbers_equally_far_at_any_width() -> None:
+    changes: list[float] = []
+    for width in (64, 1024):
+        model = random_model(
+            "starflow_imagenet256", "cpu", torch.float32, layers_per_block=[1], width=width, sample_size=4
+        )
+        inputs = random_inputs(model, 2, 0)
+        with torch.no_grad():
+            changes.append(float((model(**inputs)[0] - inputs["x"]).std()))
+    assert changes[1] == pytest.approx(changes[0], rel=0.5)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tarflow.flows.decoding.method import BlockRun, Decoding
 from tarflow.flows.layers.affine import affine_inverse
+from tarflow.flows.layers.prepared import compute_dtype
 
 
 class GaveUpError(Exception):
@@ -17,6 +18,14 @@ class GaveUpError(Exception):
 
 #: The tolerance of all segments but the last, as a share of the given one: segments behind magnify what is left.
 EARLIER_SEGMENTS = 0.1
+#: The smallest change that sweeps of a network with such weights can be asked to end at. Below it rounding moves numbers
+#: from sweep to sweep, so that the sweeps would go on until each token is exact: as many as there are tokens.
+SMALLEST_TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def smallest_tolerance(run: BlockRun) -> float:
+    """The floor of tolerances for a block, by the dtype that its network computes in; 0 for float32 and float64."""
+    return SMALLEST_TOLERANCES.get(compute_dtype(run.block.proj_in), 0.0)
 
 
 def sweeps_between_checks(device: torch.device) -> int:
@@ -35,7 +44,7 @@ def decode_jacobi(
     Args:
         run: the block with an empty cache but for the prefix.
         z: tokens in the block's order (B, T, C), at least float32.
-        decoding: tolerance and segment; method "jacobi" has one segment.
+        decoding: tolerance (at least `smallest_tolerance`) and segment; method "jacobi" has one segment.
         give_up: asked each time that the device has finished its sweeps, whether to stop.
 
     Returns:
@@ -50,7 +59,7 @@ def decode_jacobi(
     for start in range(run.first, tokens, length):
         end = min(start + length, tokens)
         base = run.cache.length
-        tolerance = decoding.tolerance * (EARLIER_SEGMENTS if end < tokens else 1)
+        tolerance = max(decoding.tolerance * (EARLIER_SEGMENTS if end < tokens else 1), smallest_tolerance(run))
         sweeps += sweep_segment(run, z, x, log_scales, start, end, tolerance, give_up)
         if end < tokens:
             run.cache.truncate(base)
