@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 #: Each shipped configuration is a file here.
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 
 
 def shipped() -> tuple[str, ...]:

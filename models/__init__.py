@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 #: Each shipped pipeline has a folder here, named like it.
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 #: Their autoencoders, by the names that `tarflow.vae.codec.load_autoencoder` takes.
 AUTOENCODERS = {"drawings_emoji_f8c8": FOLDER / "drawings_text" / "vae", "emoji_f8c8": FOLDER / "emoji" / "vae"}
 

@@ -39,7 +39,7 @@ from tarflow.training.flow.trainer import Trainer
 RUN = ["--config", configs.resolve("quickstart_class"), "--log.trackers", "[]", "--log.eval_images", "64"]
 SHARDED = str(configs.FOLDER / "accelerate" / "fsdp2.yaml")
 #: Of a clone; the package has none.
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
 def check_training(device: str, small: bool, deadline: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -151,6 +152,66 @@ def test_help_names_all_scripts(capsys: pytest.CaptureFixture) -> None:
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*SCRIPTS, *COMMANDS))
     assert max(map(len, printed.splitlines())) <= 120
+
+
+def folders() -> dict[str, str]:
+    """The top-level folders with code, by the module that each becomes."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    mapped = settings["package-dir"].items()
+    return {module: folder for module, folder in mapped if "." in module and (ROOT / folder / "__init__.py").is_file()}
+
+
+def test_every_package_is_listed() -> None:
+    """What the list lacks would be in no wheel."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    there = {f"tarflow.{f.parent.relative_to(ROOT).as_posix()}" for top in folders().values() for f in inits(top)}
+    assert set(settings["packages"]) == {name.replace("/", ".") for name in there} | {"tarflow", "tarflow.docs"}
+
+
+def inits(top: str) -> list[Path]:
+    return [file for file in (ROOT / top).rglob("__init__.py") if "__pycache__" not in file.parts]
+
+
+@pytest.mark.skipif(not (ROOT / "tarflow" / "flows").is_dir(), reason="this checkout holds no links")
+def test_plain_paths_lead_to_every_folder() -> None:
+    """Type checkers and editors read no import hooks: they find `tarflow.flows` as `tarflow/flows`, a link."""
+    links = {path.name: path.readlink().as_posix() for path in (ROOT / "tarflow").iterdir() if path.is_symlink()}
+    assert links == {folder: f"../{folder}" for folder in folders().values()}
+
+
+def test_a_checkout_without_links_runs(tmp_path: Path) -> None:
+    """There a link is a text file with the path; the hook of the installation leads to the folders then."""
+    (tmp_path / "clone" / "tarflow").mkdir(parents=True)
+    shutil.copy(ROOT / "tarflow" / "__init__.py", tmp_path / "clone" / "tarflow")
+    for folder in ("common", "configs"):
+        (tmp_path / "clone" / "tarflow" / folder).write_text(f"../{folder}")
+        shutil.copytree(ROOT / folder, tmp_path / "clone" / folder)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "clone")
+    settings = (tmp_path / "clone" / "pyproject.toml").read_text(encoding="utf-8")
+    for module in {*re.findall(r'^    "(tarflow\.[\w.]+)",$', settings, re.MULTILINE)}:
+        if module not in ("tarflow.common", "tarflow.configs"):
+            settings = re.sub(rf'^ *"{re.escape(module)}"(,| = .*)$\n', "", settings, flags=re.MULTILINE)
+    (tmp_path / "clone" / "pyproject.toml").write_text(settings, encoding="utf-8")
+    build = "from setuptools import build_meta; build_meta.build_editable('../dist')"
+    (tmp_path / "dist").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path / "clone", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = f"""
+import site
+site.addsitedir({str(tmp_path / "site")!r})
+import tarflow.configs, tarflow.common.files
+print(tarflow.configs.FOLDER, tarflow.common.files.__file__)
+"""
+    bare = [sys.executable, "-I", "-S", "-c", code]  # without this installation's own hook
+    done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, check=False)
+    clone = tmp_path / "clone"
+    assert done.stdout == f"{clone / 'configs'} {clone / 'common' / 'files.py'}\n", done.stderr[-3000:]
 
 
 class TestConfigs:
