@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow.flows.decoding.method import BlockRun
+from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.layers.affine import log_scale_of, soft_clip
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
@@ -91,7 +91,7 @@ def decode_as_published(
     guidance: Guidance | None = None,
 ) -> Tensor:
     """Invert one block; arguments as of `tarflow.flows.decoding.sampling.decode`; returns x (B, T, C), row-major."""
-    run = BlockRun(block, len(z), grid, cond, null_cond, guidance, cached=False)
+    run = InversionState(block, len(z), grid, cond, null_cond, guidance, cached=False)
     context, batch, tokens = run.context, run.batch, run.num_tokens
     z = run.doubled(reorder(z, block.config.order))
     rotation = None

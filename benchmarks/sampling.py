@@ -18,7 +18,7 @@ from tarflow.common.machine import copy_bandwidth, product_speed
 from tarflow.flows.decoding.calibration import calibrate, decodings
 from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.decoding.jacobi import decode_jacobi
-from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, BlockRun, Decoding, residual
+from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, InversionState, residual
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.decoding.step import DecodeStep
 from tarflow.flows.layers.guidance import Guidance
@@ -114,7 +114,7 @@ def compare(
             times[name].append(clock(model.device) - start)
             if model.device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-    caches = [BlockRun(block, batch, grid, cond, null, guidance).cache for block in model.blocks]
+    caches = [InversionState(block, batch, grid, cond, null, guidance).cache for block in model.blocks]
     cache_mb = max(cache.keys_values.nbytes for cache in caches) / 2**20
     del caches
     speeds = []
@@ -156,7 +156,7 @@ def count_sweeps(
             sweeps.append(None)
             tokens, _ = block.inverse(tokens, grid, cond, null, guidance)
         else:
-            run = BlockRun(block, len(tokens), grid, cond, null, guidance)
+            run = InversionState(block, len(tokens), grid, cond, null, guidance)
             x, _, count = decode_jacobi(run, reorder(tokens, block.config.order).float(), decoding)
             tokens = reorder(x, block.config.order)
             sweeps.append(count)
@@ -194,7 +194,7 @@ def roofline(
     side = model.config.sample_size // model.config.patch_size
     results = []
     for index, block in enumerate(model.blocks):
-        run = BlockRun(block, batch, (side, side), cond, null, guidance)
+        run = InversionState(block, batch, (side, side), cond, null, guidance)
         step = DecodeStep(block, run.context, run.cache, run.temperature)
         middle = run.cache.length + run.num_tokens // 2
         inputs = run.doubled(torch.randn(batch, block.config.token_dim, device=device))

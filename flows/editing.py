@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow.flows.decoding.method import BlockRun, check_finite
+from tarflow.flows.decoding.method import InversionState, check_finite
 from tarflow.flows.decoding.sequential import fitting_threads
 from tarflow.flows.decoding.step import decode_step
 from tarflow.flows.layers.affine import affine_forward, affine_inverse, at_least_float32
@@ -157,7 +157,7 @@ class HeldFlow:
     def filled(self, block: Any, z: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """`inverse_block` with the block's weights at hand."""
         order = block.config.order
-        run = BlockRun(block, len(z), self.grid, self.condition, None, None)
+        run = InversionState(block, len(z), self.grid, self.condition, None, None)
         step = decode_step(block, run.context, run.cache)
         hole, known = reorder(self.hole, order).unbind(1), reorder(reference, order).unbind(1)
         made, log_scales = [], []

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow.flows.decoding.method import BlockRun
+from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.layers.affine import affine_forward, at_least_float32
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand
@@ -48,7 +48,7 @@ def block_affine(
     """
     check_autoregressive(block)
     with at_hand(block):
-        run = BlockRun(block, len(x), grid, condition, None, None, cached=False)
+        run = InversionState(block, len(x), grid, condition, None, None, cached=False)
         shift, log_scale = run.parameters(reorder(x, block.config.order), run.first, run.num_tokens)
     parts = (F.pad(part, (0, 0, run.first, 0)) for part in (shift, log_scale))  # token 0 may pass unchanged
     shift, log_scale = (reorder(part, block.config.order) for part in parts)

@@ -21,7 +21,7 @@ from tarflow.common.cache import cache_folder
 from tarflow.flows.decoding import calibration_store
 from tarflow.flows.decoding.calibration import COMPARISONS, TIMED_STEPS, TURNS, BlockChoice, calibrate
 from tarflow.flows.decoding.calibration_store import FILE_NAME, CalibrationStore, file_of, fingerprint
-from tarflow.flows.decoding.method import BlockRun
+from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.decoding.step import DecodeStep
 from tarflow.flows.decoding.watch import DISTANCES, MOST_CALIBRATIONS, Calibration
 from tarflow.flows.model import TARFlowModel
@@ -38,7 +38,7 @@ class Machine:
         self.step, self.sweep, self.now, self.steps, self.sweeps = step, sweep, 0.0, 0, 0
         #: Seconds of the n-th step.
         self.step_takes: Callable[[int], float] = lambda count: self.step
-        one_step, one_sweep = DecodeStep.__call__, BlockRun.parameters
+        one_step, one_sweep = DecodeStep.__call__, InversionState.parameters
 
         def stepped(*arguments: Any) -> Any:
             self.steps += 1
@@ -51,7 +51,7 @@ class Machine:
             return one_sweep(*arguments)
 
         monkeypatch.setattr(DecodeStep, "__call__", stepped)
-        monkeypatch.setattr(BlockRun, "parameters", swept)
+        monkeypatch.setattr(InversionState, "parameters", swept)
         for module in ("calibration", "sampling"):
             monkeypatch.setattr(f"tarflow.flows.decoding.{module}.clock", lambda device: self.now)
 

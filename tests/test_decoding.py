@@ -23,7 +23,7 @@ from tarflow.flows.decoding import jacobi
 from tarflow.flows.decoding.calibration_store import FILE_NAME
 from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.decoding.jacobi import decode_jacobi
-from tarflow.flows.decoding.method import FAST_TOLERANCE, PROMISES, BlockRun, Decoding, residual
+from tarflow.flows.decoding.method import FAST_TOLERANCE, PROMISES, Decoding, InversionState, residual
 from tarflow.flows.decoding.sampling import decode, generate
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.guidance import Guidance
@@ -125,15 +125,17 @@ def test_finished_samples_are_left_out(monkeypatch) -> None:
     tokens, grid = model.patchify(z)
     block, how = model.blocks[-1], Guidance(1.0)
     batches = []
-    whole = BlockRun.parameters
+    whole = InversionState.parameters
 
-    def watched(run: BlockRun, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def watched(run: InversionState, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         batches.append(len(x))
         return whole(run, x, start, end)
 
-    monkeypatch.setattr(BlockRun, "parameters", watched)
+    monkeypatch.setattr(InversionState, "parameters", watched)
     ordered = reorder(tokens, block.config.order)
-    x, _, sweeps = decode_jacobi(BlockRun(block, 4, grid, cond, null, how), ordered, Decoding("gs_jacobi", 1e-6, 8))
+    x, _, sweeps = decode_jacobi(
+        InversionState(block, 4, grid, cond, null, how), ordered, Decoding("gs_jacobi", 1e-6, 8)
+    )
     assert sweeps == len(batches)
     assert set(batches) > {4}
     assert min(batches) < 4
@@ -151,8 +153,8 @@ def test_sweeps_in_16_bits_end_above_rounding(dtype: torch.dtype, method: str, s
     model.to(dtype)
     tokens, grid = model.patchify(random_images(model, 2).float())
 
-    def run() -> BlockRun:
-        return BlockRun(model.blocks[0], 2, grid, None, None, None)
+    def run() -> InversionState:
+        return InversionState(model.blocks[0], 2, grid, None, None, None)
 
     with torch.no_grad():
         x, _, sweeps = decode_jacobi(run(), tokens, Decoding(method, 1e-4, segment))

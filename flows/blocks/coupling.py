@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tarflow.flows.blocks.autoregressive import FlowBlock
-from tarflow.flows.decoding.method import BlockRun
+from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.layers.actnorm import ActNorm
 from tarflow.flows.layers.affine import affine_forward, affine_inverse, at_least_float32
 from tarflow.flows.layers.config import BlockConfig
@@ -73,7 +73,7 @@ class CouplingBlock(FlowBlock):
             z: row-major tokens (B, T, C).
             grid: rows and columns of tokens.
             cond: as a `FlowBlock` takes it.
-            null_cond, guidance: see `BlockRun`. The changed group given the seen one is Gaussian, so guidance is what
+            null_cond, guidance: see `InversionState`. The changed group given the seen one is Gaussian, so guidance is what
                 it is in an autoregressive block; annealed it has its full weight, as for the token that is made last.
         """
         shift, log_scale = self.group_parameters(z, grid, cond, null_cond, guidance)
@@ -113,7 +113,7 @@ class CouplingBlock(FlowBlock):
         seen = seen_group(grid, config.groups, config.swapped, tokens.device)[:, None]  # (T, 1)
         hidden = tokens.new_zeros(1) if self.start_token is None else self.start_token.to(tokens)
         inputs = torch.where(seen, tokens, hidden)
-        run = BlockRun(self, len(tokens), grid, cond, null_cond, guidance, cached=False)
+        run = InversionState(self, len(tokens), grid, cond, null_cond, guidance, cached=False)
         raw = self.affine_parameters(run.doubled(inputs), 0, run.context, None, run.temperature)
         shift, log_scale = run.combined(raw, token=len(seen) - 1)
         return shift.masked_fill(seen, 0), log_scale.masked_fill(seen, 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tarflow.flows.blocks.autoregressive import FlowBlock
 from tarflow.flows.decoding.jacobi import decode_jacobi
-from tarflow.flows.decoding.method import BlockRun, Decoding
+from tarflow.flows.decoding.method import Decoding, InversionState
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.affine import affine_inverse, at_least_float32
 from tarflow.flows.layers.guidance import Guidance
@@ -80,7 +80,7 @@ class InverseAutoregressiveBlock(FlowBlock):
         self.refuse_guidance(guidance)
         decoding = decoding or Decoding()
         with torch.autocast(x.device.type, enabled=False):
-            run = BlockRun(self, len(x), grid, cond, null_cond, None)
+            run = InversionState(self, len(x), grid, cond, null_cond, None)
             ordered = at_least_float32(reorder(x, self.config.order))
             if decoding.method == "sequential":
                 z, log_scales = decode_sequential(run, ordered)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tarflow.common.clock import clock
 from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.decoding.jacobi import GaveUpError, decode_jacobi
-from tarflow.flows.decoding.method import BlockRun, Decoding
+from tarflow.flows.decoding.method import Decoding, InversionState
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.guidance import Guidance
@@ -103,8 +103,8 @@ class BlockTrial:
         self.block, self.z, self.grid, self.fast = block, z, grid, fast
         self.conditions = (cond, null_cond, guidance)
 
-    def new_run(self) -> BlockRun:
-        return BlockRun(self.block, len(self.z), self.grid, *self.conditions)
+    def new_run(self) -> InversionState:
+        return InversionState(self.block, len(self.z), self.grid, *self.conditions)
 
     def timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
         """Milliseconds, and what the function gave."""

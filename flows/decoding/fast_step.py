@@ -6,7 +6,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from tarflow.flows.decoding.method import BlockRun
+from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.decoding.step import DecodeStep, ModuleStep, StaticStep, decode_step
 from tarflow.flows.layers.prepared import leaves_after_use, may_prepare, state_of
 
@@ -46,7 +46,7 @@ class FastStep:
         self.captures = device.type == "cuda"
         self.outputs: tuple[Tensor, Tensor] | None = None
 
-    def start(self, run: BlockRun) -> None:
+    def start(self, run: InversionState) -> None:
         """Begin a sequence whose prefix is in the run's cache."""
         self.step.refresh()
         self.step.load(run.context, run.cache, run.temperature)
@@ -92,7 +92,7 @@ class FastSteps:
         self.backend = backend
         self.steps: dict[tuple, tuple[tuple, FastStep]] = {}
 
-    def get(self, run: BlockRun) -> FastStep | DecodeStep | ModuleStep:
+    def get(self, run: InversionState) -> FastStep | DecodeStep | ModuleStep:
         """The step of a run's block and shape, ready for its sequence. Made anew if the block has other weights or
         adapters; not compiled where something acts on the block's modules or takes its weights away, with a warning."""
         if leaves_after_use(run.block):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tarflow.flows.decoding.method import BlockRun, Decoding
+from tarflow.flows.decoding.method import Decoding, InversionState
 from tarflow.flows.layers.affine import affine_inverse
 from tarflow.flows.layers.prepared import compute_dtype
 
@@ -23,7 +23,7 @@ EARLIER_SEGMENTS = 0.1
 SMALLEST_TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def smallest_tolerance(run: BlockRun) -> float:
+def smallest_tolerance(run: InversionState) -> float:
     """The floor of tolerances for a block, by the dtype that its network computes in; 0 for float32 and float64."""
     return SMALLEST_TOLERANCES.get(compute_dtype(run.block.proj_in), 0.0)
 
@@ -34,7 +34,7 @@ def sweeps_between_checks(device: torch.device) -> int:
 
 
 def decode_jacobi(
-    run: BlockRun, z: Tensor, decoding: Decoding, give_up: Callable[[], bool] | None = None
+    run: InversionState, z: Tensor, decoding: Decoding, give_up: Callable[[], bool] | None = None
 ) -> tuple[Tensor, Tensor, int]:
     """Invert a block segment by segment.
 
@@ -69,7 +69,7 @@ def decode_jacobi(
 
 
 def sweep_segment(
-    run: BlockRun,
+    run: InversionState,
     z: Tensor,
     x: Tensor,
     log_scales: Tensor,

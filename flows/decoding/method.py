@@ -56,7 +56,7 @@ class Decoding:
             raise ValueError(f"the decoding segment must be at least 1 token, got {self.segment}")
 
 
-class BlockRun:
+class InversionState:
     """One block and everything that stays the same while it is inverted: conditions, guidance, cache.
 
     Args:
@@ -134,7 +134,7 @@ class BlockRun:
         )
         return self.combined(parameters, token)
 
-    def select(self, active: Tensor) -> BlockRun:
+    def select(self, active: Tensor) -> InversionState:
         """The same for some of the B samples, (B,) booleans; the cache is copied."""
         rows = active if self.guidance is None else torch.cat([active, active])
         run = copy.copy(self)
@@ -241,7 +241,7 @@ def guided_states(
     Args:
         model: a `TARFlowModel`.
         x: data with the training noise (B, C, H, W).
-        cond, null_cond, guidance: see `BlockRun`; guidance of all blocks, or one for each in the order of
+        cond, null_cond, guidance: see `InversionState`; guidance of all blocks, or one for each in the order of
             ``model.blocks``.
 
     Returns:
@@ -257,7 +257,7 @@ def guided_states(
             ordered = reorder(tokens, block.config.order)
             out = ordered.clone()
             with at_hand(block):
-                run = BlockRun(block, len(tokens), grid, cond, null_cond, own, cached=False)
+                run = InversionState(block, len(tokens), grid, cond, null_cond, own, cached=False)
                 if run.num_tokens > run.first:
                     shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
                     out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)

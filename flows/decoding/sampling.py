@@ -15,7 +15,7 @@ from torch import Tensor
 from tarflow.common.clock import clock
 from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.decoding.jacobi import decode_jacobi
-from tarflow.flows.decoding.method import BlockRun, Decoding, check_finite, check_method
+from tarflow.flows.decoding.method import Decoding, InversionState, check_finite, check_method
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.guidance import Guidance
@@ -57,7 +57,7 @@ def decode(
         block: the block.
         z: row-major tokens (B, T, C); not changed.
         grid: rows and columns of tokens.
-        cond, null_cond, guidance: see `BlockRun`.
+        cond, null_cond, guidance: see `InversionState`.
         decoding: how; exactly (sequentially or in one pass) if not given. "auto" must have been resolved.
         name: of the block, for errors.
         fast: compiled steps for sequential decoding, if any.
@@ -80,7 +80,7 @@ def decode(
             x, log_det = block.inverse(at_least_float32(z), grid, cond, null_cond, guidance)
             check_finite(reorder(x, block.config.order), name)
             return x, log_det
-        run = BlockRun(block, z.shape[0], grid, cond, null_cond, guidance)
+        run = InversionState(block, z.shape[0], grid, cond, null_cond, guidance)
         z = at_least_float32(reorder(z, block.config.order))
         if decoding.method == "sequential":
             x, log_scales = decode_sequential(run, z, fast)
@@ -108,7 +108,7 @@ def generate(
         model: the model.
         z: noise in image layout (B, C, H, W).
         cond, null_cond: as the blocks take them (`TARFlowModel.condition`).
-        guidance: see `BlockRun`.
+        guidance: see `InversionState`.
         callback: called after each block with its place (0 for the first one inverted) and the tokens in image
             layout; returns what to change, or other tokens in image layout, or None.
         decoding: how, for all blocks or one for each in the order of ``model.blocks``; sequentially if not given.

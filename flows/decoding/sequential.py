@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tarflow.flows.decoding.fast_step import FastSteps
-from tarflow.flows.decoding.method import BlockRun
+from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.decoding.step import decode_step
 from tarflow.flows.layers.affine import affine_inverse
 
@@ -31,7 +31,7 @@ def fitting_threads(rows: int, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def decode_sequential(run: BlockRun, z: Tensor, fast: FastSteps | None = None) -> tuple[Tensor, Tensor]:
+def decode_sequential(run: InversionState, z: Tensor, fast: FastSteps | None = None) -> tuple[Tensor, Tensor]:
     """Invert a block.
 
     Args:

@@ -224,7 +224,7 @@ class DecodeStep:
         """One slot's row of a table."""
         return rows[position]
 
-    def remember(self, keys_values: Tensor, new: Tensor, position: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def write_cache(self, keys_values: Tensor, new: Tensor, position: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write a slot's keys and values (R, 2, K, d); returns the keys and values to attend to, and a mask of them."""
         keys_values.select(3, position).copy_(new)
         keys, values = keys_values.narrow(3, 0, position + 1).unbind(1)
@@ -248,7 +248,7 @@ class DecodeStep:
         if self.inverse_temperature is not None:
             q = q * self.inverse_temperature
         new = qkv.narrow(1, self.heads * head_dim, 2 * self.kv_heads * head_dim)
-        keys, values, mask = self.remember(layer.keys_values, new.view(rows, 2, self.kv_heads, head_dim), position)
+        keys, values, mask = self.write_cache(layer.keys_values, new.view(rows, 2, self.kv_heads, head_dim), position)
         # The heads of a group are queries of one key/value head.
         y = F.scaled_dot_product_attention(
             q.view(rows, self.kv_heads, -1, head_dim), keys, values, attn_mask=mask, scale=1 / math.sqrt(head_dim)
@@ -291,6 +291,6 @@ class StaticStep(DecodeStep):
         """One slot's row of a table (S, …)."""
         return rows.index_select(0, position.view(1)).squeeze(0)
 
-    def remember(self, keys_values: Tensor, new: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def write_cache(self, keys_values: Tensor, new: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys_values.index_copy_(3, position.view(1), new.unsqueeze(3))
         return keys_values[:, 0], keys_values[:, 1], (self.slots <= position).view(1, 1, 1, -1)
