@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tarflow.benchmarks.choices import PRECISIONS
 from tarflow.benchmarks.memory import MODES, TrainingMemory
 from tarflow.benchmarks.sampling import METHODS, Speed
-from tarflow.benchmarks.training import PRECISIONS, TrainingSpeed
+from tarflow.benchmarks.training import TrainingSpeed
 from tarflow.common.charts import figure, table
 
 

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.benchmarks.choices import SAMPLES, SCALES
 from tarflow.flows.decoding.method import FAST_TOLERANCE, Decoding
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.layers.guidance import Guidance
-
-#: Guidance scales that are measured, and samples.
-SCALES, SAMPLES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0), 24
 
 
 @dataclass(frozen=True)

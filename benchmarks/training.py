@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.benchmarks.choices import PRECISIONS, VARIANTS
 from tarflow.benchmarks.published_training import optimizer_as_published, step_as_published
 from tarflow.benchmarks.random_models import random_inputs
 from tarflow.common.clock import clock
 from tarflow.flows.likelihood import flow_loss
 from tarflow.flows.model import CHECKPOINTED
-
-#: The published step; ours in eager mode; with each Transformer layer compiled; with activations computed again by
-#: layer or block. "compiled+layer" and "compiled+block" are both.
-VARIANTS = ("published", "eager", "compiled", "layer", "block")
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)

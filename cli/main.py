@@ -3,42 +3,72 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from importlib.metadata import version
 
 from tarflow.cli.parsing import dispatch
 from tarflow.common.command import ending
 
+#: Commands by what they are for, each with a line of help; a command's module has its name, with underscores.
+GROUPS = {
+    "draw": {
+        "generate": "pictures from captions, from classes, or from nothing",
+        "demo": "a web page that draws, on this machine",
+        "exact-flow": "what only an exact flow can do: inpainting, likelihoods, interpolation, a picture for each",
+        "models": "list the pipelines that ship with this package",
+    },
+    "train": {
+        "train": "a model on pictures",
+        "configs": "list the configurations that ship with this package, and tell where they are",
+        "cache-latents": "encode pictures once, for training without the autoencoder",
+        "train-vae": "an autoencoder",
+        "finetune-decoder": "a pipeline's decoder, to take away the training noise",
+        "train-student": "a student of a model, which draws in one pass",
+    },
+    "measure": {
+        "evaluate": "fid: how near drawn pictures are to real ones; likelihood: of held-out pictures",
+        "sweep": "find how to draw best: guidance, denoising, decoding and more, in a table and plots",
+        "report": "one HTML file about a pipeline: samples, nearest training pictures, likelihoods, curves",
+        "reconstruct": "what a pipeline's autoencoder makes of pictures: the floor of distances",
+        "benchmark": "speed, memory and exactness on this machine",
+        "compare-decoding": "ways of removing the training noise, side by side",
+        "compare-student": "a student beside its flow",
+        "compare-flows": "NICE, RealNVP, Glow, IAF, TARFlow and STARFlow, side by side",
+    },
+    "convert": {
+        "convert": "a published TARFlow or STARFlow checkpoint to a pipeline",
+        "check-reference": "compare this implementation with what the published code computed",
+        "export": "a pipeline to 16 bits",
+    },
+}
+COMMANDS = tuple(name for group in GROUPS.values() for name in group)
+#: What has no command: tools of those who work on the project itself.
+SCRIPTS = ("gpu_check", "screenshot_demo")
+
 HELP = """usage: tarflow COMMAND …
 
 Latent normalizing flows for images.
 
-commands:
-  generate       draw pictures from captions, from classes, or from nothing
-  train          train a model on pictures
-  train-student  train a student of a model, which draws in one pass
-  evaluate       fid: how near drawn pictures are to real ones; likelihood: of held-out pictures
-  demo           a web page that draws, on this machine
-  models         list the pipelines that ship with this package
-  configs        list the configurations that ship with this package, and tell where they are
+{commands}
 
 examples:
   tarflow generate "a red apple" --pipeline runs/emoji_text/pipeline --out apple.png
   tarflow train --config quickstart_text --output runs/mine
 
 options:
-  -h, --help     this help; `tarflow COMMAND --help` has each command's
-  --version      the version
+  -h, --help        this help; `tarflow COMMAND --help` has each command's
+  --version         the version
 
-Further commands: python -m tarflow.scripts.NAME --help, with a NAME of
-{scripts}"""
+Trainings, cache-latents, evaluate fid and sweep also run on several devices: accelerate launch -m tarflow.cli COMMAND …
+For work on the project itself: python -m tarflow.scripts.NAME --help, with a NAME of {scripts}"""
 
-SCRIPTS = (
-    *("benchmark", "cache_latents", "check_reference", "compare_decoding", "compare_flows", "compare_student"),
-    *("convert_checkpoint", "exact_flow", "export_pipeline", "finetune_decoder", "gpu_check", "reconstruct"),
-    *("report", "screenshot_demo", "sweep", "train_vae"),
-)
-COMMANDS = ("generate", "train", "train-student", "evaluate", "demo", "models", "configs")
+
+def help_text() -> str:
+    """The help: the groups of commands, with a line each."""
+    groups = (
+        "\n".join([f"{title}:", *(f"  {name:<16}  {line}" for name, line in lines.items())])
+        for title, lines in GROUPS.items()
+    )
+    return HELP.format(commands="\n\n".join(groups), scripts=" or ".join(SCRIPTS))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,4 +82,4 @@ def main(argv: list[str] | None = None) -> None:
         print(f"tarflow {version('tarflow')}")
         return
     with ending():
-        dispatch("tarflow", COMMANDS, argv, HELP.format(scripts=textwrap.fill(", ".join(SCRIPTS), 80)))
+        dispatch("tarflow", COMMANDS, argv, help_text())

@@ -12,7 +12,7 @@ class DataConfig:
 
     Attributes:
         source: "drawings" (made by the project), "folder" (a local folder or zip archive), "datasets" (a name that
-            the Datasets library loads), or "latents" (a folder that ``tarflow.scripts.cache_latents`` wrote).
+            the Datasets library loads), or "latents" (a folder that ``tarflow cache-latents`` wrote).
         path: the folder or zip archive of source "folder". Class folders give labels; ``metadata.jsonl`` files, with
             a ``file_name`` that counts from their own folder, give captions instead. A single folder that holds
             folders alone only wraps them. If then all top folders are named ``train`` or ``training``, ``val``,
@@ -74,9 +74,7 @@ class DataConfig:
         if self.source == "folder" and not self.path:
             raise ValueError("data.source is 'folder', so data.path must name a folder or a zip archive")
         if self.source == "latents" and not self.path:
-            raise ValueError(
-                "data.source is 'latents', so data.path must name a folder made by python -m tarflow.scripts.cache_latents"
-            )
+            raise ValueError("data.source is 'latents', so data.path must name a folder made by tarflow cache-latents")
         if self.source == "datasets" and not self.name:
             raise ValueError("data.source is 'datasets', so data.name must name a data set")
         if self.more_caption_templates and not (self.caption_template or self.caption_column):

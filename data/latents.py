@@ -1,4 +1,4 @@
-"""Reading a cache of latents: pictures that ``python -m tarflow.scripts.cache_latents`` encoded once.
+"""Reading a cache of latents: pictures that ``tarflow cache-latents`` encoded once.
 
 A cache is a folder of safetensors shards with a ``manifest.json``; the autoencoder that made it lies in ``vae``. What
 a shard has for its N pictures, all of one size: ``latent_mean`` and ``latent_std`` (N, C, h, w) of the autoencoder's
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 MANIFEST = "manifest.json"
 #: What manifests and shards call themselves; changed whenever their layout is.
 FORMAT = "tarflow latents 1"
-REMEDY = "run python -m tarflow.scripts.cache_latents again: it rewrites only what is missing"
+REMEDY = "run tarflow cache-latents again: it rewrites only what is missing"
 
 
 class CachedLatents(Dataset):
@@ -57,9 +57,7 @@ class CachedLatents(Dataset):
         self.path, self.split, self.flip = Path(path).expanduser(), split, flip
         self.manifest = read_manifest(self.path)
         if self.manifest is None:
-            raise ValueError(
-                f"there is no latent cache in {str(path)!r}: make one with python -m tarflow.scripts.cache_latents"
-            )
+            raise ValueError(f"there is no latent cache in {str(path)!r}: make one with tarflow cache-latents")
         if flip and not self.manifest["flip"]:
             raise ValueError(
                 f"the cache {str(path)!r} has no mirrored pictures: cache with --flip true, or do not flip"

@@ -195,7 +195,7 @@ class TARFlowPipeline(
                 the model's learned denoiser, False not at all. None is the score step with the autoencoder's decoder
                 (nothing if the pipeline's setting ``denoise`` is False) and nothing with the finetuned one, which
                 removes the noise itself.
-            decoder: "vae", the autoencoder's, or "finetuned" (see ``tarflow.scripts.finetune_decoder``), which goes with no
+            decoder: "vae", the autoencoder's, or "finetuned" (see ``tarflow finetune-decoder``), which goes with no
                 other removal of noise. None is the autoencoder's if ``denoise`` names a step, else the pipeline's own
                 default.
             output_type: "pil", "np", "pt" or "latent"; latents for the finetuned decoder still have their noise.

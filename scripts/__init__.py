@@ -1,4 +1,4 @@
-"""Commands of one purpose each: ``python -m tarflow.scripts.NAME``, or in a clone ``python scripts/NAME.py``.
+"""Doors to commands: ``python -m tarflow.scripts.NAME``, or in a clone ``python scripts/NAME.py``. The work is elsewhere.
 
 May import: everything but scripts.
 """

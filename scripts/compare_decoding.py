@@ -1,31 +1,8 @@
-"""Ways of removing the training noise side by side: none, score step, learned denoiser, finetuned decoder.
-
-    python -m tarflow.scripts.compare_decoding --pipeline runs/NAME/pipeline --data.source folder \\
-        --data.path my_pictures.zip --num 5000 --ref stats --out comparison
-
-The flow draws each sample once; all methods that the pipeline has decode the same. The folder gets a table
-(``comparison.md``, ``comparison.json``: PSNR and SSIM at the training noise, Fréchet distance, seconds per image), and
-``samples.png`` and ``reconstructions.png`` with a row for each method.
-"""
+"""The command `tarflow compare-decoding` as a script."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tarflow.common.arguments import parse_dataclass
-from tarflow.common.command import ending
-from tarflow.common.files import check_writable
-from tarflow.experiments.decoding import ComparisonConfig, compare_decoding
-from tarflow.pipeline.opening import open_pipeline
-
-
-def main(argv: list[str] | None = None) -> None:
-    with ending():
-        config, _ = parse_dataclass(ComparisonConfig, argv, __doc__)
-        check_writable(config.out, folder=True)
-        compare_decoding(config, open_pipeline(config.pipeline))
-    print((Path(config.out).expanduser() / "comparison.md").read_text(encoding="utf-8"))
-
+from tarflow.cli.compare_decoding import main
 
 if __name__ == "__main__":
     main()

@@ -1,96 +1,28 @@
 """A picture of the web page after a drawing, for the README.
 
-    python -m tarflow.scripts.screenshot_demo --pipeline runs/quickstart/pipeline \\
-        --prompt "a small blue ring on a light background"
+    python -m tarflow.scripts.screenshot_demo --pipeline drawings_text --prompt "a small blue ring on a light background"
 
 It serves the page on a free port of this machine, draws in a Chromium without a window, and saves what is seen.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from tarflow.cli.parsing import CommandParser
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, replaced
 from tarflow.demo.page import build, start
+from tarflow.demo.screenshot import draw, free_port, opened
 from tarflow.pipeline.opening import open_pipeline
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-def free_port() -> int:
-    """A port of this machine at which nothing listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def browser() -> str | None:
-    """A browser's path, if one is installed."""
-    return next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
-@contextlib.contextmanager
-def opened(url: str, width: int, height: int) -> Iterator[Any]:
-    """The page in a browser without a window.
-
-    Raises:
-        ValueError: if Playwright or a browser is missing.
-    """
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError as error:
-        raise ValueError("Playwright is missing: pip install 'tarflow[dev]'") from error
-    if browser() is None:
-        raise ValueError(f"no browser found; one of {', '.join(BROWSERS)} is needed")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": width, "height": height})
-        page.goto(url)
-        yield page
-        chromium.close()
-
-
-def draw(page: Any, prompt: str | None, seed: int, count: int) -> None:
-    """Fill in the form, draw, and wait for the end."""
-    page.wait_for_selector("#draw")
-    if prompt is not None:
-        page.get_by_label("Prompt").fill(prompt)
-    page.get_by_label("Seed").fill(str(seed))
-    page.get_by_label("number input for Images").fill(str(count))
-    press(page, "#draw", "#status")
-    if page.locator("#status .error").count():
-        raise ValueError(page.inner_text("#status .error"))
-    page.mouse.move(0, 0)
-    page.wait_for_timeout(500)
-
-
-def press(page: Any, button: str, place: str) -> None:
-    """Press a button, and wait until a place (both CSS selectors) has other numbers or another error than before."""
-    shown = f"{place} dl, {place} .error"
-    before = page.inner_text(shown) if page.locator(shown).count() else ""
-    page.click(button)
-    page.wait_for_function(
-        "([shown, before]) => ![before, undefined].includes(document.querySelector(shown)?.innerText)",
-        arg=[shown, before],
-        timeout=600_000,
-    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser("screenshot_demo.py", __doc__)
     parser.add_argument("--pipeline", required=True, help="a folder or a shipped pipeline's name")
     parser.add_argument("--prompt", help="for pipelines that draw from captions")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=860)
+    for name, default in {"seed": 0, "images": 4, "width": 1280, "height": 860}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=Path("docs/demo.png"))
     options = parser.parse_args(argv)
     with ending():

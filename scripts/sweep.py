@@ -1,36 +1,8 @@
-"""Find how to draw best: guidance × denoising × decoder × σ × decoding → a table and plots, the best row marked.
-
-    accelerate launch -m tarflow.scripts.sweep --gen.pipeline runs/NAME/pipeline --gen.out sweeps/NAME \\
-        --gen.num 5000 --ref stats --guidance_scale '[1, 1.5, 2, 3]' --noise_std '[0.2, 0.3]' \\
-        --decoding '[sequential, fast]'
-
-Plain ``python -m tarflow.scripts.sweep`` works too, on one device. ``--ref`` is a folder that ``tarflow evaluate fid
-ref`` wrote; for models of drawings ``--match true`` measures without one. The folder gets ``sweep.csv``,
-``sweep.md``, ``guidance.png`` and ``speed.png``. Run it again after an interruption: measured rows stay, and more
-values may be added to the lists.
-"""
+"""The command `tarflow sweep` as a script."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-
-from tarflow.common.arguments import parse_dataclass
-from tarflow.common.command import ending
-from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
-from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
-
-
-def main(argv: list[str] | None = None) -> None:
-    with ending():
-        config, _ = parse_dataclass(SweepConfig, argv, __doc__)
-        state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
-        run_sweep(config, None, state.process_index, state.num_processes, state.device, state.wait_for_everyone)
-    if state.is_main_process:
-        print((Path(config.gen.out).expanduser() / "sweep.md").read_text(encoding="utf-8"))
-
+from tarflow.cli.sweep import main
 
 if __name__ == "__main__":
     main()

@@ -328,11 +328,8 @@ def test_bad_input(
 
 
 def test_script_fails_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from train_vae import main
-    finally:
-        sys.path.pop(0)
+    from tarflow.cli.train_vae import main
+
     with pytest.raises(SystemExit, match="2"):
         main(arguments(tmp_path / "a", "--steps", "0"))
     assert "error: " in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -11,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
 
 from tarflow import TARFlowPipeline
+from tarflow.cli.convert import main as convert
 from tarflow.pipeline import conversion
 from tarflow.pipeline.call.aspect import ASPECT_RATIOS, aspect_size, fill_template, nearest_aspect_ratio
 from tarflow.pipeline.conversion import convert_checkpoint, load_published, published_from_yaml, read_published_config
@@ -30,14 +29,6 @@ YAML = [
     *({"use_softplus": 1}, {"cond_top_only": 1}, {"use_final_norm": 1}, {"seq_order": "L2R"}, {"soft_clip": 4}),
     *({"vae": "stabilityai/sd-vae-ft-ema"}, {"text": "google/flan-t5-xl"}, {"cfg": 2.5}, {"drop_label": 0.1}),
 ]
-
-
-def script(name: str):
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -61,7 +52,7 @@ def test_converted_pipeline_samples_as_the_published_code(published: Path, capsy
     output = published / "pipeline"
     arguments = ["--checkpoint", published / "model.pth", "--config", published / "config.yaml", "--output", output]
     encoder = text_encoder(published / "t5", 24)
-    script("convert_checkpoint").main([*map(str, arguments), "--text-encoder", encoder])
+    convert([*map(str, arguments), "--text-encoder", encoder])
     assert "Apple Machine Learning Research Model License Agreement" in capsys.readouterr().out
     assert "research purposes only" in (output / "README.md").read_text()
     pipe = TARFlowPipeline.from_pretrained(output)

@@ -133,7 +133,7 @@ def test_folders_without_the_component_load(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decoder": "finetuned"}, "no finetuned decoder: make one with python -m tarflow.scripts.finetune_decoder"),
+        ({"decoder": "finetuned"}, "no finetuned decoder: make one with tarflow finetune-decoder"),
         (
             {"decoder": "finetuned", "denoise": True},
             "decoder='finetuned' takes noisy latents .* leave denoise=True out",

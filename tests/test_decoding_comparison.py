@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import runpy
 
 import pytest
-from helpers import ROOT, small_model
+from helpers import small_model
 from PIL import Image
 from test_decoder import small_autoencoder, with_decoder
 from test_sweep import Means
 
 from tarflow import TARFlowPipeline
+from tarflow.cli.compare_decoding import main as command
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.experiments import decoding as decoding_comparison
 from tarflow.experiments.decoding import ComparisonConfig, compare_decoding
@@ -37,12 +37,9 @@ def test_table_and_pictures(folder, tmp_path, monkeypatch, capsys) -> None:
         return call(pipe, *arguments, **options)
 
     monkeypatch.setattr(TARFlowPipeline, "__call__", counting)
-    script = runpy.run_path(str(ROOT / "scripts" / "compare_decoding.py"))
     options = ["--num", "6", "--batch_size", "4", "--pictures", "5", "--columns", "3", "--repeats", "1"]
     out = tmp_path / "out"
-    script["main"](
-        ["--pipeline", str(folder), "--out", str(out), "--data.image_size", "16", "--extractor", "means", *options]
-    )
+    command(["--pipeline", str(folder), "--out", str(out), "--data.image_size", "16", "--extractor", "means", *options])
     assert drawn == [4, 2]  # each sample once
     report = json.loads((out / "comparison.json").read_text())
     rows = {row["method"]: row for row in report["rows"]}

@@ -15,20 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from PIL import Image
 from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 
 from tarflow.cli.main import main
-from tarflow.demo import about, page
+from tarflow.demo import about, page, screenshot
 from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Request, checked, draw, noise_removals
 from tarflow.demo.rebuild import MOST_PIXELS, noise_picture, read_upload, rebuild
 from tarflow.evaluation.samples.generation import image_seed
 from tarflow.pipeline.opening import open_pipeline
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import screenshot_demo
 
 REQUEST = Request(prompt="a red ring", guidance_scale=2.0, decoding="sequential", seed=7, count=2)
 
@@ -237,7 +233,7 @@ def test_starting_it_fails_in_one_sentence(tmp_path, monkeypatch, capsys) -> Non
         assert "pip install 'tarflow[demo]'" in refused()
     pytest.importorskip("gradio")
     assert "make quickstart" in refused()
-    assert "no pipeline 'nowhere'" in refused("--pipeline", "nowhere", "--port", str(screenshot_demo.free_port()))
+    assert "no pipeline 'nowhere'" in refused("--pipeline", "nowhere", "--port", str(screenshot.free_port()))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -270,8 +266,8 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Draw, refuse, upload, stop; and neither the browser nor the server asks another host for anything."""
     pytest.importorskip("gradio")
     pytest.importorskip("playwright")
-    if screenshot_demo.browser() is None:
-        pytest.skip(f"no browser: none of {', '.join(screenshot_demo.BROWSERS)} is installed")
+    if screenshot.browser() is None:
+        pytest.skip(f"no browser: none of {', '.join(screenshot.BROWSERS)} is installed")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     hosts = set()
     connect = socket.socket.connect
@@ -287,16 +283,16 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = tmp_path / "rings" / "pipeline"
     make_pipeline("prefix").save_pretrained(folder)
     (folder / "README.md").write_text("# Rings\n![far](https://example.com/far.png)")
-    app = page.start(page.build(open_pipeline(str(folder), "cpu")), "127.0.0.1", screenshot_demo.free_port())
+    app = page.start(page.build(open_pipeline(str(folder), "cpu")), "127.0.0.1", screenshot.free_port())
     try:
-        with screenshot_demo.opened(app.local_url, 1280, 900) as view:
+        with screenshot.opened(app.local_url, 1280, 900) as view:
             view.set_default_timeout(20_000)
             view.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
             view.reload()
             view.wait_for_selector("#draw")
-            screenshot_demo.press(view, "#draw", "#status")
+            screenshot.press(view, "#draw", "#status")
             assert "the prompt is empty" in view.inner_text("#status .error")
-            screenshot_demo.draw(view, "a red ring", 3, 2)
+            screenshot.draw(view, "a red ring", 3, 2)
             assert "largest" in view.inner_text("#status")
             assert view.locator("#pictures img").count() == 2 and view.locator("#strip figure").count() == 4
             with view.expect_download() as download:
@@ -324,4 +320,4 @@ def rebuild_in(view, file: Path) -> None:
     with view.expect_response(lambda response: "/upload" in response.url):
         view.locator("input[type=file]").first.set_input_files(file)
     view.wait_for_timeout(300)
-    screenshot_demo.press(view, "#rebuild", "#numbers")
+    screenshot.press(view, "#rebuild", "#numbers")

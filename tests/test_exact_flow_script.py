@@ -1,32 +1,20 @@
-"""The script that shows what an exact flow can do, on a tiny pipeline with random weights."""
+"""The command that shows what an exact flow can do, on a tiny pipeline with random weights."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
 from PIL import Image
 from test_pipeline import make_pipeline
 
+from tarflow.cli.exact_flow import main
 from tarflow.experiments.decoding import labelled_rows
 
 Run = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def main() -> Iterator[Callable[[list[str]], None]]:
-    spec = importlib.util.spec_from_file_location("exact_flow_script", ROOT / "scripts" / "exact_flow.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the reader of arguments looks for the types of its fields
-    spec.loader.exec_module(module)
-    yield module.main
-    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(main, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Call the script for a tool on three drawings; it writes ``out.png`` and what it prints is returned."""
 
     def call(tool: str, *options: str, pipeline: Path = folder) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
 from safetensors.torch import load_file
 
 from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.cli.export import main
 
-SCRIPT = runpy.run_path(str(ROOT / "scripts" / "export_pipeline.py"))
 WEIGHTS = Path("flow", "diffusion_pytorch_model.safetensors")
 
 
@@ -26,9 +24,9 @@ def pipeline(tmp_path: Path) -> Path:
 
 def test_weights_take_half_and_cards_stay(pipeline: Path, tmp_path: Path) -> None:
     target = tmp_path / "copy"
-    SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(target)])
+    main(["--pipeline", str(pipeline), "--output", str(target)])
     (target / "README.md").write_text("a card")
-    SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(target)])
+    main(["--pipeline", str(pipeline), "--output", str(target)])
     assert (target / "README.md").read_text() == "a card"
     assert not [file for file in target.rglob("*.json") if "_name_or_path" in file.read_text()]
     stored = load_file(target / WEIGHTS)
@@ -42,13 +40,13 @@ def test_weights_take_half_and_cards_stay(pipeline: Path, tmp_path: Path) -> Non
 def test_what_cannot_be_copied(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "other" / "vae").mkdir(parents=True)
     with pytest.raises(SystemExit):
-        SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(tmp_path / "other")])
+        main(["--pipeline", str(pipeline), "--output", str(tmp_path / "other")])
     assert "is there and no pipeline folder" in capsys.readouterr().err
     pipe = TARFlowPipeline.from_pretrained(pipeline)
     with torch.no_grad():
         next(pipe.flow.parameters()).fill_(1e5)
     pipe.save_pretrained(pipeline)
     with pytest.raises(SystemExit):
-        SCRIPT["main"](["--pipeline", str(pipeline), "--output", str(tmp_path / "copy")])
+        main(["--pipeline", str(pipeline), "--output", str(tmp_path / "copy")])
     assert "has numbers that torch.float16 cannot hold" in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()

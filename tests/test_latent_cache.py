@@ -336,13 +336,11 @@ def test_numbers_that_do_not_fit_are_an_error(tmp_path: Path, vae_path: str, mon
 
 
 def test_what_is_no_cache(cached: Path, own: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no latent cache in .*cache_latents"):
+    with pytest.raises(ValueError, match=r"no latent cache in .*cache-latents"):
         CachedLatents(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'train' or 'validation', got 'test'"):
         CachedLatents(cached, "test")
-    with pytest.raises(
-        ValueError, match=r"data\.path must name a folder made by python -m tarflow\.scripts\.cache_latents"
-    ):
+    with pytest.raises(ValueError, match=r"data\.path must name a folder made by tarflow cache-latents"):
         DataConfig(source="latents")
     with pytest.raises(ValueError, match="pictures are needed here"):
         open_source(DataConfig(source="latents", path=str(cached)), "train")

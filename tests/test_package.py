@@ -146,8 +146,17 @@ main(["--config", "configs/decoder.yaml", "--pipeline", "none", "--data.source",
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr[-3000:]
 
 
-def test_help_names_all_scripts(capsys: pytest.CaptureFixture) -> None:
-    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__"} == set(SCRIPTS)
+def test_scripts_are_doors() -> None:
+    """Each leads to a command of its own, but for those for work on the project itself."""
+    doors = {path.stem: path.read_text() for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__"}
+    for name, text in doors.items():
+        command = re.search(r"The command `tarflow ([\w-]+)`", text)
+        assert (command is None) == (name in SCRIPTS), name
+        assert command is None or command[1] in COMMANDS, name
+        assert len(text.splitlines()) <= 40 or name == "gpu_check", name
+
+
+def test_help_names_all(capsys: pytest.CaptureFixture) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*SCRIPTS, *COMMANDS))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
 from PIL import Image
 from test_pipeline import make_pipeline
 
-sys.path.insert(0, str(ROOT / "scripts"))
-from reconstruct import main
+from tarflow.cli.reconstruct import main
 
 
 def test_originals_and_reconstructions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

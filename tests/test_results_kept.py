@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT
 from PIL import Image
 from test_pipeline import CAPTIONS, make_pipeline
 
@@ -143,16 +141,10 @@ def test_the_likelihood_is_printed_and_its_folder_made(
 
 
 def script(name: str, *argv: str) -> Any:
-    """A call of a script, which is loaded under a name where the reader of arguments finds its types."""
+    """A call of a script."""
 
     def call() -> None:
-        spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-            module.main(list(argv))
-        finally:
-            del sys.modules[spec.name]
+        importlib.import_module(f"tarflow.scripts.{name}").main(list(argv))
 
     return call
 

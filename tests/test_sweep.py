@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 from torch import nn
 
+from tarflow.cli.sweep import main as command
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.reports import sweep
 from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
@@ -199,19 +199,18 @@ def test_bad_input(tmp_path, options, message) -> None:
 
 
 def test_the_script_reads_lists(pipeline, tmp_path, monkeypatch, capsys) -> None:
-    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "sweep.py"))
     wanted = []
 
     def fake(config: SweepConfig, *_: Any) -> None:
         wanted.append(config)
         (tmp_path / "sweep.md").write_text("the table")
 
-    monkeypatch.setitem(script["main"].__globals__, "run_sweep", fake)
+    monkeypatch.setattr("tarflow.evaluation.reports.sweep.run_sweep", fake)
     arguments = ["--gen.pipeline", pipeline, "--gen.out", str(tmp_path), "--match", "true"]
-    script["main"]([*arguments, "--guidance_scale", "[1, 2.5]", "--denoise", "[true, learned]"])
+    command([*arguments, "--guidance_scale", "[1, 2.5]", "--denoise", "[true, learned]"])
     assert wanted[0].guidance_scale == [1, 2.5]
     assert wanted[0].denoise == [True, "learned"]
     assert "the table" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        script["main"]([*arguments, "--guidance_scale", "[0]"])
+        command([*arguments, "--guidance_scale", "[0]"])
     assert "guidance_scale must be at least 1" in capsys.readouterr().err

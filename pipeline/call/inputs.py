@@ -101,8 +101,7 @@ def resolve_denoising(
         raise ValueError("this model draws pixels: there is no decoder, finetuned or not; leave decoder out")
     if decoder == "finetuned" and not finetuned:
         raise ValueError(
-            "this pipeline has no finetuned decoder: make one with python -m tarflow.scripts.finetune_decoder, or take "
-            "decoder='vae'"
+            "this pipeline has no finetuned decoder: make one with tarflow finetune-decoder, or take decoder='vae'"
         )
     if denoise is None:
         return decoder == "vae" and default[1], decoder

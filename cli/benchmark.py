@@ -1,0 +1,121 @@
+"""`tarflow benchmark`: speed and memory on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from tarflow.benchmarks.choices import PRECISIONS, SAMPLES, SCALES, VARIANTS
+from tarflow.cli.parsing import CommandParser
+from tarflow.common.charts import check_matplotlib
+from tarflow.common.checks import at_least
+from tarflow.common.command import ending
+from tarflow.common.files import check_writable
+from tarflow.models import shipped
+
+DESCRIPTION = """Measure speed and memory on this machine.
+
+  tarflow benchmark sampling --pipeline runs/quickstart/pipeline --batches 1 16
+  tarflow benchmark sampling --model starflow_imagenet256 --dtype bfloat16 --batches 1 16
+  tarflow benchmark exactness --pipelines emoji drawings_text drawings_class
+  tarflow benchmark training --model quickstart_class --batches 16
+  tarflow benchmark training --model starflow_imagenet256 --precisions bfloat16 \\
+      --batches 8 16 32 64 --peak-tflops 790
+  tarflow benchmark memory
+  tarflow benchmark memory --model starflow_imagenet256 --batch 8
+
+sampling compares the decoding methods with the published algorithm (every block token by token, the cached keys
+rotated again at each step, eager), all in one run and in turn, on the same noise, weights and precision. Trained
+weights matter: on them depends how many sweeps the Jacobi methods need.
+
+exactness decodes the same noise by all methods at several guidance scales, and says how far the latents are from
+those of sequential decoding in float64.
+
+training compares ways of taking a step of training with the published one, in turn and from the same weights, on
+random data of the configuration's shape. Utilization is what the mathematics needs, causal attention counted as half of
+the full square and nothing computed again, over the machine's peak.
+
+memory counts the bytes of a step of training; it needs neither a GPU nor the memory: of the published models with
+--model, else activations against the number of equal blocks and of layers in them.
+
+Each writes a JSON file of its name, and a picture where there is something to see."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    with ending():
+        check_numbers(arguments)
+        check_writable(arguments.output, folder=True)
+        check_matplotlib()
+        from tarflow.benchmarks.runs import (
+            run,  # imported here: it takes seconds, for which wrong options need not wait
+        )
+
+        run(arguments)
+
+
+def parser() -> CommandParser:
+    parser = CommandParser("tarflow benchmark", DESCRIPTION, "COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="tarflow benchmark")
+    sampling = commands.add_parser(
+        "sampling", help="decoding methods side by side", description="decoding methods side by side"
+    )
+    source = sampling.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pipeline", help="folder or hub id of trained weights")
+    source.add_argument("--model", help="the name of a configuration (tarflow configs), with random weights")
+    sampling.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    sampling.add_argument("--guidance-scale", type=float, default=2.0)
+    sampling.add_argument("--repeats", type=int, default=5)
+    sampling.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    sampling.add_argument("--compile", action="store_true", help="also with compiled steps (and CUDA graphs)")
+
+    exact = commands.add_parser(
+        "exactness",
+        help="how far each decoding method is from exact decoding",
+        description="how far each decoding method is from exact decoding",
+    )
+    exact.add_argument("--pipelines", nargs="+", default=list(shipped()), help="names, folders or hub ids")
+    exact.add_argument("--guidance-scales", type=float, nargs="+", default=list(SCALES), help="1 is off")
+    exact.add_argument("--samples", type=int, default=SAMPLES)
+
+    training = commands.add_parser(
+        "training", help="steps of training side by side", description="steps of training side by side"
+    )
+    training.add_argument("--model", default="quickstart_class", help="the name of a configuration (tarflow configs)")
+    training.add_argument("--batches", type=int, nargs="+", default=[16])
+    help_text = f"{', '.join(VARIANTS)}, compiled+layer, compiled+block"
+    training.add_argument("--variants", nargs="+", default=list(VARIANTS), help=help_text)
+    training.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS))
+    training.add_argument("--repeats", type=int, default=5)
+    training.add_argument("--steps", type=int, default=5, help="timed in each repeat, after one that is not")
+    training.add_argument("--peak-tflops", type=float, help="of the machine; else that of a large matrix product")
+
+    memory = commands.add_parser(
+        "memory", help="memory of a step of training", description="memory of a step of training"
+    )
+    memory.add_argument(
+        "--model", help="the name of a configuration (tarflow configs); without it a table of equal blocks"
+    )
+    memory.add_argument("--batch", type=int, default=8)
+    memory.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
+    memory.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8, 16])
+    memory.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4, 8])
+    memory.add_argument("--width", type=int, default=512)
+    memory.add_argument("--sample-size", type=int, default=32, help="side of the latents, of which each is a token")
+
+    for command in commands.choices.values():
+        command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is; cpu for memory)")
+        command.add_argument("--output", default="runs/benchmark", help="folder of the JSON file and the picture")
+    return parser
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse counts and scales below 1.
+
+    Raises:
+        ValueError: that names the option.
+    """
+    counts = ("batches", "repeats", "steps", "batch", "blocks", "layers", "width", "sample_size", "samples")
+    for name in (*counts, "guidance_scales"):
+        at_least(1, "(off)" if name == "guidance_scales" else "").check(
+            f"--{name.replace('_', '-')}", getattr(arguments, name, None)
+        )

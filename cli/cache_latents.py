@@ -1,0 +1,37 @@
+"""Encode pictures once, for training without the autoencoder.
+
+    tarflow cache-latents --output CACHE --data.source folder --data.path pictures.zip \\
+        --data.image_size 256 --vae.name stabilityai/sd-vae-ft-ema [--flip true]
+
+Then train with --data.source latents --data.path CACHE. Run it again after an interruption: whole files are kept.
+--text.kind pretrained --text.name NAME encodes the captions too; --aspect_ratios '["1:1", "4:3", "3:4"]' keeps
+pictures of mixed sizes near their own shape. On several devices: accelerate launch -m tarflow.cli cache-latents …
+"""
+
+from __future__ import annotations
+
+from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
+from tarflow.common.command import ending
+
+
+def main(argv: list[str] | None = None) -> None:
+    from accelerate import PartialState
+
+    from tarflow.training.latent_cache.caching import cache_latents
+    from tarflow.training.latent_cache.plan import CacheConfig
+
+    with ending():
+        config, _ = parse_dataclass(CacheConfig, with_config_file(argv), __doc__, "tarflow cache-latents")
+        manifest = cache_latents(config)
+        if PartialState().is_main_process:
+            print(report(config.output, manifest))
+
+
+def report(output: str, manifest: dict) -> str:
+    """What the cache holds, in words."""
+    counts, size = manifest["pictures"], sum(shard["bytes"] for shard in manifest["shards"])
+    return (
+        f"{output} holds {counts['train']:,} training and {counts['validation']:,} validation pictures in "
+        f"{len(manifest['shards'])} files of {size / 2**20:,.1f} MiB in all"
+    )

@@ -1,0 +1,33 @@
+"""`tarflow export`: a pipeline copied in 16 bits."""
+
+from __future__ import annotations
+
+from tarflow.cli.parsing import CommandParser
+from tarflow.common.command import ending
+
+DESCRIPTION = """Copy a pipeline with the weights of flow and decoders in 16 bits, as the shipped ones are.
+
+  tarflow export --pipeline runs/NAME/pipeline --output models/NAME
+
+What the output folder has of other files, such as cards (README.md) and example prompts, stays there. Loading gives
+float32 again; the text encoder, which is small, keeps its precision."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = CommandParser("tarflow export", DESCRIPTION)
+    parser.add_argument("--pipeline", required=True, metavar="DIR", help="folder, shipped name or hub id")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder of the copy; a pipeline there is replaced, other files stay",
+    )
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the weights")
+    args = parser.parse_args(argv)
+    with ending():
+        import torch
+
+        from tarflow.pipeline.export import export
+
+        size = export(args.pipeline, args.output, getattr(torch, args.dtype))
+    print(f"{args.output}: {size / 1e6:.1f} MB")

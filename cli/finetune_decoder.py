@@ -1,0 +1,25 @@
+"""Finetune a pipeline's decoder to take latents with the training noise, so that sampling needs no score step.
+
+    tarflow finetune-decoder --pipeline runs/NAME/pipeline --config decoder \\
+        --data.source folder --data.path my_pictures.zip
+
+Encoder and flow stay as they are. The decoder is put into the pipeline's folder, whose calls then take it (unless
+--set_default false), or with --save_to FOLDER into a copy of it. --resume latest goes on from the last
+checkpoint. On several devices: accelerate launch -m tarflow.cli finetune-decoder …
+"""
+
+from __future__ import annotations
+
+from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
+from tarflow.common.command import ending
+
+
+def main(argv: list[str] | None = None) -> None:
+    from tarflow.training.autoencoder.decoder import DecoderConfig, finetune_decoder
+    from tarflow.training.loop.stopping import exit_status, launched_process
+
+    with launched_process(), ending():
+        settings = parse_dataclass(DecoderConfig, with_config_file(argv), __doc__, "tarflow finetune-decoder")
+        if status := exit_status(finetune_decoder(*settings)):
+            raise SystemExit(status)

@@ -1,0 +1,24 @@
+"""Report on a pipeline: one HTML file with samples, nearest training pictures, likelihoods, curves and settings.
+
+    tarflow report --pipeline runs/NAME/pipeline --data.source folder \\
+        --data.path pictures.zip --out report.html [--run runs/NAME] [--metrics samples/metrics.json] [--extractor inception]
+
+The file needs no network and no scripts. The data must be what the model was trained on.
+"""
+
+from __future__ import annotations
+
+from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
+from tarflow.common.command import ending
+
+
+def main(argv: list[str] | None = None) -> None:
+    from tarflow.evaluation.reports.contents import ReportConfig
+    from tarflow.evaluation.reports.html import write_report
+    from tarflow.pipeline.loading.device import best_device
+
+    with ending():
+        config, _ = parse_dataclass(ReportConfig, with_config_file(argv), __doc__, "tarflow report")
+        path = write_report(config, best_device())
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")

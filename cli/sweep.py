@@ -1,0 +1,33 @@
+"""Find how to draw best: guidance × denoising × decoder × σ × decoding → a table and plots, the best row marked.
+
+    tarflow sweep --gen.pipeline runs/NAME/pipeline --gen.out sweeps/NAME \\
+        --gen.num 5000 --ref stats --guidance_scale '[1, 1.5, 2, 3]' --noise_std '[0.2, 0.3]' \\
+        --decoding '[sequential, fast]'
+
+--ref is a folder that `tarflow evaluate fid ref` wrote; for models of drawings --match true measures without one. The
+folder gets sweep.csv, sweep.md, guidance.png and speed.png. Run it again after an interruption: measured rows stay, and
+more values may be added to the lists. On several devices: accelerate launch -m tarflow.cli sweep …
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
+from tarflow.common.command import ending
+
+
+def main(argv: list[str] | None = None) -> None:
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
+    from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
+
+    with ending():
+        config, _ = parse_dataclass(SweepConfig, with_config_file(argv), __doc__, "tarflow sweep")
+        state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+        run_sweep(config, None, state.process_index, state.num_processes, state.device, state.wait_for_everyone)
+    if state.is_main_process:
+        print((Path(config.gen.out).expanduser() / "sweep.md").read_text(encoding="utf-8"))

@@ -1,0 +1,28 @@
+"""Train an AutoencoderKL and save it in Diffusers' format.
+
+    tarflow train-vae --config vae_drawings_emoji [--section.key value]
+
+--resume latest goes on from the last checkpoint. The exponential moving average of the weights is what is evaluated and
+saved. On several devices: accelerate launch -m tarflow.cli train-vae …
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
+from tarflow.common.command import ending
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    from tarflow.training.autoencoder.config import TrainVaeConfig
+    from tarflow.training.autoencoder.task import AutoencoderTrainer
+    from tarflow.training.loop.stopping import exit_status, launched_process
+
+    with launched_process(), ending():
+        config, resolved = parse_dataclass(TrainVaeConfig, with_config_file(argv), __doc__, "tarflow train-vae")
+        metrics = AutoencoderTrainer(config, resolved).run()
+        if status := exit_status(metrics):
+            raise SystemExit(status)
+        return metrics

@@ -1,0 +1,79 @@
+"""Pictures, and what a pipeline's autoencoder makes of them: the floor of any distance that its samples can reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torchvision.io import write_png
+
+from tarflow.common.files import check_writable
+from tarflow.common.progress import progress_bar
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, collate, to_model, to_uint8
+from tarflow.data.subset import evenly
+from tarflow.evaluation.reconstruction.quality import psnr
+from tarflow.pipeline.opening import open_pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """What to reconstruct.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id.
+        data: the pictures.
+        split: "train" or "validation".
+        num: how many pictures; None takes all.
+        out: folder of the pictures.
+    """
+
+    pipeline: str
+    data: DataConfig
+    out: str
+    split: Literal["train", "validation"] = "validation"
+    num: int | None = 1000
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.num is not None and self.num < 1):
+            raise ValueError(f"num and batch_size must be at least 1, got {self.num} and {self.batch_size}")
+
+
+@torch.no_grad()
+def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
+    """Write originals and reconstructions; returns their number and the mean PSNR in dB of 8-bit pictures.
+
+    Raises:
+        ValueError: if the pipeline has no autoencoder, the split no pictures or no end, or the folder has some already.
+    """
+    folders = {name: Path(config.out).expanduser() / name for name in ("original", "reconstructed")}
+    if config.data.source == "drawings" and config.num is None:
+        raise ValueError("the drawings have no end: say how many to take with num")
+    if any(folder.is_dir() and any(folder.iterdir()) for folder in folders.values()):
+        raise ValueError(
+            f"{config.out!r} holds pictures already, which would be mixed: remove them or give another --out"
+        )
+    check_writable(config.out, folder=True)
+    pipe = open_pipeline(config.pipeline)
+    if pipe.vae is None:
+        raise ValueError(f"the pipeline {config.pipeline!r} models pixels: it has no autoencoder")
+    images = Images(config.data, config.split)
+    count = len(images) if config.num is None else min(config.num, len(images))
+    if count == 0:
+        raise ValueError(f"the data's split {config.split!r} is empty")
+    chosen = evenly(len(images), count)
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    ratios = []
+    for first in progress_bar(range(0, count, config.batch_size), unit="batch"):
+        original = collate([images[place] for place in chosen[first : first + config.batch_size]])["image"]
+        latents = pipe.codec.encode(to_model(original.to(pipe.device)))
+        reconstructed = to_uint8(pipe.codec.decode(latents)).cpu()
+        ratios.append(psnr(reconstructed, original))
+        for name, pictures in (("original", original), ("reconstructed", reconstructed)):
+            for place, picture in enumerate(pictures, start=first):
+                write_png(picture, str(folders[name] / f"{place:08d}.png"))
+    return count, float(torch.cat(ratios).mean())

@@ -1,0 +1,235 @@
+"""What an exact flow can do with pictures: a picture for each tool, as docs/exact_flow.md shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tarflow.common.charts import check_matplotlib
+from tarflow.common.files import check_writable
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images, collate, to_uint8
+from tarflow.data.subset import Subset, spread
+from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_chart
+from tarflow.experiments.decoding import labelled_rows, save_picture
+from tarflow.pipeline.opening import open_pipeline
+
+Rows = dict[str, Tensor]  # uint8 pictures (N, 3, H, W) by the row's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactFlowConfig:
+    """What to make.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id.
+        tool: "encode", "likelihood", "interpolate", "vary", "inpaint", "swap", "temperature", "best_of" or "ood".
+        out: the PNG file.
+        data: the pictures.
+        split: "train" or "validation".
+        outside: pictures of another kind, for "ood".
+        num: how many pictures; of "best_of", how many are drawn.
+        steps, step_size: of "inpaint", of the chain.
+        seed: of all that is random.
+    """
+
+    pipeline: str
+    tool: Literal["encode", "likelihood", "interpolate", "vary", "inpaint", "swap", "temperature", "best_of", "ood"]
+    out: str
+    data: DataConfig = field(default_factory=DataConfig)
+    split: Literal["train", "validation"] = "validation"
+    outside: DataConfig | None = None
+    num: int = 6
+    steps: int = 50
+    step_size: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num < 2:
+            raise ValueError(f"num must be at least 2, got {self.num}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.tool == "ood" and self.outside is None:
+            raise ValueError("the tool 'ood' needs pictures of another kind: give --outside.source and --outside.path")
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass
+class Batch:
+    """Pictures (N, 3, H, W) of 8 bits, and their conditions: "prompt" or "class_labels" by name, or nothing."""
+
+    images: Tensor
+    conditions: dict[str, list]
+
+
+def read_batch(config: ExactFlowConfig, pipe: Any) -> Batch:
+    images = Images(config.data, config.split)
+    items = spread(images, config.num)
+    batch = collate([items[i] for i in range(len(items))])
+    kind, conditions = pipe.flow.config.conditioning, {}
+    if kind == "prefix" and "caption" in batch:
+        conditions = {"prompt": batch["caption"]}
+    elif kind.startswith("class") and "label" in batch:
+        conditions = {"class_labels": batch["label"].tolist()}
+    return Batch(batch["image"], conditions)
+
+
+def bytes_of(images: Tensor) -> Tensor:
+    """Pictures in [0, 1] as 8-bit numbers."""
+    return to_uint8(images.cpu() * 2 - 1)
+
+
+def stretched(values: Tensor, size: int) -> Tensor:
+    """Numbers (N, 1 or 3, h, w) in [0, 1] as 8-bit pictures (N, 3, size, size)."""
+    return bytes_of(F.interpolate(values.clamp(0, 1).expand(-1, 3, -1, -1).float(), size=(size, size)))
+
+
+def encode(config: ExactFlowConfig, pipe: Any) -> Rows:
+    batch = read_batch(config, pipe)
+    out = pipe.encode(batch.images, **batch.conditions, generator=config.generator())
+    print(
+        f"largest |x − x'| of latents → z → latents: {out.error.max():.1e}; standard deviation of z {out.z.std():.3f}"
+    )
+    again = pipe.vary(batch.images, 0.0, **batch.conditions, generator=config.generator(), output_type="pt").images
+    noise = stretched(out.z[:, :3].cpu() / 6 + 0.5, batch.images.shape[-1])
+    return {"picture": batch.images, "3 channels\nof z": noise, "decoded\nagain": bytes_of(again)}
+
+
+def likelihood(config: ExactFlowConfig, pipe: Any) -> Rows:
+    batch = read_batch(config, pipe)
+    out = pipe.log_likelihood(batch.images, **batch.conditions, generator=config.generator())
+    alone = pipe.log_likelihood(batch.images, generator=config.generator())
+    for name, values in (("with its condition", out.nats_per_dim), ("with none", alone.nats_per_dim)):
+        print(f"nats per dimension {name}:", " ".join(f"{value:.3f}" for value in values.tolist()))
+    low, high = out.map.flatten(1).aminmax(dim=1)
+    low, high = low[:, None, None], high[:, None, None]  # each picture from its cheapest token, black, to white
+    expensive = ((high - out.map) / (high - low))[:, None]
+    return {"picture": batch.images, "-log p of\neach token": stretched(expensive.cpu(), batch.images.shape[-1])}
+
+
+def interpolate(config: ExactFlowConfig, pipe: Any) -> Rows:
+    first, second = read_batch(config, pipe).images[:2]
+    rows = {}
+    for path in ("spherical", "linear"):
+        out = pipe.interpolate(first, second, 8, path, generator=config.generator(), output_type="pt")
+        rows[path] = bytes_of(out.images)
+    return rows
+
+
+def vary(config: ExactFlowConfig, pipe: Any) -> Rows:
+    batch, rows = read_batch(config, pipe), {}
+    for strength in (0.0, 0.2, 0.4, 0.7, 1.0):
+        out = pipe.vary(batch.images, strength, **batch.conditions, generator=config.generator(), output_type="pt")
+        rows[f"strength {strength:g}"] = bytes_of(out.images)
+    return {"picture": batch.images, **rows}
+
+
+def inpaint(config: ExactFlowConfig, pipe: Any) -> Rows:
+    batch = read_batch(config, pipe)
+    mask = torch.zeros(batch.images.shape[2:], dtype=torch.bool)
+    mask[:, mask.shape[1] // 2 :] = True  # the right half
+    rows = {"picture": batch.images, "known": torch.where(mask, 128, batch.images)}
+    for method in ("fill", "metropolis"):
+        options = {"method": method, "steps": config.steps, "step_size": config.step_size, "output_type": "pt"}
+        out = pipe.inpaint(batch.images, mask, **batch.conditions, generator=config.generator(), **options)
+        rows[method] = bytes_of(out.images)
+        changed = (rows[method] != batch.images)[:, :, ~mask].sum()
+        print(f"{method}: log p {out.log_prob.mean(-1).flatten()[-1]:.1f}, {changed} known pixels changed", end="")
+        if out.acceptance is not None:
+            print(f", from {out.log_prob[0].mean():.1f}; {out.acceptance.mean():.0%} of the proposals accepted", end="")
+        print()
+    truth = pipe.log_likelihood(batch.images, **batch.conditions, generator=config.generator()).log_prob.mean()
+    print(f"the pictures themselves: log p {truth:.1f}")
+    return rows
+
+
+def swap(config: ExactFlowConfig, pipe: Any) -> Rows:
+    batch = read_batch(config, pipe)
+    if not batch.conditions:
+        raise ValueError("the model or the data has no conditions to swap")
+    ((name, source),) = batch.conditions.items()
+    target = source[1:] + source[:1]
+    names = ("source_prompt", "target_prompt") if name == "prompt" else ("source_labels", "target_labels")
+    rows = {"picture": batch.images}
+    for scale in (1.0, 2.0):
+        out = pipe.swap(
+            batch.images,
+            **dict(zip(names, (source, target), strict=True)),
+            guidance_scale=scale,
+            generator=config.generator(),
+            output_type="pt",
+        )
+        rows[f"as the next,\nguidance {scale:g}"] = bytes_of(out.images)
+    print("\n".join(f"{one} → {other}" for one, other in zip(source, target, strict=True)))
+    return rows
+
+
+def temperature(config: ExactFlowConfig, pipe: Any) -> Rows:
+    batch, rows = read_batch(config, pipe), {}
+    counts = batch.conditions or {"num_images": config.num}
+    for factor in (0.4, 0.7, 0.9, 1.0, 1.2):
+        images = pipe(**counts, temperature=factor, generator=config.generator(), output_type="pt").images
+        rows[f"T = {factor:g}"] = bytes_of(images)
+    return rows
+
+
+def best_of(config: ExactFlowConfig, pipe: Any) -> Rows:
+    batch = read_batch(config, pipe)
+    condition = {name: values[0] for name, values in batch.conditions.items()}
+    out = pipe.best_of(config.num, **condition, guidance_scale=1.0, generator=config.generator(), output_type="pt")
+    shown = min(8, config.num)
+    print(f"{condition}: log p from {out.log_prob[0]:.1f} to {out.log_prob[-1]:.1f}")
+    return {"likeliest": bytes_of(out.images[:shown]), "unlikeliest": bytes_of(out.images[-shown:])}
+
+
+def out_of_distribution(config: ExactFlowConfig, pipe: Any) -> None:
+    images, outside = Images(config.data, config.split), Images(config.outside, config.split)
+    inside = spread(images, config.num)
+    train = Images(config.data, "train")
+    own = Subset(train, range(min(config.num, len(train))))
+    detections = detect(pipe, inside, spread(outside, config.num), own, seed=config.seed)
+    for one in detections:
+        counts = f"{len(one.inside)} inside, {len(one.outside)} outside"
+        means = f"mean {one.inside.mean():.3f} inside, {one.outside.mean():.3f} outside"
+        print(f"{one.name}: AUC {one.auc:.4f} ({counts}; {means})")
+    names = tuple(part.source if part.path is None else Path(part.path).stem for part in (config.data, config.outside))
+    title = f"{config.pipeline}: {names[0]} (its own kind) and {names[1]}"
+    detection_chart(detections, names, title, Path(config.out))
+
+
+TOOLS: dict[str, Callable[[ExactFlowConfig, Any], Rows]] = {
+    "encode": encode,
+    "likelihood": likelihood,
+    "interpolate": interpolate,
+    "vary": vary,
+    "inpaint": inpaint,
+    "swap": swap,
+    "temperature": temperature,
+    "best_of": best_of,
+}
+
+
+def draw_tool(config: ExactFlowConfig) -> None:
+    """Open the pipeline, use the tool, print what it measured and write the picture.
+
+    Raises:
+        ValueError: for settings that do not fit the pipeline, and a place that cannot be written to.
+    """
+    if Path(config.out).suffix.lower() != ".png":
+        raise ValueError(f"out must be the name of a .png file, got {config.out!r}")
+    check_writable(config.out)
+    if config.tool == "ood":
+        check_matplotlib()
+    pipe = open_pipeline(config.pipeline)
+    if config.tool == "ood":
+        out_of_distribution(config, pipe)
+    else:
+        save_picture(labelled_rows(TOOLS[config.tool](config, pipe), least=64), Path(config.out))

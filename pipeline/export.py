@@ -1,0 +1,50 @@
+"""A pipeline copied with its weights in 16 bits, as the shipped ones are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tarflow.common.files import check_writable, write_json
+from tarflow.pipeline.loading.folder import INDEX, own_folder, written_into
+from tarflow.pipeline.opening import open_pipeline
+
+
+def export(pipeline: str, output: str, dtype: torch.dtype) -> int:
+    """Write the copy; returns the size of its files in bytes.
+
+    Raises:
+        ValueError: if there is no such pipeline, ``output`` is a folder of something else, or a weight is too large
+            for the type.
+        OSError: if a file cannot be written.
+    """
+    target = own_folder(pipeline, output)
+    check_writable(target, folder=True)
+    pipe = open_pipeline(pipeline, "cpu")
+    for name in ("flow", "vae", "finetuned_decoder"):
+        module = getattr(pipe, name)
+        if module is not None:
+            rounded(module, name, dtype)
+    with written_into(target) as temporary:
+        pipe.save_pretrained(temporary)
+        forget_paths(temporary)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def forget_paths(folder: Path) -> None:
+    """Take out of the settings where the parts were loaded from, which says nothing on other machines."""
+    for file in [*folder.glob(INDEX), *folder.glob("*/config.json")]:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None) is not None:
+            write_json(file, settings)
+
+
+def rounded(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Weights in another type, in place."""
+    module.to(dtype)
+    for key, value in module.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name}.{key} has numbers that {dtype} cannot hold: take --dtype float32")
