@@ -23,11 +23,12 @@ def main(argv: list[str] | None = None) -> None:
         help="folder of the copy; a pipeline there is replaced, other files stay",
     )
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the weights")
+    parser.add_argument("--without-denoiser", action="store_true", help="leave the flow's learned denoiser out")
     args = parser.parse_args(argv)
     with ending():
         import torch
 
         from tarflow.pipeline.export import export
 
-        size = export(args.pipeline, args.output, getattr(torch, args.dtype))
+        size = export(args.pipeline, args.output, getattr(torch, args.dtype), not args.without_denoiser)
     print(f"{args.output}: {size / 1e6:.1f} MB")

@@ -13,8 +13,8 @@ from tarflow.pipeline.loading.folder import INDEX, own_folder, written_into
 from tarflow.pipeline.opening import open_pipeline
 
 
-def export(pipeline: str, output: str, dtype: torch.dtype) -> int:
-    """Write the copy; returns the size of its files in bytes.
+def export(pipeline: str, output: str, dtype: torch.dtype, denoiser: bool = True) -> int:
+    """Write the copy, without the flow's learned denoiser if ``denoiser`` is False; returns the size of its files in bytes.
 
     Raises:
         ValueError: if there is no such pipeline, ``output`` is a folder of something else, or a weight is too large
@@ -24,6 +24,9 @@ def export(pipeline: str, output: str, dtype: torch.dtype) -> int:
     target = own_folder(pipeline, output)
     check_writable(target, folder=True)
     pipe = open_pipeline(pipeline, "cpu")
+    if not denoiser:
+        pipe.flow.denoiser = None
+        pipe.flow.register_to_config(learned_denoiser="none")
     for name in ("flow", "vae", "finetuned_decoder"):
         module = getattr(pipe, name)
         if module is not None:

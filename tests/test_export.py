@@ -37,6 +37,21 @@ def test_weights_take_half_and_cards_stay(pipeline: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
 
 
+def test_a_learned_denoiser_is_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    flow = TARFlowModel(sample_size=8, layers_per_block=[1], width=32, head_dim=16, learned_denoiser="unconditional")
+    TARFlowPipeline(flow, noise_std=0.1).save_pretrained(tmp_path / "pipeline")
+    paths = ["--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "copy"), "--dtype", "float32"]
+    main([*paths, "--without-denoiser"])
+    whole, stored = (load_file(tmp_path / name / WEIGHTS) for name in ("pipeline", "copy"))
+    assert {name for name in whole if name not in stored} == {name for name in whole if name.startswith("denoiser.")}
+    assert all(torch.equal(value, whole[name]) for name, value in stored.items())
+    copy = TARFlowPipeline.from_pretrained(tmp_path / "copy")
+    assert copy.flow.denoiser is None
+    with pytest.raises(ValueError, match="no learned denoiser"):
+        copy.check_outputs("learned", "latent", None)
+
+
 def test_what_cannot_be_copied(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "other" / "vae").mkdir(parents=True)
     with pytest.raises(SystemExit):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from helpers import ROOT
 
 from tarflow import TARFlowPipeline
 from tarflow.data.drawing_checker import match_shares
 from tarflow.evaluation.samples.match import all_captions, generate
-from tarflow.models import FOLDER, resolve, shipped
+from tarflow.models import FOLDER, SHARED, followed, resolve, shipped
+from tarflow.pipeline.loading.folder import add_component
+from tarflow.vae.codec import load_autoencoder
+from tarflow.vae.decoder import LatentDecoder
 
 #: Each card has these sections.
 SECTIONS = ("Use", "Data", "Recipe", "Measured", "Limits", "Licence")
@@ -29,7 +35,11 @@ def pipelines() -> dict[str, TARFlowPipeline]:
 def test_there_are_three_and_they_are_small() -> None:
     assert shipped() == ("drawings_class", "drawings_text", "emoji")
     weights = [*FOLDER.rglob("*.safetensors"), *(ROOT / "vae").rglob("*.safetensors")]
-    assert sum(path.stat().st_size for path in weights) < 60e6
+    assert sum(path.stat().st_size for path in weights) <= 45 * 2**20
+    files = [path for path in FOLDER.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files if path.name != "decoding.json") < 45 * 2**20
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
+    assert len(set(digests)) == len(digests)  # each is there once
     for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"):
         assert not list(FOLDER.rglob(pattern))
 
@@ -40,6 +50,35 @@ def test_names_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "emoji").mkdir()
     assert resolve("emoji") == "emoji"  # a folder here comes first
+
+
+@pytest.mark.parametrize("where", ["name", "folder"])
+def test_a_shared_autoencoder_is_an_ordinary_one(tmp_path: Path, where: str) -> None:
+    source = "drawings_class" if where == "name" else str(FOLDER / "drawings_class")
+    pipe = TARFlowPipeline.from_pretrained(source, torch_dtype=torch.float16)
+    other = AutoencoderKL.from_pretrained(FOLDER / "drawings_text" / "vae", torch_dtype=torch.float16)
+    assert type(pipe.vae) is AutoencoderKL and pipe.vae.dtype == torch.float16
+    for key, value in other.state_dict().items():
+        assert torch.equal(pipe.vae.state_dict()[key], value)
+    pipe.save_pretrained(tmp_path / "saved")
+    add_component(
+        FOLDER / "drawings_class", tmp_path / "more", "finetuned_decoder", LatentDecoder.from_autoencoder(other)
+    )
+    for copy in ("saved", "more"):  # which hold all that they need
+        index = json.loads((tmp_path / copy / "model_index.json").read_text())
+        assert index["vae"] == ["diffusers", "AutoencoderKL"]
+        assert (tmp_path / copy / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+        assert not list((tmp_path / copy).rglob(SHARED))
+        assert type(TARFlowPipeline.from_pretrained(tmp_path / copy).vae) is AutoencoderKL
+    for name, subfolder in ((source, "vae"), (str(FOLDER / "drawings_class" / "vae"), None)):
+        if where == "folder":
+            assert type(load_autoencoder(name, subfolder)) is AutoencoderKL
+
+
+def test_an_autoencoder_that_is_not_shipped_is_named(tmp_path: Path) -> None:
+    (tmp_path / SHARED).write_text('{"autoencoder": "f16"}')
+    with pytest.raises(ValueError, match="'f16'; shipped are drawings_emoji_f8c8, emoji_f8c8: install the version"):
+        followed(tmp_path)
 
 
 @pytest.mark.parametrize("name", shipped())

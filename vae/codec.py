@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tarflow.common.tensors import dequantized
-from tarflow.models import AUTOENCODERS
+from tarflow.models import AUTOENCODERS, SHARED, followed
 
 
 def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
@@ -28,6 +29,8 @@ def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
     import diffusers  # imported here: only training and the shipped autoencoder need it
 
     path = str(AUTOENCODERS.get(name, name))
+    if (own := Path(path, subfolder or "")).joinpath(SHARED).is_file():
+        path, subfolder = str(followed(own)), None
     try:
         config = diffusers.AutoencoderKL.load_config(path, subfolder=subfolder)
         class_name = config["_class_name"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.common.files import write_json
-from tarflow.models import resolve
+from tarflow.models import followed, resolve
 from tarflow.pipeline.loading.weight_files import superseded
 
 INDEX = "model_index.json"
@@ -186,20 +186,32 @@ def add_component(source: Path, target: Path, name: str, component: Any, **setti
     with written_into(target) as temporary:
         if not (target.exists() and target.resolve() == source.resolve()):
             parts = [key for key, value in index.items() if isinstance(value, list) and key != name]
-            copy_pipeline(source, target, temporary, parts, name)
+            index |= copy_pipeline(source, target, temporary, parts, name)
         component.save_pretrained(temporary / name)
         usual_rights(temporary / name)
         index |= {name: [type(component).__module__, type(component).__name__], **settings}
         write_json(temporary / INDEX, dict(sorted(index.items())))
 
 
-def copy_pipeline(source: Path, target: Path, temporary: Path, parts: list[str], without: str) -> None:
+def copy_pipeline(
+    source: Path, target: Path, temporary: Path, parts: list[str], without: str
+) -> dict[str, tuple[str, str]]:
     """Copy the pipeline ``source`` to ``temporary``: the folders of its ``parts``, and what ``target`` lacks; nothing
-    hidden, and not the component ``without``."""
+    hidden, and not the component ``without``. A part that is another shipped pipeline's is copied from there.
+
+    Returns:
+        library and class of such parts, which the copy's index needs.
+    """
+    changed = {}
     for path in source.iterdir():
         if path.name.startswith(".") or path.name in (INDEX, without):
             continue
         if path.name in parts and path.is_dir():
-            shutil.copytree(path, temporary / path.name)
+            origin = followed(path)
+            shutil.copytree(origin, temporary / path.name)
+            if origin != path:
+                config = json.loads((origin / "config.json").read_text(encoding="utf-8"))
+                changed[path.name] = ("diffusers", config["_class_name"])
         elif not os.path.lexists(target / path.name):
             (shutil.copytree if path.is_dir() else shutil.copy2)(path, temporary / path.name)
+    return changed

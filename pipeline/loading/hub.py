@@ -18,6 +18,7 @@ from tarflow.models import resolve
 from tarflow.pipeline.loading.folder import INDEX, usual_rights, written_into
 from tarflow.pipeline.loading.offload import missing_tensors
 from tarflow.pipeline.loading.weight_files import WeightFile, weight_file
+from tarflow.vae import shared  # noqa: F401 (Diffusers loads components of modules that are imported already)
 
 #: By this file in a pipeline's folder `diffusers.DiffusionPipeline` finds the class, which is not one of its own.
 MODULE = "pipeline"
