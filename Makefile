@@ -1,7 +1,9 @@
 # make quickstart: train on the project's own drawings, draw some, and print how many are right
 # make demo:       a web page that draws, on this machine; PIPELINE names a folder or a shipped pipeline, HOST and PORT the
 #                  address
-# make test:       linter, formatter check, tests
+# make check:      what a change must pass first, in about a minute: linter, formatter check, types, some fast tests
+# make format:     mend what the linter can mend, and format
+# make test:       linter, formatter check, types, all tests
 # All make .venv first, once, and again only if pyproject.toml changed. PYTHON names another interpreter to make it with.
 
 PYTHON ?= python3
@@ -11,7 +13,11 @@ PIPELINE ?=
 HOST ?= 127.0.0.1
 PORT ?= 7860
 
-.PHONY: quickstart demo test .venv
+# Tests of what most changes touch: rooms and names, files, settings, and the mathematics of a block.
+FAST_TESTS = tests/test_imports.py tests/test_configs.py tests/test_tools.py tests/test_checks.py tests/test_files.py \
+	tests/test_affine.py tests/test_order.py tests/test_positions.py tests/test_likelihood.py
+
+.PHONY: quickstart demo check format test .venv
 
 quickstart: $(INSTALLED)
 	.venv/bin/python quickstart.py
@@ -19,9 +25,20 @@ quickstart: $(INSTALLED)
 demo: $(INSTALLED)
 	.venv/bin/tarflow demo $(if $(PIPELINE),--pipeline '$(PIPELINE)') --host '$(HOST)' --port '$(PORT)'
 
+check: $(INSTALLED)
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+	.venv/bin/python -m pytest -q $(FAST_TESTS)
+
+format: $(INSTALLED)
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
 test: $(INSTALLED)
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
 	.venv/bin/python -m pytest
 
 .venv: $(INSTALLED)

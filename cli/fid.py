@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +196,14 @@ def run(config: RunConfig, state: PartialState) -> None:
     if config.out is not None:
         check_writable(config.out)
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ExtractorConfig)}
-    names = ("data", "split", "image_size", "num", "keep_features")
-    ref(RefConfig(**shared, **{name: getattr(config, name) for name in names}, out=config.stats), state)
+    of_ref = ("data", "split", "image_size", "num", "keep_features")
+    ref(RefConfig(**shared, **{name: getattr(config, name) for name in of_ref}, out=config.stats), state)
     gen(config.gen, state)
-    names = ("metrics", "clip", "match", "out")
-    wanted = {name: getattr(config, name) for name in names}
+    wanted = {name: getattr(config, name) for name in ("metrics", "clip", "match", "out")}
     calc(CalcConfig(**shared, **wanted, ref=config.stats, samples=config.gen.out), state)
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[Any, PartialState], None], type]] = {
     "ref": (ref, RefConfig),
     "gen": (gen, GenerationConfig),
     "calc": (calc, CalcConfig),

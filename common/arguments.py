@@ -53,7 +53,9 @@ def parse_dataclass(
 def config_first(argv: Sequence[str]) -> list[str]:
     """Arguments with ``--config FILE`` before all others: the parser lets later ones count more, and what is typed is
     meant, wherever it stands."""
-    files, others, left = [], [], list(argv)
+    files: list[str] = []
+    others: list[str] = []
+    left = list(argv)
     while left:
         argument = left.pop(0)
         if argument == "--config" and left:

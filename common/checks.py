@@ -66,7 +66,7 @@ NotNegative = Annotated[float, not_negative]
 Fraction = Annotated[float, fraction]
 
 
-def check_ranges(settings: object, section: str = "") -> None:
+def check_ranges(settings: Any, section: str = "") -> None:
     """Check each field of a dataclass that has a range; a class that gives a field anew keeps the range that it had.
 
     Args:
@@ -77,12 +77,12 @@ def check_ranges(settings: object, section: str = "") -> None:
         ValueError: that names the first value outside of its range.
     """
     begin = section and f"{section}."
-    for name, found in ranges_of(type(settings)):
+    for name, found in ranges_of(settings.__class__):
         found.check(begin + name, getattr(settings, name))
 
 
 @cache
-def ranges_of(kind: type) -> tuple[tuple[str, Range], ...]:
+def ranges_of(kind: type[Any]) -> tuple[tuple[str, Range], ...]:
     """The ranges of a dataclass's fields by name, in the fields' order."""
     found: dict[str, list[Range]] = {}
     for parent in reversed(kind.__mro__):

@@ -138,11 +138,11 @@ def json_lines(text: str | bytes, name: str) -> list[tuple[int, Any]]:
         try:
             text = text.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            line = text[: error.start].count(b"\n") + 1
+            before = error.object[: error.start].count(b"\n")
             raise ValueError(
-                f"line {line} of {name} is no UTF-8 text: {error.reason}; save the file as UTF-8"
+                f"line {before + 1} of {name} is no UTF-8 text: {error.reason}; save the file as UTF-8"
             ) from error
-    values = []
+    values: list[tuple[int, Any]] = []
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if line.strip():
             try:

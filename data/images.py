@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,43 @@ from tarflow.data.folder import ImageFolder, flattened
 
 #: How many unreadable pictures in a row are skipped before giving up.
 MAX_SKIPS = 100
+
+
+class PictureSource(Protocol):
+    """A map-style data set of pictures, as `open_source` gives it."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Readable names of the classes; None without classes."""
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether its items have captions."""
+
+    def caption(self, index: int) -> str | None:
+        """The caption alone, without decoding the picture."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of the upright picture, without decoding it."""
+
+    def facts(self, count: int) -> dict[str, str]:
+        """Hashes that tell whether the first ``count`` items are those of another time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """An item with a PIL ``image``, and a ``caption`` and a ``label`` where there are such."""
+
+
+class Pictures(Protocol):
+    """Pictures of one size: `Images`, or what has as much of it."""
+
+    split: str
+    config: DataConfig
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class Images(Dataset):
@@ -75,12 +112,8 @@ class Images(Dataset):
         return {"image": tensor, **item, "skipped": skipped}
 
 
-def open_source(config: DataConfig, split: str) -> Any:
-    """The map-style data set of pictures that a configuration names.
-
-    Its items are dicts with a PIL ``image``; ``caption(i)`` and ``size(i)`` (height and width of the upright picture)
-    do without decoding it.
-    """
+def open_source(config: DataConfig, split: str) -> PictureSource:
+    """The pictures that a configuration names."""
     if config.source == "latents":
         raise ValueError("data.source is 'latents', but pictures are needed here: name what the cache was made of")
     if split not in ("train", "validation"):

@@ -55,9 +55,10 @@ class CachedLatents(Dataset):
         if split not in ("train", "validation"):
             raise ValueError(f"the split must be 'train' or 'validation', got {split!r}")
         self.path, self.split, self.flip = Path(path).expanduser(), split, flip
-        self.manifest = read_manifest(self.path)
-        if self.manifest is None:
+        manifest = read_manifest(self.path)
+        if manifest is None:
             raise ValueError(f"there is no latent cache in {str(path)!r}: make one with tarflow cache-latents")
+        self.manifest = manifest
         if flip and not self.manifest["flip"]:
             raise ValueError(
                 f"the cache {str(path)!r} has no mirrored pictures: cache with --flip true, or do not flip"

@@ -82,4 +82,6 @@ def lab_to_rgb(image: Image.Image) -> Image.Image:
     from PIL import ImageCms  # imported here, as few pictures need it
 
     profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
+    converted = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
+    assert converted is not None  # it is one only where the picture itself is changed
+    return converted

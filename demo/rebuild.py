@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tarflow.data.config import DataConfig
 from tarflow.data.folder import flattened, read_image, read_size
 from tarflow.data.images import fit, to_model, to_uint8
 from tarflow.evaluation.likelihood.held_out import picture_likelihoods
@@ -58,7 +58,7 @@ class OnePicture:
     split = "upload"
 
     def __init__(self, image: Tensor, caption: str | None, label: int | None):
-        self.config = SimpleNamespace(image_size=image.shape[-1])
+        self.config = DataConfig(image_size=image.shape[-1])
         self.item: dict[str, Any] = {"image": image, "skipped": []}
         if caption is not None:
             self.item["caption"] = caption

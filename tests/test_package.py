@@ -60,6 +60,7 @@ def test_the_wheel_has_scripts_configurations_and_models(built: tuple[Path, Path
         assert {name for name in found if name.startswith(f"{part}/")} == wanted
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} < found
     assert {"configs/accelerate/ddp.yaml", "configs/decoder.yaml", "scripts/sweep.py"} < found
+    assert "py.typed" in found  # who uses the package sees its types
     assert {path.relative_to(built[0]).parts[0] for path in built[0].iterdir()} == {
         "tarflow",
         "tarflow-0.1.0.dist-info",
@@ -69,6 +70,7 @@ def test_the_wheel_has_scripts_configurations_and_models(built: tuple[Path, Path
 def test_the_source_distribution_has_what_a_clone_has(built: tuple[Path, Path]) -> None:
     found = contents(built[1])
     wanted = {path.name for path in ROOT.glob("*.py")} | {"README.md", "CHANGELOG.md", "Makefile", "LICENSE"}
+    wanted |= {"tarflow/py.typed"}
     for pattern in ("configs/**/*.yaml", "docs/*.md", "tests/*.py", "tests/reference/**/*", "scripts/*.py"):
         wanted |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern) if path.is_file()}
     wanted = {name for name in wanted if "__pycache__" not in name and not name.endswith((".safetensors", ".png"))}

@@ -227,7 +227,7 @@ def tensors_hash(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch
     for name, value in sorted(named, key=lambda pair: pair[0]):
         values = dequantized(value).detach().cpu().to(dtype).float().contiguous()
         digest.update(f"{name} {tuple(values.shape)}\n".encode())
-        digest.update(memoryview(values.flatten().numpy()))
+        digest.update(values.flatten().numpy().data)
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflow.common.progress import progress_bar
-from tarflow.data.images import Images, collate, to_model
+from tarflow.data.images import Pictures, collate, to_model
 from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
 from tarflow.pipeline.conditions import condition_of
 
@@ -42,7 +42,7 @@ class Likelihood:
 
 def evaluate_likelihood(
     pipe: Any,
-    images: Images,
+    images: Pictures,
     count: int | None = None,
     draws: int = 4,
     importance: int = 0,
@@ -69,7 +69,7 @@ def evaluate_likelihood(
 @torch.no_grad()
 def picture_likelihoods(
     pipe: Any,
-    images: Images,
+    images: Pictures,
     count: int | None = None,
     draws: int = 4,
     importance: int = 0,
@@ -122,7 +122,7 @@ def picture_likelihoods(
     return name, values, bits_per_dim(torch.cat(bounds)) if importance else None
 
 
-def check_arguments(pipe: Any, images: Images, count: int | None, draws: int, importance: int) -> int:
+def check_arguments(pipe: Any, images: Pictures, count: int | None, draws: int, importance: int) -> int:
     """How many pictures there will be, if data, model and numbers fit."""
     if not len(images):
         raise ValueError(f"the data's split {images.split!r} is empty; raise data.validation_fraction or take another")
@@ -146,7 +146,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
 
-def batches(images: Images, count: int, batch_size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+def batches(images: Pictures, count: int, batch_size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
     firsts: Iterable[int] = range(0, count, batch_size)
     for first in progress_bar(firsts, desc="likelihood", unit="batch"):
         indices = list(range(first, min(first + batch_size, count)))
