@@ -17,7 +17,7 @@ from tarflow.evaluation.samples.conditions import make_conditions
 from tarflow.evaluation.samples.generation import image_seed
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.experiments.decoding import labelled_rows, save_picture
-from tarflow.pipeline.call.student_sampling import STUDENT, draw
+from tarflow.pipeline.call.student_sampling import STUDENT, student_samples
 
 #: What is timed: the latents as they come, with or without the training noise, and whole calls.
 TIMED: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
             speed.append({"batch": batch, "timed": name, **timed(ways, batch, config.repeats, pipe.flow.device)})
     arguments, method = conditions.arguments(range(config.num)), pipe.student.config.guidance_method
     exact = exact_samples(pipe, arguments, config.num, scale, method, config.seed)
-    _, noisy = draw(pipe.student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
+    _, noisy = student_samples(pipe.student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
     report = {
         "speed": speed,
         "errors": exact.errors(pipe.flow, noisy),

@@ -24,8 +24,7 @@ from torch import nn
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.pipeline.call import inversion
-from tarflow.pipeline.call import student_sampling as one_pass
-from tarflow.pipeline.call.student_sampling import flow_hashes
+from tarflow.pipeline.call.student_sampling import STUDENT, flow_hashes
 from tarflow.vae.decoder import LatentDecoder
 
 LATENT = {"output_type": "latent", "decoding": "sequential"}
@@ -350,7 +349,7 @@ class TestModelOffload:
         self.same(make_pipeline(), lambda pipe: draw(pipe, callback_on_step_end=preview, **options))
 
     def test_a_student_that_is_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(one_pass, "check_flow", lambda *_: None)  # it reads weights where they are
+        monkeypatch.setattr(inversion, "check_flow", lambda *_: None)  # it reads weights where they are
         options = {"class_labels": [0, 1], "decoding": "student", "guidance_scale": 2.0, "return_residual": True}
         for target in ("clean", "noisy"):
             self.same(with_student(make_pipeline(), target=target), lambda pipe: draw(pipe, **options))
@@ -587,7 +586,7 @@ class TestArguments:
             ),
             ("none", {"decoding": "sequential", "tolerance": 0.1}, "tolerance is for .*no effect with decoding='seq"),
             ("none", {"decoding": "fast", "tolerance": 0.1}, "tolerance is for .*no effect with decoding='fast'"),
-            ("none", {"decoding": one_pass.STUDENT, "tolerance": 0.1}, "no effect with decoding='student'"),
+            ("none", {"decoding": STUDENT, "tolerance": 0.1}, "no effect with decoding='student'"),
             ("none", {"max_sequence_length": 8}, "'none' and takes no max_sequence_length"),
             ("prefix", {"prompt": "a", "max_sequence_length": 0}, "max_sequence_length must be at least 1, got 0"),
         ],

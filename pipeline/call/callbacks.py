@@ -7,23 +7,28 @@ from dataclasses import replace
 from typing import Any
 
 from diffusers.utils import logging
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflow.flows.decoding.method import Decoding, beyond_promise
 from tarflow.flows.decoding.sampling import Change
 from tarflow.flows.layers.guidance import Guidance
+from tarflow.pipeline.call.parts import PipelineParts
+from tarflow.pipeline.call.settings import Sampling
 
-logger = logging.get_logger(__name__)
-
-Callback = Callable[[Any, int, int, dict], dict]
+logger: Any = logging.get_logger(__name__)
 
 
-class CallState:
+class CallState(PipelineParts):
     """`TARFlowPipeline`'s attributes that are a call's own; before the first call they are the defaults."""
 
     _interrupt = False
     _num_timesteps = 0
     _guidance_scale: float | None = None
+
+    def begin_call(self, call: Sampling) -> None:
+        """Set them for a call."""
+        self._guidance_scale, self._interrupt = call.guidance_scale, False
+        self._num_timesteps = call.steps(self.flow)
 
     @property
     def guidance_scale(self) -> float:
@@ -45,11 +50,6 @@ class CallState:
         """Whether a callback has set ``_interrupt``, which ends the call after the current block."""
         return self._interrupt
 
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent position along each side."""
-        return self.codec.factor
-
 
 def warn_beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) -> None:
     """Say, once for each scale, if guidance is stronger than what tolerances promise; see `beyond_promise`."""
@@ -57,20 +57,19 @@ def warn_beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) ->
         logger.warning_once(warning)
 
 
-class AfterBlock:
-    """Tells a call's callback of each block, and the blocks to come of what the callback changed.
+class AfterStep:
+    """Tells a call's callback of each block, or of a student's pass, and the blocks to come of what it changed.
 
     Args:
         pipe: the pipeline, whose `CallState` is the call's.
         progress: a progress bar.
-        callback: the user's, or None.
-        tensors: names of the tensors that it wants; None is all.
+        call: the call, with its callback and its guidance.
         module: what the callback may have taken from its device, by decoding a preview.
-        guidance: of the call.
         null_condition: makes the condition that guidance leads away from, if it was not needed at the start.
 
     Attributes:
         decodings: how each block is inverted, in the order of ``flow.blocks``; none with a student.
+        guidance: of the blocks to come.
         used: the guidance of each block that was inverted, in the order of inversion.
         stopped: blocks are left that were not inverted.
         added: the null condition, if a callback turned guidance on.
@@ -78,29 +77,28 @@ class AfterBlock:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: CallState,
         progress: Any,
-        callback: Callback | None,
-        tensors: list[str] | None,
-        module: Any,
-        guidance: Guidance,
+        call: Sampling,
+        module: nn.Module | None,
         null_condition: Callable[[], Tensor | None] | None = None,
     ):
-        self.pipe, self.progress, self.callback, self.tensors = pipe, progress, callback, tensors
-        self.module, self.guidance, self.null_condition = module, guidance, null_condition
+        self.pipe, self.progress, self.call, self.module = pipe, progress, call, module
+        self.guidance, self.null_condition = call.guidance, null_condition
         self.decodings: Sequence[Decoding] = ()
         self.used: list[Guidance] = []
         self.stopped = False
         self.added: Tensor | None = None
 
     def __call__(self, index: int, latents: Tensor) -> Change:
-        """After block ``index`` of the call, 0 for the first; latents (B, C, h, w)."""
+        """After step ``index`` of the call, 0 for the first; latents (B, C, h, w)."""
         self.used.append(self.guidance)
         self.progress.update()
-        if self.callback is None:
+        callback, tensors = self.call.callback, self.call.callback_tensors
+        if callback is None:
             return Change()
-        wanted = self.tensors is None or "latents" in self.tensors
-        returned = self.callback(self.pipe, index, index, {"latents": latents} if wanted else {}) or {}
+        wanted = tensors is None or "latents" in tensors
+        returned = callback(self.pipe, index, index, {"latents": latents} if wanted else {}) or {}
         before, scale = self.guidance, self.pipe.guidance_scale
         null = self.change_guidance(scale)
         if self.guidance != before:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+Labels = int | str | list[int | str]
+
 DECODERS = ("vae", "finetuned")
 #: Ways from noisy latents to pictures by their names for users: ``denoise`` and ``decoder`` of a pipeline's call.
 NOISE_REMOVALS: dict[str, tuple[bool | str, str]] = {
@@ -148,7 +150,7 @@ def label_of(name: str, names: dict[str, int]) -> int | None:
     return names.get(name, names.get(name.lower()))
 
 
-def label_indices(class_labels: int | str | Sequence[int | str], names: dict[str, int], count: int) -> list[int]:
+def label_indices(class_labels: Labels, names: dict[str, int], count: int) -> list[int]:
     """Class labels, given by index or name, as indices.
 
     Args:

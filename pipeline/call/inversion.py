@@ -20,14 +20,25 @@ from tarflow.flows.decoding.watch import Calibration
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.prepared import is_elsewhere, leaves_after_use
 from tarflow.flows.model import TARFlowModel
+from tarflow.flows.student import StudentModel
 from tarflow.models import FOLDER
-from tarflow.pipeline.call import student_sampling as one_pass
+from tarflow.pipeline.call.parts import PipelineParts
+from tarflow.pipeline.call.student_sampling import NO_STUDENT, check_flow
 
-logger = logging.get_logger(__name__)
+logger: Any = logging.get_logger(__name__)
+
+#: What tells a flow from another, or from itself with other weights; see `BlockInversion.flow_state`.
+FlowState = tuple[TARFlowModel, list[int], bytes, list[tuple]]
 
 
-class BlockInversion:
-    """`TARFlowPipeline`'s choice of a decoding for each block, and its fast steps."""
+class BlockInversion(PipelineParts):
+    """`TARFlowPipeline`'s choice of a decoding for each block, its fast steps, and whether its student is of its flow."""
+
+    _fast_student: tuple[StudentModel, Callable[..., Any]] | None = None
+    _calibration_store: CalibrationStore | None = None
+    _calibrated_state: FlowState | None = None
+    _checked_student: tuple[StudentModel, FlowState] | None = None
+    _decodings: list[Decoding] | None = None
 
     def enable_fast_decoding(self, backend: str | None = "inductor") -> None:
         """Compile the student, and the sequential decode step (`torch.compile`, about half a minute for each block and
@@ -81,15 +92,18 @@ class BlockInversion:
             self._calibration_store = CalibrationStore(file_of(name, shipped), fingerprint(self.flow))
         return self._calibration_store
 
-    def check_student(self) -> None:
-        """An error unless the pipeline's student was trained for its flow; weights that were seen are not read again, but
-        for a few numbers: see `flow_state` for the changes that this does not show."""
+    def check_student(self) -> StudentModel:
+        """The pipeline's student; an error unless it was trained for this flow. Weights that were seen are not read again,
+        but for a few numbers: see `flow_state` for the changes that this does not show."""
+        if self.student is None:
+            raise ValueError(NO_STUDENT)
         state = (self.student, self.flow_state())
         if state != self._checked_student:
-            one_pass.check_flow(self.student, self.flow, self.config.get("_name_or_path"))
+            check_flow(self.student, self.flow, self.config.get("_name_or_path"))
             self._checked_student = state
+        return self.student
 
-    def flow_state(self) -> tuple[TARFlowModel, list[int], bytes, list[tuple]]:
+    def flow_state(self) -> FlowState:
         """What differs when the flow is another one or its weights have changed.
 
         Not seen is what was written through ``.data`` (``EMAModel.copy_to``, for example) to so few numbers, or to such
@@ -101,28 +115,52 @@ class BlockInversion:
         return self.flow, versions, sample_of_weights(self.flow), adapters_state(self.flow)
 
     def resolve_decoding(
-        self, decoding: Decoding | list[Decoding], noise: Tensor, cond: Any, null_cond: Any, guidance: Guidance
+        self,
+        decoding: Decoding | list[Decoding],
+        noise: Tensor,
+        cond: Tensor | None,
+        null_cond: Tensor | None,
+        guidance: Guidance,
     ) -> tuple[list[Decoding], Callable[[int, float], None] | None]:
         """One decoding for each block; "auto" ones by calibration, on this very noise if there is none yet. And what is
         to be told of the time that each block takes, so that a choice that does not hold is corrected; None if nothing.
         """
-        decodings = list(decoding) if isinstance(decoding, list | tuple) else [decoding] * len(self.flow.blocks)
-        automatic = [one for one in decodings if one.method == "auto"]
+        asked = list(decoding) if isinstance(decoding, list | tuple) else [decoding] * len(self.flow.blocks)
+        automatic = [one for one in asked if one.method == "auto"]
         if not automatic:
-            return decodings, None
-        if is_elsewhere(self.flow):  # most of the time goes into fetching weights: the fewer passes the better
-            return [Decoding("sequential") if one.method == "auto" else one for one in decodings], None
-        store, tolerance = self.calibration_store(), automatic[0].tolerance
+            found, timed = asked, None
+        elif is_elsewhere(self.flow):  # most of the time goes into fetching weights: the fewer passes the better
+            found, timed = [Decoding("sequential") if one.method == "auto" else one for one in asked], None
+        else:
+            alike, tolerance = len(automatic) == len(asked), automatic[0].tolerance
+            found, timed = self._calibrated(noise, (cond, null_cond, guidance), tolerance, alike)
+            found = [best if one.method == "auto" else one for one, best in zip(asked, found, strict=True)]
+        self._decodings = found
+        return found, timed
+
+    def _calibrated(
+        self,
+        noise: Tensor,
+        conditions: tuple[Tensor | None, Tensor | None, Guidance],
+        tolerance: float,
+        timed: bool,
+    ) -> tuple[list[Decoding], Callable[[int, float], None] | None]:
+        """What calibration has found for each block, for `resolve_decoding`.
+
+        Args:
+            conditions: condition, null condition and guidance.
+            timed: the blocks' times may be compared with the calibration's, as all of them are inverted as it says.
+        """
+        store = self.calibration_store()
         grid = self.flow.patchify(noise)[1]
         fast = self.usable_fast_steps()
-        key = conditions_key(self.flow, len(noise), grid, guidance, tolerance, fast is not None)
+        key = conditions_key(self.flow, len(noise), grid, conditions[2], tolerance, fast is not None)
         known = store.calibrations.get(key)
         if known is None or known.stale or len(known.choices) != len(self.flow.blocks):
-            choices = calibrate(self.flow, noise, cond, null_cond, guidance, tolerance, fast)
+            choices = calibrate(self.flow, noise, *conditions, tolerance, fast)
             known = Calibration(choices, len(noise), 1 if known is None else known.calibrations + 1)
             store.put(key, known)
-        if len(automatic) < len(decodings) or len(noise) != known.batch:
-            found = calibrated_decodings(known.choices, tolerance)
-            return [best if one.method == "auto" else one for one, best in zip(decodings, found, strict=True)], None
+        if not timed or len(noise) != known.batch:
+            return calibrated_decodings(known.choices, tolerance), None
         found = calibrated_decodings(known.plan(doubtful_only=fast is not None), tolerance)
         return found, store.watched(key, [one.method for one in found])

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from tarflow.pipeline.call.aspect import fill_template
+from tarflow.pipeline.call.parts import PipelineParts
 from tarflow.pipeline.text.encoding import encode_captions, warn_of_cuts
 from tarflow.pipeline.text.options import TextOptions
 
 
-class PromptEncoding:
+class PromptEncoding(PipelineParts):
     """`TARFlowPipeline`'s way from texts to encoded captions."""
 
     def encode_prompt(
@@ -42,35 +43,34 @@ class PromptEncoding:
         """
         device = self._execution_device if device is None else device
         length = max_sequence_length or self.config.max_sequence_length
-
-        def encode(captions: list[str]) -> Tensor:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
-            self.run_offload_hook(self.text_encoder)
-            captions = fill_template(self.config.caption_template, captions, aspect_ratio)
-            options = TextOptions.of(self.config.get("text_options"))
-            embeds = encode_captions(
-                self.text_encoder, self.tokenizer, captions, length, options, self._execution_device
-            )
-            warn_of_cuts(self.tokenizer, captions, length, options)
-            return embeds.to(device)
-
         if prompt_embeds is None:
             if prompt is None:
                 raise ValueError("there is nothing to encode: give prompt or prompt_embeds")
-            prompt_embeds = encode([prompt] if isinstance(prompt, str) else prompt)
+            captions = [prompt] if isinstance(prompt, str) else prompt
+            prompt_embeds = self._encode_captions(captions, length, aspect_ratio)
         prompt_embeds = prompt_embeds.to(device)
         count = len(prompt_embeds)
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         if not do_classifier_free_guidance:
             return prompt_embeds, None
         if negative_prompt_embeds is None:
-            texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+            texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
             if len(texts) not in (1, count):
                 raise ValueError(f"negative_prompt has {len(texts)} texts for {count} prompts; give one or as many")
-            negative_prompt_embeds = encode(texts)
+            negative_prompt_embeds = self._encode_captions(texts, length, aspect_ratio)
         negative_prompt_embeds = negative_prompt_embeds.to(device)
         if len(negative_prompt_embeds) not in (1, count):
             raise ValueError(f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {count} prompts")
         negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
         return prompt_embeds, negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+
+    def _encode_captions(self, captions: list[str], length: int, aspect_ratio: str) -> Tensor:
+        """Captions in the pipeline's template, as hidden states of its text encoder (B, length, E)."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
+        self.run_offload_hook(self.text_encoder)
+        captions = fill_template(self.config.caption_template, captions, aspect_ratio)
+        options = TextOptions.of(self.config.get("text_options"))
+        embeds = encode_captions(self.text_encoder, self.tokenizer, captions, length, options, self._execution_device)
+        warn_of_cuts(self.tokenizer, captions, length, options)
+        return embeds

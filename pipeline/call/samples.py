@@ -3,53 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tarflow.flows.denoising import learned_denoise, score_denoise
+from tarflow.flows.model import TARFlowModel
+from tarflow.vae.codec import LatentCodec
 
 #: So many tokens are denoised at once, and so many pixels decoded, whatever the batch: memory stays bounded.
 DENOISED_TOKENS = 2**14
 DECODED_PIXELS = 2**23
 
 
-class SampleDecoding:
-    """`TARFlowPipeline`'s way from latents to pictures."""
+def without_noise(
+    flow: TARFlowModel,
+    latents: Tensor,
+    step: str,
+    noise_std: float,
+    class_labels: Tensor | None = None,
+    cond: Tensor | None = None,
+) -> Tensor:
+    """Latents (B, C, h, w) without the training noise.
 
-    def remove_noise(
-        self, latents: Tensor, denoise: bool | str, class_labels: Tensor | None = None, cond: Tensor | None = None
-    ) -> Tensor:
-        """Latents (B, C, h, w) without the training noise.
+    Args:
+        step: "score" or "learned".
+        noise_std: σ of that noise.
+        class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
+    """
+    denoise = learned_denoise if step == "learned" else score_denoise
+    return in_parts(
+        lambda part, labels, cond: denoise(flow, part, noise_std, class_labels=labels, cond=cond),
+        max(1, DENOISED_TOKENS // (latents.shape[2] * latents.shape[3] // flow.config.patch_size**2)),
+        (latents, class_labels, cond),
+    )
 
-        Args:
-            denoise: True or "score", "learned", or False, which changes nothing.
-            class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
-        """
-        if not denoise or self.config.noise_std == 0:
-            return latents
-        self.run_offload_hook(self.flow)
-        step = learned_denoise if denoise == "learned" else score_denoise
-        return in_parts(
-            lambda part, part_labels, part_cond: step(
-                self.flow, part, self.config.noise_std, class_labels=part_labels, cond=part_cond
-            ),
-            max(1, DENOISED_TOKENS // (latents.shape[2] * latents.shape[3] // self.flow.config.patch_size**2)),
-            (latents, class_labels, cond),
-        )
 
-    def decode_latents(self, latents: Tensor, decoder: str = "vae") -> Tensor:
-        """Latents (B, C, h, w) → images (B, 3, H, W) float32, about [−1, 1]; ``decoder`` is "vae" or "finetuned"."""
-        module = self.finetuned_decoder if decoder == "finetuned" else self.vae
-        self.run_offload_hook(module)
-        pixels = latents.shape[2] * latents.shape[3] * self.codec.factor**2
-        size = max(1, DECODED_PIXELS // pixels)
-        return in_parts(lambda part: self.codec.decode(part, module).float(), size, (latents,))
+def decoded(codec: LatentCodec, latents: Tensor, decoder: Any) -> Tensor:
+    """Latents (B, C, h, w) → images (B, 3, H, W) float32, about [−1, 1], by the autoencoder or another decoder."""
+    pixels = latents.shape[2] * latents.shape[3] * codec.factor**2
+    size = max(1, DECODED_PIXELS // pixels)
+    return in_parts(lambda part: codec.decode(part, decoder).float(), size, (latents,))
 
 
 def in_parts(function: Callable[..., Tensor], size: int, tensors: tuple[Tensor | None, ...]) -> Tensor:
-    """``function`` of tensors (B, …), ``size`` rows at a time, put together again; None stays None."""
-    batch = len(tensors[0])
+    """``function`` of tensors (B, …), of which the first is none of the Nones, ``size`` rows at a time, put together
+    again; None stays None."""
+    first = tensors[0]
+    batch = 0 if first is None else len(first)
     if batch <= size:
         return function(*tensors)
     parts = ((None if tensor is None else tensor[i : i + size] for tensor in tensors) for i in range(0, batch, size))

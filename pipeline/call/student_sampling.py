@@ -13,27 +13,29 @@ from torch import Tensor, nn
 from tarflow.flows.adapters.adapters import acting_adapters, without_adapters
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.prepared import compute_dtype, held_tensors
+from tarflow.flows.student import StudentModel
 from tarflow.pipeline.loading.weight_files import weight_file
 from tarflow.vae.codec import tensors_hash
 
 #: What a call's ``decoding`` is called then.
 STUDENT = "student"
+NO_STUDENT = (
+    "this pipeline has no student: train one with tarflow train-student --pipeline FOLDER, or take another decoding"
+)
 
 
-def check_call(pipe: Any, scale: float, guidance: Guidance, negative: bool) -> None:
-    """Whether the pipeline's student can stand in for its flow in a call.
+def check_student_call(student: StudentModel, scale: float, guidance: Guidance, negative: bool) -> None:
+    """Whether a pipeline's student can stand in for its flow in a call.
 
     Args:
-        pipe: the pipeline, with a student.
+        student: of this flow, see `check_flow`.
         scale: the call's guidance scale.
         guidance: the same with its method.
         negative: a negative prompt was given.
 
     Raises:
-        ValueError: if the student is of another flow, or was not trained for such guidance.
+        ValueError: if the student was not trained for such guidance.
     """
-    pipe.check_student()
-    student = pipe.student
     largest = student.config.max_guidance_scale
     if scale > largest:
         trained = "without guidance" if largest == 1 else f"with guidance scales from 1 to {largest:g}"
@@ -53,17 +55,15 @@ def check_call(pipe: Any, scale: float, guidance: Guidance, negative: bool) -> N
         raise ValueError("a student has learned guidance away from no condition: leave negative_prompt out")
 
 
-def noise_left(pipe: Any, denoise: bool | str | None, decoder: str | None) -> bool:
+def noise_left(student: StudentModel | None, denoise: bool | str | None, decoder: str | None) -> bool:
     """Whether a student's latents still have the training noise; if not, nothing can remove it again.
 
     Raises:
         ValueError: if there is no student, or more is asked for.
     """
-    if pipe.student is None:
-        raise ValueError(
-            "this pipeline has no student: train one with tarflow train-student --pipeline FOLDER, or take another decoding"
-        )
-    if pipe.student.config.target == "noisy":
+    if student is None:
+        raise ValueError(NO_STUDENT)
+    if student.config.target == "noisy":
         return True
     if denoise or decoder == "finetuned":
         asked = f"denoise={denoise!r}" if denoise else "decoder='finetuned'"
@@ -71,8 +71,8 @@ def noise_left(pipe: Any, denoise: bool | str | None, decoder: str | None) -> bo
     return False
 
 
-def draw(
-    student: Any,
+def student_samples(
+    student: StudentModel,
     noise: Tensor,
     class_labels: Tensor | None,
     cond: Tensor | None,
@@ -83,7 +83,6 @@ def draw(
     (the former again, if it was not taught the latter).
 
     Args:
-        student: the `StudentModel`.
         noise: (B, C, h, w).
         class_labels, cond: indices (B,) or encoded captions (B, L, E) of a conditional model.
         weight: guidance scale − 1.
@@ -128,7 +127,7 @@ def stored_hashes(folder: str | None, flow: nn.Module) -> set[str]:
     return {tensors_hash((name, stored[name]) for name in own)}
 
 
-def check_flow(student: Any, flow: nn.Module, folder: str | None = None) -> None:
+def check_flow(student: StudentModel, flow: nn.Module, folder: str | None = None) -> None:
     """An error unless ``student`` was trained for this very flow.
 
     Args:

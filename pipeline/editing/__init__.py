@@ -1,4 +1,4 @@
 """What only an exact flow can do: invert, interpolate, vary, fill, compare by likelihood.
 
-May import: common, flows.*.
+May import: common, flows.*, pipeline.call.
 """

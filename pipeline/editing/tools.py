@@ -5,74 +5,24 @@ All of it goes through z, the flow's noise, to and from which pictures map one t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tarflow.flows import editing
 from tarflow.flows.likelihood import log_prob, nats_per_dim, token_log_prob
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
+from tarflow.pipeline.call.inputs import Labels
+from tarflow.pipeline.editing.editor import FlowEditor
 from tarflow.pipeline.editing.inputs import read_images, read_mask, tokens_of_mask
-from tarflow.pipeline.editing.steps import ExactFlowSteps, Generators
-
-Labels = int | str | list[int | str]
+from tarflow.pipeline.editing.outputs import EditingOutput, EncodingOutput, LikelihoodOutput
 
 INPAINTINGS = ("fill", "metropolis")
 
 
-@dataclass
-class EncodingOutput(BaseOutput):
-    """A picture as noise.
-
-    Attributes:
-        z: standard normal noise (B, C, h, w) if the picture is one that the flow would draw; ``pipe(…, latents=z)`` with
-            the same condition draws it again.
-        latents: what the flow encoded, the autoencoder's latents with the training noise, (B, C, h, w).
-        error: largest |x − x'| of latents → z → latents, (B,).
-    """
-
-    z: Tensor
-    latents: Tensor
-    error: Tensor
-
-
-@dataclass
-class LikelihoodOutput(BaseOutput):
-    """How likely a picture is.
-
-    Attributes:
-        log_prob: in nats, (B,).
-        nats_per_dim: −log p over the number of latent numbers, (B,): the quantity that training minimises.
-        map: each token's share of ``log_prob``, which is their sum, (B, h, w); None if blocks are not autoregressive.
-    """
-
-    log_prob: Tensor
-    nats_per_dim: Tensor
-    map: Tensor | None
-
-
-@dataclass
-class EditingOutput(BaseOutput):
-    """Changed pictures.
-
-    Attributes:
-        images: as ``output_type`` says.
-        latents: of the pictures, without the training noise, (B, C, h, w).
-        log_prob: of them with the training noise, in nats, where the tool computes it: (B,), or along a
-            Metropolis–Hastings chain (steps + 1, B).
-        acceptance: share of accepted proposals of such a chain, (B,).
-    """
-
-    images: Any
-    latents: Tensor
-    log_prob: Tensor | None = None
-    acceptance: Tensor | None = None
-
-
-class ExactFlowTools(ExactFlowSteps):
+class ExactFlowTools(FlowPipeline):
     """The tools, for `TARFlowPipeline`.
 
     All take pictures as a PIL picture, a list of them, or a tensor (B, 3, H, W) of 8 bits or in [0, 1]; of the model's
@@ -96,10 +46,11 @@ class ExactFlowTools(ExactFlowSteps):
         fit: bool = False,
     ) -> EncodingOutput:
         """Pictures → z, and how exactly z leads back; exact to rounding with or without ``noise``."""
-        x = self._read(image, fit, generator, noise)
-        condition = self._condition(len(x), prompt, class_labels, prompt_embeds)
-        z = self._encoded(x, condition)
-        error = (self._decoded(z, condition) - x).abs().flatten(1).amax(1)
+        editor = FlowEditor(self)
+        x = editor.read(image, fit, generator, noise)
+        condition = editor.condition(len(x), prompt, class_labels, prompt_embeds)
+        z = editor.encoded(x, condition)
+        error = (editor.decoded(z, condition) - x).abs().flatten(1).amax(1)
         self.maybe_free_model_hooks()
         return EncodingOutput(z=z, latents=x, error=error)
 
@@ -115,8 +66,9 @@ class ExactFlowTools(ExactFlowSteps):
         fit: bool = False,
     ) -> LikelihoodOutput:
         """log p of the pictures' latents under the condition, and where on the picture it comes from."""
-        x = self._read(image, fit, generator, noise)
-        condition = self._condition(len(x), prompt, class_labels, prompt_embeds)
+        editor = FlowEditor(self)
+        x = editor.read(image, fit, generator, noise)
+        condition = editor.condition(len(x), prompt, class_labels, prompt_embeds)
         self.run_offload_hook(self.flow)
         autoregressive = not any(block.one_pass for block in self.flow.blocks)
         shares = token_log_prob(self.flow, x, **condition) if autoregressive else None
@@ -144,10 +96,11 @@ class ExactFlowTools(ExactFlowSteps):
             first, second: one picture each.
             path: "spherical" or "linear", see `tarflow.flows.editing.interpolate`.
         """
-        ends = torch.cat([read_images(end, self._size, fit)[:1] for end in (first, second)])
-        x = self._noisy(self._latents(ends), generator, noise)
-        z = editing.interpolate(*self._encoded(x, self._condition(2, prompt, class_labels)), steps, path)
-        return self._edited(z, self._condition(steps, prompt, class_labels), output_type)
+        editor = FlowEditor(self)
+        ends = torch.cat([read_images(end, editor.size, fit)[:1] for end in (first, second)])
+        x = editor.noisy(editor.latents(ends), generator, noise)
+        z = editing.interpolate(*editor.encoded(x, editor.condition(2, prompt, class_labels)), steps, path)
+        return editor.edited(z, editor.condition(steps, prompt, class_labels), output_type)
 
     @torch.no_grad()
     def vary(
@@ -166,11 +119,12 @@ class ExactFlowTools(ExactFlowSteps):
         Args:
             strength: 0 gives the picture itself, 1 one that has nothing to do with it but the condition.
         """
-        x = self._read(image, fit, generator, noise)
-        condition = self._condition(len(x), prompt, class_labels)
-        z = self._encoded(x, condition)
+        editor = FlowEditor(self)
+        x = editor.read(image, fit, generator, noise)
+        condition = editor.condition(len(x), prompt, class_labels)
+        z = editor.encoded(x, condition)
         fresh = randn_tensor(z.shape, generator, z.device, z.dtype)
-        return self._edited(editing.resample(z, fresh, strength), condition, output_type)
+        return editor.edited(editing.resample(z, fresh, strength), condition, output_type)
 
     @torch.no_grad()
     def swap(
@@ -195,9 +149,10 @@ class ExactFlowTools(ExactFlowSteps):
             guidance_scale: of the decoding, away from no condition; 1 is off. With guidance the same condition no longer
                 gives the same picture.
         """
-        x = self._read(image, fit, generator, noise)
-        z = self._encoded(x, self._condition(len(x), source_prompt, source_labels))
-        return self._edited(z, self._condition(len(x), target_prompt, target_labels), output_type, guidance_scale)
+        editor = FlowEditor(self)
+        x = editor.read(image, fit, generator, noise)
+        z = editor.encoded(x, editor.condition(len(x), source_prompt, source_labels))
+        return editor.edited(z, editor.condition(len(x), target_prompt, target_labels), output_type, guidance_scale)
 
     @torch.no_grad()
     def inpaint(
@@ -232,28 +187,29 @@ class ExactFlowTools(ExactFlowSteps):
         Returns:
             pictures; with "metropolis" also the chain's log_prob and acceptance.
         """
+        editor = FlowEditor(self)
         if method not in INPAINTINGS:
             raise ValueError(f"the method must be one of {', '.join(INPAINTINGS)}, got {method!r}")
         if passes < 1 or steps < 0:
             raise ValueError(f"passes must be at least 1 and steps 0 or more, got {passes} and {steps}")
-        pixels = read_images(image, self._size, fit).to(self._execution_device)
-        mask = read_mask(mask, len(pixels), self._size).to(pixels.device)
+        pixels = read_images(image, editor.size, fit).to(self._execution_device)
+        mask = read_mask(mask, len(pixels), editor.size).to(pixels.device)
         hole = tokens_of_mask(mask, self.codec.factor * self.flow.config.patch_size)
-        condition, hidden = self._condition(len(pixels), prompt, class_labels), mask[:, None]
+        condition, hidden = editor.condition(len(pixels), prompt, class_labels), mask[:, None]
         mean = (pixels * ~hidden).sum((2, 3), keepdim=True) / (~hidden).sum((2, 3), keepdim=True)
         picture, chain = torch.where(hidden, mean, pixels), None
         for turn in range(passes + (method == "metropolis")):
-            clean = self._latents(picture)
-            x = self._noisy(clean, generator, noise)
+            clean = editor.latents(picture)
+            x = editor.noisy(clean, generator, noise)
             if turn < passes:
-                x = self._fill(x, hole, condition, generator, turn == 0)
+                x = editor.fill(x, hole, condition, generator, turn == 0)
             else:
-                chain = self._chain(x, hole, condition, steps, step_size, generator)
+                chain = editor.chain(x, hole, condition, steps, step_size, generator)
                 x = chain.x
-            picture, latents = self._composed(x, (pixels, clean), hidden, hole, condition)
+            picture, latents = editor.composed(x, (pixels, clean), hidden, hole, condition)
         return EditingOutput(
-            log_prob=self._log_prob(x, condition) if chain is None else chain.log_prob,
-            images=self._postprocessed(picture, latents, output_type),
+            log_prob=editor.log_prob(x, condition) if chain is None else chain.log_prob,
+            images=editor.postprocessed(picture, latents, output_type),
             latents=latents,
             acceptance=None if chain is None else chain.acceptance,
         )
@@ -273,6 +229,7 @@ class ExactFlowTools(ExactFlowSteps):
         Args:
             guidance_scale: of the drawing, as of a call; the likelihood is the model's own, without guidance.
         """
+        editor = FlowEditor(self)
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}")
         drawn = self(
@@ -284,15 +241,6 @@ class ExactFlowTools(ExactFlowSteps):
             denoise=False,
             output_type="latent",
         ).images
-        condition = self._condition(num, prompt, class_labels)
-        values, order = self._log_prob(drawn, condition).sort(descending=True)
-        return self._finished(drawn[order], condition, output_type, values)
-
-    def _edited(self, z: Tensor, condition: dict, output_type: str, guidance_scale: float = 1.0) -> EditingOutput:
-        x = self._decoded(z, condition, guidance_scale)
-        return self._finished(x, condition, output_type, self._log_prob(x, condition))
-
-    def _finished(self, x: Tensor, condition: dict, output_type: str, values: Tensor) -> EditingOutput:
-        latents, decoder = self._denoised(x, condition)
-        images = self._postprocessed(self.decode_latents(latents, decoder), latents, output_type)
-        return EditingOutput(images=images, latents=latents, log_prob=values)
+        condition = editor.condition(num, prompt, class_labels)
+        values, order = editor.log_prob(drawn, condition).sort(descending=True)
+        return editor.finished(drawn[order], condition, output_type, values)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+from diffusers import DiffusionPipeline
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo, list_repo_files, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -16,7 +17,6 @@ from tarflow.common.files import write_json
 from tarflow.flows.layers.prepared import check_saved_whole
 from tarflow.models import resolve
 from tarflow.pipeline.loading.folder import INDEX, usual_rights, written_into
-from tarflow.pipeline.loading.offload import missing_tensors
 from tarflow.pipeline.loading.weight_files import WeightFile, weight_file
 from tarflow.vae import shared  # noqa: F401 (Diffusers loads components of modules that are imported already)
 
@@ -32,7 +32,7 @@ TOP_LEVEL = (".json", ".md", ".py", ".txt")
 OTHER_WEIGHTS = ("msgpack", "h5", "onnx", "pb", "ckpt", "pt", "pth", "gguf")
 
 
-class PipelineFiles:
+class PipelineFiles(DiffusionPipeline):
     """How `TARFlowPipeline` is loaded and saved."""
 
     @classmethod
@@ -144,6 +144,16 @@ class PipelineFiles:
             card = load_or_create_model_card(repo_id, token=token, is_pipeline=True)
             populate_model_card(card).save(folder / "README.md")
         self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=bool(create_pr))
+
+
+def missing_tensors(module: nn.Module) -> list[str]:
+    """Parameters and buffers that a module has no values of, nor a hook that would bring them."""
+    missing = []
+    for prefix, part in module.named_modules():
+        if getattr(part, "_hf_hook", None) is None:
+            named = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+            missing += [f"{prefix}.{name}" if prefix else name for name, value in named if value.device.type == "meta"]
+    return missing
 
 
 def name_class(folder: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from tarflow.data.images import Images, to_uint8
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
-from tarflow.pipeline.call.student_sampling import draw, flow_hashes
+from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
 from tarflow.training.loop.checkpoint import on_main
 from tarflow.training.loop.component import ComponentFolders, open_splits, write_rows
 from tarflow.training.loop.network_trainer import NetworkTrainer, network_accelerator
@@ -83,7 +83,7 @@ class StudentTask:
         student.to(self.accelerator.device)
         metrics = {} if self.held_out is None else self.reconstruction(student)
         exact = self.exact
-        x, noisy = draw(student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
+        x, noisy = student_samples(student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
         errors = exact.errors(self.pipe.flow, noisy)
         metrics |= {"error_samples": errors[0], "error_noise": errors[-1], "errors_by_block": errors[1:]}
         pictures = self.decoded(x, exact.class_labels, exact.cond, self.config.target == "noisy")

@@ -1,4 +1,4 @@
-"""A pipeline's parts and settings, which may be replaced at any time: what is made of them follows."""
+"""A pipeline's parts and settings, which may be replaced at any time, what is made of them, and where they compute."""
 
 from __future__ import annotations
 
@@ -7,21 +7,43 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tarflow.flows.decoding.fast_step import FastSteps
-from tarflow.pipeline.call.inputs import labels_by_name
+from tarflow.flows.model import TARFlowModel
+from tarflow.flows.student import StudentModel
+from tarflow.pipeline.call.inputs import Labels, label_indices, labels_by_name, latent_shape
 from tarflow.vae.codec import LatentCodec
+from tarflow.vae.decoder import LatentDecoder
 
 
-class Components:
-    """What `TARFlowPipeline` makes of its parts and settings as they are now."""
+class PipelineParts(DiffusionPipeline):
+    """The parts of a `TARFlowPipeline`, by the names of its folder; see there."""
+
+    flow: TARFlowModel
+    vae: Any  # of any class with Diffusers' ``encode`` and ``decode``
+    text_encoder: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    finetuned_decoder: LatentDecoder | None
+    student: StudentModel | None
+    config: Any
+
+    model_cpu_offload_seq = "text_encoder->flow->student->vae->finetuned_decoder"
+    _optional_components = ["vae", "text_encoder", "tokenizer", "finetuned_decoder", "student"]  # noqa: RUF012 (the library's interface)
 
     _image_processor: VaeImageProcessor | None = None
+    _fast_steps: FastSteps | None = None
 
     @property
     def codec(self) -> LatentCodec:
         """Pictures to latents and back, by the present autoencoder and latent statistics."""
         return LatentCodec(self.vae, self.config.latents_mean, self.config.latents_std)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent position along each side."""
+        return self.codec.factor
 
     @property
     def image_processor(self) -> VaeImageProcessor:
@@ -38,6 +60,35 @@ class Components:
     def labels(self) -> dict[str, int]:
         """Indices of the classes by name, see `labels_by_name`."""
         return labels_by_name(self.config.id2label)
+
+    def label_indices(self, class_labels: Labels) -> list[int]:
+        """Class labels, given by index or name, as indices."""
+        return label_indices(class_labels, self.labels, self.flow.config.num_classes)
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Channels, height and width of the latents for an image size."""
+        return latent_shape(self.flow.config, self.codec.factor, height, width)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where calls compute. Diffusers' own goes through all modules several times, which takes longer than a student's
+        pass; it is needed only where offloading has hooked into one."""
+        parts = (self.flow, self.student, self.vae, self.finetuned_decoder, self.text_encoder)
+        modules = (module for part in parts if part is not None for module in part.modules())
+        if any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in modules):
+            return super()._execution_device
+        return next(self.flow.parameters()).device
+
+    def run_offload_hook(self, module: nn.Module | None) -> None:
+        """Bring an offloaded module to its device, and the others away: its hook waits for ``forward``, which is not what
+        is called here, and knows of the module before it alone."""
+        hook: Any = getattr(module, "_hf_hook", None)
+        if hook is None:
+            return
+        for other in getattr(self, "_all_hooks", ()):
+            if other.model is not module:
+                other.offload()
+        hook.pre_forward(module)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As of Diffusers; and a part that was None is known from now on, so that it is saved. Of a flow that is replaced
@@ -82,6 +133,6 @@ class Components:
 def fits(part: Any, types: tuple[Any, ...]) -> bool:
     """Whether a part is of one of the classes; compiled and wrapped ones are what they wrap."""
     part = getattr(part, "_orig_mod", part)
-    return not isinstance(part, torch.nn.Module) or any(
+    return not isinstance(part, nn.Module) or any(
         kind is Any or (isinstance(kind, type) and isinstance(part, kind)) for kind in types
     )

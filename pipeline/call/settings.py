@@ -1,0 +1,134 @@
+"""What a call is asked for, resolved once: nothing of it is looked up or checked again by the steps that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.call.aspect import aspect_size, nearest_aspect_ratio
+from tarflow.pipeline.call.checks import check_caption_options, check_counts, check_decoding, check_negative
+from tarflow.pipeline.call.inputs import Labels
+from tarflow.pipeline.call.parts import PipelineParts
+from tarflow.pipeline.call.student_sampling import STUDENT
+
+#: A user's function of pipeline, step, step and tensors by name; its tensors, if any, take the place of those.
+Callback = Callable[[Any, int, int, dict], dict]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subjects:
+    """What the images of a call are of, as the caller names it; see `TARFlowPipeline` for each."""
+
+    prompt: str | list[str] | None = None
+    class_labels: Labels | None = None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    num_images_per_prompt: int = 1
+    num_images: int | None = None
+    max_sequence_length: int | None = None
+
+    @property
+    def names_negative(self) -> bool:
+        """Whether the caller says what guidance leads away from."""
+        return self.negative_prompt is not None or self.negative_prompt_embeds is not None
+
+    def check(self, conditioning: str, guidance_scale: float, has_callback: bool) -> None:
+        """Whether each of them can have an effect on a flow with this conditioning.
+
+        Raises:
+            ValueError: that names the one that cannot.
+        """
+        check_counts(conditioning, self.num_images, self.num_images_per_prompt)
+        check_negative(conditioning, self.negative_prompt, self.negative_prompt_embeds, guidance_scale, has_callback)
+        check_caption_options(conditioning, self.max_sequence_length)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sampling:
+    """All that decides what a call makes of its noise.
+
+    Attributes:
+        subjects: what the images are of.
+        shape: channels, height and width of the latents.
+        aspect_ratio: that captions name.
+        guidance_scale: 1 is off; ``guidance`` is the same with its method.
+        decoding: how blocks are inverted, all alike or each; None is one pass of the student.
+        denoise: True (the score step), "learned" or False.
+        decoder: "vae" or "finetuned".
+        temperature: factor on the prior noise.
+        return_residual: whether to tell how exact each sample is.
+        callback, callback_tensors: called after each step with these tensors; None is all.
+    """
+
+    subjects: Subjects
+    shape: tuple[int, int, int]
+    aspect_ratio: str
+    guidance_scale: float
+    guidance: Guidance
+    decoding: Decoding | list[Decoding] | None
+    denoise: bool | str
+    decoder: str
+    temperature: float = 1.0
+    return_residual: bool = False
+    callback: Callback | None = None
+    callback_tensors: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+    @property
+    def by_student(self) -> bool:
+        """Whether the student draws instead of the flow."""
+        return self.decoding is None
+
+    @property
+    def asks_flow(self) -> bool:
+        """Whether the flow itself sees the condition; a student needs it, and a second one, for the residual alone."""
+        return not self.by_student or self.return_residual
+
+    def steps(self, flow: TARFlowModel) -> int:
+        """How often the callback is called: after each block, or once."""
+        return 1 if self.by_student else len(flow.blocks)
+
+
+def resolve_decoding(
+    decoding: str | Decoding | list[Decoding], tolerance: float | None, segment: int | None
+) -> Decoding | list[Decoding] | None:
+    """How blocks are inverted, from a call's arguments; None is one pass of the student.
+
+    Raises:
+        ValueError: for an unknown way, or a tolerance or segment that is not for it.
+    """
+    check_decoding(decoding, tolerance, segment)
+    if not isinstance(decoding, str):
+        return decoding
+    if decoding == STUDENT:
+        return None
+    if decoding == "fast":
+        return Decoding("auto", FAST_TOLERANCE)
+    return Decoding(decoding, DEFAULT_TOLERANCE if tolerance is None else tolerance, segment)
+
+
+def resolve_size(
+    pipe: PipelineParts, height: int | None, width: int | None, aspect_ratio: str | None
+) -> tuple[tuple[int, int, int], str]:
+    """The latents' channels, height and width, and the aspect ratio that captions name.
+
+    Raises:
+        ValueError: if the model cannot draw this size, or it is said twice.
+    """
+    if aspect_ratio is not None:
+        if height is not None or width is not None:
+            raise ValueError("give either aspect_ratio or height and width, not both")
+        config, factor = pipe.flow.config, pipe.codec.factor
+        height, width = aspect_size(aspect_ratio, config.sample_size * factor, factor * config.patch_size)
+    shape = pipe.latent_shape(height, width)
+    return shape, aspect_ratio or nearest_aspect_ratio(*shape[1:])
