@@ -14,6 +14,10 @@ import jsonargparse
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
     """Defaults and types behind each option; the description's lines as they are."""
 
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        """Types with a range of their own read as all others."""
+        return re.sub(r"\bOptional\[(.*)\]$", r"\1 | null", super()._get_type_str(action) or "") or None
+
 
 def parse_dataclass(
     kind: type, argv: list[str] | None = None, description: str | None = None, prog: str | None = None

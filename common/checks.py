@@ -57,13 +57,16 @@ off_or_positive = Range(lambda number: number >= 0, "0 (off) or positive")
 fraction = Range(lambda number: 0 <= number <= 1, "in [0, 1]")
 below_one = Range(lambda number: 0 <= number < 1, "in [0, 1)")
 
+#: Types of fields.
 AtLeastOne = Annotated[int, at_least(1)]
-#: A number of steps between two doings of something; 0 is never.
-Interval = Annotated[int, off_or_positive]
+OffOrPositive = Annotated[int, off_or_positive]
+#: Steps between two doings of something; 0 is never.
+Interval = OffOrPositive
 Count = Annotated[int, not_negative]
 Positive = Annotated[float, positive]
 NotNegative = Annotated[float, not_negative]
 Fraction = Annotated[float, fraction]
+BelowOne = Annotated[float, below_one]
 
 
 def check_ranges(settings: Any, section: str = "") -> None:

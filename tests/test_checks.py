@@ -113,4 +113,6 @@ def test_command_lines_read_such_types(capsys: pytest.CaptureFixture[str]):
         parse_dataclass(Settings, ["--steps", "x"])
     with pytest.raises(SystemExit):
         parse_dataclass(Settings, ["--help"])
-    assert "the peak. (type: float, default: 0.001)" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the peak. (type: float, default: 0.001)" in shown
+    assert "(type: int | null, default: null)" in shown

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from tarflow.common.checks import check
+from tarflow.common.checks import AtLeastOne, Interval, NotNegative, Positive, check, check_ranges
 from tarflow.data.config import DataConfig
 from tarflow.training.loop.network_config import NetworkConfig
 from tarflow.training.losses.pictures import PictureLossConfig
@@ -16,7 +17,7 @@ class SourceConfig:
     """One source of pictures. ``share``: how often it is drawn from, relative to the other sources."""
 
     data: DataConfig
-    share: float = 1.0
+    share: Positive = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +44,18 @@ class TrainVaeConfig(NetworkConfig):
     model: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     posterior: Literal["gaussian", "constant"] = "gaussian"
-    posterior_std: float = 0.5
+    posterior_std: Positive = 0.5
     loss: PictureLossConfig = field(default_factory=PictureLossConfig)
-    kl_weight: float = 1e-3
-    steps: int = 2400
-    eval_every: int = 400
-    eval_noise_std: float = 0.3
-    checkpoint_every: int = 1000
+    kl_weight: NotNegative = 1e-3
+    steps: AtLeastOne = 2400
+    eval_every: Interval = 400
+    eval_noise_std: NotNegative = 0.3
+    checkpoint_every: Interval = 1000
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     card: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.posterior_std > 0, f"posterior_std must be positive, got {self.posterior_std}")
-        for name in ("kl_weight", "eval_noise_std"):
-            check(getattr(self, name) >= 0, f"{name} must be 0 or positive, got {getattr(self, name)}")
         check(bool(self.model) or self.init_from is not None, "model is empty: give its arguments, or init_from")
         check(
             self.mixed_precision != "fp16" or self.loss.adversarial == 0,
@@ -69,10 +67,16 @@ class TrainVaeConfig(NetworkConfig):
     def _check_sources(self) -> None:
         check(bool(self.sources), "sources is empty; name at least one")
         for name, source in self.sources.items():
-            check(source.share > 0, f"sources.{name}.share must be positive, got {source.share}")
+            check_ranges(source, f"sources.{name}")
             check("/" not in name, f"names of sources become names of files: {name!r} has a slash")
         sizes = {name: source.data.image_size for name, source in self.sources.items()}
         check(len(set(sizes.values())) == 1, f"all sources must have one data.image_size, got {sizes}")
+
+    @property
+    def folder(self) -> Path:
+        """Of the run, beside the autoencoder's."""
+        output = Path(self.output)
+        return output.with_name(output.name + "_run")
 
     @property
     def constant_std(self) -> float | None:

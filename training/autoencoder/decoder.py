@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tarflow.common.checks import check
+from tarflow.common.checks import NotNegative, Positive
 from tarflow.data.images import Images
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.training.loop.checkpoint import on_main
@@ -36,13 +36,9 @@ class DecoderConfig(ComponentConfig):
     kind: ClassVar[str] = "decoder"
 
     set_default: bool = True
-    noise_std: float | None = None
+    noise_std: NotNegative | None = None
     loss: PictureLossConfig = field(default_factory=PictureLossConfig)
-    lr: float = 3e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.noise_std is None or self.noise_std >= 0, f"noise_std must be 0 or positive, got {self.noise_std}")
+    lr: Positive = 3e-4
 
     @property
     def image_size(self) -> int:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from tarflow.common.checks import check
+from tarflow.common.checks import (
+    AtLeastOne,
+    BelowOne,
+    Fraction,
+    Interval,
+    NotNegative,
+    OffOrPositive,
+    at_least,
+    check,
+    check_ranges,
+)
 from tarflow.data.config import DataConfig
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.joint_config import JointConfig, check_joint
 from tarflow.training.flow.lora_config import LoraConfig, check_lora
-from tarflow.training.loop.config import LogConfig, OptimConfig, TrainConfig
+from tarflow.training.loop.config import LogSettings, LoopSettings, OptimConfig, StepSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +41,12 @@ class VaeConfig:
 
     name: str | None = "drawings_emoji_f8c8"
     subfolder: str | None = None
-    measure_images: int = 1024
+    measure_images: OffOrPositive = 1024
     sample_posterior: bool = True
     train: Literal["frozen", "joint"] = "frozen"
 
     def __post_init__(self) -> None:
-        check(self.measure_images >= 0, f"vae.measure_images must be 0 (off) or positive, got {self.measure_images}")
+        check_ranges(self, "vae")
 
     @property
     def pixels(self) -> bool:
@@ -65,16 +76,16 @@ class TextConfig:
     name: str | None = None
     subfolder: str | None = None
     tokenizer_subfolder: str | None = None
-    max_length: int = 16
+    max_length: AtLeastOne = 16
     hidden_layer: int = -1
     prefix: str | None = None
     chat_template: bool = False
-    vocab_size: int = 4000
-    vocab_captions: int = 4000
+    vocab_size: AtLeastOne = 4000
+    vocab_captions: AtLeastOne = 4000
     unit: Literal["word", "bpe"] = "word"
-    width: int = 64
-    layers: int = 2
-    heads: int = 4
+    width: AtLeastOne = 64
+    layers: AtLeastOne = 2
+    heads: AtLeastOne = 4
     shard: bool = False
 
     def __post_init__(self) -> None:
@@ -85,14 +96,83 @@ class TextConfig:
             given = {**self.options.changed, "tokenizer_subfolder": self.tokenizer_subfolder}
             for name, value in given.items():
                 check(value is None, f"text.{name} is for text.kind 'pretrained', but text.kind is {self.kind!r}")
-        for name in ("max_length", "vocab_size", "vocab_captions", "width", "layers", "heads"):
-            check(getattr(self, name) >= 1, f"text.{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self, "text")
         check(self.width % self.heads == 0, f"text.heads ({self.heads}) must divide text.width ({self.width})")
 
     @property
     def options(self) -> TextOptions:
         """What drawing must do alike."""
         return TextOptions(hidden_layer=self.hidden_layer, prefix=self.prefix, chat_template=self.chat_template)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StepSettings):
+    """The steps.
+
+    Attributes:
+        steps: optimizer steps; ``images`` gives them in pictures instead. ``max_minutes`` lowers them, from the
+            measured speed, so that the training takes about as long (the schedule then ends there; resuming keeps the
+            checkpoint's number).
+        noise: "gaussian", added with standard deviation ``noise_std`` (σ), or "uniform", which makes real numbers of
+            8-bit pixels for likelihoods in bits per dimension, and leaves σ unused.
+        drop_rate: share of conditions replaced by "none", which guidance needs.
+        latent_norm_weight: weight of a penalty, the sum of the mean squares of all blocks' outputs but the last's;
+            0 is off.
+        compile: compile the Transformer layers (`torch.compile`); the first steps take minutes, the others less time.
+        checkpointing: activations that are computed again in the backward pass to save memory: "none", of each
+            "block", of each "layer" (with ``checkpointing_every`` only of every so many layers), or "both"; or
+            "reversible", for coupling blocks, all of them, from the last output.
+        ema_decay: of the averaged weights that are evaluated and saved; averages with ``more_ema_decays`` are kept,
+            evaluated at the end and saved beside them.
+        max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
+        seed: of weights, noise and drops.
+    """
+
+    images: AtLeastOne | None = None
+    noise: Literal["gaussian", "uniform"] = "gaussian"
+    noise_std: NotNegative = 0.3
+    drop_rate: Fraction = 0.1
+    latent_norm_weight: NotNegative = 0.0
+    compile: bool = False
+    checkpointing: Literal["none", "block", "layer", "both", "reversible"] = "none"
+    checkpointing_every: AtLeastOne = 1
+    more_ema_decays: list[BelowOne] = field(default_factory=list)
+    max_bad_steps: AtLeastOne = 5
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "train")
+        check(
+            self.checkpointing_every == 1 or self.checkpointing in ("layer", "both"),
+            f"train.checkpointing_every is for checkpointing 'layer' and 'both', not {self.checkpointing!r}",
+        )
+        check(len(set(self.ema_decays)) == len(self.ema_decays), f"EMA decays must differ, got {self.ema_decays}")
+
+    @property
+    def ema_decays(self) -> list[float]:
+        return [self.ema_decay, *self.more_ema_decays]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(LogSettings):
+    """What is written while training; 0 turns an interval off.
+
+    Attributes:
+        eval_every: steps between evaluations of held-out nats per dimension, on ``eval_images`` pictures.
+        sample_every: steps between grids of ``sample_images`` pictures from fixed noise, raw and denoised.
+        save_pipeline_every: steps between pipeline folders; the last step always saves one.
+        prompts: captions of the grid; None takes held-out ones.
+        guidance_scale, guidance_method: of the grid, and the saved pipeline's defaults; a scale of 1 is off.
+    """
+
+    sample_every: Interval = 1000
+    sample_images: AtLeastOne = 36
+    save_pipeline_every: Interval = 0
+    prompts: list[str] | None = None
+    guidance_scale: Annotated[float, at_least(1)] = 1.0
+    guidance_method: Literal["gaussian", "linear"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "log")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +188,15 @@ class MetricConfig:
         batch_size: samples drawn at once.
     """
 
-    every: int = 0
-    images: int = 1000
+    every: Interval = 0
+    images: Annotated[int, at_least(2)] = 1000
     extractor: str = "inception"
     weights: str | None = None
     normalize: Literal["imagenet", "half"] = "imagenet"
-    batch_size: int = 64
+    batch_size: AtLeastOne = 64
 
     def __post_init__(self) -> None:
-        check(self.every >= 0, f"metric.every must be 0 (off) or positive, got {self.every}")
-        check(self.images >= 2, f"metric.images must be at least 2, got {self.images}")
-        check(self.batch_size >= 1, f"metric.batch_size must be at least 1, got {self.batch_size}")
+        check_ranges(self, "metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +249,20 @@ class RunConfig:
                 "flow.learned_denoiser learns from the gradient of the likelihood alone: set train.latent_norm_weight "
                 "to 0",
             )
+
+    @property
+    def loop(self) -> LoopSettings:
+        """What the loop goes by."""
+        return LoopSettings(
+            folder=Path(self.output),
+            resume=self.resume,
+            train=self.train,
+            optim=self.optim,
+            log=self.log,
+            images=self.train.images,
+            ema_decays=tuple(self.train.ema_decays),
+            max_bad_steps=self.train.max_bad_steps,
+        )
 
 
 def has_denoiser(config: RunConfig) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tarflow.common.checks import check
+from tarflow.common.checks import NotNegative, Positive, check, check_ranges
 from tarflow.training.losses.config import PictureLossConfig
 
 
@@ -27,17 +27,15 @@ class JointConfig:
         loss: what makes decoded pictures like their originals.
     """
 
-    posterior_std: float = 0.5
-    lr: float = 1e-4
-    nll_weight: float = 1e-3
+    posterior_std: Positive = 0.5
+    lr: Positive = 1e-4
+    nll_weight: NotNegative = 1e-3
     renormalise: bool = True
     model: dict[str, Any] = field(default_factory=dict)
     loss: PictureLossConfig = field(default_factory=PictureLossConfig)
 
     def __post_init__(self) -> None:
-        for name in ("posterior_std", "lr"):
-            check(getattr(self, name) > 0, f"joint.{name} must be positive, got {getattr(self, name)}")
-        check(self.nll_weight >= 0, f"joint.nll_weight must be 0 or positive, got {self.nll_weight}")
+        check_ranges(self, "joint")
 
 
 def check_joint(config: Any) -> None:

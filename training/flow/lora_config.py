@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tarflow.common.checks import check
+from tarflow.common.checks import BelowOne, OffOrPositive, Positive, check, check_ranges
 from tarflow.flows.adapters.adapters import LORA_TARGETS
 
 #: Layers of the small text encoder, a T5, that get an adapter: those of attention.
@@ -24,16 +24,14 @@ class LoraConfig:
         text_encoder: also one of the small text encoder.
     """
 
-    rank: int = 0
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: OffOrPositive = 0
+    alpha: Positive | None = None
+    dropout: BelowOne = 0.0
     target_modules: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
     text_encoder: bool = False
 
     def __post_init__(self) -> None:
-        check(self.rank >= 0, f"lora.rank must be 0 (off) or positive, got {self.rank}")
-        check(self.alpha is None or self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
-        check(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        check_ranges(self, "lora")
         check(bool(self.target_modules), "lora.target_modules is empty: name the layers that get an adapter")
         for name, default in (("alpha", None), ("dropout", 0.0), ("text_encoder", False)):
             value = getattr(self, name)

@@ -17,7 +17,7 @@ from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.objective import score_target
 from tarflow.training.loop.averages import WeightAverages
 from tarflow.training.loop.draws import place_seed
-from tarflow.training.loop.schedule import images_per_step, peak_factor, schedule_factor, warmup_steps
+from tarflow.training.loop.schedule import peak_factor, schedule_factor, warmup_steps
 
 
 class Stepper:
@@ -112,7 +112,7 @@ class Stepper:
         return range(first, first + size)
 
     def set_learning_rate(self, step: int, total: int) -> None:
-        optim, images = self.config.optim, images_per_step(self.config.train, self.accelerator.num_processes)
+        optim, images = self.config.optim, self.config.loop.images_per_step(self.accelerator.num_processes)
         factor = schedule_factor(step, total, warmup_steps(optim, images), optim) * peak_factor(optim, images)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor

@@ -37,7 +37,7 @@ from tarflow.training.loop.checkpoint import (
 from tarflow.training.loop.launcher import launcher_compilation
 from tarflow.training.loop.parallel import full_weights, shard_layers, verify_caches
 from tarflow.training.loop.reading import reading
-from tarflow.training.loop.schedule import TimeLimit, images_per_step, total_steps
+from tarflow.training.loop.schedule import TimeLimit
 from tarflow.training.loop.stopping import EndsEarly, Stopped, StopRequest
 
 #: What a resumed run takes from its own settings.
@@ -66,7 +66,7 @@ class Trainer(EndsEarly):
         self.accelerator = make_accelerator(config)
         check_parallel(self.accelerator, config)
         set_seed(config.train.seed)
-        self.images_per_step = images_per_step(config.train, self.accelerator.num_processes)
+        self.images_per_step = config.loop.images_per_step(self.accelerator.num_processes)
         # Settings are checked before anything is written.
         checkpoint = checkpoint_to_resume(self.folder, config.resume)
         state = None if checkpoint is None else read_state(checkpoint)
@@ -79,7 +79,7 @@ class Trainer(EndsEarly):
         elif config.data.verify:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
         self.prepare_model(fresh=state is None and start is None)
-        self.longest = self.total_steps = total_steps(config.train, self.images_per_step)
+        self.longest = self.total_steps = config.loop.total_steps(self.accelerator.num_processes)
         self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
         self.saved = checkpoint  # the last one
         if state is not None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
 
-from tarflow.common.checks import check
+from tarflow.common.checks import AtLeastOne, Count, check, check_ranges
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.data.latents import FORMAT
@@ -60,15 +60,15 @@ class CacheConfig:
     vae: VaeConfig = field(default_factory=VaeConfig)
     text: TextConfig = field(default_factory=TextConfig)
     flip: bool = False
-    shard_size: int = 4096
-    batch_size: int = 64
+    shard_size: AtLeastOne = 4096
+    batch_size: AtLeastOne = 64
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     aspect_ratios: list[str] | None = None
-    unit: int = 1
-    num_images: int | None = None
-    num_validation_images: int | None = None
-    num_workers: int = 0
+    unit: AtLeastOne = 1
+    num_images: AtLeastOne | None = None
+    num_validation_images: Count | None = None
+    num_workers: Count = 0
 
     def __post_init__(self) -> None:
         check(not self.vae.pixels, "vae.name is none: without an autoencoder there is nothing to cache")
@@ -76,12 +76,7 @@ class CacheConfig:
             self.vae.train == "frozen", "vae.train is 'joint': latents of an autoencoder that learns cannot be cached"
         )
         check(self.data.source != "latents", "data.source is 'latents': a cache is made of pictures")
-        for name in ("shard_size", "batch_size", "unit"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        check(self.num_workers >= 0, f"num_workers must be 0 or positive, got {self.num_workers}")
-        check(self.num_images is None or self.num_images >= 1, f"num_images must be at least 1, got {self.num_images}")
-        held_out = self.num_validation_images
-        check(held_out is None or held_out >= 0, f"num_validation_images must be 0 or positive, got {held_out}")
+        check_ranges(self)
         check(self.aspect_ratios != [], "aspect_ratios is empty: name at least one, or none (null) for squares")
         for name in self.aspect_ratios or ():
             correct = re.fullmatch(r"[1-9]\d*:[1-9]\d*", name)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from tarflow.common.checks import check
+from tarflow.common.checks import AtLeastOne, check
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model
 from tarflow.pipeline.loading.folder import add_component, own_folder
@@ -46,11 +46,7 @@ class ComponentConfig(NetworkConfig):
     save_to: str | None = None
     sample_posterior: bool = True
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    grid_images: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.grid_images >= 1, f"grid_images must be at least 1, got {self.grid_images}")
+    grid_images: AtLeastOne = 8
 
     @property
     def folder(self) -> Path:

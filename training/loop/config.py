@@ -1,151 +1,144 @@
-"""Settings of the loop."""
+"""Settings that every training has, and what the loop takes of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from tarflow.common.checks import check
+from tarflow.common.checks import (
+    AtLeastOne,
+    BelowOne,
+    Count,
+    Interval,
+    NotNegative,
+    Positive,
+    below_one,
+    check_ranges,
+    fraction,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class StepSettings:
+    """How long a training is, and what its steps are made of.
+
+    Attributes:
+        steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
+            as long (the schedule then ends there; resuming keeps the checkpoint's number).
+        batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
+        mixed_precision: "no", "bf16" or "fp16".
+        ema_decay: of the averaged weights, which are evaluated and saved.
+        num_workers: processes that read pictures, for each process that trains.
+        seed: of weights, noise and the pictures' order.
+    """
+
+    steps: AtLeastOne = 10000
+    max_minutes: Positive | None = None
+    batch_size: AtLeastOne = 64
+    accumulation: AtLeastOne = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    ema_decay: BelowOne = 0.9999
+    num_workers: Count = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateSettings:
+    """How far a step goes.
+
+    Attributes:
+        lr: the peak, after ``warmup_steps``.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients of a larger norm, a discriminator's too, are scaled down to it.
+    """
+
+    lr: Positive = 1e-3
+    warmup_steps: Count = 100
+    weight_decay: NotNegative = 1e-4
+    max_grad_norm: Positive = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What is written while training; 0 turns an interval off.
+
+    Attributes:
+        trackers: names of Accelerate trackers.
+        log_every: steps between logged losses.
+        eval_every: steps between evaluations on ``eval_images`` held-out pictures; there is one at the end too.
+        checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay.
+    """
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    log_every: AtLeastOne = 10
+    eval_every: Interval = 1000
+    eval_images: AtLeastOne = 512
+    checkpoint_every: Interval = 1000
+    keep_checkpoints: AtLeastOne = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(RateSettings):
     """AdamW with linear warm-up and then a schedule; gradients clipped by their norm.
 
     Attributes:
         lr: the peak; ``denoiser_lr`` is that of a learned denoiser, an optimizer group of its own, clipped by itself.
         lr_scaling: what both are multiplied by: "none", 1; "linear", the pictures of one step over
             ``reference_batch``; "sqrt", its square root.
+        betas: of AdamW.
         schedule: after the warm-up "cosine", down to ``min_lr_ratio`` of the peak at the last step, or "constant".
         warmup_steps: of the warm-up; ``warmup_images`` gives it in pictures instead.
-        max_grad_norm: gradients of a larger norm are scaled down to it.
         skip_grad_norm: steps with a larger norm are left out, counted and logged; None leaves none out.
     """
 
-    lr: float = 1e-3
-    denoiser_lr: float = 1e-4
+    denoiser_lr: Positive = 1e-4
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    reference_batch: int = 256
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 1e-4
+    reference_batch: AtLeastOne = 256
+    betas: Annotated[tuple[float, float], below_one] = (0.9, 0.95)
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 100
-    warmup_images: int | None = None
-    min_lr_ratio: float = 0.01
-    max_grad_norm: float = 1.0
-    skip_grad_norm: float | None = None
+    warmup_images: Count | None = None
+    min_lr_ratio: Annotated[float, fraction] = 0.01
+    skip_grad_norm: Positive | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "denoiser_lr", "max_grad_norm"):
-            check(getattr(self, name) > 0, f"optim.{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps"):
-            check(getattr(self, name) >= 0, f"optim.{name} must be 0 or positive, got {getattr(self, name)}")
-        check(all(0 <= b < 1 for b in self.betas), f"optim.betas must be in [0, 1), got {self.betas}")
-        check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
-        check(self.reference_batch >= 1, f"optim.reference_batch must be at least 1, got {self.reference_batch}")
-        if self.warmup_images is not None:
-            check(self.warmup_images >= 0, f"optim.warmup_images must be 0 or positive, got {self.warmup_images}")
-        if self.skip_grad_norm is not None:
-            check(self.skip_grad_norm > 0, f"optim.skip_grad_norm must be positive, got {self.skip_grad_norm}")
+        check_ranges(self, "optim")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The loop.
+class LoopSettings:
+    """What the loop goes by, whatever the user's settings are called.
 
     Attributes:
-        steps: optimizer steps; ``images`` gives them in pictures instead. ``max_minutes`` lowers them, from the
-            measured speed, so that the training takes about as long (the schedule then ends there; resuming keeps the
-            checkpoint's number).
-        batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
-        noise: "gaussian", added with standard deviation ``noise_std`` (σ), or "uniform", which makes real numbers of
-            8-bit pixels for likelihoods in bits per dimension, and leaves σ unused.
-        drop_rate: share of conditions replaced by "none", which guidance needs.
-        latent_norm_weight: weight of a penalty, the sum of the mean squares of all blocks' outputs but the last's;
-            0 is off.
-        mixed_precision: "no", "bf16" or "fp16".
-        compile: compile the Transformer layers (`torch.compile`); the first steps take minutes, the others less time.
-        checkpointing: activations that are computed again in the backward pass to save memory: "none", of each
-            "block", of each "layer" (with ``checkpointing_every`` only of every so many layers), or "both"; or
-            "reversible", for coupling blocks, all of them, from the last output.
-        ema_decay: of the averaged weights that are evaluated and saved; averages with ``more_ema_decays`` are kept,
-            evaluated at the end and saved beside them.
-        max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
-        seed: of weights, noise and drops.
+        folder: of the run: settings, logs, checkpoints.
+        resume: "latest", a checkpoint folder, "auto" (the latest if there is one), or None to start anew.
+        train, optim, log: the settings.
+        images: the length in pictures, instead of ``train.steps``.
+        ema_decays: of all averages; the first is evaluated while training.
+        max_bad_steps: so many losses or gradients in a row that are not finite are skipped before training stops.
+        sections: whether the user's settings stand in sections, "train.steps", or not, "steps".
     """
 
-    steps: int = 10000
+    folder: Path
+    resume: str | None
+    train: StepSettings
+    optim: OptimConfig
+    log: LogSettings
     images: int | None = None
-    max_minutes: float | None = None
-    batch_size: int = 64
-    accumulation: int = 1
-    noise: Literal["gaussian", "uniform"] = "gaussian"
-    noise_std: float = 0.3
-    drop_rate: float = 0.1
-    latent_norm_weight: float = 0.0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    compile: bool = False
-    checkpointing: Literal["none", "block", "layer", "both", "reversible"] = "none"
-    checkpointing_every: int = 1
-    ema_decay: float = 0.9999
-    more_ema_decays: list[float] = field(default_factory=list)
+    ema_decays: tuple[float, ...]
     max_bad_steps: int = 5
-    num_workers: int = 0
-    seed: int = 0
+    sections: bool = True
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "checkpointing_every", "max_bad_steps"):
-            check(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
-        check(self.images is None or self.images >= 1, f"train.images must be at least 1, got {self.images}")
-        if self.max_minutes is not None:
-            check(self.max_minutes > 0, f"train.max_minutes must be positive, got {self.max_minutes}")
-        for name in ("noise_std", "latent_norm_weight", "num_workers"):
-            check(getattr(self, name) >= 0, f"train.{name} must be 0 or positive, got {getattr(self, name)}")
-        check(0 <= self.drop_rate <= 1, f"train.drop_rate must be in [0, 1], got {self.drop_rate}")
-        check(
-            self.checkpointing_every == 1 or self.checkpointing in ("layer", "both"),
-            f"train.checkpointing_every is for checkpointing 'layer' and 'both', not {self.checkpointing!r}",
-        )
-        for decay in self.ema_decays:
-            check(0 <= decay < 1, f"train.ema_decay and more_ema_decays must be in [0, 1), got {decay}")
-        check(len(set(self.ema_decays)) == len(self.ema_decays), f"EMA decays must differ, got {self.ema_decays}")
+    def name(self, section: str, key: str) -> str:
+        """A setting as the user calls it."""
+        return f"{section}.{key}" if self.sections else key
 
-    @property
-    def ema_decays(self) -> list[float]:
-        return [self.ema_decay, *self.more_ema_decays]
+    def images_per_step(self, processes: int) -> int:
+        """Pictures of all processes and passes in one optimizer step."""
+        return self.train.batch_size * self.train.accumulation * processes
 
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """What is written while training; 0 turns an interval off.
-
-    Attributes:
-        trackers: names of Accelerate trackers.
-        log_every: steps between logged losses.
-        eval_every: steps between evaluations of held-out nats per dimension, on ``eval_images`` pictures.
-        sample_every: steps between grids of ``sample_images`` pictures from fixed noise, raw and denoised.
-        checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay.
-        save_pipeline_every: steps between pipeline folders; the last step always saves one.
-        prompts: captions of the grid; None takes held-out ones.
-        guidance_scale, guidance_method: of the grid, and the saved pipeline's defaults; a scale of 1 is off.
-    """
-
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    log_every: int = 10
-    eval_every: int = 1000
-    eval_images: int = 512
-    sample_every: int = 1000
-    sample_images: int = 36
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
-    save_pipeline_every: int = 0
-    prompts: list[str] | None = None
-    guidance_scale: float = 1.0
-    guidance_method: Literal["gaussian", "linear"] = "gaussian"
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "eval_images", "sample_images", "keep_checkpoints"):
-            check(getattr(self, name) >= 1, f"log.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "sample_every", "checkpoint_every", "save_pipeline_every"):
-            check(getattr(self, name) >= 0, f"log.{name} must be 0 (off) or positive, got {getattr(self, name)}")
-        check(self.guidance_scale >= 1, f"log.guidance_scale must be at least 1, got {self.guidance_scale}")
+    def total_steps(self, processes: int) -> int:
+        """Optimizer steps of a run, from ``images`` if it is given, else ``train.steps``."""
+        if self.images is None:
+            return self.train.steps
+        return -(-self.images // self.images_per_step(processes))

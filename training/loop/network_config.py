@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
-from tarflow.common.checks import check
+from tarflow.common.checks import AtLeastOne, BelowOne, Interval, check_ranges
+from tarflow.training.loop.config import LogSettings, LoopSettings, OptimConfig, RateSettings, StepSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """How `NetworkTrainer` trains; what is trained, and on what, subclasses say.
+class NetworkConfig(StepSettings, RateSettings, LogSettings):
+    """How a network is trained; what is trained, and on what, subclasses say.
 
     Attributes:
-        steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
-            as long.
-        batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
         lr: the peak, after ``warmup_steps``; a cosine takes it down to 0.
-        max_grad_norm: gradients of a larger norm, a discriminator's too, are scaled down to it.
-        ema_decay: of the averaged weights, which are evaluated and saved.
         eval_every: steps between evaluations on ``eval_images`` held-out pictures (of each source); 0 leaves the one at
             the end.
         checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay; 0 is off.
         log_every: steps between logged losses, by ``trackers`` of Accelerate.
         dtype: of the saved weights.
-        seed: of weights, noise and the pictures' order.
         resume: "latest", a checkpoint folder, "auto" (the latest if there is one), or None to start anew.
     """
 
-    steps: int = 5000
-    max_minutes: float | None = None
-    batch_size: int = 32
-    accumulation: int = 1
-    lr: float = 1e-3
-    warmup_steps: int = 100
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    num_workers: int = 0
-    eval_every: int = 500
-    eval_images: int = 256
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 20
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    steps: AtLeastOne = 5000
+    batch_size: AtLeastOne = 32
+    ema_decay: BelowOne = 0.999
+    log_every: AtLeastOne = 20
+    eval_every: Interval = 500
+    eval_images: AtLeastOne = 256
+    checkpoint_every: Interval = 500
+    keep_checkpoints: AtLeastOne = 2
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    seed: int = 0
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "eval_images", "keep_checkpoints", "log_every"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "max_grad_norm"):
-            check(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "num_workers", "eval_every", "checkpoint_every"):
-            check(getattr(self, name) >= 0, f"{name} must be 0 or positive, got {getattr(self, name)}")
-        check(self.max_minutes is None or self.max_minutes > 0, f"max_minutes must be positive, got {self.max_minutes}")
-        check(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        check_ranges(self)
+
+    def loop(self, folder: Path) -> LoopSettings:
+        """What the loop goes by, of a run in ``folder``."""
+        rates = {field.name: getattr(self, field.name) for field in fields(RateSettings)}
+        return LoopSettings(
+            folder=folder,
+            resume=self.resume,
+            train=self,
+            optim=OptimConfig(**rates, min_lr_ratio=0.0),
+            log=self,
+            ema_decays=(self.ema_decay,),
+            sections=False,
+        )

@@ -5,20 +5,10 @@ from __future__ import annotations
 import math
 import time
 
-from tarflow.training.loop.config import OptimConfig, TrainConfig
+from tarflow.training.loop.config import OptimConfig
 
 #: The speed is first measured between these steps; the first ones are slower and not counted.
 TIMED_STEPS = (10, 70)
-
-
-def images_per_step(config: TrainConfig, processes: int) -> int:
-    """Pictures of all processes and passes in one optimizer step."""
-    return config.batch_size * config.accumulation * processes
-
-
-def total_steps(config: TrainConfig, images_per_step: int) -> int:
-    """Optimizer steps of a run, from ``train.images`` if it is given, else ``train.steps``."""
-    return config.steps if config.images is None else -(-config.images // images_per_step)
 
 
 def warmup_steps(config: OptimConfig, images_per_step: int) -> int:

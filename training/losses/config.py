@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tarflow.common.checks import check
+from tarflow.common.checks import AtLeastOne, Count, NotNegative, Positive, check, check_ranges, multiple_of
 
 #: The package of Zhang et al., whose layers are weighted by what people found similar; it fetches its own weights.
 LPIPS = "lpips"
@@ -28,23 +28,22 @@ class PictureLossConfig:
         discriminator_width, discriminator_layers, discriminator_lr: its channels, halvings and learning rate.
     """
 
-    l1: float = 1.0
-    l2: float = 1.0
-    perceptual: float = 0.0
+    l1: NotNegative = 1.0
+    l2: NotNegative = 1.0
+    perceptual: NotNegative = 0.0
     perceptual_network: str = "mobilenet_v2"
     perceptual_weights: str | None = None
     perceptual_normalize: Literal["imagenet", "half"] = "imagenet"
     perceptual_layers: list[str] | None = None
-    adversarial: float = 0.0
-    adversarial_start: int = 0
+    adversarial: NotNegative = 0.0
+    adversarial_start: Count = 0
     adaptive: bool = True
-    discriminator_width: int = 64
-    discriminator_layers: int = 3
-    discriminator_lr: float = 1e-4
+    discriminator_width: Annotated[int, multiple_of(8)] = 64
+    discriminator_layers: AtLeastOne = 3
+    discriminator_lr: Positive = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "perceptual", "adversarial", "adversarial_start"):
-            check(getattr(self, name) >= 0, f"loss.{name} must be 0 or positive, got {getattr(self, name)}")
+        check_ranges(self, "loss")
         check(
             self.l1 + self.l2 + self.perceptual > 0,
             "loss.l1, loss.l2 and loss.perceptual are all 0: nothing makes pictures like their originals",
@@ -58,13 +57,6 @@ class PictureLossConfig:
                 self.perceptual_weights is not None,
                 f"loss.perceptual needs weights of {self.perceptual_network}: set loss.perceptual_weights to their file",
             )
-        width = self.discriminator_width
-        check(width >= 8 and width % 8 == 0, f"loss.discriminator_width must be a multiple of 8, got {width}")
-        check(
-            self.discriminator_layers >= 1,
-            f"loss.discriminator_layers must be at least 1, got {self.discriminator_layers}",
-        )
-        check(self.discriminator_lr > 0, f"loss.discriminator_lr must be positive, got {self.discriminator_lr}")
 
     @property
     def discriminator_shape(self) -> list[int] | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from tarflow.common.checks import check
+from tarflow.common.checks import AtLeastOne, Fraction, Interval, NotNegative, at_least, check
 from tarflow.evaluation.features.backbones import Normalize
 from tarflow.training.loop.component import ComponentConfig
 
@@ -38,44 +38,33 @@ class StudentConfig(ComponentConfig):
 
     kind: ClassVar[str] = "student"
 
-    num_layers: int = 8
-    width: int = 256
-    head_dim: int = 64
-    patch_size: int | None = None
+    num_layers: AtLeastOne = 8
+    width: AtLeastOne = 256
+    head_dim: AtLeastOne = 64
+    patch_size: AtLeastOne | None = None
     target: Literal["clean", "noisy"] = "clean"
     alignment: Literal["projected", "states", "none"] = "projected"
-    alignment_weight: float = 1.0
-    guidance_scale: float | None = None
+    alignment_weight: NotNegative = 1.0
+    guidance_scale: Annotated[float, at_least(1, "(off)")] | None = None
     guidance: Literal["flow", "extrapolated"] = "flow"
-    unguided_share: float = 0.25
-    own_share: float = 0.0
-    own_after: float = 0.5
-    perceptual: float = 0.0
+    unguided_share: Fraction = 0.25
+    own_share: Fraction = 0.0
+    own_after: Fraction = 0.5
+    perceptual: NotNegative = 0.0
     perceptual_network: str = "mobilenet_v2"
     perceptual_weights: str | None = None
     perceptual_normalize: Normalize = "imagenet"
     perceptual_layers: list[str] | None = None
-    perceptual_pictures: int = 8
-    steps: int = 10000
-    batch_size: int = 64
-    eval_every: int = 1000
-    eval_images: int = 128
-    grid_images: int = 12
-    checkpoint_every: int = 1000
+    perceptual_pictures: AtLeastOne = 8
+    steps: AtLeastOne = 10000
+    batch_size: AtLeastOne = 64
+    eval_every: Interval = 1000
+    eval_images: AtLeastOne = 128
+    grid_images: AtLeastOne = 12
+    checkpoint_every: Interval = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_layers", "width", "head_dim", "perceptual_pictures"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        check(self.patch_size is None or self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
-        for name in ("alignment_weight", "perceptual"):
-            check(getattr(self, name) >= 0, f"{name} must be 0 or positive, got {getattr(self, name)}")
-        for name in ("unguided_share", "own_share", "own_after"):
-            check(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
-        check(
-            self.guidance_scale is None or self.guidance_scale >= 1,
-            f"guidance_scale must be at least 1 (off), got {self.guidance_scale}",
-        )
         check(
             self.perceptual == 0 or self.perceptual_network == "lpips" or self.perceptual_weights is not None,
             "perceptual is on, so perceptual_weights must name the weights' file of its network",
