@@ -17,13 +17,13 @@ import torch
 
 from tarflow import TARFlowPipeline
 from tarflow.common.command import ending
-from tarflow.common.files import replaced
+from tarflow.common.files import write_picture
 from tarflow.data.drawings import CLASS_NAMES
 from tarflow.evaluation.samples.match import (
     all_captions,
-    caption_shares,
     captioned_grid,
-    class_shares,
+    drawn_caption_shares,
+    drawn_class_shares,
     generate,
     round_trip_error,
 )
@@ -75,17 +75,16 @@ def draw_and_check(config: RunConfig) -> dict[str, str]:
     if conditioning == "prefix":
         shown = [all_captions()[3 * i + i % 3] for i in range(36)]  # every shape and colour, backgrounds in turn
         images = generate(pipe, {"prompt": shown}, 36, seed=1)
-        shares = caption_shares(pipe)
+        shares = drawn_caption_shares(pipe)
         cond, _ = pipe.encode_prompt(shown[:8], pipe.device, do_classifier_free_guidance=False)
         error = round_trip_error(pipe.flow, cond=cond)
     else:
         shown = list(CLASS_NAMES)
         images = generate(pipe, {"class_labels": shown}, 36, seed=1)
-        shares = class_shares(pipe)
+        shares = drawn_class_shares(pipe)
         error = round_trip_error(pipe.flow, class_labels=torch.arange(8, device=pipe.device))
     grid = Path(config.output, "grid.png")
-    with replaced(grid) as temporary:
-        captioned_grid(images, shown).save(temporary, format="PNG")
+    write_picture(grid, captioned_grid(images, shown))
     rows = {"captioned grid": str(grid), "sampler's round-trip error": f"{error:.1e}"}
     return rows | {f"samples that match, {name}": f"{share:.1%}" for name, share in shares.items()}
 

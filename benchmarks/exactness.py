@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tarflow.benchmarks.choices import SAMPLES, SCALES
+from tarflow.common.charts import markdown_table
 from tarflow.flows.decoding.method import FAST_TOLERANCE, Decoding
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.layers.guidance import Guidance
@@ -89,16 +90,12 @@ def exactness(
 def exactness_table(rows: Sequence[Exactness]) -> str:
     """A line for each pipeline and method, a column for each guidance scale: the largest difference."""
     scales = sorted({row.guidance_scale for row in rows})
-    lines = [
-        "| pipeline | method | " + " | ".join(f"{scale:g}" for scale in scales) + " |",
-        "| --- " * (2 + len(scales)) + "|",
-    ]
     found = {(row.pipeline, row.method, row.guidance_scale): row.largest for row in rows}
-    for pipeline, method in dict.fromkeys((row.pipeline, row.method) for row in rows):
-        values = (found.get((pipeline, method, scale)) for scale in scales)
-        cells = ("–" if value is None else f"{value:.1e}" for value in values)
-        lines.append(f"| {pipeline} | {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [
+        [pipeline, method, *(found.get((pipeline, method, scale)) for scale in scales)]
+        for pipeline, method in dict.fromkeys((row.pipeline, row.method) for row in rows)
+    ]
+    return markdown_table(["pipeline", "method", *(f"{scale:g}" for scale in scales)], lines, ".1e")
 
 
 def captions_of(folder: Any, count: int) -> list[str]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
-from tarflow.evaluation.samples.generation import image_seed
+from tarflow.common.seeds import image_seed
 from tarflow.pipeline.call.aspect import aspect_size
 from tarflow.pipeline.call.inputs import NOISE_REMOVALS, label_of
 from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count

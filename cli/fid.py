@@ -25,14 +25,14 @@ from accelerate.utils import parse_flag_from_env
 from tarflow.cli.parsing import with_config_file
 from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.common.files import check_writable
+from tarflow.common.files import check_writable, write_json
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.features.backbones import Normalize
 from tarflow.evaluation.features.extractors import INCEPTION, Extractor, load_extractor
 from tarflow.evaluation.features.metrics import Metric
 from tarflow.evaluation.features.statistics import KEPT_FEATURES
 from tarflow.evaluation.images.sets import open_images
-from tarflow.evaluation.reports.fid import evaluate, reference_statistics, table, write_json
+from tarflow.evaluation.reports.fid import evaluate, reference_statistics, table
 from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
 from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
 
@@ -188,7 +188,7 @@ def calc(config: CalcConfig, state: PartialState) -> None:
     )
     if state.is_main_process:
         print(table(report), flush=True)  # first: what is printed is not lost
-        write_json(report | {"settings": dataclasses.asdict(config)}, out)
+        write_json(out, report | {"settings": dataclasses.asdict(config)}, nan_as_null=True)
 
 
 def run(config: RunConfig, state: PartialState) -> None:

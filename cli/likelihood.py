@@ -9,13 +9,12 @@ say nothing about pixels and can be compared only between models of the same lat
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Literal
 
 from tarflow.cli.parsing import with_config_file
 from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
-from tarflow.common.files import check_writable, write_text
+from tarflow.common.files import check_writable, write_json
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.evaluation.likelihood.held_out import Likelihood, evaluate_likelihood
@@ -82,7 +81,7 @@ def main(
         )
         print(report(result, pipe.config.noise_std), flush=True)  # first: what is printed is not lost
         if config.output is not None:
-            write_text(config.output, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+            write_json(config.output, dataclasses.asdict(result), nan_as_null=True)
 
 
 def report(result: Likelihood, noise_std: float) -> str:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarflow.common.files import check_writable, replaced
+from tarflow.common.files import check_writable, write_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,8 +62,7 @@ class Target:
         """
         path = self.path / f"{name}{self.suffix}" if self.is_folder else self.path
         kind, _ = FORMATS[self.suffix]
-        with replaced(path) as temporary:
-            image.save(temporary, format=kind, **({} if kind == "PNG" else {"quality": 95}))
+        write_picture(path, image, kind, **({} if kind == "PNG" else {"quality": 95}))
 
 
 def file_stems(subjects: list[str]) -> list[str]:

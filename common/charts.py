@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,19 @@ def figure(columns: int, title: str, path: Path, width: float = 4) -> Iterator[A
     with replaced(path) as temporary:
         drawing.savefig(temporary, dpi=120, format=path.suffix[1:].lower())
     pyplot.close(drawing)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: str = ".4g") -> str:
+    """A table of Markdown: text as it is, numbers that are not whole in a format, None as a dash."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "–"
+        return format(value, digits) if isinstance(value, float) else str(value)
+
+    lines = [header, *([cell(value) for value in row] for row in rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import stat
@@ -116,9 +117,37 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
-    """Write a file of one JSON value, see `replaced`; "NaN" and the like, which JSON lacks, are a ValueError."""
+def write_json(path: str | Path, value: Any, indent: int | None = 2, nan_as_null: bool = False) -> None:
+    """Write a file of one JSON value, see `replaced`; "NaN" and the like, which JSON lacks, are a ValueError.
+
+    Args:
+        path, value, indent: the file, what is written, and the spaces of a level.
+        nan_as_null: write null for numbers that are not finite, such as the standard error of a single picture.
+    """
+    if nan_as_null:
+        value = finite_or_none(value)
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite_or_none(value: Any) -> Any:
+    """A JSON value whose numbers that are not finite are None."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_picture(path: str | Path, picture: Any, kind: str = "PNG", **options: Any) -> None:
+    """Write a picture of Pillow's, see `replaced`.
+
+    Args:
+        path: of the file.
+        picture: the ``PIL.Image.Image``.
+        kind, options: the format and its options, as Pillow's ``save`` takes them.
+    """
+    with replaced(path) as temporary:
+        picture.save(temporary, format=kind, **options)
 
 
 def json_lines(text: str | bytes, name: str) -> list[tuple[int, Any]]:

@@ -7,13 +7,15 @@ every shape at every allowed tilt: the largest overlap (intersection over union)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tarflow.data.drawings import BACKGROUNDS, COLOURS, MAX_TILT, SHAPES, Drawing, render
+from tarflow.data.drawings import BACKGROUNDS, CLASS_NAMES, COLOURS, MAX_TILT, SHAPES, Drawing, render
 
 TEMPLATE_SIDE = 40
 MASK_SPREAD = 2.2  # side of the normalised window in units of the square root of the area (a star spans 1.75)
@@ -75,11 +77,33 @@ def match_shares(images: list[Image.Image], captions: list[str]) -> dict[str, fl
     """Share of pictures whose shape, colour and background (each, and all three) are what the caption says."""
     if not images or len(images) != len(captions):
         raise ValueError(f"expected as many captions as images, at least one; got {len(captions)} and {len(images)}")
-    hits: dict[str, list[bool]] = {"shape": [], "colour": [], "background": []}
-    for image, caption in zip(images, captions, strict=True):
-        reading, wanted = read_drawing(image), caption_attributes(caption)
+    return shares_of(images, ("shape", "colour", "background"), map(caption_attributes, captions))
+
+
+def class_shares(images: Iterable[Any], labels: Iterable[int | str]) -> dict[str, float]:
+    """Shares of pictures whose shape, colour, and both are those of their class, by index or name.
+
+    Raises:
+        ValueError: for a label that is no class of the drawings.
+    """
+    return shares_of(images, ("shape", "colour"), map(class_attributes, labels))
+
+
+def class_attributes(label: int | str) -> dict[str, str]:
+    """The colour and shape of a class of the drawings, by index or name."""
+    if isinstance(label, int) and not 0 <= label < len(CLASS_NAMES):
+        raise ValueError(f"the label {label} is no class of the drawings, which are 0 to {len(CLASS_NAMES) - 1}")
+    colour, shape = (label if isinstance(label, str) else CLASS_NAMES[label]).split()
+    return {"colour": colour, "shape": shape}
+
+
+def shares_of(images: Iterable[Any], attributes: tuple[str, ...], wanted: Iterable[dict[str, str]]) -> dict[str, float]:
+    """Shares of pictures that are read as wanted, by attribute, and "all" of them."""
+    hits: dict[str, list[bool]] = {name: [] for name in attributes}
+    for image, one in zip(images, wanted, strict=True):
+        reading = read_drawing(image)
         for name, values in hits.items():
-            values.append(getattr(reading, name) == wanted[name])
+            values.append(getattr(reading, name) == one[name])
     shares = {name: float(np.mean(values)) for name, values in hits.items()}
     shares["all"] = float(np.mean(np.all(list(hits.values()), axis=0)))
     return shares

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tarflow.common.clock import clock
-from tarflow.evaluation.samples.generation import image_seed
+from tarflow.common.seeds import image_seed
 from tarflow.pipeline.call.inputs import NOISE_REMOVALS
 from tarflow.pipeline.call.limits import check_num_images
 from tarflow.pipeline.call.student_sampling import STUDENT

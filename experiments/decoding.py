@@ -4,7 +4,6 @@ decoder. What each costs, how near it comes to held-out pictures, and how far it
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tarflow.common.charts import markdown_table
 from tarflow.common.clock import clock
-from tarflow.common.files import check_writable, replaced, write_text
+from tarflow.common.files import check_writable, write_json, write_picture, write_text
 from tarflow.common.machine import machine
 from tarflow.common.progress import progress_bar
+from tarflow.common.seeds import image_seed
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_uint8
 from tarflow.evaluation.features.backbones import Normalize
@@ -29,7 +30,6 @@ from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reconstruction.noisy import available_methods, decode_by, noisy_pictures
 from tarflow.evaluation.reports.fid import open_reference, versions
 from tarflow.evaluation.samples.conditions import Conditions, make_conditions
-from tarflow.evaluation.samples.generation import image_seed
 from tarflow.evaluation.samples.record import pipeline_hash
 
 #: A row of the table: its columns' names in the JSON file and in the table.
@@ -131,9 +131,9 @@ def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]
         row["distance"], row["seconds"] = distances.get(row["method"]), seconds[row["method"]]
         row["total_seconds"] = row["seconds"] + sampling
     write_tables(config, pipe, rows, extractor, out)
-    save_picture(labelled_rows(samples), out / "samples.png")
+    write_picture(out / "samples.png", labelled_rows(samples), optimize=True)
     first = {name: torch.cat(batches)[: config.columns] for name, batches in reconstructions.items()}
-    save_picture(labelled_rows(first), out / "reconstructions.png")
+    write_picture(out / "reconstructions.png", labelled_rows(first), optimize=True)
     return rows
 
 
@@ -241,12 +241,6 @@ def labelled_rows(rows: dict[str, Tensor], least: int = 96) -> Image.Image:
     return canvas
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG file, whole or not at all."""
-    with replaced(path) as temporary:
-        image.save(temporary, format="PNG", optimize=True)
-
-
 def write_tables(
     config: ComparisonConfig, pipe: Any, rows: list[dict[str, Any]], extractor: Extractor | None, out: Path
 ) -> None:
@@ -262,14 +256,11 @@ def write_tables(
         "machine": machine(pipe.flow.device),
         "versions": versions(),
     }
-    write_text(out / "comparison.json", json.dumps(report, indent=2) + "\n")
+    write_json(out / "comparison.json", report, nan_as_null=True)
     names = [name for name in COLUMNS if extractor is not None or name != "distance"]
     titles = [COLUMNS[name] or extractor.metric_name for name in names]
-    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
-    for row in rows:
-        values = (row[name] for name in names)
-        lines.append(f"| {' | '.join(value if isinstance(value, str) else f'{value:.4g}' for value in values)} |")
-    lines += [
+    lines = [
+        markdown_table(titles, [[row[name] for name in names] for row in rows]),
         "",
         f"PSNR and SSIM: of {config.pictures} pictures whose latents got noise of σ {pipe.config.noise_std:g}.",
     ]

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tarflow.common.charts import check_matplotlib
-from tarflow.common.files import check_writable
+from tarflow.common.files import check_writable, write_picture
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, to_uint8
 from tarflow.data.subset import Subset, spread
 from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_chart
-from tarflow.experiments.decoding import labelled_rows, save_picture
+from tarflow.experiments.decoding import labelled_rows
 from tarflow.pipeline.opening import open_pipeline
 
 Rows = dict[str, Tensor]  # uint8 pictures (N, 3, H, W) by the row's name
@@ -232,4 +232,4 @@ def draw_tool(config: ExactFlowConfig) -> None:
     if config.tool == "ood":
         out_of_distribution(config, pipe)
     else:
-        save_picture(labelled_rows(TOOLS[config.tool](config, pipe), least=64), Path(config.out))
+        write_picture(config.out, labelled_rows(TOOLS[config.tool](config, pipe), least=64), optimize=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tarflow.common.files import check_writable, write_text
+from tarflow.common.charts import markdown_table
+from tarflow.common.files import check_writable, write_json, write_picture, write_text
 from tarflow.common.machine import machine, timed
+from tarflow.common.seeds import image_seed
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.samples.conditions import make_conditions
-from tarflow.evaluation.samples.generation import image_seed
 from tarflow.evaluation.samples.student_error import exact_samples
-from tarflow.experiments.decoding import labelled_rows, save_picture
+from tarflow.experiments.decoding import labelled_rows
 from tarflow.pipeline.call.student_sampling import STUDENT, student_samples
 
 #: What is timed: the latents as they come, with or without the training noise, and whole calls.
@@ -125,23 +125,26 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     write_tables(report, pipe, out)
     rows = {name: call(config.columns, name, output_type="pt") for name in (config.decoding, STUDENT)}
     rows = {name: (images.cpu() * 255).round().to(torch.uint8) for name, images in rows.items()}
-    save_picture(labelled_rows({"flow": rows[config.decoding], "student": rows[STUDENT]}), out / "samples.png")
+    picture = labelled_rows({"flow": rows[config.decoding], "student": rows[STUDENT]})
+    write_picture(out / "samples.png", picture, optimize=True)
     return report
 
 
 def write_tables(report: dict[str, Any], pipe: Any, out: Path) -> None:
     """Write ``student.json`` and ``student.md``."""
-    write_text(out / "student.json", json.dumps(report, indent=2) + "\n")
+    write_json(out / "student.json", report, nan_as_null=True)
     size = pipe.flow.config.sample_size // pipe.flow.config.patch_size
-    lines = [f"| batch | timed | flow, {report['settings']['decoding']}, images/s | student, images/s | ratio |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
-    for row in report["speed"]:
-        values = (f"{row[name]:.4g}" for name in ("flow", "student"))
-        lines.append(f"| {row['batch']} | {row['timed']} | {' | '.join(values)} | {row['ratio']:.3g} |")
+    decoding = report["settings"]["decoding"]
+    header = ["batch", "timed", f"flow, {decoding}, images/s", "student, images/s", "ratio"]
+    rows = [
+        [row["batch"], row["timed"], row["flow"], row["student"], format(row["ratio"], ".3g")]
+        for row in report["speed"]
+    ]
+    lines = [markdown_table(header, rows)]
     settings = f"guidance scale {report['guidance_scale']:g}, student in {report['settings']['student_dtype']}"
     settings += ", both compiled" if report["settings"]["compile"] else ""
     lines += ["", f"{size * size} tokens, {settings}; {report['machine']}; medians."]
-    lines += ["", "| mean error of the samples | after each block, data to noise |", "| --- | --- |"]
     after = ", ".join(f"{error:.3g}" for error in report["errors"][1:])
-    lines.append(f"| {report['errors'][0]:.3g} | {after} |")
+    header = ["mean error of the samples", "after each block, data to noise"]
+    lines += ["", markdown_table(header, [[report["errors"][0], after]], ".3g")]
     write_text(out / "student.md", "\n".join(lines) + "\n")

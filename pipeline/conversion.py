@@ -20,6 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tarflow.common.files import write_json
 from tarflow.flows.conversion import convert_state_dict, is_starflow, model_arguments
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.loading.folder import is_unused, usual_rights, written_into
@@ -327,7 +328,7 @@ def write_flow(checkpoint: str | Path, model: dict[str, Any], folder: Path, dtyp
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         name = WEIGHTS_NAME.format(suffix="") + ".index.json"
-        (folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_json(folder / name, index)
 
 
 def storage_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

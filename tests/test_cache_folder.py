@@ -335,7 +335,7 @@ class TwoProcesses:
 
 
 def test_processes_hear_of_each_others_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "gather_object", lambda values: [*values, "the disk is full"])
+    monkeypatch.setattr(caching, "gather_objects", lambda value: [value, "the disk is full"])
     with pytest.raises(ValueError, match="the disk is full"):
         agreed(TwoProcesses(), lambda: 1)
     own = []
@@ -343,11 +343,11 @@ def test_processes_hear_of_each_others_errors(monkeypatch: pytest.MonkeyPatch) -
     def fails() -> None:
         raise OSError("my own")
 
-    monkeypatch.setattr(caching, "gather_object", lambda values: own.extend(values) or [*values, ""])
+    monkeypatch.setattr(caching, "gather_objects", lambda value: own.append(value) or [value, ""])
     with pytest.raises(OSError, match="my own"):
         agreed(TwoProcesses(), fails)
     assert own == ["my own"]
-    monkeypatch.setattr(caching, "gather_object", lambda values: [*values, ""])
+    monkeypatch.setattr(caching, "gather_objects", lambda value: [value, ""])
     assert agreed(TwoProcesses(), lambda: 1) == 1
 
 
@@ -361,7 +361,7 @@ def test_processes_with_copies_of_the_data(
         os.utime(file, ns=(0, 0))
     _, other = caching.open_plan(config, tmp_path / "cache", torch.device("cpu"))
     assert other.fingerprint != first.fingerprint
-    monkeypatch.setattr(caching, "gather_object", lambda values: [first.settings, *values])
+    monkeypatch.setattr(caching, "gather_objects", lambda value: [first.settings, value])
     assert same_plan(other).fingerprint == first.fingerprint
     rename(pictures)
     _, other = caching.open_plan(config, tmp_path / "cache", torch.device("cpu"))

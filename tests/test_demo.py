@@ -20,10 +20,10 @@ from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 
 from tarflow.cli.main import main
+from tarflow.common.seeds import image_seed
 from tarflow.demo import about, page, screenshot
 from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Request, checked, draw, noise_removals
 from tarflow.demo.rebuild import MOST_PIXELS, noise_picture, read_upload, rebuild
-from tarflow.evaluation.samples.generation import image_seed
 from tarflow.pipeline.opening import open_pipeline
 
 REQUEST = Request(prompt="a red ring", guidance_scale=2.0, decoding="sequential", seed=7, count=2)

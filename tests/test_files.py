@@ -10,7 +10,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from tarflow.common.charts import markdown_table
 from tarflow.common.files import (
     check_writable,
     is_special,
@@ -18,6 +20,7 @@ from tarflow.common.files import (
     read_json_lines,
     replaced,
     write_json,
+    write_picture,
     write_text,
 )
 
@@ -173,3 +176,23 @@ def test_places_are_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(ValueError, match=r"cannot write 'new/x\.json': Read-only file system"):
         check_writable("new/x.json")
+
+
+def test_numbers_that_json_lacks_become_null_where_that_is_asked_for(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [1.0, float("nan")], "b": (float("inf"), "é")}, nan_as_null=True)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.0, None], "b": [None, "é"]}
+
+
+def test_pictures_are_written_whole(tmp_path: Path) -> None:
+    write_picture(tmp_path / "new" / "x.png", Image.new("RGB", (3, 2), "red"), optimize=True)
+    assert Image.open(tmp_path / "new" / "x.png").size == (3, 2)
+    with pytest.raises(OSError):
+        write_picture(tmp_path / "new" / "x.jpg", Image.new("RGBA", (3, 2)), "JPEG")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.png"]
+
+
+def test_tables_of_markdown() -> None:
+    rows = [["one", 1.23456, None], [2, 1e-5, "x"]]
+    assert markdown_table(["a", "b", "c"], rows).splitlines() == [
+        *("| a | b | c |", "| --- | --- | --- |", "| one | 1.235 | – |", "| 2 | 1e-05 | x |")
+    ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tarflow.data.drawing_checker import class_shares
 from tarflow.data.drawings import CLASS_NAMES, Drawings
 from tarflow.experiments.family import comparison as flow_comparison
 from tarflow.experiments.family import plane as flow_plane
@@ -18,7 +19,6 @@ from tarflow.experiments.family.comparison import FlowComparison, compare_flows,
 from tarflow.experiments.family.data import PLANES, Samples, as_tensor, plane_samples, points
 from tarflow.experiments.family.family import FAMILY, draw, drawing_speed, fit, held_out_nats
 from tarflow.experiments.family.images import DIGITS, DISTILLED, as_pixels, digit_run, labelled_batches, uniform
-from tarflow.experiments.family.latents import class_shares
 from tarflow.experiments.family.runs import Runs, file_name
 from tarflow.flows.model import TARFlowModel
 
@@ -123,8 +123,12 @@ def test_drawings_are_read_back() -> None:
         torch.stack([as_tensor(item["image"]) for item in items]),
         torch.tensor([i["label"] for i in items]),
     )
-    assert class_shares(pictures, labels) == {"colour": 1.0, "shape": 1.0}
-    assert class_shares(pictures, (labels + 7) % len(CLASS_NAMES))["colour"] < 0.5
+    pictures, labels = pictures.permute(0, 2, 3, 1).numpy(), labels.tolist()
+    assert class_shares(pictures, labels) == {"shape": 1.0, "colour": 1.0, "all": 1.0}
+    wrong = class_shares(pictures, [(label + 7) % len(CLASS_NAMES) for label in labels])
+    assert wrong["colour"] < 0.5 and wrong["all"] <= min(wrong["colour"], wrong["shape"])
+    with pytest.raises(ValueError, match="the label 36 is no class"):
+        class_shares(pictures[:1], [36])
 
 
 def test_plane_part_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from test_pipeline import CAPTIONS, make_pipeline
 
+from tarflow.common.seeds import image_seed
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.images import store as image_store
 from tarflow.evaluation.samples import conditions
 from tarflow.evaluation.samples.conditions import make_conditions, read_captions
-from tarflow.evaluation.samples.generation import GenerationConfig, generate_images, image_seed
+from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
 from tarflow.evaluation.samples.match import all_captions
 
 

@@ -20,13 +20,13 @@ from tarflow.common.arguments import parse_dataclass
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, open_source, to_model
 from tarflow.data.latents import CachedLatents
-from tarflow.pipeline.call.aspect import ASPECT_RATIOS, aspect_size
+from tarflow.pipeline.call.aspect import ASPECT_RATIOS, aspect_size, bucket_size
 from tarflow.pipeline.text.encoding import encode_captions
 from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.flow.text import small_t5, train_tokenizer
 from tarflow.training.latent_cache import folder as cache_folder
 from tarflow.training.latent_cache.caching import Encoder, cache_latents, prepare_folder, write_manifest, write_shards
-from tarflow.training.latent_cache.plan import CacheConfig, bucket_size, make_plan
+from tarflow.training.latent_cache.plan import CacheConfig, make_plan
 from tarflow.training.loop.batches import fixed_batches, read_batch
 from tarflow.vae.codec import LatentCodec, autoencoder_hash, load_autoencoder, measure_latents
 

@@ -106,10 +106,10 @@ def test_interrupted_runs_do_not_mix_settings_and_tensors(tmp_path: Path, monkey
     runs = Runs(tmp_path)
     runs.get("run", {"steps": 1}, made(1))
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tarflow.experiments.family.runs.write_text", stop)
+    monkeypatch.setattr("tarflow.experiments.family.runs.write_json", stop)
     with pytest.raises(KeyboardInterrupt):
         runs.get("run", {"steps": 2}, made(2))
     monkeypatch.undo()
@@ -129,10 +129,10 @@ def test_the_likelihood_is_printed_and_its_folder_made(
     mean = json.loads((tmp_path / "new folder/ü.json").read_text())["mean"]
     assert f"{mean:.4f}" in capsys.readouterr().out
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "x.json")
 
-    monkeypatch.setattr("tarflow.cli.likelihood.write_text", full)
+    monkeypatch.setattr("tarflow.cli.likelihood.write_json", full)
     with pytest.raises(SystemExit):
         main(argv)
     printed = capsys.readouterr()

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from tarflow.common.files import replaced
+from tarflow.common.files import replaced, write_picture
 
 #: Images in a folder: file systems are slow with many more.
 FOLDER_SIZE = 1000
@@ -47,8 +47,7 @@ class PngStore:
             list(pool.map(self._write_one, indices, images))
 
     def _write_one(self, index: int, image: np.ndarray) -> None:
-        with replaced(self.path(index)) as temporary:
-            Image.fromarray(image).save(temporary, format="PNG")
+        write_picture(self.path(index), Image.fromarray(image))
 
     def finish(self, chunks: list[range], labels: Iterator[list[int]] | None) -> None:
         """Nothing is left to do."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflow.common.progress import progress_bar
+from tarflow.common.seeds import image_seed
 from tarflow.data.images import Pictures, collate, to_model
 from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
 from tarflow.pipeline.conditions import condition_of
@@ -158,6 +159,6 @@ def noisy(pipe: Any, images: Tensor, seed: int, indices: list[int], draw: int) -
     latents = None if pipe.vae is None else pipe.codec.encode(to_model(images)).float()
     shape = images.shape[1:] if latents is None else latents.shape[1:]
     draw_noise = torch.rand if latents is None else torch.randn
-    generators = (torch.Generator().manual_seed((seed * 1_000_003 + index) * 1_009 + draw) for index in indices)
+    generators = (torch.Generator().manual_seed(image_seed(seed, index) * 1_009 + draw) for index in indices)
     noise = torch.stack([draw_noise(shape, generator=generator) for generator in generators]).to(images.device)
     return dequantize(images, noise) if latents is None else latents + pipe.config.noise_std * noise

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tarflow.common.files import write_text
 from tarflow.common.processes import on_main
 from tarflow.evaluation.features.clip_score import clip_score
 from tarflow.evaluation.features.extractors import Extractor
@@ -166,8 +164,3 @@ def table(report: dict[str, Any]) -> str:
     counts = [f"{report[side]['count']} {side}" for side in ("reference", "samples")]
     lines.append(f"pictures: {counts[0]}, {counts[1]}; extractor {report['extractor']['name']}")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report["warnings"])])
-
-
-def write_json(report: dict[str, Any], out: str | Path) -> None:
-    """Write a report, whole or not at all."""
-    write_text(out, json.dumps(report, indent=2) + "\n")

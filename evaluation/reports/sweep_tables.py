@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tarflow.common.charts import figure
+from tarflow.common.charts import figure, markdown_table
 from tarflow.common.files import replaced, write_text
 
 SWEPT = ("guidance_scale", "denoise", "decoder", "noise_std", "decoding")
@@ -94,9 +94,9 @@ def markdown(
         return f"**{shown}**" if bold else shown
 
     titles = [name.replace("_", " ").replace("noise std", "σ") for name in header]
-    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
-    for i, row in enumerate(rows):
-        lines.append(f"| {' | '.join(text(value, i == best) for value in cells(row, names))} |")
+    lines = [
+        markdown_table(titles, [[text(value, i == best) for value in cells(row, names)] for i, row in enumerate(rows)])
+    ]
     if best is not None:
         rank = rank_metric(names, rank)
         lines += ["", f"Bold: the best by {rank} ({'more' if more_is_better(rank) else 'less'} is better)."]

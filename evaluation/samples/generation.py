@@ -21,6 +21,7 @@ import torch
 
 from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
+from tarflow.common.seeds import image_seed
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.images.store import NpzStore, PngStore
 from tarflow.evaluation.samples.conditions import Conditions, make_conditions
@@ -222,12 +223,6 @@ def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Cond
         ).images
     pixels = (images * 255).round().astype(np.uint8)  # (B, H, W, C)
     return pixels if pixels.shape[3] == 3 else pixels.repeat(3, axis=3)
-
-
-def image_seed(seed: int, index: int) -> int:
-    """The seed of an image's noise. It grows by 1 with the index, as torch's generators on CPUs take 32 bits of it:
-    hashes would soon give two images the same noise."""
-    return seed * 1_000_003 + index
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from tarflow.data.drawing_checker import match_shares, read_drawing
+from tarflow.common.seeds import image_seed
+from tarflow.data.drawing_checker import class_shares, match_shares
 from tarflow.data.drawings import BACKGROUNDS, CLASS_NAMES, COLOURS, SHAPES, SIZES
 from tarflow.flows.decoding import sampling
 
@@ -29,26 +30,22 @@ def generate(pipe: Any, conditions: dict[str, list], batch_size: int, seed: int 
     images: list = []
     for first in range(0, len(values), batch_size):
         part = values[first : first + batch_size]
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + first + i) for i in range(len(part))]
+        generators = [torch.Generator().manual_seed(image_seed(seed, first + i)) for i in range(len(part))]
         images += pipe(**{name: part}, generator=generators, **options).images
     return images
 
 
-def caption_shares(pipe: Any, rounds: int = 3, batch_size: int = 108, **options: Any) -> dict[str, float]:
+def drawn_caption_shares(pipe: Any, rounds: int = 3, batch_size: int = 108, **options: Any) -> dict[str, float]:
     """Shares of samples whose shape, colour and background match, over rounds × 108 captions; ``options`` are of the
     pipeline's call."""
     captions = all_captions() * rounds
     return match_shares(generate(pipe, {"prompt": captions}, batch_size, **options), captions)
 
 
-def class_shares(pipe: Any, rounds: int = 9, batch_size: int = 108, **options: Any) -> dict[str, float]:
+def drawn_class_shares(pipe: Any, rounds: int = 9, batch_size: int = 108, **options: Any) -> dict[str, float]:
     """The same for class labels, which name colour and shape, over rounds × 36 labels."""
     names = list(CLASS_NAMES) * rounds
-    readings = [read_drawing(image) for image in generate(pipe, {"class_labels": names}, batch_size, **options)]
-    colour = [reading.colour == name.split()[0] for reading, name in zip(readings, names, strict=True)]
-    shape = [reading.shape == name.split()[1] for reading, name in zip(readings, names, strict=True)]
-    both = [a and b for a, b in zip(colour, shape, strict=True)]
-    return {key: sum(hits) / len(hits) for key, hits in (("shape", shape), ("colour", colour), ("all", both))}
+    return class_shares(generate(pipe, {"class_labels": names}, batch_size, **options), names)
 
 
 @torch.no_grad()

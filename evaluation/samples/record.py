@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tarflow.common.files import read_json_lines, replaced, write_text
+from tarflow.common.files import read_json_lines, replaced, write_json
 from tarflow.evaluation.samples.conditions import Conditions
 from tarflow.evaluation.samples.told import CONDITIONS
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
@@ -101,7 +101,7 @@ def check_record(config: Any, earlier: dict[str, Any] | None, record: dict[str, 
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """Write ``generation.json``, whole or not at all."""
     versions = {name: version(name) for name in ("tarflow", "torch", "diffusers", "transformers", "numpy")}
-    write_text(out / RECORD, json.dumps({**record, "versions": versions}, indent=1) + "\n")
+    write_json(out / RECORD, {**record, "versions": versions}, indent=1)
 
 
 def condition_rows(conditions: Conditions, num: int, batch_size: int) -> Iterator[dict[str, Any]]:

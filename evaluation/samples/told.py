@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tarflow.common.files import read_json_lines
 from tarflow.common.processes import gather_objects, process_and_count
-from tarflow.data.drawing_checker import match_shares, read_drawing
-from tarflow.data.drawings import CLASS_NAMES
+from tarflow.data.drawing_checker import class_shares, match_shares
 from tarflow.evaluation.images.sets import ImageSet
 
 CONDITIONS = "conditions.jsonl"
@@ -72,17 +71,3 @@ def matching_shares(images: ImageSet, kind: str, values: list, batch_size: int =
         f"match_{name}": math.fsum(count * shares[name] for count, shares in parts) / len(images)
         for name in parts[0][1]
     }
-
-
-def class_shares(pictures: list, labels: list[int | str]) -> dict[str, float]:
-    """Shares of pictures (H, W, 3) whose colour, shape and both are those of their class."""
-    colours, shapes = [], []
-    for picture, label in zip(pictures, labels, strict=True):
-        if isinstance(label, int) and not 0 <= label < len(CLASS_NAMES):
-            raise ValueError(f"the label {label} is no class of the drawings, which are 0 to {len(CLASS_NAMES) - 1}")
-        colour, shape = (label if isinstance(label, str) else CLASS_NAMES[label]).split()
-        reading = read_drawing(picture)
-        colours.append(reading.colour == colour)
-        shapes.append(reading.shape == shape)
-    both = [a and b for a, b in zip(colours, shapes, strict=True)]
-    return {name: sum(found) / len(found) for name, found in (("shape", shapes), ("colour", colours), ("all", both))}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tarflow.benchmarks.memory import training_memory
-from tarflow.common.charts import check_matplotlib
+from tarflow.common.charts import check_matplotlib, markdown_table
 from tarflow.common.files import check_writable, write_text
 from tarflow.data.drawings import CLASS_NAMES
 from tarflow.experiments.family import pictures
@@ -122,8 +122,7 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
             return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
-    lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, [[cell(value) for value in row] for row in rows])
 
 
 def percent(share: float | None) -> str | None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from tarflow.data.drawing_checker import read_drawing
+from tarflow.data.drawing_checker import class_shares
 from tarflow.data.drawings import CLASS_NAMES
 from tarflow.data.images import to_uint8
 from tarflow.experiments.family.data import Samples, drawing_samples
@@ -78,16 +76,6 @@ def latent_run(
         with torch.no_grad():
             tensors[way] = to_uint8(torch.cat([samples.codec.decode(part) for part in latents.split(32)]))
         prefix = "" if guidance is None else "guided_"
-        numbers |= {f"{prefix}{what}": share for what, share in class_shares(tensors[way], labels).items()}
+        shares = class_shares(tensors[way].permute(0, 2, 3, 1).numpy(), labels.tolist())
+        numbers |= {f"{prefix}{what}": shares[what] for what in ("colour", "shape")}
     return numbers, tensors
-
-
-def class_shares(pictures: Tensor, labels: Tensor) -> dict[str, float]:
-    """Shares of uint8 pictures (N, 3, H, W) whose colour and shape are read as their class's."""
-    readings = [read_drawing(Image.fromarray(picture.permute(1, 2, 0).numpy())) for picture in pictures]
-    names = [CLASS_NAMES[int(label)].split() for label in labels]
-    pairs = list(zip(readings, names, strict=True))
-    return {
-        "colour": sum(reading.colour == name[0] for reading, name in pairs) / len(pairs),
-        "shape": sum(reading.shape == name[1] for reading, name in pairs) / len(pairs),
-    }

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tarflow.common.files import replaced
+from tarflow.common.files import replaced, write_picture
 from tarflow.experiments.family.plane import EXTENT
 from tarflow.experiments.family.runs import Result
 
@@ -105,8 +105,7 @@ def rows_picture(rows: dict[str, Tensor], path: Path, scale: int = 2, columns: i
         top = index * (first.height + 3)
         canvas.paste(image, (label, top))
         pen.text((2, top + first.height / 2), name, fill="black", font=font, anchor="lm")
-    with replaced(path) as temporary:
-        canvas.quantize(PALETTE).save(temporary, format="PNG", optimize=True)
+    write_picture(path, canvas.quantize(PALETTE), optimize=True)
 
 
 def memory_picture(memory: dict[str, dict[str, int]], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tarflow.common.files import replaced, write_text
+from tarflow.common.files import replaced, write_json
 
 #: Numbers for the tables, and tensors for the pictures and for other runs.
 Result = tuple[dict[str, Any], dict[str, Any]]
@@ -43,7 +43,7 @@ class Runs:
         path.unlink(missing_ok=True)  # between the two files no earlier settings may stand beside these tensors
         with replaced(tensors) as temporary:
             torch.save(made, temporary)
-        write_text(path, json.dumps({"settings": settings, "numbers": numbers}, indent=2) + "\n")
+        write_json(path, {"settings": settings, "numbers": numbers}, nan_as_null=True)
         shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items() if isinstance(value, float))
         print(f"{name}: {shown}", flush=True)
         return numbers, made

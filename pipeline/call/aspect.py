@@ -20,21 +20,25 @@ def aspect_size(aspect_ratio: str, side: int, multiple: int) -> tuple[int, int]:
     """
     if aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(f"aspect_ratio must be one of {', '.join(ASPECT_RATIOS)}, got {aspect_ratio!r}")
-    width, height = map(int, aspect_ratio.split(":"))
-    ratio = width / height
-    return tuple(
-        max(1, round(length / multiple)) * multiple for length in (side / math.sqrt(ratio), side * math.sqrt(ratio))
-    )
+    return bucket_size(ratio_of(aspect_ratio), side, multiple)
+
+
+def ratio_of(aspect_ratio: str) -> float:
+    """Width over height of "16:9"."""
+    width, height = map(float, aspect_ratio.split(":"))
+    return width / height
+
+
+def bucket_size(ratio: float, side: int, multiple: int) -> tuple[int, int]:
+    """Height and width of about side² pixels whose width is ``ratio`` times the height, multiples of ``multiple``."""
+    height, width = side / math.sqrt(ratio), side * math.sqrt(ratio)
+    return max(1, round(height / multiple)) * multiple, max(1, round(width / multiple)) * multiple
 
 
 def nearest_aspect_ratio(height: int, width: int) -> str:
     """The bucket whose ratio is nearest to a size's, on a logarithmic scale."""
 
-    def distance(name: str) -> float:
-        w, h = map(int, name.split(":"))
-        return abs(math.log(w / h) - math.log(width / height))
-
-    return min(ASPECT_RATIOS, key=distance)
+    return min(ASPECT_RATIOS, key=lambda name: abs(math.log(ratio_of(name)) - math.log(width / height)))
 
 
 def fill_template(template: str | None, captions: list[str], aspect_ratio: str) -> list[str]:

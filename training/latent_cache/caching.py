@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tarflow.common.command import sentence
 from tarflow.common.files import check_writable
+from tarflow.common.processes import gather_objects
 from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.images import Images, collate, to_model
 from tarflow.data.latents import FORMAT, read_manifest
@@ -76,7 +77,7 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
             plan, encoder, folder, state.process_index, state.num_processes, show_progress=state.is_main_process
         ),
     )
-    records = gather_object(records)
+    records = [record for part in gather_objects(records) for record in part]
     agreed(state, lambda: write_manifest(plan, encoder, folder, records) if state.is_main_process else None)
     return read_manifest(folder)
 
@@ -105,7 +106,7 @@ def agreed(state: PartialState, stage: Callable[[], Any]) -> Any:
         found = stage()
     except Exception as error:  # noqa: BLE001 (whatever it is, the others must hear of it)
         failure = error
-    reasons = [reason for reason in gather_object([sentence(failure) if failure else ""]) if reason]
+    reasons = [reason for reason in gather_objects(sentence(failure) if failure else "") if reason]
     if failure is not None:
         raise failure
     if reasons:
@@ -119,7 +120,7 @@ def same_plan(plan: Plan) -> Plan:
     Raises:
         ValueError: if the processes see different pictures or settings.
     """
-    all_settings = gather_object([plan.settings])
+    all_settings = gather_objects(plan.settings)
     for settings in all_settings:
         if without_times(settings) != without_times(all_settings[0]):
             raise ValueError(f"the processes see different data: {difference(settings, all_settings[0])}")

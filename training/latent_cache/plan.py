@@ -17,6 +17,7 @@ from tarflow.common.checks import AtLeastOne, Count, check, check_ranges
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.data.latents import FORMAT
+from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.loop.batches import SHUFFLE_LIMIT
 
@@ -215,7 +216,7 @@ def group_by_size(
         if side % multiple:
             raise ValueError(f"data.image_size ({side}) must be a multiple of {multiple}, the autoencoder's × unit")
         return {(side, side): range(count)}
-    ratios = [float(name.split(":")[0]) / float(name.split(":")[1]) for name in config.aspect_ratios]
+    ratios = [ratio_of(name) for name in config.aspect_ratios]
     sizes = [bucket_size(ratio, side, multiple) for ratio in ratios]
     groups: dict[tuple[int, int], list[int]] = {size: [] for size in sizes}
     waiting: list[int] = []  # unreadable pictures, which the next readable one replaces
@@ -228,12 +229,6 @@ def group_by_size(
             waiting = []
     groups[sizes[0]] += waiting
     return groups
-
-
-def bucket_size(ratio: float, side: int, multiple: int) -> tuple[int, int]:
-    """Height and width of about side² pixels whose width is ``ratio`` times the height, multiples of ``multiple``."""
-    height, width = side / math.sqrt(ratio), side * math.sqrt(ratio)
-    return max(1, round(height / multiple)) * multiple, max(1, round(width / multiple)) * multiple
 
 
 class PictureSizes(Dataset):

@@ -1,0 +1,9 @@
+"""Seeds of single pictures, so that a picture is the same whatever is drawn beside it."""
+
+from __future__ import annotations
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of an image's noise. It grows by 1 with the index, as torch's generators on CPUs take 32 bits of it:
+    hashes would soon give two images the same noise."""
+    return seed * 1_000_003 + index
