@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
-def condition_of(pipe: Any, batch: dict[str, Any], count: int, with_condition: bool) -> dict[str, Any]:
+
+def condition_of(pipe: FlowPipeline, batch: dict[str, Any], count: int, with_condition: bool) -> dict[str, Any]:
     """Keyword arguments of the flow for the data's labels or captions, or for none."""
     kind = pipe.flow.config.conditioning
     if kind == "prefix":

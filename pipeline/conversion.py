@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tarflow.common.files import write_json
 from tarflow.flows.conversion import convert_state_dict, is_starflow, model_arguments
@@ -231,6 +232,33 @@ def load_published(checkpoint: str | Path, config: str | Path) -> tuple[TARFlowM
     return model.eval(), arguments
 
 
+def text_parts(
+    text_encoder: str, arguments: dict[str, Any], dtype: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A text encoder and its tokenizer for a model of these arguments.
+
+    Raises:
+        ValueError: if the model takes no captions, or others.
+    """
+    if arguments["conditioning"] != "prefix":
+        raise ValueError(f"the model has the conditioning {arguments['conditioning']!r} and takes no text encoder")
+    encoder, tokenizer = load_text_encoder(text_encoder)
+    if embedding_width(encoder) != arguments["cond_dim"]:
+        raise ValueError(
+            f"the text encoder {text_encoder!r} gives {embedding_width(encoder)} numbers per token, "
+            f"but the checkpoint takes {arguments['cond_dim']}"
+        )
+    return encoder.to(DTYPES[dtype] if dtype else encoder.dtype), tokenizer
+
+
+def training_noise(checkpoint: str | Path, published: Published) -> float:
+    """σ of the training noise: the configuration's, else the number that ends the published file name, else 0."""
+    if published.noise_std is not None:
+        return published.noise_std
+    found = re.search(r"_(\d+\.\d+)\.\w+$", Path(checkpoint).name)
+    return float(found[1]) if found else 0.0
+
+
 def convert_checkpoint(
     checkpoint: str | Path,
     config: str | Path,
@@ -268,29 +296,13 @@ def convert_checkpoint(
     saved_dtype = DTYPES[dtype] if dtype else most_common_dtype(state)
     del state
     id2label = read_class_names(class_names, arguments["num_classes"])
-    tokenizer, encoder = None, None
-    if text_encoder is not None:
-        if arguments["conditioning"] != "prefix":
-            raise ValueError(f"the model has the conditioning {arguments['conditioning']!r} and takes no text encoder")
-        encoder, tokenizer = load_text_encoder(text_encoder)
-        if embedding_width(encoder) != arguments["cond_dim"]:
-            raise ValueError(
-                f"the text encoder {text_encoder!r} gives {embedding_width(encoder)} numbers per token, "
-                f"but the checkpoint takes {arguments['cond_dim']}"
-            )
-        encoder.to(DTYPES[dtype] if dtype else encoder.dtype)
-    if noise_std is None:
-        noise_std = published.noise_std
-    if noise_std is None:
-        found = re.search(r"_(\d+\.\d+)\.\w+$", Path(checkpoint).name)
-        noise_std = float(found[1]) if found else 0.0
-
+    encoder, tokenizer = (None, None) if text_encoder is None else text_parts(text_encoder, arguments, dtype)
     pipe = TARFlowPipeline(
         flow=TARFlowModel(),  # a stand-in; the real one is written shard by shard
         vae=autoencoder,
         text_encoder=encoder,
         tokenizer=tokenizer,
-        noise_std=noise_std,
+        noise_std=training_noise(checkpoint, published) if noise_std is None else noise_std,
         id2label=id2label,
         max_sequence_length=published.model.get("txt_size") or 128,
         guidance_scale=1 + published.guidance_weight,

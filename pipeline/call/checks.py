@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
 
-from tarflow.flows.decoding.method import DEFAULT_TOLERANCE
+from torch import Tensor
+
+from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, Decoding
 
 #: Ways to decode, by a call's name, that take a tolerance.
 WITH_TOLERANCE = ("auto", "jacobi", "gs_jacobi")
@@ -25,7 +26,9 @@ def check_counts(kind: str, num_images: int | None, num_images_per_prompt: int) 
         )
 
 
-def check_negative(kind: str, negative_prompt: Any, negative_embeds: Any, scale: float, callback: bool) -> None:
+def check_negative(
+    kind: str, negative_prompt: str | list[str] | None, negative_embeds: Tensor | None, scale: float, callback: bool
+) -> None:
     """Whether what guidance leads away from can have an effect; ``callback`` if one may turn guidance on."""
     if negative_embeds is not None and kind != "prefix":
         raise ValueError(f"this model has the conditioning {kind!r} and takes no negative_prompt_embeds")
@@ -49,7 +52,7 @@ def check_caption_options(kind: str, max_sequence_length: int | None) -> None:
         raise ValueError(f"max_sequence_length must be at least 1, got {max_sequence_length}")
 
 
-def check_decoding(decoding: Any, tolerance: float | None, segment: int | None) -> None:
+def check_decoding(decoding: str | Decoding | list[Decoding], tolerance: float | None, segment: int | None) -> None:
     """Whether tolerance and segment are for this way to decode; the default tolerance may be given with any."""
     name = decoding if isinstance(decoding, str) else None
     what = f"decoding={name!r}" if name is not None else "a Decoding, which has its own"

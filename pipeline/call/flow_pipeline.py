@@ -28,10 +28,10 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
 
     def check_inputs(
         self,
-        prompt: Any,
-        class_labels: Any,
-        negative_prompt: Any,
-        prompt_embeds: Any,
+        prompt: str | list[str] | None,
+        class_labels: inputs.Labels | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
         guidance_scale: float,
         callback_tensor_inputs: list[str] | None,
     ) -> None:

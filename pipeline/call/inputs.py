@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 Labels = int | str | list[int | str]
 
 DECODERS = ("vae", "finetuned")
@@ -20,10 +22,10 @@ NOISE_REMOVALS: dict[str, tuple[bool | str, str]] = {
 
 def check_inputs(
     config: Any,
-    prompt: Any,
-    class_labels: Any,
-    negative_prompt: Any,
-    prompt_embeds: Any,
+    prompt: str | list[str] | None,
+    class_labels: Labels | None,
+    negative_prompt: str | list[str] | None,
+    prompt_embeds: Tensor | None,
     guidance_scale: float,
 ) -> None:
     """Whether the conditions of a call fit a flow of this configuration."""
@@ -138,7 +140,7 @@ def latent_shape(config: Any, factor: int, height: int | None, width: int | None
     return config.in_channels, sides[0], sides[1]
 
 
-def labels_by_name(id2label: dict[Any, str] | None) -> dict[str, int]:
+def labels_by_name(id2label: dict[int, str] | dict[str, str] | None) -> dict[str, int]:
     """Indices of classes by their names in small letters, or as they are where classes differ in capitals alone."""
     names = {int(index): name for index, name in (id2label or {}).items()}
     small = Counter(name.lower() for name in names.values())

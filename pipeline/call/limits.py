@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tarflow.flows.layers.config import BlockConfig
+from tarflow.pipeline.call.parts import PipelineParts
 from tarflow.pipeline.call.samples import DECODED_PIXELS, DENOISED_TOKENS
 
 FLOAT32 = 4
@@ -25,7 +26,7 @@ CONVOLUTION_COPIES = 8
 
 
 def estimate_bytes(
-    pipe: Any, count: int, guided: bool = True, height: int | None = None, width: int | None = None
+    pipe: PipelineParts, count: int, guided: bool = True, height: int | None = None, width: int | None = None
 ) -> int:
     """Bytes that a call needs besides the weights: latents and images, and the largest of its three phases.
 
@@ -48,9 +49,10 @@ def estimate_bytes(
     latents = LATENT_COPIES * FLOAT32 * count * channels * latent_height * latent_width
     condition = (4 if guided else 2) * size * count * prefix * config.cond_dim
     images = IMAGE_COPIES * FLOAT32 * count * pixels * 3
-    inverting = max(block_bytes(block.config, count, tokens, prefix, guided, size) for block in pipe.flow.blocks)
+    blocks = [cast(BlockConfig, block.config) for block in pipe.flow.blocks]
+    inverting = max(block_bytes(block, count, tokens, prefix, guided, size) for block in blocks)
     denoised = min(count, max(1, DENOISED_TOKENS // tokens)) if pipe.config.noise_std > 0 else 0
-    denoising = sum(gradient_bytes(block.config, denoised, tokens, prefix, size) for block in pipe.flow.blocks)
+    denoising = sum(gradient_bytes(block, denoised, tokens, prefix, size) for block in blocks)
     decoded = min(count, max(1, DECODED_PIXELS // pixels))
     decoding = decoded * pixels * decoder_channels(pipe.vae) * CONVOLUTION_COPIES * FLOAT32
     return latents + condition + images + max(inverting, denoising, decoding)
@@ -105,7 +107,7 @@ def available_bytes(device: torch.device | str) -> int | None:
 
 
 def largest_count(
-    pipe: Any,
+    pipe: PipelineParts,
     most: int,
     guided: bool = True,
     available: int | None = None,
@@ -132,7 +134,7 @@ def largest_count(
 
 
 def check_num_images(
-    pipe: Any,
+    pipe: PipelineParts,
     count: int,
     guided: bool = True,
     available: int | None = None,
@@ -151,7 +153,7 @@ def check_num_images(
         raise ValueError(f"the number of images must be at least 1, got {count}")
     available = available_bytes(pipe.device) if available is None else available
     fits = largest_count(pipe, count, guided, available, height, width)
-    if fits < count:
+    if available is not None and fits < count:
         needed = estimate_bytes(pipe, count, guided, height, width)
         images = "1 image" if count == 1 else f"{count:,} images"
         rest = f"at most {fits:,} fit" if fits else "not even one fits"

@@ -122,12 +122,13 @@ def draw_by_flow(pipe: FlowPipeline, call: Sampling, conditions: Conditions, noi
 
 def draw_by_student(pipe: FlowPipeline, call: Sampling, conditions: Conditions, noise: Tensor) -> Drawn:
     """Noise (B, C, h, w) through one pass of the student."""
+    student = pipe.check_student()
     condition, null = block_conditions(pipe, call, conditions) if call.asks_flow else (None, None)
     with pipe.progress_bar(total=1) as progress:
-        after_pass = AfterStep(pipe, progress, call, pipe.student)
-        pipe.run_offload_hook(pipe.student)
+        after_pass = AfterStep(pipe, progress, call, student)
+        pipe.run_offload_hook(student)
         labels, cond, weight = conditions.class_labels, conditions.cond, call.guidance_scale - 1
-        latents, noisy = student_samples(pipe.student, noise, labels, cond, weight, pipe.compiled_student())
+        latents, noisy = student_samples(student, noise, labels, cond, weight, pipe.compiled_student())
         changed = after_pass(0, latents).latents
     return Drawn(latents if changed is None else changed, noisy, condition, null, call.guidance, after_pass.stopped)
 

@@ -12,7 +12,8 @@ from tarflow.flows import editing
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.likelihood import dequantize, log_prob
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
-from tarflow.pipeline.editing.inputs import as_many, read_images
+from tarflow.pipeline.call.inputs import Labels
+from tarflow.pipeline.editing.inputs import Pictures, as_many, read_images
 from tarflow.pipeline.editing.outputs import EditingOutput
 
 
@@ -31,7 +32,13 @@ class FlowEditor:
             raise ValueError(f"this model has {channels} channels; pictures have 3")
         return height * self.pipe.codec.factor, width * self.pipe.codec.factor
 
-    def condition(self, batch: int, prompt: Any = None, class_labels: Any = None, embeds: Any = None) -> dict:
+    def condition(
+        self,
+        batch: int,
+        prompt: str | list[str] | None = None,
+        class_labels: Labels | None = None,
+        embeds: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The flow's keyword arguments for a batch; "no condition" if none is given."""
         kind, device = self.flow.config.conditioning, self.pipe._execution_device
         given = [name for name, value in (("prompt", prompt), ("prompt_embeds", embeds)) if value is not None]
@@ -68,30 +75,30 @@ class FlowEditor:
             return dequantize((latents + 1) * 127.5, torch.special.ndtr(fresh))
         return latents + self.pipe.config.noise_std * fresh
 
-    def read(self, image: Any, fit: bool, generator: Generators, noise: bool) -> Tensor:
+    def read(self, image: Pictures, fit: bool, generator: Generators, noise: bool) -> Tensor:
         """A caller's pictures as latents, as the flow was trained on them."""
         return self.noisy(self.latents(read_images(image, self.size, fit)), generator, noise)
 
-    def encoded(self, x: Tensor, condition: dict) -> Tensor:
+    def encoded(self, x: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Noisy latents → standard normal z."""
         self.pipe.run_offload_hook(self.flow)
         z, _ = self.flow(x, **condition)
         variance = self.flow.prior_variance_image()
         return z if variance is None else z / variance.sqrt()
 
-    def decoded(self, z: Tensor, condition: dict, guidance_scale: float = 1.0) -> Tensor:
+    def decoded(self, z: Tensor, condition: dict[str, Tensor], guidance_scale: float = 1.0) -> Tensor:
         """z → noisy latents, sequentially: the inverse of `encoded` if guidance is off."""
         self.pipe.run_offload_hook(self.flow)
         guidance = Guidance(guidance_scale - 1, self.pipe.config.guidance_method)
         null = self.condition(len(z)).get("cond") if guidance.weight > 0 else None
         return self.flow.inverse(self.flow.scale_noise(z), **condition, null_cond=null, guidance=guidance)[0]
 
-    def log_prob(self, x: Tensor, condition: dict) -> Tensor:
+    def log_prob(self, x: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """log p of noisy latents, (B,)."""
         self.pipe.run_offload_hook(self.flow)
         return log_prob(self.flow, x, **condition)
 
-    def denoised(self, x: Tensor, condition: dict) -> tuple[Tensor, str]:
+    def denoised(self, x: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, str]:
         """Latents for the pipeline's decoder, and which that is: a finetuned one takes them as they are."""
         denoise, decoder = self.pipe.check_outputs(None, "pil")
         return self.pipe.remove_noise(x, denoise, **condition), decoder
@@ -102,12 +109,14 @@ class FlowEditor:
         self.pipe.maybe_free_model_hooks()
         return latents if output_type == "latent" else self.pipe.image_processor.postprocess(images, output_type)
 
-    def edited(self, z: Tensor, condition: dict, output_type: str, guidance_scale: float = 1.0) -> EditingOutput:
+    def edited(
+        self, z: Tensor, condition: dict[str, Tensor], output_type: str, guidance_scale: float = 1.0
+    ) -> EditingOutput:
         """z as pictures, with their log p."""
         x = self.decoded(z, condition, guidance_scale)
         return self.finished(x, condition, output_type, self.log_prob(x, condition))
 
-    def finished(self, x: Tensor, condition: dict, output_type: str, values: Tensor) -> EditingOutput:
+    def finished(self, x: Tensor, condition: dict[str, Tensor], output_type: str, values: Tensor) -> EditingOutput:
         """Noisy latents as pictures; ``values`` is their log p."""
         latents, decoder = self.denoised(x, condition)
         images = self.postprocessed(self.pipe.decode_latents(latents, decoder), latents, output_type)
@@ -132,7 +141,7 @@ class FlowEditor:
         made = self.pipe.decode_latents(latents, decoder).clamp(-1, 1)
         return torch.where(hidden, made.to(pixels.dtype), pixels), latents
 
-    def fill(self, x: Tensor, hole: Tensor, condition: dict, generator: Generators, first: bool) -> Tensor:
+    def fill(self, x: Tensor, hole: Tensor, condition: dict[str, Tensor], generator: Generators, first: bool) -> Tensor:
         """Noisy latents with the hole made anew; ``first`` if there is nothing of worth in it yet."""
         self.pipe.run_offload_hook(self.flow)
         tokens, grid = self.flow.patchify(x)
@@ -143,7 +152,7 @@ class FlowEditor:
         return held.inverse(randn_tensor(tokens.shape, generator, x.device, x.dtype))[0]
 
     def chain(
-        self, x: Tensor, hole: Tensor, condition: dict, steps: int, step_size: float, generator: Generators
+        self, x: Tensor, hole: Tensor, condition: dict[str, Tensor], steps: int, step_size: float, generator: Generators
     ) -> editing.Chain:
         """`tarflow.flows.editing.metropolis` with the generator's numbers."""
         self.pipe.run_offload_hook(self.flow)

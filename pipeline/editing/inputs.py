@@ -10,8 +10,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+Pictures = Image.Image | list[Image.Image] | Tensor
+Mask = Image.Image | Tensor | np.ndarray
 
-def read_images(image: Any, size: tuple[int, int], fit: bool = False) -> Tensor:
+
+def read_images(image: Pictures, size: tuple[int, int], fit: bool = False) -> Tensor:
     """Pictures as floats (B, 3, H, W) in [−1, 1].
 
     Args:
@@ -40,7 +43,7 @@ def read_images(image: Any, size: tuple[int, int], fit: bool = False) -> Tensor:
     return images * 2 - 1
 
 
-def read_picture(image: Any, size: tuple[int, int], fit: bool) -> Tensor:
+def read_picture(image: Image.Image, size: tuple[int, int], fit: bool) -> Tensor:
     """One PIL picture as floats (3, H, W) in [0, 1]."""
     if not isinstance(image, Image.Image):
         raise ValueError(f"an image must be a PIL picture, a list of them, or a tensor, got {type(image).__name__}")
@@ -52,7 +55,7 @@ def read_picture(image: Any, size: tuple[int, int], fit: bool) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def read_mask(mask: Any, batch: int, size: tuple[int, int]) -> Tensor:
+def read_mask(mask: Mask, batch: int, size: tuple[int, int]) -> Tensor:
     """A mask of pixels to make, as booleans (B, H, W).
 
     Args:

@@ -5,8 +5,6 @@ All of it goes through z, the flow's noise, to and from which pictures map one t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -16,7 +14,7 @@ from tarflow.flows.likelihood import log_prob, nats_per_dim, token_log_prob
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.editing.editor import FlowEditor
-from tarflow.pipeline.editing.inputs import read_images, read_mask, tokens_of_mask
+from tarflow.pipeline.editing.inputs import Mask, Pictures, read_images, read_mask, tokens_of_mask
 from tarflow.pipeline.editing.outputs import EditingOutput, EncodingOutput, LikelihoodOutput
 
 INPAINTINGS = ("fill", "metropolis")
@@ -37,7 +35,7 @@ class ExactFlowTools(FlowPipeline):
     @torch.no_grad()
     def encode(
         self,
-        image: Any,
+        image: Pictures,
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
         prompt_embeds: Tensor | None = None,
@@ -57,7 +55,7 @@ class ExactFlowTools(FlowPipeline):
     @torch.no_grad()
     def log_likelihood(
         self,
-        image: Any,
+        image: Pictures,
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
         prompt_embeds: Tensor | None = None,
@@ -72,15 +70,15 @@ class ExactFlowTools(FlowPipeline):
         self.run_offload_hook(self.flow)
         autoregressive = not any(block.one_pass for block in self.flow.blocks)
         shares = token_log_prob(self.flow, x, **condition) if autoregressive else None
-        total = shares.flatten(1).sum(1) if autoregressive else log_prob(self.flow, x, **condition)
+        total = log_prob(self.flow, x, **condition) if shares is None else shares.flatten(1).sum(1)
         self.maybe_free_model_hooks()
         return LikelihoodOutput(log_prob=total, nats_per_dim=nats_per_dim(total, x[0].numel()), map=shares)
 
     @torch.no_grad()
     def interpolate(
         self,
-        first: Any,
-        second: Any,
+        first: Pictures,
+        second: Pictures,
         steps: int = 8,
         path: str = "spherical",
         prompt: str | None = None,
@@ -99,13 +97,14 @@ class ExactFlowTools(FlowPipeline):
         editor = FlowEditor(self)
         ends = torch.cat([read_images(end, editor.size, fit)[:1] for end in (first, second)])
         x = editor.noisy(editor.latents(ends), generator, noise)
-        z = editing.interpolate(*editor.encoded(x, editor.condition(2, prompt, class_labels)), steps, path)
+        first_z, second_z = editor.encoded(x, editor.condition(2, prompt, class_labels))
+        z = editing.interpolate(first_z, second_z, steps, path)
         return editor.edited(z, editor.condition(steps, prompt, class_labels), output_type)
 
     @torch.no_grad()
     def vary(
         self,
-        image: Any,
+        image: Pictures,
         strength: float,
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
@@ -129,7 +128,7 @@ class ExactFlowTools(FlowPipeline):
     @torch.no_grad()
     def swap(
         self,
-        image: Any,
+        image: Pictures,
         source_prompt: str | list[str] | None = None,
         target_prompt: str | list[str] | None = None,
         source_labels: Labels | None = None,
@@ -157,8 +156,8 @@ class ExactFlowTools(FlowPipeline):
     @torch.no_grad()
     def inpaint(
         self,
-        image: Any,
-        mask: Any,
+        image: Pictures,
+        mask: Mask,
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
         method: str = "fill",

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
+
 from tarflow.common.files import write_json
 from tarflow.models import followed, resolve
 from tarflow.pipeline.loading.weight_files import superseded
@@ -168,7 +170,7 @@ def own_folder(pipeline: str, save_to: str | None) -> Path:
     return folder
 
 
-def add_component(source: Path, target: Path, name: str, component: Any, **settings: Any) -> None:
+def add_component(source: Path, target: Path, name: str, component: ModelMixin, **settings: Any) -> None:
     """Make ``target`` what the pipeline folder ``source`` is, with a further component; they may be the same.
 
     All files of the pipeline are the very same, whatever their format, calibrations included. What else ``source`` has,

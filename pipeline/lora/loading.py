@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tarflow.flows.adapters.changes import adapter_layers, follow_mode
 
 
 def load_into_text_encoder(
-    encoder: Any, state: dict[str, Tensor], metadata: dict[str, Any] | None, adapter_name: str
+    encoder: PreTrainedModel, state: dict[str, Tensor], metadata: dict[str, Any] | None, adapter_name: str
 ) -> None:
     """Add an adapter to a text encoder, of any class of Transformers.
 
@@ -44,7 +46,7 @@ def load_into_text_encoder(
 
 
 @contextmanager
-def without_offloading(pipe: Any) -> Iterator[None]:
+def without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
     """A block in which no part of a pipeline is offloaded by Accelerate's hooks. They come back when it ends, also by an
     error, and new layers have them too. Group offloading stays, see `changing_adapters`."""
     whole_parts, layers, _ = pipe._optionally_disable_offloading(pipe)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -44,7 +45,9 @@ class LoraLoading(LoraBaseMixin):
     _lora_loadable_modules = list(PARTS)  # noqa: RUF012 (the library's interface)
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor], **kwargs: Any
+    ) -> Any:
         """Read adapters: their weights by name, and with ``return_lora_metadata`` also their settings, or None.
 
         Args:
@@ -71,7 +74,7 @@ class LoraLoading(LoraBaseMixin):
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: Any,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
         **kwargs: Any,
@@ -119,9 +122,8 @@ class LoraLoading(LoraBaseMixin):
                     hotswap=hotswap,
                 )
             if texts:
-                load_into_text_encoder(
-                    self.text_encoder, part_of(state, "text_encoder"), part_of(metadata, "text_encoder"), adapter_name
-                )
+                own = part_of(state, "text_encoder") or {}
+                load_into_text_encoder(self.text_encoder, own, part_of(metadata, "text_encoder"), adapter_name)
 
     @classmethod
     def save_lora_weights(
@@ -214,7 +216,7 @@ class LoraLoading(LoraBaseMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def refuse_changes(pipe: Any) -> None:
+def refuse_changes(pipe: DiffusionPipeline) -> None:
     """An error if a part has adapters and its weights are offloaded to files, before another part is changed."""
     for part in PARTS:
         model = getattr(pipe, part)

@@ -5,11 +5,10 @@ B captions, L tokens of each, padded on the right whatever the tokenizer's own h
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tarflow.pipeline.text.options import TextOptions
 
@@ -20,7 +19,7 @@ SHOWN = 4
 SEES_PADDING = ("siglip_text_model", "siglip2_text_model")
 
 
-def embedding_width(encoder: Any) -> int:
+def embedding_width(encoder: PreTrainedModel) -> int:
     """Size of the encoder's hidden states."""
     config = encoder.config
     return int(config.d_model if hasattr(config, "d_model") else config.hidden_size)
@@ -28,8 +27,8 @@ def embedding_width(encoder: Any) -> int:
 
 @torch.no_grad()
 def encode_captions(
-    text_encoder: Any,
-    tokenizer: Any,
+    text_encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     captions: list[str],
     max_length: int,
     options: TextOptions | None = None,
@@ -61,7 +60,7 @@ def encode_captions(
     return hidden_states(text_encoder, ids.to(device), mask.to(device), options.hidden_layer)
 
 
-def hidden_states(text_encoder: nn.Module, ids: Tensor, mask: Tensor, hidden_layer: int = -1) -> Tensor:
+def hidden_states(text_encoder: PreTrainedModel, ids: Tensor, mask: Tensor, hidden_layer: int = -1) -> Tensor:
     """One of the encoder's hidden states (B, L, E), 0 where ``mask`` is.
 
     Args:
@@ -80,7 +79,7 @@ def hidden_states(text_encoder: nn.Module, ids: Tensor, mask: Tensor, hidden_lay
 
 
 def token_ids(
-    tokenizer: Any, captions: list[str], max_length: int, options: TextOptions | None = None
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int, options: TextOptions | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of captions, (B, max_length) each, padded on the right, on the CPU.
 
@@ -96,7 +95,11 @@ def token_ids(
 
 
 def tokenized(
-    tokenizer: Any, captions: list[str], options: TextOptions, max_length: int | None = None, special: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    captions: list[str],
+    options: TextOptions,
+    max_length: int | None = None,
+    special: bool = True,
 ) -> list[list[int]]:
     """The tokens of each caption, with the options' texts about it, cut to ``max_length``; ``special`` adds the tokenizer's
     own first and last ones, which a chat template has already."""
@@ -107,7 +110,7 @@ def tokenized(
 
 
 def cut_captions(
-    tokenizer: Any, captions: list[str], max_length: int, options: TextOptions | None = None
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int, options: TextOptions | None = None
 ) -> list[tuple[str, str]]:
     """Captions that have more tokens than ``max_length``, each with the part of its text that is cut off."""
     options = options or TextOptions()
@@ -122,7 +125,9 @@ def cut_captions(
     return cut
 
 
-def warn_of_cuts(tokenizer: Any, captions: list[str], max_length: int, options: TextOptions) -> None:
+def warn_of_cuts(
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int, options: TextOptions
+) -> None:
     """Warn of captions that are too long, as pipelines of Diffusers do; of many, some are shown."""
     if cut := cut_captions(tokenizer, captions, max_length, options):
         logger.warning(
@@ -131,7 +136,9 @@ def warn_of_cuts(tokenizer: Any, captions: list[str], max_length: int, options: 
         )
 
 
-def check_options(text_encoder: Any, tokenizer: Any, max_length: int, options: TextOptions) -> None:
+def check_options(
+    text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, options: TextOptions
+) -> None:
     """Whether an encoder can do what is asked of it.
 
     Raises:
@@ -159,7 +166,7 @@ def check_options(text_encoder: Any, tokenizer: Any, max_length: int, options: T
         raise ValueError("chat_template is true, but the tokenizer has no chat template: leave it out, or use prefix")
 
 
-def position_count(text_encoder: nn.Module) -> int | None:
+def position_count(text_encoder: PreTrainedModel) -> int | None:
     """How many tokens the encoder has positions for; None if that is not bounded."""
     for name, module in text_encoder.named_modules():
         last = name.rpartition(".")[2]

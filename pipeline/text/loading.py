@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file
 
@@ -21,7 +19,7 @@ TEXT_PARTS = ("language_model", "text_model")
 
 def load_text_encoder(
     name: str, subfolder: str | None = None, tokenizer_subfolder: str | None = None
-) -> tuple[PreTrainedModel, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen pretrained text encoder, in the precision of its files, and its tokenizer.
 
     Any encoder or decoder-only language model of Transformers: T5, CLIP's and SigLIP's text models, BERT, Gemma, Qwen
@@ -50,7 +48,9 @@ def load_text_encoder(
     return encoder.eval().requires_grad_(False), tokenizer
 
 
-def load_tokenizer(name: str, subfolder: str | None, tokenizer_subfolder: str | None, config: PreTrainedConfig) -> Any:
+def load_tokenizer(
+    name: str, subfolder: str | None, tokenizer_subfolder: str | None, config: PreTrainedConfig
+) -> PreTrainedTokenizerBase:
     """The tokenizer of the encoder with the configuration ``config``, see `load_text_encoder`."""
     places = [tokenizer_subfolder]
     if tokenizer_subfolder is None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
@@ -49,7 +51,7 @@ class TextOptions:
         plain = type(self)()
         return {name: value for name, value in asdict(self).items() if value != getattr(plain, name)}
 
-    def filled(self, tokenizer: Any, captions: list[str]) -> list[str]:
+    def filled(self, tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> list[str]:
         """The texts that are put to the tokenizer."""
         texts = [f"{self.prefix or ''}{caption}" for caption in captions]
         if not self.chat_template:
