@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 CONDITIONS = {"prefix": "captions", "none": "none", "class_vectors": "classes", "class_prefix": "classes"}
 MOST_EXAMPLES = 12
+#: The file with means over held-out pictures.
+HELD_OUT = "held_out.json"
+#: Pictures of a card that are shown, by the ends of their names, up to so many bytes.
+PICTURES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+}
+LARGEST_PICTURE = 4_000_000
 
 
 def folder_of(pipe: Any) -> Path | None:
@@ -49,6 +62,7 @@ def details(pipe: Any) -> list[tuple[str, str]]:
         ("condition", CONDITIONS[config.conditioning]),
         ("parameters", ", ".join(f"{name} {in_words(count)}" for name, count in sizes.items())),
         ("training noise σ", f"{pipe.config.noise_std:g}"),
+        *([("held-out pictures", told)] if (told := held_out_in_words(pipe)) else []),
         ("guidance", f"{pipe.config.guidance_scale:g} by default, {pipe.config.guidance_method}"),
         ("device", f"{pipe.device}, {str(pipe.flow.dtype).removeprefix('torch.')}"),
     ]
@@ -67,13 +81,63 @@ def in_words(count: int) -> str:
 
 
 def card(pipe: Any) -> str:
-    """The folder's README.md without its head, pictures and tags, which would be looked for elsewhere; "" if none."""
+    """The folder's README.md without its head and tags; "" if none.
+
+    Pictures of the folder itself are in the text; a paragraph with one from elsewhere, which the page would not have, is
+    left out with what it says of it.
+    """
     folder = folder_of(pipe)
     if folder is None or not (folder / "README.md").is_file():
         return ""
     text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
-    return re.sub(r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])|<[^>]+>", "", text)
+    paragraphs = (with_pictures(paragraph, folder) for paragraph in re.split(r"\n{2,}", text.strip()))
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def with_pictures(paragraph: str, folder: Path) -> str:
+    """A paragraph with its pictures inside the text; "" if it has one that is not in the folder."""
+
+    def inside(found: re.Match) -> str:
+        file = (folder / found[2]).resolve()
+        own = file.is_relative_to(folder.resolve()) and file.suffix.lower() in PICTURES and file.is_file()
+        if not own or file.stat().st_size > LARGEST_PICTURE:
+            raise LookupError(found[2])
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+        return f"![{found[1]}](data:{PICTURES[file.suffix.lower()]};base64,{data})"
+
+    try:
+        if re.search(r"!\[[^\]]*\]\[|<img", paragraph):
+            return ""
+        return re.sub(r"!\[([^\]]*)\]\(([^)]*)\)", inside, re.sub(r"<[^>]+>", "", paragraph))
+    except (LookupError, OSError, ValueError):
+        return ""
+
+
+def held_out(pipe: Any) -> dict[str, float]:
+    """Means over held-out pictures, which training writes into the folder's ``held_out.json``; nothing without it.
+
+    Names are those of metrics: "latent_nats_per_dim" or "bits_per_dim", with "_without_condition" if that was measured,
+    "psnr" of the autoencoder, and "images", how many there were.
+    """
+    folder = folder_of(pipe)
+    try:
+        values = json.loads((folder / HELD_OUT).read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    values = values if isinstance(values, dict) else {}
+    plain = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in plain.items() if math.isfinite(value)}
+
+
+def held_out_in_words(pipe: Any) -> str:
+    """Their likelihood; "" if it is not known."""
+    values = held_out(pipe)
+    for name, unit in (("bits_per_dim", "bits per dimension"), ("latent_nats_per_dim", "nats per latent dimension")):
+        if name in values:
+            count = f", the mean over {values['images']:,.0f} pictures" if "images" in values else ""
+            return f"{values[name]:.3f} {unit}{count}"
+    return ""
 
 
 def examples(pipe: Any) -> list[str]:

@@ -12,9 +12,15 @@ from typing import Any
 
 import gradio as gr
 
-from tarflow.demo import markup
+from tarflow.demo import about, markup
 from tarflow.demo.drawing import Progress, Request, Result, check_prompt, checked, draw
 from tarflow.demo.rebuild import Rebuilt, read_upload, rebuild
+
+EMPTY = '<div class="empty">{}</div>'
+NOTHING_DRAWN = EMPTY.format("The pictures form here, block by block.")
+NOTHING_REBUILT = EMPTY.format("A picture goes to noise and back here.")
+#: A picture whose PSNR is by so many dB below that of held-out ones is unlike them.
+UNUSUAL = 5.0
 
 
 class Actions:
@@ -33,31 +39,63 @@ class Actions:
     def generate(
         self, prompt: Any, label: Any, guidance_scale: Any, count: Any, decoding: Any, noise_removal: Any, seed: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """Status, pictures, strip and download, again and again while drawing; the last ones are the result.
+        """Status, pictures, strip, download, Draw and Stop, again and again while drawing; the last ones are the result.
 
         An error of any kind becomes a sentence in the status.
         """
-        yield markup.progress(Progress()), gr.skip(), "", gr.update(visible=False)
+        going_on = gr.skip(), gr.skip()
+        yield markup.progress(Progress()), gr.skip(), "", gr.update(visible=False), *going_on
         try:
             request = checked(self.pipe, Request(prompt, label, guidance_scale, decoding, noise_removal, seed, count))
+            told = self.condition(request), request.seed, None if self.kind == "none" else request.guidance_scale
             shown = 0
             for state in draw(self.pipe, request, self.lock):
                 new = len(state.stages) > shown
                 shown = len(state.stages)
-                pictures = markup.pictures(state.stages[-1].images) if new else gr.skip()
+                pictures = markup.pictures(state.stages[-1].images, *told) if new else gr.skip()
                 strip = markup.strip(state.stages) if new else gr.skip()
                 if state.result is None:
-                    yield markup.progress(state), pictures, strip, gr.skip()
+                    yield markup.progress(state), pictures, strip, gr.skip(), *going_on
                 else:
                     file = self.archive(state.result, request)
                     yield (
                         markup.result_facts(state.result),
-                        markup.pictures(state.result.images),
+                        markup.pictures(state.result.images, *told),
                         strip,
                         gr.update(value=file, visible=True),
+                        *self.end(),
                     )
         except Exception as error:  # noqa: BLE001 (the page goes on after any error)
-            yield markup.sentence(sentence_of(error)), gr.skip(), gr.skip(), gr.skip()
+            yield markup.sentence(sentence_of(error)), NOTHING_DRAWN, "", gr.update(visible=False), *self.end()
+
+    def begin(self) -> tuple[Any, ...]:
+        """Draw can be pressed no more, and Stop can; and the status, before the run's turn comes."""
+        return gr.update(interactive=False), gr.update(interactive=True), markup.progress(Progress(message="starting"))
+
+    def end(self) -> tuple[Any, Any]:
+        """Draw can be pressed again, and Stop cannot."""
+        return gr.update(interactive=True), gr.update(interactive=False)
+
+    def stop(self) -> tuple[Any, ...]:
+        """The same where the run was stopped, and the status."""
+        return *self.end(), markup.sentence("Stopped.", "note")
+
+    def condition(self, request: Request) -> str:
+        """What a request asks for, in words."""
+        if self.kind == "prefix":
+            return request.prompt.strip()
+        names = {index: name for name, index in self.classes()}
+        return names[request.label] if self.kind.startswith("class") else ""
+
+    def look(self, upload: Any) -> tuple[str, str, Any]:
+        """At a file as soon as it is chosen: nothing is shown of the one before, and one that cannot be read is refused."""
+        if not upload:
+            return "", NOTHING_REBUILT, gr.update(interactive=False)
+        try:
+            read_upload(upload)
+        except Exception as error:  # noqa: BLE001 (the page goes on after any error)
+            return "", markup.sentence(sentence_of(error)), gr.update(interactive=False)
+        return "", NOTHING_REBUILT, gr.update(interactive=True)
 
     def rebuild(self, upload: Any, caption: Any, label: Any) -> tuple[str, str]:
         """Pictures and numbers of an uploaded file; an error of any kind becomes a sentence in place of the numbers."""
@@ -68,7 +106,7 @@ class Actions:
             label = label if self.kind.startswith("class") else None
             with self.lock:
                 rebuilt = rebuild(self.pipe, read_upload(upload), caption, label)
-            return rebuilt_cards(rebuilt), rebuilt_facts(rebuilt)
+            return rebuilt_cards(rebuilt), rebuilt_facts(rebuilt, about.held_out(self.pipe))
         except Exception as error:  # noqa: BLE001 (the page goes on after any error)
             return "", markup.sentence(sentence_of(error))
 
@@ -80,8 +118,8 @@ class Actions:
         path = folder / f"drawings-{request.seed}.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for i, image in enumerate(result.images):
-                with archive.open(f"drawing-{request.seed}-{i}.png", "w") as file:
-                    image.save(file, "PNG")
+                told = markup.named(self.condition(request), request.seed, i + 1)
+                archive.writestr(f"drawing-{request.seed}-{i}.png", markup.png(image, told))
         return str(path)
 
     def classes(self) -> list[tuple[str, int]]:
@@ -110,14 +148,37 @@ def rebuilt_cards(rebuilt: Rebuilt) -> str:
     return f'<div class="cards">{"".join(figures)}</div>'
 
 
-def rebuilt_facts(rebuilt: Rebuilt) -> str:
-    """Its numbers."""
+def rebuilt_facts(rebuilt: Rebuilt, held_out: dict[str, float]) -> str:
+    """Its numbers, beside those of pictures that the model was not trained on, as far as the pipeline knows them.
+
+    Args:
+        rebuilt: what became of the picture.
+        held_out: means of held-out pictures, see `tarflow.demo.about.held_out`.
+    """
     unit = "bits per dimension" if rebuilt.quantity == "bits_per_dim" else "nats per latent dimension"
     rows = []
     if rebuilt.psnr is not None:
-        rows.append(("autoencoder", f"PSNR {rebuilt.psnr:.1f} dB"))
+        rows.append(("autoencoder", f"PSNR {rebuilt.psnr:.1f} dB{beside(held_out, 'psnr', '.1f', ' dB')}"))
+        rows.append(("what it knows", known(rebuilt.psnr, held_out.get("psnr"))))
     rows.append(("flow there and back", f"largest |x − x'| {rebuilt.error:.1e}"))
     if rebuilt.likelihood is not None:
-        rows.append(("likelihood, as described", f"{rebuilt.likelihood:.3f} {unit}"))
-    rows.append(("likelihood, no condition", f"{rebuilt.likelihood_alone:.3f} {unit} (lower is likelier)"))
+        mean = beside(held_out, rebuilt.quantity, ".3f")
+        rows.append(("likelihood, as described", f"{rebuilt.likelihood:.3f} {unit}{mean}"))
+    mean = beside(held_out, f"{rebuilt.quantity}_without_condition", ".3f")
+    if not mean and rebuilt.likelihood is None:
+        mean = beside(held_out, rebuilt.quantity, ".3f")
+    rows.append(("likelihood, no condition", f"{rebuilt.likelihood_alone:.3f} {unit}{mean}"))
+    rows.append(("", "lower is likelier"))
     return markup.facts(rows)
+
+
+def beside(held_out: dict[str, float], name: str, digits: str, unit: str = "") -> str:
+    """The mean of held-out pictures in brackets; "" if it is not known."""
+    return f" (held-out pictures: {held_out[name]:{digits}}{unit})" if name in held_out else ""
+
+
+def known(psnr: float, usual: float | None) -> str:
+    """What the autoencoder makes of a picture, in words."""
+    if usual is not None and psnr < usual - UNUSUAL:
+        return "pictures like those of its training; this one is unlike them, and the flow sees only what is left of it"
+    return "pictures like those of its training; the flow sees a picture as the autoencoder keeps it"

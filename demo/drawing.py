@@ -20,6 +20,10 @@ from torch import Tensor
 
 from tarflow.common.clock import clock
 from tarflow.common.seeds import image_seed
+from tarflow.flows.decoding.calibration import conditions_key
+from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.layers.prepared import is_elsewhere
 from tarflow.pipeline.call.inputs import NOISE_REMOVALS
 from tarflow.pipeline.call.limits import check_num_images
 from tarflow.pipeline.call.student_sampling import STUDENT
@@ -95,14 +99,14 @@ class Progress:
 
     Attributes:
         stages: so far.
-        fraction: done, 0 to 1.
+        fraction: done, 0 to 1; None while it cannot be told.
         message: what is computed now.
         seconds: since the run was asked for.
         result: at the end.
     """
 
     stages: list[Stage] = field(default_factory=list)
-    fraction: float = 0.0
+    fraction: float | None = None
     message: str = "waiting for the run before this one"
     seconds: float = 0.0
     result: Result | None = None
@@ -216,14 +220,14 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
     stages: list[Stage] = []
     shown_for = 0.0
 
-    def show(name: str, latents: Tensor, message: str) -> None:
+    def show(name: str, latents: Tensor, message: str, counted: bool = True) -> None:
         nonlocal shown_for
         if stopped.is_set():
             raise StoppedError
         began = clock(pipe.flow.device)
         images = pipe.image_processor.postprocess(pipe.decode_latents(latents), output_type="pil")
         stages.append(Stage(name, images))
-        events.put(Progress(list(stages), (len(stages) - 1) / (blocks + 1), message))
+        events.put(Progress(list(stages), (len(stages) - 1) / (blocks + 1) if counted else None, message))
         shown_for += clock(pipe.flow.device) - began
 
     def after_block(_: Any, index: int, __: int, tensors: dict[str, Tensor]) -> dict:
@@ -239,7 +243,8 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
     with torch.no_grad():
         shape = pipe.latent_shape(None, None)
         noise = pipe.prepare_latents(request.count, shape, pipe.flow.device, generators(), None)
-        show("noise", noise, f"block 1 of {blocks}")
+        trial = tries_decodings(pipe, request)
+        show("noise", noise, "trying decodings, once for such a call" if trial else f"block 1 of {blocks}", not trial)
     shown_for, known, began = 0.0, len(pipe.calibrations), clock(pipe.flow.device)
     output = pipe(
         **arguments(pipe, request),
@@ -254,6 +259,19 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
     calibrated = len(pipe.calibrations) > known
     result = Result(output.images, *residuals, seconds, calibrated, taken_decodings(pipe, request))
     events.put(Progress(list(stages), 1.0, "done", result=result))
+
+
+def tries_decodings(pipe: Any, request: Request) -> bool:
+    """Whether a run begins with a calibration, as nothing is known yet of calls like it."""
+    if request.decoding not in ("auto", "fast") or is_elsewhere(pipe.flow) or pipe.flow.blocks[0].one_pass:
+        return False
+    tolerance = FAST_TOLERANCE if request.decoding == "fast" else DEFAULT_TOLERANCE
+    side = pipe.flow.config.sample_size // pipe.flow.config.patch_size
+    guidance = Guidance(request.guidance_scale - 1, pipe.config.guidance_method)
+    fast = pipe.usable_fast_steps() is not None
+    key = conditions_key(pipe.flow, request.count, (side, side), guidance, tolerance, fast)
+    known = pipe.calibration_store().calibrations.get(key)
+    return known is None or known.stale
 
 
 def cleaned(pipe: Any, request: Request) -> bool:

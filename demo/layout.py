@@ -8,10 +8,9 @@ from typing import Any
 import gradio as gr
 
 from tarflow.demo import about, markup
-from tarflow.demo.actions import Actions
+from tarflow.demo.actions import NOTHING_DRAWN, NOTHING_REBUILT, Actions
 from tarflow.demo.drawing import LARGEST_GUIDANCE, MOST_IMAGES, decodings, noise_removals
 
-EMPTY = '<div class="empty">{}</div>'
 #: Below a million, so that it is easily typed.
 NEW_SEED = "() => Math.floor(Math.random() * 1e6)"
 #: Uploads and downloads are looked for every so many seconds, and deleted when older than that.
@@ -46,65 +45,82 @@ def build(pipe: Any) -> gr.Blocks:
 
 
 def generate_tab(actions: Actions) -> None:
-    """Controls on the left, the drawing on the right."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=4, min_width=300):
-            prompt, label = condition_inputs(actions, "describe a picture")
-            if actions.kind == "prefix" and (prompts := about.examples(actions.pipe)):
+    """What to draw and Draw itself, then the drawing, then options; on wide screens the drawing is beside the two."""
+    prompts = about.examples(actions.pipe) if actions.kind == "prefix" else []
+    with gr.Row(equal_height=False, elem_id="generate"):
+        with gr.Column(min_width=280, elem_id="ask"):
+            prompt, label = condition_inputs(actions, "describe a picture", prompts[0] if prompts else None)
+            with gr.Row():
+                button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
+                stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80, interactive=False)
+        with gr.Column(min_width=280, elem_id="result"):
+            status = gr.HTML(elem_id="status")
+            pictures = gr.HTML(NOTHING_DRAWN, elem_id="pictures")
+            strip = gr.HTML(elem_id="strip")
+            download = gr.DownloadButton("Download the pictures", size="md", elem_id="download", visible=False)
+        with gr.Column(min_width=280, elem_id="options"):
+            if prompts:
                 gr.Examples(prompts, prompt, label="For example", cache_examples=False)
-            scale = gr.Slider(
-                1,
-                LARGEST_GUIDANCE,
-                value=max(1.0, actions.pipe.config.guidance_scale),
-                step=0.1,
-                label="Guidance scale",
-                info="1 is off",
-                visible=actions.kind != "none",
-            )
             count = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
             with gr.Row(equal_height=False):
                 seed = gr.Number(0, label="Seed", min_width=120, scale=3, elem_id="seed")
                 new_seed = gr.Button("New seed", size="md", min_width=90, scale=1, elem_id="new-seed")
-            removals = noise_removals(actions.pipe)
-            removal = gr.Radio(
-                [(NOISE_REMOVAL_NAMES[name], name) for name in removals], value=removals[0], label="Remove noise by"
-            )
-            decoding = gr.Radio(
-                decodings(actions.pipe), value="auto", label="Invert blocks by", info="auto tries them at its first run"
-            )
-        with gr.Column(scale=7, min_width=320):
-            with gr.Row():
-                button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
-                stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-            status = gr.HTML(elem_id="status")
-            pictures = gr.HTML(EMPTY.format("The pictures form here, block by block."), elem_id="pictures")
-            strip = gr.HTML(elem_id="strip")
-            download = gr.DownloadButton("Download the pictures", size="md", elem_id="download", visible=False)
-    run = gr.on(
+            scale, removal, decoding = expert_options(actions)
+    begun = gr.on(
         [button.click, *([prompt.submit] if actions.kind == "prefix" else [])],
+        actions.begin,
+        None,
+        [button, stop, status],
+        show_progress="hidden",
+        queue=False,
+    )
+    run = begun.then(
         actions.generate,
         [prompt, label, scale, count, decoding, removal, seed],
-        [status, pictures, strip, download],
+        [status, pictures, strip, download, button, stop],
         show_progress="hidden",
         concurrency_id="pipeline",
         concurrency_limit=1,
     )
-    stop.click(lambda: markup.sentence("Stopped.", "note"), None, status, cancels=[run], queue=False)
+    stop.click(actions.stop, None, [button, stop, status], cancels=[run], queue=False)
     new_seed.click(None, None, seed, js=NEW_SEED)
+
+
+def expert_options(actions: Actions) -> tuple[gr.Slider, gr.Radio, gr.Radio]:
+    """Guidance, removal of noise and decoding, folded: their defaults are the pipeline's own."""
+    with gr.Accordion("More options", open=False, elem_id="more"):
+        scale = gr.Slider(
+            1,
+            LARGEST_GUIDANCE,
+            value=max(1.0, actions.pipe.config.guidance_scale),
+            step=0.1,
+            label="Guidance scale",
+            info="how closely to follow the condition; 1 is off",
+            visible=actions.kind != "none",
+        )
+        removals = noise_removals(actions.pipe)
+        removal = gr.Radio(
+            [(NOISE_REMOVAL_NAMES[name], name) for name in removals], value=removals[0], label="Remove noise by"
+        )
+        decoding = gr.Radio(
+            decodings(actions.pipe), value="auto", label="Invert blocks by", info="auto tries them at its first run"
+        )
+    return scale, removal, decoding
 
 
 def rebuild_tab(actions: Actions) -> None:
     """The upload on the left, what became of it on the right."""
     with gr.Row(equal_height=False):
-        with gr.Column(scale=4, min_width=300):
+        with gr.Column(scale=4, min_width=280):
             upload = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Picture", height=280, buttons=[])
             # Gradio would decode the picture here, before its size is known.
             upload.preprocess = lambda file: None if file is None else file.path
             caption, label = condition_inputs(actions, "optional", required=False)
-            button = gr.Button("Encode and rebuild", variant="primary", elem_id="rebuild")
-        with gr.Column(scale=7, min_width=320):
+            button = gr.Button("Encode and rebuild", variant="primary", elem_id="rebuild", interactive=False)
+        with gr.Column(scale=7, min_width=280):
             cards = gr.HTML(elem_id="cards")
-            numbers = gr.HTML(EMPTY.format("A picture goes to noise and back here."), elem_id="numbers")
+            numbers = gr.HTML(NOTHING_REBUILT, elem_id="numbers")
+    upload.change(actions.look, upload, [cards, numbers, button], show_progress="hidden", queue=False)
     button.click(
         actions.rebuild,
         [upload, caption, label],
@@ -117,12 +133,12 @@ def rebuild_tab(actions: Actions) -> None:
 
 
 def condition_inputs(
-    actions: Actions, placeholder: str | None, required: bool = True
+    actions: Actions, placeholder: str | None, first: str | None = None, required: bool = True
 ) -> tuple[gr.Textbox, gr.Dropdown]:
-    """Inputs for a caption and for a class, of which at most one is seen."""
+    """Inputs for a caption, of which ``first`` is there already, and for a class, of which at most one is seen."""
     text = actions.kind == "prefix"
     name = "Prompt" if required else "Its caption"
-    caption = gr.Textbox(label=name, placeholder=placeholder, max_lines=4, visible=text)
+    caption = gr.Textbox(first, label=name, placeholder=placeholder, max_lines=4, visible=text)
     choices: list[Any] = actions.classes()
     if not required:
         choices = [("no class", None), *choices]

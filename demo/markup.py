@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tarflow.demo.drawing import Progress, Result, Stage
 
@@ -15,17 +16,24 @@ from tarflow.demo.drawing import Progress, Result, Stage
 STRIP_SIDE = 192
 
 
-def data_uri(image: Image.Image) -> str:
+def png(image: Image.Image, told: str = "") -> bytes:
+    """A picture as a file that says what it shows, so that it still does once it is saved."""
+    file, notes = io.BytesIO(), PngInfo()
+    if told:
+        notes.add_itxt("Description", told)
+    image.save(file, "PNG", pnginfo=notes)
+    return file.getvalue()
+
+
+def data_uri(image: Image.Image, told: str = "") -> str:
     """A picture as the address of an <img>."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(png(image, told)).decode("ascii")
 
 
 def img(image: Image.Image, text: str, crisp: bool = False) -> str:
     """An <img>; ``text`` for those who do not see it, ``crisp`` for numbers rather than a picture."""
     kind = ' class="crisp"' if crisp else ""
-    return f'<img src="{data_uri(image)}" alt="{escape(text)}"{kind}>'
+    return f'<img src="{data_uri(image, text)}" alt="{escape(text)}"{kind}>'
 
 
 def figure(image: Image.Image, caption: str, crisp: bool = False) -> str:
@@ -38,18 +46,36 @@ def sentence(text: str, kind: str = "error") -> str:
 
 
 def progress(state: Progress) -> str:
-    """A bar, what is computed, and since when."""
+    """A bar, what is computed, and since when; a bar that moves without end where nobody knows how long it takes."""
+    value = ' class="busy"' if state.fraction is None else f' value="{state.fraction:.3f}"'
     return (
-        f'<div class="progress"><progress max="1" value="{state.fraction:.3f}"></progress>'
+        f'<div class="progress"><progress max="1"{value}></progress>'
         f"<span>{escape(state.message)}</span><span>{state.seconds:.1f} s</span></div>"
     )
 
 
-def pictures(images: Sequence[Image.Image]) -> str:
-    """Drawings, as large as there is room."""
+def named(condition: str, seed: int, number: int) -> str:
+    """What a drawing shows, and what to type to have it again."""
+    return f"{condition}{', ' if condition else ''}seed {seed}, image {number}"
+
+
+def pictures(images: Sequence[Image.Image], condition: str, seed: int, guidance_scale: float | None = None) -> str:
+    """Drawings, as large as there is room, with what was asked for.
+
+    Args:
+        images: one after the other, of one seed.
+        condition: a caption or the name of a class; "" is none.
+        seed: of all.
+        guidance_scale: None for models without conditions.
+    """
     size = {1: "one", 2: "two"}.get(len(images), "many")
-    cells = "".join(img(image, f"drawing {number}") for number, image in enumerate(images, start=1))
-    return f'<div class="pictures {size}">{cells}</div>'
+    cells = "".join(
+        f"<figure>{img(image, named(condition, seed, number))}<figcaption>seed {seed}, image {number}</figcaption></figure>"
+        for number, image in enumerate(images, start=1)
+    )
+    guidance = "" if guidance_scale is None else f", guidance scale {guidance_scale:g}"
+    told = f'<p class="told">{escape(condition)}<span>{guidance}</span></p>' if condition else ""
+    return f'{told}<div class="pictures {size}">{cells}</div>'
 
 
 def strip(stages: Iterable[Stage]) -> str:

@@ -18,7 +18,20 @@ CSS = """
 .heading h1 { font-size: 1.6rem; font-weight: 650; margin: 20px 0 2px; letter-spacing: -0.01em; }
 .heading p { color: var(--body-text-color-subdued); margin: 0 0 4px; }
 
+#generate { display: grid !important; align-items: start; gap: 16px 20px;
+    grid-template: "ask result" auto "options result" 1fr / minmax(0, 4fr) minmax(0, 7fr); }
+#ask { grid-area: ask; }
+#result { grid-area: result; }
+#options { grid-area: options; }
+#generate > * { min-width: 0 !important; }
+@media (max-width: 760px) {
+    #generate { grid-template: "ask" auto "result" auto "options" auto / minmax(0, 1fr); }
+}
+
+.told { margin: 0 0 8px; font-weight: 500; overflow-wrap: anywhere; }
+.told span { font-weight: 400; color: var(--body-text-color-subdued); }
 .pictures { display: grid; gap: 10px; }
+.pictures figure { margin: 0; min-width: 0; }
 .pictures.one { grid-template-columns: minmax(0, 400px); }
 .pictures.two { grid-template-columns: repeat(2, minmax(0, 300px)); }
 .pictures.many { grid-template-columns: repeat(4, minmax(0, 1fr)); }
@@ -31,7 +44,7 @@ img.crisp { image-rendering: pixelated; }
 .strip { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); }
 .cards { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .strip figure, .cards figure { margin: 0; }
-.strip figcaption, .cards figcaption {
+.pictures figcaption, .strip figcaption, .cards figcaption {
     font-size: 0.8rem; color: var(--body-text-color-subdued); margin-top: 4px; line-height: 1.3;
 }
 
@@ -50,6 +63,11 @@ img.crisp { image-rendering: pixelated; }
 .progress progress::-webkit-progress-bar { background: var(--border-color-primary); }
 .progress progress::-webkit-progress-value { background: var(--primary-600); transition: width 0.3s; }
 .progress progress::-moz-progress-bar { background: var(--primary-600); }
+.progress progress.busy { background: linear-gradient(90deg, var(--border-color-primary) 35%, var(--primary-600) 50%,
+    var(--border-color-primary) 65%) 0 / 300% 100%; animation: busy 1.6s linear infinite; }
+.progress progress.busy::-webkit-progress-bar { background: transparent; }
+@keyframes busy { from { background-position: 100% 0; } to { background-position: 0 0; } }
+@media (prefers-reduced-motion: reduce) { .progress progress.busy { animation: none; } }
 .progress span { white-space: nowrap; font-variant-numeric: tabular-nums; }
 
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 5px 18px; margin: 0;

@@ -3,14 +3,17 @@ in a browser."""
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import json
+import re
 import socket
 import sys
 import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +23,11 @@ from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 
 from tarflow.cli.main import main
+from tarflow.demo import about, markup, page, screenshot
+from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Progress, Request, checked, draw, noise_removals
+from tarflow.demo.rebuild import MOST_PIXELS, Rebuilt, noise_picture, read_upload, rebuild
 from tarflow.common.seeds import image_seed
-from tarflow.demo import about, page, screenshot
-from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Request, checked, draw, noise_removals
-from tarflow.demo.rebuild import MOST_PIXELS, noise_picture, read_upload, rebuild
+from tarflow.models import shipped
 from tarflow.pipeline.opening import open_pipeline
 
 REQUEST = Request(prompt="a red ring", guidance_scale=2.0, decoding="sequential", seed=7, count=2)
@@ -97,6 +101,64 @@ def test_decodings_are_named(decoding: str) -> None:
     assert len(result.decodings) == 2
     assert names <= {"sequential", "jacobi", "gs_jacobi"} if decoding in ("auto", "fast") else names == {decoding}
     assert result.calibrated == (decoding in ("auto", "fast"))
+
+
+@pytest.mark.parametrize("decoding", ["auto", "fast", "sequential"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_trial_of_decodings_is_announced_when_there_is_one(decoding: str, compiled: bool) -> None:
+    pipe = make_pipeline("prefix")
+    if compiled:
+        pipe.enable_fast_decoding(None)
+    for trial in (decoding != "sequential", False):  # at the first call alone
+        states = drawn(pipe, Request("a red ring", guidance_scale=2.0, decoding=decoding, count=2))
+        assert states[-1].result.calibrated == trial
+        announced = [state for state in states if "trying decodings" in state.message]
+        assert bool(announced) == trial and all(state.fraction is None for state in announced)
+    assert "value=" not in markup.progress(Progress()) and 'value="0.500"' in markup.progress(Progress(fraction=0.5))
+
+
+def test_a_likelihood_stands_beside_the_mean_of_held_out_pictures() -> None:
+    pytest.importorskip("gradio")
+    from tarflow.demo.actions import rebuilt_facts
+
+    image = Image.new("RGB", (32, 32))
+    rebuilt = Rebuilt(image, image, image, image, 20.04, 1e-6, "latent_nats_per_dim", 0.5, 0.61)
+    plain = rebuilt_facts(rebuilt, {})
+    assert "held-out" not in plain and "0.500 nats per latent dimension<" in plain
+    means = {"latent_nats_per_dim": 0.4, "psnr": 26.2}
+    facts = rebuilt_facts(rebuilt, means)
+    assert "PSNR 20.0 dB (held-out pictures: 26.2 dB)" in facts and "this one is unlike them" in facts
+    assert "0.500 nats per latent dimension (held-out pictures: 0.400)" in facts
+    assert "0.610 nats per latent dimension<" in facts
+    assert "this one is unlike" not in rebuilt_facts(rebuilt, {"psnr": 21.0})
+    facts = rebuilt_facts(rebuilt, {**means, "latent_nats_per_dim_without_condition": 0.45})
+    assert "0.610 nats per latent dimension (held-out pictures: 0.450)" in facts
+    assert "0.610 nats per latent dimension (held-out pictures: 0.400)" in rebuilt_facts(
+        dataclasses.replace(rebuilt, likelihood=None), means
+    )
+
+
+def test_a_bad_upload_is_refused_when_it_is_chosen(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from tarflow.demo.actions import Actions
+
+    actions = Actions(make_pipeline("none"))
+    (tmp_path / "bad.png").write_text("no picture")
+    Image.new("L", (3, 3)).save(tmp_path / "good.png")
+    cards, numbers, button = actions.look(str(tmp_path / "bad.png"))
+    assert cards == "" and "Cannot read the image bad.png" in numbers and button["interactive"] is False
+    assert actions.look(str(tmp_path / "good.png"))[2]["interactive"] is True
+    cards, numbers, button = actions.look(None)
+    assert "error" not in numbers and button["interactive"] is False
+
+
+def test_shipped_cards_speak_of_no_picture_that_the_page_lacks() -> None:
+    for name in shipped():
+        pipe = SimpleNamespace(config={"_name_or_path": str(ROOT / "models" / name)})
+        text = about.card(pipe)
+        assert text.startswith(f"# {name}") and "## Licence" in text
+        assert "last row" not in text and "below each" not in text and "![" not in text
+        assert about.held_out(pipe)["images"] >= 256
 
 
 def test_decodings_of_compiled_steps_are_named() -> None:
@@ -203,18 +265,29 @@ def test_what_is_told_of_a_pipeline(tmp_path: Path) -> None:
     folder = tmp_path / "fruit" / "pipeline"
     pipe = make_pipeline("prefix")
     pipe.save_pretrained(folder)
-    (folder / "README.md").write_text("---\ntags: x\n---\n# Fruit\n![p](https://x/y.png) <img src='z'> good")
+    (folder / "README.md").write_text(
+        "---\ntags: x\n---\n# Fruit\n\n![p](https://x/y.png)\nAs the picture shows.\n\n![q](own.png) *good*\n\n"
+        "<b>bad</b> ![r](../outside.png)\n\n<img src='z'> too\n\n![s][1] too\n\nThe <i>end</i>"
+    )
+    for file in (folder / "own.png", folder.parent / "outside.png"):
+        Image.new("L", (1, 1)).save(file)
     (folder / "examples.json").write_text(json.dumps(["a red ring", "", 3]))
     assert about.name_of(pipe) == "a pipeline" and about.card(pipe) == "" and about.examples(pipe) == []
     pipe = type(pipe).from_pretrained(folder)
     assert about.name_of(pipe) == "fruit"
-    assert about.card(pipe) == "# Fruit\n  good"
+    assert re.sub(r"base64,[\w+/=]+", "…", about.card(pipe)) == "# Fruit\n\n![q](data:image/png;…) *good*\n\nThe end"
     assert about.examples(pipe) == ["a red ring"]
     details = dict(about.details(pipe))
     assert details["training noise σ"] == "0.3" and "vae 3.1 million" in details["parameters"]
-    for damaged in ("{", '{"a": 1}', "3"):
-        (folder / "examples.json").write_text(damaged)
-        assert about.examples(pipe) == []
+    assert "held-out pictures" not in details and about.held_out(pipe) == {}
+    (folder / "held_out.json").write_text('{"latent_nats_per_dim": 0.4321, "images": 1200, "psnr": 26, "a": "b"}')
+    assert about.held_out(pipe) == {"latent_nats_per_dim": 0.4321, "images": 1200.0, "psnr": 26.0}
+    words = dict(about.details(pipe))["held-out pictures"]
+    assert words == "0.432 nats per latent dimension, the mean over 1,200 pictures"
+    for damaged in ("{", '{"a": [1]}', "3", '{"psnr": NaN}'):
+        for name in ("examples.json", "held_out.json"):
+            (folder / name).write_text(damaged)
+        assert about.examples(pipe) == [] and about.held_out(pipe) == {}
 
 
 def test_starting_it_fails_in_one_sentence(tmp_path, monkeypatch, capsys) -> None:
@@ -250,16 +323,22 @@ def test_actions_turn_errors_into_sentences_and_go_on() -> None:
 
     actions = Actions(make_pipeline("prefix"))
     inputs = (None, 2.0, 2, "sequential", "score", 5)
-    assert "the prompt is empty" in list(actions.generate(" ", *inputs))[-1][0]
+    status, pictures, strip, download, draw_button, stop = list(actions.generate(" ", *inputs))[-1]
+    assert "the prompt is empty" in status
+    assert "<img" not in pictures and "block by block" in pictures and strip == ""  # those of a run before are gone
+    assert download["visible"] is False and draw_button["interactive"] is True and stop["interactive"] is False
     prepare, actions.pipe.prepare_latents = actions.pipe.prepare_latents, None
     assert "The run failed: " in list(actions.generate("a <b>ring", *inputs))[-1][0]
     assert "Choose a picture first." in actions.rebuild(None, "", None)[1]
     actions.pipe.prepare_latents = prepare
-    *_, (status, pictures, strip, download) = actions.generate("a <b>ring", *inputs)
+    *_, (status, pictures, strip, download, *_) = actions.generate("a <b>ring", *inputs)
     assert "largest" in status and pictures.count("<img") == 2 and strip.count("<img") == 4
+    assert '<p class="told">a &lt;b&gt;ring<span>, guidance scale 2</span></p>' in pictures
+    assert [f"seed 5, image {number}</figcaption>" in pictures for number in (1, 2, 3)] == [True, True, False]
     with zipfile.ZipFile(download["value"]) as archive:
         assert archive.namelist() == ["drawing-5-0.png", "drawing-5-1.png"]
-        assert Image.open(archive.open("drawing-5-1.png")).size == (32, 32)
+        image = Image.open(archive.open("drawing-5-1.png"))
+        assert image.size == (32, 32) and image.text["Description"] == "a <b>ring, seed 5, image 2"
 
 
 def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,28 +361,52 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Image.new("RGBA", (50, 40), (0, 90, 200, 120)).save(tmp_path / "good.png")
     folder = tmp_path / "rings" / "pipeline"
     make_pipeline("prefix").save_pretrained(folder)
-    (folder / "README.md").write_text("# Rings\n![far](https://example.com/far.png)")
-    app = page.start(page.build(open_pipeline(str(folder), "cpu")), "127.0.0.1", screenshot.free_port())
+    (folder / "README.md").write_text("# Rings\n\n![far](https://example.com/far.png)\n\n![near](near.png)")
+    Image.new("RGB", (9, 9)).save(folder / "near.png")
+    (folder / "examples.json").write_text('["a red ring", "a blue star"]')
+    pipe = open_pipeline(str(folder), "cpu")
+    app = page.start(page.build(pipe), "127.0.0.1", screenshot.free_port())
     try:
         with screenshot.opened(app.local_url, 1280, 900) as view:
             view.set_default_timeout(20_000)
             view.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
             view.reload()
             view.wait_for_selector("#draw")
-            screenshot.press(view, "#draw", "#status")
-            assert "the prompt is empty" in view.inner_text("#status .error")
-            screenshot.draw(view, "a red ring", 3, 2)
+            assert view.get_by_label("Prompt").input_value() == "a red ring"
+            assert view.locator("#stop").is_disabled() and not view.get_by_label("Guidance scale").first.is_visible()
+            screenshot.draw(view, None, 3, 2)
             assert "largest" in view.inner_text("#status")
             assert view.locator("#pictures img").count() == 2 and view.locator("#strip figure").count() == 4
+            assert "a red ring" in view.inner_text("#pictures") and "seed 3, image 2" in view.inner_text("#pictures")
+            view.wait_for_selector("#draw:enabled")
+            assert view.locator("#stop").is_disabled()
+            view.get_by_label("Prompt").fill("")
+            screenshot.press(view, "#draw", "#status")
+            assert "the prompt is empty" in view.inner_text("#status .error")
+            view.wait_for_selector("#draw:enabled")
+            assert view.locator("#pictures img").count() == view.locator("#strip img").count() == 0
+            assert not view.locator("#download").is_visible()
+            stopped_in(view, pipe)
+            screenshot.draw(view, "a red ring", 3, 2)
             with view.expect_download() as download:
                 view.click("#download")
             assert zipfile.is_zipfile(download.value.path())
-            rebuild_in(view, tmp_path / "broken.png")
-            assert "Cannot read the image broken.png" in view.inner_text("#numbers .error")
+            choose_in(view, tmp_path / "broken.png")
+            assert "Cannot read the image broken.png" in view.locator("#numbers .error").inner_text()
+            assert view.locator("#rebuild").is_disabled()
             view.get_by_label("Clear").or_(view.get_by_label("Remove Image")).first.click()
-            rebuild_in(view, tmp_path / "good.png")
+            view.wait_for_selector("#numbers .empty")
+            choose_in(view, tmp_path / "good.png")
+            view.wait_for_selector("#rebuild:enabled")
+            screenshot.press(view, "#rebuild", "#numbers")
             view.wait_for_selector("#cards figure")
             assert view.locator("#cards figure").count() == 4 and "PSNR" in view.inner_text("#numbers")
+            view.get_by_role("tab", name="About").click()
+            view.wait_for_function("() => document.querySelector('img[alt=near]')?.naturalWidth === 9")
+            view.set_viewport_size({"width": 390, "height": 900})
+            view.get_by_role("tab", name="Generate").click()
+            tops = [view.locator(place).bounding_box()["y"] for place in ("#draw", "#result", "#seed", "#more")]
+            assert tops == sorted(tops)
         assert list((tmp_path / "uploads").rglob("good.png"))
     finally:
         app.close(verbose=False)
@@ -314,10 +417,34 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.1)
 
 
-def rebuild_in(view, file: Path) -> None:
-    """Upload a file on the page and wait for what becomes of it."""
+def stopped_in(view, pipe) -> None:
+    """Draw, and stop in the middle."""
+    go_on, decode = threading.Event(), pipe.decode_latents
+
+    def slow(*arguments):
+        go_on.wait(20)
+        return decode(*arguments)
+
+    pipe.decode_latents = slow
+    try:
+        view.get_by_label("Prompt").fill("a red ring")
+        view.click("#draw")
+        view.wait_for_selector("#stop:enabled")
+        assert view.locator("#draw").is_disabled()
+        view.wait_for_selector("#status .progress")
+        view.click("#stop")
+        view.wait_for_selector("#status .note")
+        assert view.inner_text("#status .note") == "Stopped."
+        view.wait_for_selector("#draw:enabled")
+        assert view.locator("#stop").is_disabled()
+    finally:
+        go_on.set()
+        pipe.decode_latents = decode
+
+
+def choose_in(view, file: Path) -> None:
+    """Upload a file on the page and wait for what is said of it."""
     view.get_by_role("tab", name="Encode and rebuild").click()
     with view.expect_response(lambda response: "/upload" in response.url):
         view.locator("input[type=file]").first.set_input_files(file)
     view.wait_for_timeout(300)
-    screenshot.press(view, "#rebuild", "#numbers")
