@@ -83,9 +83,8 @@ class Actions:
     def condition(self, request: Request) -> str:
         """What a request asks for, in words."""
         if self.kind == "prefix":
-            return request.prompt.strip()
-        names = {index: name for name, index in self.classes()}
-        return names[request.label] if self.kind.startswith("class") else ""
+            return (request.prompt or "").strip()
+        return next((name for name, index in self.classes() if index == request.label), "")
 
     def look(self, upload: Any) -> tuple[str, str, Any]:
         """At a file as soon as it is chosen: nothing is shown of the one before, and one that cannot be read is refused."""

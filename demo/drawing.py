@@ -240,12 +240,12 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(image_seed(request.seed, i)) for i in range(request.count)]
 
+    trial = tries_decodings(pipe, request)
     with torch.no_grad():
         shape = pipe.latent_shape(None, None)
         noise = pipe.prepare_latents(request.count, shape, pipe.flow.device, generators(), None)
-        trial = tries_decodings(pipe, request)
         show("noise", noise, "trying decodings, once for such a call" if trial else f"block 1 of {blocks}", not trial)
-    shown_for, known, began = 0.0, len(pipe.calibrations), clock(pipe.flow.device)
+    shown_for, began = 0.0, clock(pipe.flow.device)
     output = pipe(
         **arguments(pipe, request),
         generator=generators(),
@@ -256,8 +256,7 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
     if request.noise_removal != "none" and not cleaned(pipe, request):
         stages.append(Stage("noise removed", output.images))
     residuals = (output.residual_max.tolist(), output.residual_mean.tolist())
-    calibrated = len(pipe.calibrations) > known
-    result = Result(output.images, *residuals, seconds, calibrated, taken_decodings(pipe, request))
+    result = Result(output.images, *residuals, seconds, trial, taken_decodings(pipe, request))
     events.put(Progress(list(stages), 1.0, "done", result=result))
 
 

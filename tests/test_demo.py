@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 from test_decoder import with_decoder
 from test_pipeline import make_pipeline
@@ -26,8 +27,14 @@ from tarflow.cli.main import main
 from tarflow.demo import about, markup, page, screenshot
 from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Progress, Request, checked, draw, noise_removals
 from tarflow.demo.rebuild import MOST_PIXELS, Rebuilt, noise_picture, read_upload, rebuild
+<<<<<<< HEAD
 from tarflow.common.seeds import image_seed
+=======
+from tarflow.evaluation.samples.generation import image_seed
+from tarflow.flows.decoding.calibration import calibrate
+>>>>>>> 78ba274 (The page says that decodings are tried whenever they are)
 from tarflow.models import shipped
+from tarflow.pipeline.call import inversion
 from tarflow.pipeline.opening import open_pipeline
 
 REQUEST = Request(prompt="a red ring", guidance_scale=2.0, decoding="sequential", seed=7, count=2)
@@ -105,15 +112,22 @@ def test_decodings_are_named(decoding: str) -> None:
 
 @pytest.mark.parametrize("decoding", ["auto", "fast", "sequential"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_trial_of_decodings_is_announced_when_there_is_one(decoding: str, compiled: bool) -> None:
-    pipe = make_pipeline("prefix")
+def test_a_trial_of_decodings_is_announced_when_there_is_one(
+    decoding: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, trials = make_pipeline("prefix"), []
     if compiled:
         pipe.enable_fast_decoding(None)
-    for trial in (decoding != "sequential", False):  # at the first call alone
+    monkeypatch.setattr(inversion, "calibrate", lambda *args: trials.append(1) or calibrate(*args))
+    for doubtful, expected in ((False, True), (False, False), (True, True)):  # unknown, known, to be found anew
+        for calibration in pipe.calibration_store().calibrations.values():
+            calibration.stale = doubtful
+        trials.clear()
         states = drawn(pipe, Request("a red ring", guidance_scale=2.0, decoding=decoding, count=2))
-        assert states[-1].result.calibrated == trial
         announced = [state for state in states if "trying decodings" in state.message]
-        assert bool(announced) == trial and all(state.fraction is None for state in announced)
+        expected = expected and decoding != "sequential"
+        assert len(trials) == expected and bool(announced) == states[-1].result.calibrated == expected
+        assert all(state.fraction is None for state in announced)
     assert "value=" not in markup.progress(Progress()) and 'value="0.500"' in markup.progress(Progress(fraction=0.5))
 
 
