@@ -24,15 +24,11 @@ from test_decoder import with_decoder
 from test_pipeline import make_pipeline
 
 from tarflow.cli.main import main
+from tarflow.common.seeds import image_seed
 from tarflow.demo import about, markup, page, screenshot
 from tarflow.demo.drawing import DECODINGS, MOST_IMAGES, Progress, Request, checked, draw, noise_removals
 from tarflow.demo.rebuild import MOST_PIXELS, Rebuilt, noise_picture, read_upload, rebuild
-<<<<<<< HEAD
-from tarflow.common.seeds import image_seed
-=======
-from tarflow.evaluation.samples.generation import image_seed
 from tarflow.flows.decoding.calibration import calibrate
->>>>>>> 78ba274 (The page says that decodings are tried whenever they are)
 from tarflow.models import shipped
 from tarflow.pipeline.call import inversion
 from tarflow.pipeline.opening import open_pipeline
