@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     from accelerate import PartialState
 
     from tarflow.training.latent_cache.caching import cache_latents
-    from tarflow.training.latent_cache.plan import CacheConfig
+    from tarflow.training.latent_cache.config import CacheConfig
 
     with ending():
         config, _ = parse_dataclass(CacheConfig, with_config_file(argv), __doc__, "tarflow cache-latents")

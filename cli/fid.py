@@ -27,10 +27,8 @@ from tarflow.common.arguments import parse_dataclass
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_json
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.features.backbones import Normalize
-from tarflow.evaluation.features.extractors import INCEPTION, Extractor, load_extractor
-from tarflow.evaluation.features.metrics import Metric
-from tarflow.evaluation.features.statistics import KEPT_FEATURES
+from tarflow.evaluation.features.extractors import Extractor, load_extractor
+from tarflow.evaluation.features.names import INCEPTION, KEPT_FEATURES, Metric, Normalize
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import evaluate, reference_statistics, table
 from tarflow.evaluation.samples.generation import GenerationConfig, generate_images

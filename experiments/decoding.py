@@ -22,9 +22,9 @@ from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_uint8
-from tarflow.evaluation.features.backbones import Normalize
-from tarflow.evaluation.features.extractors import INCEPTION, Extractor, load_extractor
+from tarflow.evaluation.features.extractors import Extractor, load_extractor
 from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
+from tarflow.evaluation.features.names import INCEPTION, Normalize
 from tarflow.evaluation.features.statistics import Moments, compute_statistics
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reconstruction.noisy import available_methods, decode_by, noisy_pictures

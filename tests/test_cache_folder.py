@@ -25,7 +25,7 @@ from tarflow.training.flow.config import VaeConfig
 from tarflow.training.latent_cache import caching
 from tarflow.training.latent_cache import folder as cache_folder
 from tarflow.training.latent_cache.caching import agreed, cache_latents, same_plan
-from tarflow.training.latent_cache.plan import CacheConfig
+from tarflow.training.latent_cache.config import CacheConfig
 
 
 def save_autoencoder(path: Path, seed: int = 0) -> str:

@@ -21,7 +21,8 @@ from tarflow import TARFlowPipeline, models
 from tarflow.common.arguments import parse_dataclass
 from tarflow.data.images import collate, to_model
 from tarflow.pipeline.loading.folder import add_component
-from tarflow.training.autoencoder.decoder import DecoderConfig, DecoderTask, finetune_decoder
+from tarflow.training.autoencoder.decoder import DecoderTask, finetune_decoder
+from tarflow.training.autoencoder.decoder_config import DecoderConfig
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder
 

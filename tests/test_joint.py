@@ -23,7 +23,7 @@ from tarflow.training.flow.config import VaeConfig
 from tarflow.training.flow.joint import JointObjective, renormalise
 from tarflow.training.flow.joint_config import JointConfig
 from tarflow.training.flow.step import Stepper
-from tarflow.training.latent_cache.plan import CacheConfig
+from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.vae.codec import LatentCodec
 
 #: Pictures of 16 pixels to latents of 4 × 4.

@@ -26,7 +26,8 @@ from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.flow.text import small_t5, train_tokenizer
 from tarflow.training.latent_cache import folder as cache_folder
 from tarflow.training.latent_cache.caching import Encoder, cache_latents, prepare_folder, write_manifest, write_shards
-from tarflow.training.latent_cache.plan import CacheConfig, make_plan
+from tarflow.training.latent_cache.config import CacheConfig
+from tarflow.training.latent_cache.plan import make_plan
 from tarflow.training.loop.batches import fixed_batches, read_batch
 from tarflow.vae.codec import LatentCodec, autoencoder_hash, load_autoencoder, measure_latents
 

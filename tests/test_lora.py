@@ -16,7 +16,8 @@ from safetensors import safe_open
 from test_pipeline import draw, make_pipeline
 
 from tarflow import TARFlowModel, TARFlowPipeline
-from tarflow.flows.adapters.adapters import LORA_TARGETS, adapter_layers, weight_of
+from tarflow.flows.adapters.adapters import adapter_layers, weight_of
+from tarflow.flows.adapters.targets import LORA_TARGETS
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.call.student_sampling import flow_hashes
 

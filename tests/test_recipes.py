@@ -18,7 +18,7 @@ from tarflow.data.config import DataConfig
 from tarflow.training.flow import setup
 from tarflow.training.flow.trainer import Trainer
 from tarflow.training.latent_cache.caching import cache_latents
-from tarflow.training.latent_cache.plan import CacheConfig
+from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.schedule import TimeLimit, peak_factor
 

@@ -27,7 +27,7 @@ from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.flow.objective import FlowObjective
 from tarflow.training.flow.text import check_text
 from tarflow.training.latent_cache.caching import cache_latents
-from tarflow.training.latent_cache.plan import CacheConfig
+from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.parallel import layer_classes
 
 FLOW = CLASS_FLOW.replace("class_prefix", "prefix")

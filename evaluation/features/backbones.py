@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-Normalize = Literal["imagenet", "half"]
+from tarflow.evaluation.features.names import Normalize
+
 #: Mean and standard deviation of pixels in [0, 1]: ImageNet's by colour, or what maps them to [−1, 1].
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from tarflow.evaluation.features.backbones import (
     Backbone,
-    Normalize,
     first_line,
     load_weights,
     torchvision_backbone,
     transformers_backbone,
 )
+from tarflow.evaluation.features.names import INCEPTION, Normalize
 
-INCEPTION = "inception"
 #: Extractors that are a model of Transformers at ``weights``.
 TRANSFORMERS = ("dinov2", "clip")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
-from tarflow.evaluation.features.statistics import KEPT_FEATURES, Statistics, compute_statistics
+from tarflow.evaluation.features.names import KEPT_FEATURES, Metric
+from tarflow.evaluation.features.statistics import Statistics, compute_statistics
 from tarflow.evaluation.images.sets import ImageSet
 
-Metric = Literal["frechet", "kernel", "precision_recall", "inception_score"]
 #: torch-fidelity's defaults, written down here because results depend on them.
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, NEIGHBOURS, SCORE_SPLITS, SEED = 100, 1000, 3, 10, 2020
 #: The name under which features that are computed already go through torch-fidelity.

@@ -19,13 +19,12 @@ from tarflow.common.files import replaced
 from tarflow.common.processes import gather, gather_objects, on_main, process_and_count
 from tarflow.common.progress import progress_bar
 from tarflow.evaluation.features.extractors import Extractor
+from tarflow.evaluation.features.names import KEPT_FEATURES
 from tarflow.evaluation.images.conversions import notes_of
 from tarflow.evaluation.images.sets import ImageSet
 
 FORMAT = "tarflow-statistics-1"
 MOMENTS, FEATURES = "moments.safetensors", "features.safetensors"
-#: Of larger sets so many pictures' features are kept; more of them take memory, and time that grows with the square.
-KEPT_FEATURES = 50_000
 
 
 class Moments:

@@ -10,8 +10,9 @@ from typing import Any
 from tarflow.common.processes import on_main
 from tarflow.evaluation.features.clip_score import clip_score
 from tarflow.evaluation.features.extractors import Extractor
-from tarflow.evaluation.features.metrics import Metric, calculate, chosen_metrics, warnings_of
-from tarflow.evaluation.features.statistics import KEPT_FEATURES, MOMENTS, Statistics, compute_statistics
+from tarflow.evaluation.features.metrics import calculate, chosen_metrics, warnings_of
+from tarflow.evaluation.features.names import KEPT_FEATURES, Metric
+from tarflow.evaluation.features.statistics import MOMENTS, Statistics, compute_statistics
 from tarflow.evaluation.images.sets import ImageSet, open_images
 from tarflow.evaluation.samples.record import read_record
 from tarflow.evaluation.samples.told import matching_shares, read_conditions

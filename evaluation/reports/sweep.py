@@ -19,9 +19,9 @@ from tarflow.common.files import check_writable, read_json_lines, write_text
 from tarflow.common.processes import process_and_count
 from tarflow.common.progress import write_line
 from tarflow.data.latents import file_hash
-from tarflow.evaluation.features.extractors import INCEPTION, load_extractor
-from tarflow.evaluation.features.metrics import Metric
-from tarflow.evaluation.features.statistics import KEPT_FEATURES, MOMENTS
+from tarflow.evaluation.features.extractors import load_extractor
+from tarflow.evaluation.features.names import INCEPTION, KEPT_FEATURES, Metric
+from tarflow.evaluation.features.statistics import MOMENTS
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import evaluate, reference_statistics
 from tarflow.evaluation.reports.sweep_tables import SWEPT, best_row, row_name, write_tables

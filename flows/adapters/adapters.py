@@ -24,9 +24,7 @@ from tarflow.flows.adapters.changes import (
     refuse_offloading_to_files,
 )
 from tarflow.flows.adapters.files import adapter_of, write_adapters
-
-#: Layers that get an adapter where none are named: those of attention and MLP.
-LORA_TARGETS = ("qkv", "proj", "up", "down")
+from tarflow.flows.adapters.targets import LORA_TARGETS
 
 
 def adapters_state(model: nn.Module) -> list[tuple]:

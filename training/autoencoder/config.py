@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tarflow.common.checks import AtLeastOne, Interval, NotNegative, Positive, check, check_ranges
 from tarflow.data.config import DataConfig
 from tarflow.training.loop.network_config import NetworkConfig
-from tarflow.training.losses.pictures import PictureLossConfig
+from tarflow.training.losses.config import PictureLossConfig
 
 
 @dataclass(frozen=True, kw_only=True)

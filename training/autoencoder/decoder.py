@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tarflow.common.checks import NotNegative, Positive
 from tarflow.data.images import Images
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
+from tarflow.training.autoencoder.decoder_config import DecoderConfig
 from tarflow.training.loop.checkpoint import on_main
-from tarflow.training.loop.component import ComponentConfig, ComponentFolders, noisy_latents, open_splits, write_rows
+from tarflow.training.loop.component import ComponentFolders, noisy_latents, open_splits, write_rows
 from tarflow.training.loop.draws import draw_chances
 from tarflow.training.loop.network_trainer import NetworkTrainer, network_accelerator
-from tarflow.training.losses.pictures import PictureLossConfig
 from tarflow.training.losses.step import PictureStepper
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig(ComponentConfig):
-    """Everything about finetuning a decoder.
-
-    Attributes, besides those of `ComponentConfig`:
-        set_default: the pipeline's calls take the new decoder unless they say otherwise; False leaves their default.
-        noise_std: σ of the noise on the latents; None is the pipeline's training noise, which its samples have.
-        loss: what makes decoded pictures like their originals.
-    """
-
-    kind: ClassVar[str] = "decoder"
-
-    set_default: bool = True
-    noise_std: NotNegative | None = None
-    loss: PictureLossConfig = field(default_factory=PictureLossConfig)
-    lr: Positive = 3e-4
-
-    @property
-    def image_size(self) -> int:
-        """Side of the pictures in pixels."""
-        return self.data.image_size
 
 
 class DecoderTask:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tarflow.common.checks import BelowOne, OffOrPositive, Positive, check, check_ranges
-from tarflow.flows.adapters.adapters import LORA_TARGETS
+from tarflow.flows.adapters.targets import LORA_TARGETS
 
 #: Layers of the small text encoder, a T5, that get an adapter: those of attention.
 TEXT_TARGETS = ("q", "k", "v", "o")

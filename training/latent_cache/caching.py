@@ -29,6 +29,7 @@ from tarflow.data.images import Images, collate, to_model
 from tarflow.data.latents import FORMAT, read_manifest
 from tarflow.pipeline.text.encoding import cut_captions, encode_captions
 from tarflow.training.flow.text import cut_sentence, encoder_settings, load_text
+from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.latent_cache.folder import (
     check_folder,
     finish_folder,
@@ -38,7 +39,7 @@ from tarflow.training.latent_cache.folder import (
     start_folder,
     write_shard,
 )
-from tarflow.training.latent_cache.plan import CacheConfig, Plan, difference, make_plan, without_times
+from tarflow.training.latent_cache.plan import Plan, difference, make_plan, without_times
 from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
 from tarflow.vae.codec import (
     LatentCodec,

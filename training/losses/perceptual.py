@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tarflow.evaluation.features.backbones import Normalize, first_line, torchvision_backbone
+from tarflow.evaluation.features.backbones import first_line, torchvision_backbone
+from tarflow.evaluation.features.names import Normalize
 from tarflow.training.losses.config import LPIPS
 
 #: Where a Torchvision network's features are taken if not said otherwise: the last ones of each resolution.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from tarflow.common.checks import AtLeastOne, Fraction, Interval, NotNegative, at_least, check
-from tarflow.evaluation.features.backbones import Normalize
-from tarflow.training.loop.component import ComponentConfig
+from tarflow.evaluation.features.names import Normalize
+from tarflow.training.loop.component_config import ComponentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
