@@ -255,7 +255,7 @@ def test_pipeline_with_fast_steps() -> None:
 
 def test_a_capture_that_fails_leaves_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def failing(graph: Any) -> Iterator[None]:
+    def failing(graph: Any, pool: Any) -> Iterator[None]:
         raise RuntimeError("out of memory")
         yield
 

@@ -1,13 +1,20 @@
-"""Decode steps that are compiled, and on CUDA devices captured as graphs, once and for all batches of one shape."""
+"""Tokens that are made whole on the device by compiled operations, on CUDA devices captured as one graph, once and for all
+batches of one shape."""
 
 from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from tarflow.flows.decoding.method import InversionState
+from tarflow.flows.decoding.method import InversionState, combine
 from tarflow.flows.decoding.step import DecodeStep, ModuleStep, StaticStep, decode_step
+from tarflow.flows.layers.affine import affine_inverse
 from tarflow.flows.layers.prepared import leaves_after_use, may_prepare, state_of
 
 logger = logging.get_logger(__name__)
@@ -26,59 +33,109 @@ WARM_UP_CALLS = 3
 
 
 class FastStep:
-    """A `StaticStep` whose arithmetic is compiled, and on a CUDA device replayed as one graph.
+    """All that makes one token of a block: the network, guidance, and the affine map of the token's noise. It reads and
+    writes buffers at a position that lies on the device, so the host does nothing between tokens but start the next one.
+
+    Shapes: B batch, T tokens, C channels of a token.
 
     Args:
-        step: the step; its cache becomes this one's own.
+        step: the network; its cache becomes this one's own.
+        run: a block of the shapes, with the kind of guidance.
+        dtype: of the tokens, at least float32.
         backend: of `torch.compile`; None does not compile.
+        pool: of CUDA graphs that are never replayed at the same time, see `torch.cuda.graph_pool_handle`.
     """
 
-    def __init__(self, step: StaticStep, backend: str | None = "inductor"):
-        self.step, self.graph = step, None
-        device = step.cache.keys_values.device
-        rows, channels = step.cache.keys_values.shape[1], step.config.token_dim
-        weights = step.proj_out[0].dtype
-        self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.inputs = torch.zeros(rows, channels, dtype=weights, device=device)
-        self.function = step.parameters
+    def __init__(
+        self,
+        step: StaticStep,
+        run: InversionState,
+        dtype: torch.dtype,
+        backend: str | None = "inductor",
+        pool: Any = None,
+    ):
+        self.step, self.pool, self.graph = step, pool, None
+        device, channels = step.cache.keys_values.device, step.config.token_dim
+        self.first, self.num_tokens, self.prefix_length = run.first, run.num_tokens, run.context.prefix_length
+        self.position = torch.zeros((), dtype=torch.int64, device=device)  # of the next token's input in the cache
+        self.previous = torch.zeros(run.batch, channels, dtype=dtype, device=device)
+        #: Noise, tokens and log-scales, (T, B, C) each.
+        self.noise, self.x, self.log_scales = (
+            torch.zeros(run.num_tokens, run.batch, channels, dtype=dtype, device=device) for _ in range(3)
+        )
+        self.weight = torch.zeros(
+            (), dtype=dtype, device=device
+        )  # of guidance, so that another one needs no other graph
+        self.guidance = None if run.guidance is None else replace(run.guidance, weight=self.weight)
+        self.function: Callable[[], None] = self.make_token
         if backend is not None:
-            self.function = torch.compile(step.parameters, backend=backend, dynamic=False, fullgraph=True)
+            own = with_code_of_its_own(self.make_token)
+            self.function = torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
         self.captures = device.type == "cuda"
-        self.outputs: tuple[Tensor, Tensor] | None = None
+
+    def make_token(self) -> None:
+        """The token at `position`, and on to the next."""
+        token = self.position - self.prefix_length + self.first
+        place = token.view(1)
+        rows = self.previous if self.guidance is None else torch.cat([self.previous, self.previous])
+        parameters = self.step.parameters(rows, self.position)
+        shift, log_scale = combine(self.guidance, parameters, token, self.num_tokens)
+        x = affine_inverse(self.noise.index_select(0, place).squeeze(0), shift, log_scale)
+        self.x.index_copy_(0, place, x.unsqueeze(0))
+        self.log_scales.index_copy_(0, place, log_scale.unsqueeze(0))
+        self.previous.copy_(x)
+        self.position.add_(1)
 
     def start(self, run: InversionState) -> None:
         """Begin a sequence whose prefix is in the run's cache."""
         self.step.refresh()
         self.step.load(run.context, run.cache, run.temperature)
-        self.position.fill_(self.step.cache.length)
+        if run.guidance is not None:
+            self.weight.fill_(run.guidance.weight)
+        self.position.fill_(self.prefix_length)
         if self.captures and self.graph is None:
             self.capture()
 
     def capture(self) -> None:
-        """Warm up on a side stream, as CUDA graphs want it, then capture one call."""
-        position = self.position.clone()
+        """Warm up on a side stream, as CUDA graphs want it, then capture one call; what that wrote is written again."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
-                self.function(self.inputs, self.position)
+                self.function()
+                self.position.fill_(self.prefix_length)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.outputs = self.function(self.inputs, self.position)
-            self.position.add_(1)
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.function()
         self.graph = graph  # not before: after an error there is none
-        self.position.copy_(position)  # what the capture wrote to the cache is written again at the first step
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """As of `DecodeStep`; the results must be used before the next call."""
-        self.inputs.copy_(inputs)
-        if self.graph is not None:
-            self.graph.replay()
-            return self.outputs
-        parameters = self.function(self.inputs, self.position)
-        self.position.add_(1)
-        return parameters
+    def decode(self, run: InversionState, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Arguments and results as of `decode_sequential`; the run is the one of `start`."""
+        count = z.shape[1]
+        self.noise[:count].copy_(z.transpose(0, 1))
+        if self.first == 0:
+            self.previous.copy_(run.start_token.expand_as(self.previous))
+        else:  # token 0 passes unchanged
+            self.previous.copy_(z[:, 0])
+            self.x[0].copy_(z[:, 0])
+            self.log_scales[0].zero_()
+        one = self.function if self.graph is None else self.graph.replay
+        for _ in range(self.first, count):
+            one()
+        # Copies, as the next sequence writes to these buffers again.
+        x, log_scales = (torch.stack(part[:count].unbind(0), dim=1) for part in (self.x, self.log_scales))
+        return x, log_scales
+
+
+def with_code_of_its_own(method: Callable[[], None]) -> Callable[[], None]:
+    """The same method with another code object. The compiler keeps what it made by code object, and allows eight of one:
+    with blocks of two kinds four batch sizes would exhaust them."""
+    function = method.__func__
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
+    )
+    return types.MethodType(own, method.__self__)
 
 
 class FastSteps:
@@ -89,11 +146,11 @@ class FastSteps:
     """
 
     def __init__(self, backend: str | None = "inductor"):
-        self.backend = backend
+        self.backend, self.pool = backend, None
         self.steps: dict[tuple, tuple[tuple, FastStep]] = {}
 
-    def get(self, run: InversionState) -> FastStep | DecodeStep | ModuleStep:
-        """The step of a run's block and shape, ready for its sequence. Made anew if the block has other weights or
+    def get(self, run: InversionState, dtype: torch.dtype) -> FastStep | DecodeStep | ModuleStep:
+        """The step of a run's block and shape, and of tokens of a dtype, ready for its sequence. Made anew if the block has other weights or
         adapters; not compiled where something acts on the block's modules or takes its weights away, with a warning."""
         if leaves_after_use(run.block):
             logger.warning_once(OFFLOADED)
@@ -103,13 +160,17 @@ class FastSteps:
             logger.warning_once(NOT_COMPILED)
             return ModuleStep(run.block, run.context, run.cache, run.temperature)
         block, shape = run.block, tuple(run.cache.keys_values.shape)
-        key = (id(block), shape, run.context.prefix_length, run.cache.keys_values.dtype, run.temperature is None)
+        kind = None if run.guidance is None else replace(run.guidance, weight=1.0)
+        numbers = (run.cache.keys_values.dtype, dtype)
+        key = (id(block), shape, run.context.prefix_length, numbers, kind, run.temperature is None)
         weights = state_of(block)
         if key not in self.steps or self.steps[key][0] != weights:
             cache = block.new_cache(shape[1], run.cache.capacity, run.cache.keys_values.dtype)
             cache.keys_values.zero_()  # slots behind the mask must be finite
             step = StaticStep(block, run.context, cache, run.temperature)
-            self.steps[key] = (weights, FastStep(step, self.backend))
+            if self.pool is None and cache.keys_values.is_cuda:
+                self.pool = torch.cuda.graph_pool_handle()
+            self.steps[key] = (weights, FastStep(step, run, dtype, self.backend, self.pool))
         fast = self.steps[key][1]
         fast.start(run)
         return fast

@@ -117,10 +117,7 @@ class InversionState:
 
     def combined(self, parameters: tuple[Tensor, Tensor], token: int | Tensor) -> tuple[Tensor, Tensor]:
         """Shift and log-scale (B, …) of R rows' parameters."""
-        if self.guidance is None:
-            return parameters
-        (shift, shift_u), (log_scale, log_scale_u) = (part.chunk(2) for part in parameters)
-        return self.guidance((shift, log_scale), (shift_u, log_scale_u), token, self.num_tokens)
+        return combine(self.guidance, parameters, token, self.num_tokens)
 
     def parameters(self, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Shift and log-scale (B, S, C) of tokens start … end − 1, from all tokens before each, in one parallel pass.
@@ -143,6 +140,16 @@ class InversionState:
         run.cache = None if self.cache is None else self.cache.select(rows)
         run.temperature = None if self.temperature is None else self.temperature[rows]
         return run
+
+
+def combine(
+    guidance: Guidance | None, parameters: tuple[Tensor, Tensor], token: int | Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Shift and log-scale (B, …) of those of both passes, (2·B, …); without guidance there is one pass."""
+    if guidance is None:
+        return parameters
+    (shift, shift_u), (log_scale, log_scale_u) = (part.chunk(2) for part in parameters)
+    return guidance((shift, log_scale), (shift_u, log_scale_u), token, num_tokens)
 
 
 def beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) -> str | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tarflow.flows.decoding.fast_step import FastSteps
+from tarflow.flows.decoding.fast_step import FastStep, FastSteps
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.decoding.step import decode_step
 from tarflow.flows.layers.affine import affine_inverse
@@ -42,7 +42,9 @@ def decode_sequential(run: InversionState, z: Tensor, fast: FastSteps | None = N
     Returns:
         x (B, T, C) and the log-scales (B, T, C) in the block's order.
     """
-    step = decode_step(run.block, run.context, run.cache, run.temperature) if fast is None else fast.get(run)
+    step = decode_step(run.block, run.context, run.cache, run.temperature) if fast is None else fast.get(run, z.dtype)
+    if isinstance(step, FastStep):
+        return step.decode(run, z)
     targets, made, log_scales = z.unbind(1), [], []
     if run.first == 0:
         previous = run.start_token.to(z.dtype).expand(z.shape[0], -1)

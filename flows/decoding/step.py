@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tarflow.flows.decoding.attention import cached_attention
 from tarflow.flows.layers.affine import at_least_float32, log_scale_of
 from tarflow.flows.layers.kv_cache import KVCache
 from tarflow.flows.layers.prepared import may_prepare, plain_linear
@@ -107,8 +108,8 @@ class DecodeStep:
         return LayerWeights(
             self.norm_function(attention.norm, dtype),
             self.transposed(attention.qkv, rows),
-            attention.query_norm,
-            attention.key_norm,
+            self.head_norm(attention.query_norm, dtype),
+            self.head_norm(attention.key_norm, dtype),
             self.transposed(attention.proj, rows),
             self.norm_function(attention.post_norm, dtype),
             self.norm_function(mlp.norm, dtype),
@@ -156,18 +157,23 @@ class DecodeStep:
         return self.kept(lambda: part(0), linear.weight), self.kept(lambda: part(1), linear.bias)
 
     def norm_function(self, module: Any, dtype: torch.dtype) -> Any:
-        """A norm as a function; where no conversion is needed, in one operation. None for None."""
-        if module is None or dtype not in (torch.float32, torch.float64):
+        """A norm as a function of as few operations as there are for the numbers' dtype. None for None."""
+        if module is None or not isinstance(module, (LayerNorm, RMSNorm)):
             return module
-        shape, eps = module.weight.shape, module.eps
+        shape, eps, wide = module.weight.shape, module.eps, dtype in (torch.float32, torch.float64)
         if isinstance(module, LayerNorm):
             weight, bias = module.weight.detach(), module.bias.detach()
-            return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-        if isinstance(module, RMSNorm):
+            return lambda x: torch.layer_norm(x, shape, weight, bias, eps)  # of 16 bits computes in float32 inside
+        if wide:
             weight = self.kept(lambda: 1 + module.weight.detach(), None)
             # torch.rms_norm is several times slower than these on a CPU, and the same elsewhere.
             return lambda x: x * x.square().mean(-1, keepdim=True).add_(eps).rsqrt_() * weight
-        return module
+        weight = self.kept(lambda: 1 + module.weight.detach().float(), None)
+        return lambda x: torch.rms_norm(x.float(), shape, weight, eps).to(x.dtype)
+
+    def head_norm(self, module: Any, dtype: torch.dtype) -> Any:
+        """The norm of queries or keys; only in 16 bits something is gained."""
+        return module if dtype in (torch.float32, torch.float64) else self.norm_function(module, dtype)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The next token's parameters.
@@ -224,11 +230,14 @@ class DecodeStep:
         """One slot's row of a table."""
         return rows[position]
 
-    def write_cache(self, keys_values: Tensor, new: Tensor, position: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write a slot's keys and values (R, 2, K, d); returns the keys and values to attend to, and a mask of them."""
+    def attend_cache(self, q: Tensor, keys_values: Tensor, new: Tensor, position: Any) -> Tensor:
+        """Write a slot's keys and values (R, 2, K, d) and attend to all up to them, (R, H·d)."""
         keys_values.select(3, position).copy_(new)
         keys, values = keys_values.narrow(3, 0, position + 1).unbind(1)
-        return keys, values, None
+        # The heads of a group are queries of one key/value head.
+        q = q.view(len(q), self.kv_heads, -1, self.head_dim)
+        y = F.scaled_dot_product_attention(q, keys, values, scale=1 / math.sqrt(self.head_dim))
+        return y.reshape(len(q), -1)
 
     def attend(self, layer: LayerWeights, hidden: Tensor, position: Any) -> Tensor:
         """One layer's heads side by side, (R, H·d); writes the slot's keys and values to the cache."""
@@ -248,17 +257,12 @@ class DecodeStep:
         if self.inverse_temperature is not None:
             q = q * self.inverse_temperature
         new = qkv.narrow(1, self.heads * head_dim, 2 * self.kv_heads * head_dim)
-        keys, values, mask = self.write_cache(layer.keys_values, new.view(rows, 2, self.kv_heads, head_dim), position)
-        # The heads of a group are queries of one key/value head.
-        y = F.scaled_dot_product_attention(
-            q.view(rows, self.kv_heads, -1, head_dim), keys, values, attn_mask=mask, scale=1 / math.sqrt(head_dim)
-        )
-        return y.reshape(rows, -1)
+        return self.attend_cache(q, layer.keys_values, new.view(rows, 2, self.kv_heads, head_dim), position)
 
 
 class StaticStep(DecodeStep):
-    """The same with shapes that never change, for compilers and CUDA graphs: the position is a tensor, and attention
-    goes over the whole cache behind a mask.
+    """The same with shapes that never change, for compilers and CUDA graphs: the position is a tensor, and so attention
+    is `cached_attention`.
 
     The tensors of one sequence (prefix, positions, class vectors, temperature) are buffers that `load` fills, so that
     what was compiled or captured for one sequence serves the next.
@@ -271,7 +275,8 @@ class StaticStep(DecodeStep):
         for name in ("cos", "sin", "added"):
             if (rows := getattr(self, name)) is not None:
                 setattr(self, name, torch.stack(rows))
-        self.slots = torch.arange(cache.capacity, device=cache.keys_values.device)
+        stored = cache.keys_values
+        self.attention = cached_attention(stored.device, stored.dtype, self.head_dim)
 
     def load(self, context: Any, cache: KVCache, temperature: Tensor | None) -> None:
         """Take over another sequence of the same shapes: its prefix in a cache, positions, vectors, temperature."""
@@ -291,6 +296,6 @@ class StaticStep(DecodeStep):
         """One slot's row of a table (S, …)."""
         return rows.index_select(0, position.view(1)).squeeze(0)
 
-    def write_cache(self, keys_values: Tensor, new: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_cache(self, q: Tensor, keys_values: Tensor, new: Tensor, position: Tensor) -> Tensor:
         keys_values.index_copy_(3, position.view(1), new.unsqueeze(3))
-        return keys_values[:, 0], keys_values[:, 1], (self.slots <= position).view(1, 1, 1, -1)
+        return self.attention(q, keys_values, position)

@@ -1,0 +1,153 @@
+"""The kernel of `cached_attention`: each head's keys are divided among several programs, so that a small batch fills a GPU,
+and programs behind the position end at once. A second, short kernel joins the parts.
+
+Only imported where there is Triton. Shapes as there; G query heads share a key/value head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+#: Keys of a program, and those that it looks at together.
+PART, TURN = 128, 64
+
+
+@triton.jit
+def attend_to_part(
+    q_at,
+    cache_at,
+    position_at,
+    out_at,
+    most_at,
+    total_at,
+    scale,
+    q_stride,
+    row_stride,
+    value_stride,
+    head_stride,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    padded_group: tl.constexpr,
+    parts: tl.constexpr,
+    size: tl.constexpr,
+    part_size: tl.constexpr,
+    turn: tl.constexpr,
+):
+    """Of one key/value head of one row and one part of the keys: the largest logit of each of the G queries, the sum of
+    the weights exp(logit − largest), and the weighted sum of the values, all float32."""
+    pair = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row, head = pair // kv_heads, pair % kv_heads
+    filled = tl.load(position_at) + 1
+    begin = part * part_size
+    end = tl.minimum(begin + part_size, filled)
+    lanes = tl.arange(0, size)
+    queries = tl.arange(0, padded_group)
+    exists = queries < group
+    q_place = q_at + row * q_stride + (head * group + queries[:, None]) * size + lanes[None, :]
+    q = tl.load(q_place, mask=exists[:, None], other=0.0).to(tl.float32) * scale
+    most = tl.full((padded_group,), float("-inf"), tl.float32)
+    total = tl.zeros((padded_group,), tl.float32)
+    out = tl.zeros((padded_group, size), tl.float32)
+    cache = cache_at + row * row_stride + head * head_stride
+    for first in range(begin, end, turn):  # none if the part lies behind the position
+        slots = first + tl.arange(0, turn)
+        seen = slots < end
+        place = cache + slots[:, None] * size + lanes[None, :]
+        keys = tl.load(place, mask=seen[:, None], other=0.0).to(tl.float32)
+        values = tl.load(place + value_stride, mask=seen[:, None], other=0.0).to(tl.float32)
+        logits = tl.sum(q[:, None, :] * keys[None, :, :], axis=2)  # (G, turn)
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        higher = tl.maximum(most, tl.max(logits, axis=1))
+        weights = tl.exp(logits - higher[:, None])
+        fade = tl.exp(most - higher)
+        total = total * fade + tl.sum(weights, axis=1)
+        out = out * fade[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], axis=1)
+        most = higher
+    place = (pair * parts + part) * group + queries
+    tl.store(most_at + place, most, mask=exists)
+    tl.store(total_at + place, total, mask=exists)
+    tl.store(out_at + place[:, None] * size + lanes[None, :], out, mask=exists[:, None])
+
+
+@triton.jit
+def join_parts(
+    parts_at,
+    most_at,
+    total_at,
+    out_at,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    parts: tl.constexpr,
+    padded_parts: tl.constexpr,
+    size: tl.constexpr,
+):
+    """The softmax over all parts, of one query head of one row. The first part is never empty."""
+    pair, query = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    numbers, lanes = tl.arange(0, padded_parts), tl.arange(0, size)
+    exists = numbers < parts
+    place = (pair * parts + numbers) * group + query
+    most = tl.load(most_at + place, mask=exists, other=float("-inf"))
+    weights = tl.exp(most - tl.max(most, axis=0))  # 0 for parts without a key
+    total = tl.sum(weights * tl.load(total_at + place, mask=exists, other=0.0), axis=0)
+    values = tl.load(parts_at + place[:, None] * size + lanes[None, :], mask=exists[:, None], other=0.0)
+    out = tl.sum(weights[:, None] * values, axis=0) / total
+    row, head = pair // kv_heads, pair % kv_heads
+    place = ((row * kv_heads + head) * group + query) * size + lanes
+    tl.store(out_at + place, out.to(out_at.dtype.element_ty))
+
+
+def launched(q: Tensor, keys_values: Tensor, position: Tensor, wrap: Callable[[Any], Any]) -> Tensor:
+    """Both kernels, one after the other; ``wrap`` makes of each what is called with a grid."""
+    rows, _, kv_heads, capacity, size = keys_values.shape
+    group, parts = q.shape[1] // (kv_heads * size), triton.cdiv(capacity, PART)
+    numbers = {"dtype": torch.float32, "device": q.device}
+    partial = torch.empty(rows * kv_heads, parts, group, size, **numbers)
+    most, total = (torch.empty(rows * kv_heads, parts, group, **numbers) for _ in range(2))
+    out = torch.empty(rows, q.shape[1], dtype=q.dtype, device=q.device)
+    wrap(attend_to_part)[(rows * kv_heads, parts)](
+        q,
+        keys_values,
+        position,
+        partial,
+        most,
+        total,
+        1 / math.sqrt(size),
+        q.stride(0),
+        keys_values.stride(0),
+        keys_values.stride(1),
+        keys_values.stride(2),
+        kv_heads=kv_heads,
+        group=group,
+        padded_group=triton.next_power_of_2(group),
+        parts=parts,
+        size=size,
+        part_size=PART,
+        turn=TURN,
+    )
+    wrap(join_parts)[(rows * kv_heads, group)](
+        partial,
+        most,
+        total,
+        out,
+        kv_heads=kv_heads,
+        group=group,
+        parts=parts,
+        padded_parts=triton.next_power_of_2(parts),
+        size=size,
+    )
+    return out
+
+
+@triton_op("tarflow::decode_attention", mutates_args={})
+def decode_attention(q: Tensor, keys_values: Tensor, position: Tensor) -> Tensor:
+    """As of `masked_attention`; slots behind the position are not read."""
+    return launched(q, keys_values, position, wrap_triton)

@@ -1,0 +1,196 @@
+"""Attention of a token to a cache that is partly filled: the kernel and its fall-back; whole tokens on the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import condition_of, random_images, small_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tarflow.flows.decoding.attention import cached_attention, masked_attention
+from tarflow.flows.decoding.fast_step import FastStep, FastSteps
+from tarflow.flows.decoding.method import InversionState
+from tarflow.flows.decoding.sampling import generate
+from tarflow.flows.decoding.sequential import decode_sequential
+from tarflow.flows.layers.guidance import Guidance
+
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("position", [0, 5, 11])
+def test_slots_behind_the_position_do_not_count(group: int, position: int) -> None:
+    cache = torch.randn(2, 2, 2, 12, 16)
+    q = torch.randn(2, 3 * 2 * group * 16)[:, : 2 * group * 16]
+    found = masked_attention(q, cache, torch.tensor(position))
+    seen = cache[:, :, :, : position + 1]
+    expected = F.scaled_dot_product_attention(q.reshape(2, 2, group, 16), seen[:, 0], seen[:, 1]).reshape(2, -1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_kernel_is_taken_where_it_fits() -> None:
+    cuda = torch.device("cuda")
+    for device, dtype, size in (
+        (torch.device("cpu"), torch.float32, 64),
+        (cuda, torch.float64, 64),
+        (cuda, torch.bfloat16, 48),
+    ):
+        assert cached_attention(device, dtype, size) is masked_attention
+    if TRITON:
+        assert cached_attention(cuda, torch.bfloat16, 64) is not masked_attention
+
+
+@pytest.mark.skipif(not TRITON, reason="without Triton")
+def test_the_kernel_in_tritons_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    worker = Path(__file__).with_name("triton_worker.py")
+    done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "16 cases\n", done.stderr[-3000:]
+
+
+class Replayed:
+    """Stands for a CUDA graph: each replay writes to the buffers of the first."""
+
+    def __init__(self, step: FastStep):
+        self.step = step
+
+    def replay(self) -> None:
+        self.step.function()
+
+
+def replaying(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
+    """As on a CUDA device: all tokens come from replays."""
+    graphs: list[Replayed] = []
+    initialize = FastStep.__init__
+
+    def initialized(self: FastStep, *rest: Any) -> None:
+        initialize(self, *rest)
+        self.captures = True
+
+    def capture(self: FastStep) -> None:
+        self.graph = Replayed(self)
+        graphs.append(self.graph)
+
+    monkeypatch.setattr(FastStep, "__init__", initialized)
+    monkeypatch.setattr(FastStep, "capture", capture)
+    return graphs
+
+
+@pytest.mark.parametrize(("weight", "batch"), [(0.0, 3), (1.5, 3), (0.0, 1)])
+def test_what_a_graph_writes_again_is_not_kept(monkeypatch: pytest.MonkeyPatch, weight: float, batch: int) -> None:
+    """Log-determinants of blocks without guidance were those of the last token, as many times as there are tokens."""
+    graphs = replaying(monkeypatch)
+    model = small_model(conditioning="class_prefix", condition_blocks="deep")
+    cond, null = model.condition(torch.arange(batch), None, batch), model.condition(None, None, batch)
+    steps, results = FastSteps(None), []
+    for _ in range(2):
+        noise = random_images(model, batch)
+        expected = generate(model, noise, cond, null, Guidance(weight))
+        found = generate(model, noise, cond, null, Guidance(weight), fast=steps)
+        results.append((found, expected))
+    assert len(graphs) == len(model.blocks)
+    for found, expected in results:  # the first ones are still what they were
+        for ours, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_results_are_copies_of_the_buffers(batch: int) -> None:
+    model, steps = small_model(sample_size=8), FastSteps(None)
+
+    def decoded() -> tuple[Tensor, Tensor]:
+        run = InversionState(model.blocks[0], batch, (4, 4), None, None, None)
+        return decode_sequential(run, torch.randn(batch, 16, 8), steps)
+
+    with torch.no_grad():
+        first = decoded()
+        kept = [part.clone() for part in first]
+        decoded()
+    assert all(torch.equal(part, copy) for part, copy in zip(first, kept, strict=True))
+
+
+@pytest.mark.parametrize("how", [Guidance(1.0), Guidance(1.0, "linear", annealed=True)], ids=["gaussian", "annealed"])
+def test_one_graph_serves_all_weights_of_guidance(how: Guidance) -> None:
+    model, steps = small_model(conditioning="class_prefix", condition_blocks="deep").double(), FastSteps(None)
+    cond, null = model.condition(torch.tensor([0, 1]), None, 2), model.condition(None, None, 2)
+    noise = random_images(model, 2)
+    for weight in (1.0, 3.0):
+        guidance = Guidance(weight, how.method, how.parts, how.annealed)
+        expected, _ = generate(model, noise, cond, null, guidance)
+        torch.testing.assert_close(generate(model, noise, cond, null, guidance, fast=steps)[0], expected)
+    assert len(steps.steps) == len(model.blocks)
+    generate(model, noise, cond, null, None, fast=steps)
+    generate(model, noise, cond, null, Guidance(1.0, "linear", "a"), fast=steps)
+    assert len(steps.steps) == len(model.blocks) + 2  # the guided block's other kinds
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations that are more than another view, and those that read a number of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.reads, self.conversions = 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += not func.is_view and "view" not in func.name()
+        self.conversions += func is torch.ops.aten._to_copy.default
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_token_is_made_on_the_device_alone() -> None:
+    model = small_model(conditioning="class_prefix", condition_blocks="deep", sample_size=8)
+    cond, null = model.condition(torch.tensor([0, 1]), None, 2), model.condition(None, None, 2)
+    run = InversionState(model.blocks[-1], 2, (4, 4), cond, null, Guidance(1.0))
+    with torch.no_grad():
+        step = FastSteps(None).get(run, torch.float32)
+        pointers = [step.x.data_ptr(), step.previous.data_ptr(), step.position.data_ptr()]
+        with Counter() as counter:
+            step.function()
+    assert int(step.position) == run.context.prefix_length + 1
+    assert pointers == [step.x.data_ptr(), step.previous.data_ptr(), step.position.data_ptr()]
+    assert counter.reads == 0
+    assert counter.operations < 110  # of two layers, guidance, the affine map, and what is written
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_of_steps_convert_little(norm: str, dtype: torch.dtype) -> None:
+    """None for layer normalisation, and the numbers of the module up to rounding."""
+    model = small_model(norm=norm, mlp="geglu", qk_norm=True, post_norm=True).to(dtype)
+    run = InversionState(model.blocks[-1], 2, (2, 2), None, None, None)
+    layer = FastSteps(None).get(run, torch.float32).step.layers[0]
+    x = torch.randn(2, 64).to(dtype)
+    with torch.no_grad(), Counter() as counter:
+        found = layer.mlp_norm(x)
+    assert counter.conversions == (2 if (norm, dtype) == ("rms_norm", torch.bfloat16) else 0)
+    assert norm == "rms_norm" or counter.operations == 1
+    module = model.blocks[-1].layers[0].mlp.norm
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, module(x).detach(), rtol=2 * rounding, atol=rounding)
+
+
+def test_any_number_of_batch_sizes_is_compiled() -> None:
+    """The compiler's limit is eight for one piece of code."""
+    torch.compiler.reset()
+    model, steps = (
+        small_model(layers_per_block=[1, 1], conditioning="class_prefix", condition_blocks="deep"),
+        FastSteps("eager"),
+    )
+    for batch in range(1, 7):
+        cond = model.condition(condition_of(model, batch)["class_labels"], None, batch)
+        null = model.condition(None, None, batch)
+        noise = random_images(model, batch)
+        expected, _ = generate(model, noise, cond, null, Guidance(1.0))
+        found, _ = generate(model, noise, cond, null, Guidance(1.0), fast=steps)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(steps.steps) == 12
