@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+from tarflow import configs, models
+from tarflow.cli import demo, generate, likelihood
+from tarflow.cli.main import COMMANDS
+from tarflow.cli.parsing import with_config_file
+from tarflow.common.arguments import parse_dataclass
+from tarflow.training.flow.arguments import parse_config
 
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
@@ -40,6 +48,39 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in headings(file), f"{document.name} links to {target}#{anchor}"
 
 
+def test_the_readme_says_what_each_configuration_and_pipeline_is_for() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in (*configs.shipped(), *models.shipped()):
+        assert f"`{name}`" in text, name
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Commands `tarflow …` of the README and docs/commands.md, whole, and their arguments."""
+    found = []
+    for document in (ROOT / "README.md", ROOT / "docs/commands.md"):
+        for block in re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["tarflow"]:
+                    found.append((" ".join(line.split()), words[1:]))
+    return found
+
+
+@pytest.mark.parametrize("arguments", [pytest.param(words, id=line) for line, words in commands()])
+def test_commands_are_understood(arguments: list[str]) -> None:
+    command, *rest = arguments
+    if command == "generate":
+        generate.check(generate.parser().parse_intermixed_args(rest))
+    elif command == "demo":
+        demo.parser().parse_args(rest)
+    elif command == "train":
+        parse_config(with_config_file(rest), None, "tarflow train")
+    elif arguments[:2] == ["evaluate", "likelihood"]:
+        parse_dataclass(likelihood.LikelihoodConfig, rest[1:], None, "tarflow evaluate likelihood")
+    else:
+        assert command in COMMANDS or command == "--help"
+
+
 def test_there_is_something_to_check() -> None:
     found = [name for document in DOCUMENTS for name in CODE.findall(document.read_text(encoding="utf-8"))]
-    assert len(found) > 80
+    assert len(found) > 80 and len(commands()) > 10
