@@ -18,7 +18,8 @@ from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
 from tarflow.common.seeds import image_seed
 from tarflow.pipeline.call.aspect import aspect_size
-from tarflow.pipeline.call.inputs import NOISE_REMOVALS, label_of
+from tarflow.pipeline.call.choices import NOISE_REMOVALS
+from tarflow.pipeline.call.inputs import label_of
 from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.training.flow.report import make_grid

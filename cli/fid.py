@@ -17,18 +17,21 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from tarflow.cli.parsing import with_config_file
 from tarflow.common.arguments import parse_dataclass
+from tarflow.common.checks import AtLeastOne, at_least, check_ranges
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_json
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.features.extractors import Extractor, load_extractor
-from tarflow.evaluation.features.names import INCEPTION, KEPT_FEATURES, Metric, Normalize
+from tarflow.evaluation.features.names import INCEPTION, KEPT_FEATURES, Metric
+from tarflow.evaluation.features.settings import RequiredExtractor
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import evaluate, reference_statistics, table
 from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
@@ -36,35 +39,25 @@ from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractorConfig:
+class ExtractorConfig(RequiredExtractor):
     """Which features pictures are compared by.
 
     Attributes:
-        extractor: "inception", whose Fréchet distance is FID; "dinov2" or "clip"; a classifier of Torchvision such as
-            "mobilenet_v2"; or the path or hub id of a Transformers vision model.
-        extractor_weights: a file of weights (.safetensors or .pth); of "dinov2" and "clip" a Transformers folder or id.
-        extractor_normalize: of pixels for Torchvision's classifiers: "imagenet", or "half" for [−1, 1].
         inception_weights: torch-fidelity's file of Inception's weights; without it they are downloaded.
         batch_size: pictures per pass and process.
     """
 
-    extractor: str = INCEPTION
-    extractor_weights: str | None = None
-    extractor_normalize: Normalize = "imagenet"
     inception_weights: str | None = None
-    batch_size: int = 64
+    batch_size: AtLeastOne = 64
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("num", 2), ("image_size", 1), ("keep_features", 0)):
-            value = getattr(self, name, None)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_ranges(self)
         if self.inception_weights and self.extractor != INCEPTION:
             raise ValueError(f"inception_weights are given, but the extractor is {self.extractor!r}")
         if self.extractor_weights and self.inception_weights:
             raise ValueError("give Inception's weights once: inception_weights or extractor_weights")
 
-    def load(self, device: Any) -> Extractor:
+    def load_extractor(self, device: str | torch.device) -> Extractor:
         weights = self.inception_weights or self.extractor_weights
         return load_extractor(self.extractor, weights, device, self.extractor_normalize)
 
@@ -84,9 +77,9 @@ class ReferenceConfig(ExtractorConfig):
 
     data: str | DataConfig
     split: str | None = None
-    image_size: int | None = None
-    num: int | None = None
-    keep_features: int = KEPT_FEATURES
+    image_size: AtLeastOne | None = None
+    num: Annotated[int, at_least(2)] | None = None
+    keep_features: Annotated[int, at_least(0)] = KEPT_FEATURES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +123,7 @@ class CalcConfig(MetricsConfig):
 
     ref: str
     samples: str
-    image_size: int | None = None
+    image_size: AtLeastOne | None = None
     cache_dir: str | None = None
 
 
@@ -149,7 +142,7 @@ class RunConfig(ReferenceConfig, MetricsConfig):
 
 def ref(config: RefConfig, state: PartialState) -> None:
     check_writable(config.out, folder=True)
-    extractor = config.load(state.device)
+    extractor = config.load_extractor(state.device)
     images = open_images(config.data, config.split, config.image_size, config.num)
     found, computed = reference_statistics(images, extractor, config.out, config.batch_size, config.keep_features)
     if state.is_main_process:
@@ -176,7 +169,7 @@ def calc(config: CalcConfig, state: PartialState) -> None:
     report = evaluate(
         config.ref,
         config.samples,
-        config.load(state.device),
+        config.load_extractor(state.device),
         config.metrics,
         config.clip,
         config.match,

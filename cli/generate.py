@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from typing import get_args
 
 from tarflow.cli.parsing import CommandParser
 from tarflow.cli.pictures import Target
 from tarflow.pipeline.call.aspect import ASPECT_RATIOS
-from tarflow.pipeline.call.inputs import NOISE_REMOVALS
+from tarflow.pipeline.call.choices import NOISE_REMOVALS, DecodingName
 
 DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as the pipeline was trained.
 
@@ -41,7 +42,7 @@ def parser() -> CommandParser:
     add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the empty caption)")
     add("--size", metavar="WxH", help="width and height in pixels (default: the training size)")
     add("--aspect-ratio", choices=ASPECT_RATIOS, help="width to height, at the training size's area, instead of --size")
-    add("--decoding", choices=("sequential", "auto", "jacobi", "fast", "student"), default="sequential", help="how the "
+    add("--decoding", choices=get_args(DecodingName), default="sequential", help="how the "
         "flow is inverted: sequential, exact to rounding; jacobi, many tokens at once; auto, the faster of these here, within "
         "0.001; fast, within 0.1; or student, one pass of the pipeline's student")  # fmt: skip
     add("--decode-with", choices=tuple(NOISE_REMOVALS), help="how the training noise is removed: not at "

@@ -24,9 +24,8 @@ from tarflow.flows.decoding.calibration import conditions_key
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.prepared import is_elsewhere
-from tarflow.pipeline.call.inputs import NOISE_REMOVALS
+from tarflow.pipeline.call.choices import NOISE_REMOVALS, STUDENT
 from tarflow.pipeline.call.limits import check_num_images
-from tarflow.pipeline.call.student_sampling import STUDENT
 
 #: How the page names the ways to invert a block, and the parts of the sequence that its "gs_jacobi" sweeps in turn.
 DECODINGS, SEGMENTS = ("auto", "sequential", "jacobi", "gs_jacobi", "fast"), 4

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tarflow.common.charts import markdown_table
+from tarflow.common.checks import AtLeastOne
 from tarflow.common.clock import clock
 from tarflow.common.files import check_writable, write_json, write_picture, write_text
 from tarflow.common.machine import machine
@@ -22,15 +23,16 @@ from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_uint8
-from tarflow.evaluation.features.extractors import Extractor, load_extractor
+from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
-from tarflow.evaluation.features.names import INCEPTION, Normalize
+from tarflow.evaluation.features.settings import OptionalExtractor
 from tarflow.evaluation.features.statistics import Moments, compute_statistics
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reconstruction.noisy import available_methods, decode_by, noisy_pictures
 from tarflow.evaluation.reports.fid import open_reference, versions
 from tarflow.evaluation.samples.conditions import Conditions, make_conditions
 from tarflow.evaluation.samples.record import pipeline_hash
+from tarflow.evaluation.samples.settings import SampleSubjects, Split
 
 #: A row of the table: its columns' names in the JSON file and in the table.
 COLUMNS = {
@@ -44,11 +46,11 @@ COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonConfig:
+class ComparisonConfig(OptionalExtractor, SampleSubjects):
     """What to compare.
 
     Attributes:
-        pipeline: folder, shipped name or hub id.
+        captions: of the samples, see `GenerationConfig`; None are the data's.
         data: pictures to reconstruct, captions, and the reference of the distance if ``ref`` does not give one.
         out: folder for comparison.json, comparison.md, samples.png and reconstructions.png.
         split: of the data.
@@ -57,38 +59,25 @@ class ComparisonConfig:
         ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures; None takes the
             data's split (of endless drawings the first ``num``).
         extractor: of features, see ``tarflow evaluate fid``; None leaves the distance out.
-        extractor_weights, extractor_normalize: of it.
-        captions, labels, guidance_scale, decoding, seed: of the samples, see `GenerationConfig`; captions None are the
-            data's.
+        decoding: how the flow is inverted, see `GenerationConfig`.
         batch_size: samples and pictures at once.
         repeats: of the clock's measurements, of which the medians count; methods take turns.
         columns: samples in the pictures.
     """
 
-    pipeline: str
     data: DataConfig
     out: str
-    split: Literal["train", "validation"] = "validation"
-    pictures: int = 256
-    num: int = 1000
+    split: Split = "validation"
+    pictures: AtLeastOne = 256
+    num: AtLeastOne = 1000
     ref: str | None = None
-    extractor: str | None = INCEPTION
-    extractor_weights: str | None = None
-    extractor_normalize: Normalize = "imagenet"
-    captions: str | None = None
-    labels: int | str | None = None
-    guidance_scale: float | None = None
     decoding: Literal["sequential", "auto", "fast", "jacobi"] = "sequential"
-    seed: int = 0
-    batch_size: int = 64
-    repeats: int = 5
-    columns: int = 8
+    batch_size: AtLeastOne = 64
+    repeats: AtLeastOne = 5
+    columns: AtLeastOne = 8
 
     def __post_init__(self) -> None:
-        least = {"pictures": 1, "num": 1, "batch_size": 1, "repeats": 1, "columns": 1, "seed": 0}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        super().__post_init__()
         if self.extractor is None and (self.extractor_weights is not None or self.ref is not None):
             raise ValueError("extractor_weights and ref are for a distance, but extractor is null")
 
@@ -114,11 +103,7 @@ def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]
     if captions is None and pipe.flow.config.conditioning == "prefix":
         captions = "data"
     conditions = make_conditions(pipe, config.seed, config.labels, None, captions, config.data, config.split)
-    extractor = None
-    if config.extractor is not None:
-        extractor = load_extractor(
-            config.extractor, config.extractor_weights, pipe.flow.device, config.extractor_normalize
-        )
+    extractor = config.load_extractor(pipe.flow.device)
     images = Images(config.data, config.split)
     held_out = noisy_pictures(pipe, images, config.pictures, config.batch_size, config.seed)
     rows = [{"method": method} for method in methods]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from tarflow.cli.fid import CalcConfig, RefConfig, RunConfig
 from tarflow.common.arguments import config_first, parse_dataclass
+from tarflow.evaluation.reports.contents import ReportConfig
+from tarflow.evaluation.reports.sweep import SweepConfig
+from tarflow.evaluation.samples.generation import GenerationConfig
+from tarflow.experiments.decoding import ComparisonConfig
+from tarflow.experiments.students import StudentComparisonConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +72,34 @@ def test_wrong_types_are_said_in_words(name: str, value: str, message: str) -> N
 def test_other_messages_stay() -> None:
     with pytest.raises(ValueError, match="nothing"):
         parse_dataclass(Settings, ["--nothing", "1"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(GenerationConfig, SweepConfig, ReportConfig, ComparisonConfig, StudentComparisonConfig),
+        *(RefConfig, CalcConfig, RunConfig),
+    ],
+)
+def test_types_of_inherited_settings_are_known(kind: type, capsys: pytest.CaptureFixture) -> None:
+    """A type whose name the module of a class does not know would be taken as any, and nothing refused."""
+    with pytest.raises(SystemExit):
+        parse_dataclass(kind, ["--help"])
+    shown = capsys.readouterr().out
+    assert "--extractor" in shown or "--guidance_scale" in shown
+    assert "Unvalidated" not in shown
+
+
+@pytest.mark.parametrize("setting", ["--guidance_scale=0.5", "--seed=-1", "--noise_std=-0.1", "--noise_std=inf"])
+def test_ranges_of_inherited_settings(setting: str) -> None:
+    name = setting.strip("-").partition("=")[0]
+    for kind in (GenerationConfig, ReportConfig):
+        needed = ["--pipeline=x", "--out=x", "--data.source=drawings"]
+        with pytest.raises(ValueError, match=f"{name} must be "):
+            parse_dataclass(kind, [*needed, setting])
+
+
+def test_options_are_listed_without_heavy_imports() -> None:
+    """`tarflow generate` refuses a wrong option before PyTorch is imported, which takes seconds."""
+    code = "import sys, tarflow.cli.generate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

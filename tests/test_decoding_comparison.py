@@ -12,6 +12,7 @@ from test_sweep import Means
 
 from tarflow import TARFlowPipeline
 from tarflow.cli.compare_decoding import main as command
+from tarflow.evaluation.features import settings
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.experiments import decoding as decoding_comparison
 from tarflow.experiments.decoding import ComparisonConfig, compare_decoding
@@ -29,7 +30,7 @@ def folder(tmp_path):
 
 
 def test_table_and_pictures(folder, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(decoding_comparison, "load_extractor", lambda *_: Extractor("means", Means(), "none", "none"))
+    monkeypatch.setattr(settings, "load_extractor", lambda *_: Extractor("means", Means(), "none", "none"))
     drawn, call = [], TARFlowPipeline.__call__
 
     def counting(pipe, *arguments, **options):

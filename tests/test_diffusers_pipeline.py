@@ -24,7 +24,8 @@ from torch import nn
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.pipeline.call import inversion
-from tarflow.pipeline.call.student_sampling import STUDENT, flow_hashes
+from tarflow.pipeline.call.choices import STUDENT
+from tarflow.pipeline.call.student_sampling import flow_hashes
 from tarflow.vae.decoder import LatentDecoder
 
 LATENT = {"output_type": "latent", "decoding": "sequential"}

@@ -13,7 +13,7 @@ from tarflow.data.images import Images, collate, to_uint8
 from tarflow.data.subset import spread
 from tarflow.evaluation.likelihood.held_out import check_arguments, noisy
 from tarflow.evaluation.reconstruction.quality import psnr, ssim
-from tarflow.pipeline.call.inputs import NOISE_REMOVALS
+from tarflow.pipeline.call.choices import NOISE_REMOVALS
 from tarflow.pipeline.conditions import condition_of
 
 

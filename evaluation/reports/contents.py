@@ -6,16 +6,18 @@ import dataclasses
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from tarflow.common.checks import AtLeastOne, at_least
 from tarflow.common.machine import machine
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate
 from tarflow.data.subset import Subset, evenly, spread
-from tarflow.evaluation.features.extractors import Extractor, load_extractor
+from tarflow.evaluation.features.extractors import Extractor
+from tarflow.evaluation.features.settings import OptionalExtractor
 from tarflow.evaluation.likelihood.held_out import mean_and_error, picture_likelihoods
 from tarflow.evaluation.reports.fid import versions
 from tarflow.evaluation.reports.files import read_curves, read_metrics
@@ -24,68 +26,50 @@ from tarflow.evaluation.reports.svg_charts import Series
 from tarflow.evaluation.samples.conditions import Conditions, make_conditions
 from tarflow.evaluation.samples.generation import GenerationConfig, draw_chunk, load_pipeline
 from tarflow.evaluation.samples.record import pipeline_hash
+from tarflow.evaluation.samples.settings import SampleSettings, Split
 
 PIXELS = "pixels"
 NEIGHBOURS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(OptionalExtractor, SampleSettings):
     """What to report on.
 
     Attributes:
-        pipeline: folder or hub id.
         data: the pictures that it was trained on; its image_size must be the model's.
         out: the HTML file.
         title: of the page; None takes the pipeline's name.
         samples: how many images are drawn and shown.
         batch_size: images at once.
-        seed: of samples and likelihoods.
         captions, labels: of the samples, see `GenerationConfig`; None takes captions of held-out pictures (of training
             ones without), or all classes in turn.
-        guidance_scale, denoise, decoder, noise_std, decoding: how to draw, see `GenerationConfig`.
         train_images: how many training pictures are searched for neighbours; they lie evenly in the split.
         yardstick_images: held-out pictures, and training pictures, whose own neighbours tell what distances mean.
         shown_neighbours: of so many samples, those nearest to a training picture.
         likelihood_images: of each split; 0 leaves likelihoods out.
         draws: of noise for each picture's likelihood.
         extractor: of features for neighbours, see ``tarflow evaluate fid``; None searches by pixels only.
-        extractor_weights, extractor_normalize: of it.
         run: a training's folder, whose TensorBoard logs give curves.
         metrics: a JSON file that ``tarflow evaluate fid calc`` wrote.
     """
 
-    pipeline: str
     data: DataConfig
     out: str = "report.html"
     title: str | None = None
-    samples: int = 36
-    batch_size: int = 36
-    seed: int = 0
-    captions: str | None = None
-    labels: int | str | None = None
-    guidance_scale: float | None = None
-    denoise: bool | Literal["score", "learned"] | None = None
-    decoder: Literal["vae", "finetuned"] | None = None
-    noise_std: float | None = None
-    decoding: Literal["sequential", "auto", "fast", "jacobi", "student"] = "sequential"
-    train_images: int = 10_000
-    yardstick_images: int = 256
-    shown_neighbours: int = 12
-    likelihood_images: int = 256
-    draws: int = 1
+    samples: AtLeastOne = 36
+    batch_size: AtLeastOne = 36
+    train_images: Annotated[int, at_least(NEIGHBOURS + 1)] = 10_000
+    yardstick_images: Annotated[int, at_least(2)] = 256
+    shown_neighbours: AtLeastOne = 12
+    likelihood_images: Annotated[int, at_least(0)] = 256
+    draws: AtLeastOne = 1
     extractor: str | None = None
-    extractor_weights: str | None = None
-    extractor_normalize: Literal["imagenet", "half"] = "imagenet"
     run: str | None = None
     metrics: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"samples": 1, "batch_size": 1, "seed": 0, "train_images": NEIGHBOURS + 1, "yardstick_images": 2}
-        least |= {"shown_neighbours": 1, "likelihood_images": 0, "draws": 1}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        super().__post_init__()
         if self.extractor is None and self.extractor_weights is not None:
             raise ValueError("extractor_weights are given, but no extractor")
 
@@ -138,9 +122,7 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     metrics, warnings = read_metrics(config.metrics) if config.metrics else ({}, [])
     curves = read_curves(config.run) if config.run else {}
     images = {split: Images(config.data, split) for split in ("train", "validation")}
-    extractor = None
-    if config.extractor is not None:
-        extractor = load_extractor(config.extractor, config.extractor_weights, device, config.extractor_normalize)
+    extractor = config.load_extractor(device)
     gen = generation_of(config, images)
     pipe = load_pipeline(gen, device)
     # Data may have captions that the model, one of classes, does not take.
@@ -170,11 +152,9 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
 
 def generation_of(config: ReportConfig, images: dict[str, Images]) -> GenerationConfig:
     """How the samples are drawn; nothing is written to ``out``."""
-    names = ("pipeline", "out", "seed", "batch_size", "labels", "guidance_scale", "noise_std", "decoding")
-    names = (*names, "denoise", "decoder")
-    options = {name: getattr(config, name) for name in names}
-    split = "validation" if len(images["validation"]) else "train"
-    return GenerationConfig(**options, num=config.samples, captions=config.captions, data=config.data, split=split)
+    split: Split = "validation" if len(images["validation"]) else "train"
+    more = {"out": config.out, "batch_size": config.batch_size, "num": config.samples}
+    return GenerationConfig(**config.sample_settings(), **more, data=config.data, split=split)
 
 
 def draw(config: ReportConfig, gen: GenerationConfig, pipe: Any, conditions: Conditions) -> Tensor:

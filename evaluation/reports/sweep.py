@@ -10,17 +10,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tarflow.common.charts import check_matplotlib
+from tarflow.common.checks import AtLeastOne, check_ranges
 from tarflow.common.files import check_writable, read_json_lines, write_text
 from tarflow.common.processes import process_and_count
 from tarflow.common.progress import write_line
 from tarflow.data.latents import file_hash
-from tarflow.evaluation.features.extractors import load_extractor
-from tarflow.evaluation.features.names import INCEPTION, KEPT_FEATURES, Metric
+from tarflow.evaluation.features.names import KEPT_FEATURES, Metric
+from tarflow.evaluation.features.settings import RequiredExtractor
 from tarflow.evaluation.features.statistics import MOMENTS
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import evaluate, reference_statistics
@@ -29,13 +30,14 @@ from tarflow.evaluation.samples.conditions import make_conditions
 from tarflow.evaluation.samples.generation import GenerationConfig, generate_images, load_pipeline
 from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
+from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
 
 Measure = Callable[[Path], dict[str, float]]
 ROWS, FIXED = "rows.jsonl", "sweep.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(RequiredExtractor):
     """What to sweep over, and how to judge.
 
     Attributes:
@@ -47,7 +49,6 @@ class SweepConfig:
         ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
         metrics: see ``tarflow evaluate fid calc``.
         match: measure the shares of drawings that are what their caption or class says.
-        extractor, extractor_weights, extractor_normalize: of features, see ``tarflow evaluate fid``.
         batch_size: pictures per pass of the extractor.
         rank: the metric by which the best row is found; None takes the first, and of match shares "match_all".
         keep_images: False removes a row's images when it is measured.
@@ -55,21 +56,19 @@ class SweepConfig:
 
     gen: GenerationConfig
     guidance_scale: list[float] | None = None
-    denoise: list[bool | Literal["score", "learned"]] | None = None
-    decoder: list[Literal["vae", "finetuned"]] | None = None
+    denoise: list[Denoise] | None = None
+    decoder: list[Decoder] | None = None
     noise_std: list[float] | None = None
-    decoding: list[Literal["sequential", "auto", "fast", "jacobi", "student"]] | None = None
+    decoding: list[DecodingName] | None = None
     ref: str | None = None
     metrics: list[Metric] = field(default_factory=lambda: ["frechet"])
     match: bool = False
-    extractor: str = INCEPTION
-    extractor_weights: str | None = None
-    extractor_normalize: Literal["imagenet", "half"] = "imagenet"
-    batch_size: int = 64
+    batch_size: AtLeastOne = 64
     rank: str | None = None
     keep_images: bool = True
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         for name in SWEPT:
             if getattr(self, name) == []:
                 raise ValueError(f"{name} is an empty list: give at least one value, or leave it out")
@@ -198,7 +197,7 @@ def make_measure(config: SweepConfig, device: str | torch.device) -> Measure:
 
         return shares
 
-    extractor = load_extractor(config.extractor, config.extractor_weights, device, config.extractor_normalize)
+    extractor = config.load_extractor(device)
     ref = config.ref
     if not (Path(ref).expanduser() / MOMENTS).is_file():
         ref = str(Path(config.gen.out).expanduser() / "reference")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from tarflow.common.checks import AtLeastOne, Positive, check
 from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
@@ -34,6 +35,7 @@ from tarflow.evaluation.samples.record import (
     write_conditions,
     write_record,
 )
+from tarflow.evaluation.samples.settings import SampleSettings, Split
 from tarflow.evaluation.samples.told import CONDITIONS
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE
 from tarflow.pipeline.opening import locate
@@ -41,63 +43,35 @@ from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(SampleSettings):
     """What to generate.
 
     Attributes:
-        pipeline: folder, shipped name or hub id.
         out: folder for the images; several machines need one that they share.
         num: how many images.
         batch_size: images that are drawn at once.
-        seed: image i depends on it and on i. Seeds 0 to 4,293 share no noise up to a million images.
         format: "png", or "npz": uint8 ``arr_0`` (N, H, W, 3) and for classes int64 ``arr_1`` (N,), as of ADM.
-        labels: of class-conditional models: "balanced" (all classes in turn; also None), "data" (drawn by
-            frequency), or one label for all by index or name.
         label_counts: frequencies for labels "data", one for each class.
-        captions: of models that take captions: a file with one per line, or ``.jsonl`` with "text" in each; "drawings"
-            (one for each of their 108 combinations), or "data". With too few the first ones come again.
         data, split: whose frequencies or captions "data" means.
-        guidance_scale: 1 is off; None is the pipeline's own.
-        denoise, decoder: how the training noise is removed, see `TARFlowPipeline`; None is the pipeline's own way.
-        noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
-        decoding, tolerance: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding;
-            "student" is one pass of the pipeline's student.
+        tolerance: of the decodings that have one, as at a pipeline's call.
         dtype: of the weights.
         fast: compile the sequential decode step, see `TARFlowPipeline.enable_fast_decoding`.
     """
 
-    pipeline: str
     out: str
-    num: int = 50_000
-    batch_size: int = 64
-    seed: int = 0
+    num: AtLeastOne = 50_000
+    batch_size: AtLeastOne = 64
     format: Literal["png", "npz"] = "png"
-    labels: int | str | None = None
     label_counts: list[float] | None = None
-    captions: str | None = None
     data: DataConfig | None = None
-    split: Literal["train", "validation"] = "train"
-    guidance_scale: float | None = None
-    denoise: bool | Literal["score", "learned"] | None = None
-    decoder: Literal["vae", "finetuned"] | None = None
-    noise_std: float | None = None
-    decoding: Literal["sequential", "auto", "fast", "jacobi", "student"] = "sequential"
-    tolerance: float = DEFAULT_TOLERANCE
+    split: Split = "train"
+    tolerance: Positive = DEFAULT_TOLERANCE
     dtype: Literal["float32", "bfloat16"] = "float32"
     fast: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, least in (("num", self.num, 1), ("batch_size", self.batch_size, 1), ("seed", self.seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.guidance_scale is not None and not self.guidance_scale >= 1:
-            raise ValueError(f"guidance_scale must be at least 1 (off), got {self.guidance_scale}")
-        if self.noise_std is not None and not 0 <= self.noise_std < float("inf"):
-            raise ValueError(f"noise_std must be 0 or positive, got {self.noise_std}")
-        if not self.tolerance > 0:
-            raise ValueError(f"tolerance must be positive, got {self.tolerance}")
-        if self.format not in ("png", "npz"):
-            raise ValueError(f"format must be 'png' or 'npz', got {self.format!r}")
+        super().__post_init__()
+        check(self.format in ("png", "npz"), f"format must be 'png' or 'npz', got {self.format!r}")
 
 
 def generate_images(

@@ -13,10 +13,11 @@ from tarflow.common.progress import progress_bar
 from tarflow.flows.decoding.method import Decoding
 from tarflow.pipeline.call import inputs
 from tarflow.pipeline.call.callbacks import CallState
+from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.inversion import BlockInversion
 from tarflow.pipeline.call.prompts import PromptEncoding
 from tarflow.pipeline.call.samples import decoded, without_noise
-from tarflow.pipeline.call.student_sampling import STUDENT, noise_left
+from tarflow.pipeline.call.student_sampling import noise_left
 
 Generators = torch.Generator | list[torch.Generator] | None
 

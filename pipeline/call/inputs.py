@@ -8,16 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-Labels = int | str | list[int | str]
+from tarflow.pipeline.call.choices import DECODERS
 
-DECODERS = ("vae", "finetuned")
-#: Ways from noisy latents to pictures by their names for users: ``denoise`` and ``decoder`` of a pipeline's call.
-NOISE_REMOVALS: dict[str, tuple[bool | str, str]] = {
-    "none": (False, "vae"),
-    "score": (True, "vae"),
-    "learned": ("learned", "vae"),
-    "finetuned": (False, "finetuned"),
-}
+Labels = int | str | list[int | str]
 
 
 def check_inputs(

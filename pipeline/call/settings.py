@@ -13,9 +13,9 @@ from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.call.aspect import aspect_size, nearest_aspect_ratio
 from tarflow.pipeline.call.checks import check_caption_options, check_counts, check_decoding, check_negative
+from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.call.parts import PipelineParts
-from tarflow.pipeline.call.student_sampling import STUDENT
 
 #: A user's function of pipeline, step, step and tensors by name; its tensors, if any, take the place of those.
 Callback = Callable[[Any, int, int, dict], dict]

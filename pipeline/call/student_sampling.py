@@ -17,8 +17,6 @@ from tarflow.flows.student import StudentModel
 from tarflow.pipeline.loading.weight_files import weight_file
 from tarflow.vae.codec import tensors_hash
 
-#: What a call's ``decoding`` is called then.
-STUDENT = "student"
 NO_STUDENT = (
     "this pipeline has no student: train one with tarflow train-student --pipeline FOLDER, or take another decoding"
 )

@@ -1,0 +1,59 @@
+"""Settings that all have that draw samples of a pipeline to show or measure them."""
+
+# Annotations are types here, not texts: those who inherit the settings need not have the types' names.
+import math
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from tarflow.common.checks import Count, Range, at_least, check_ranges
+from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
+
+Split = Literal["train", "validation"]
+GuidanceScale = Annotated[float, at_least(1, "(off)")]
+NoiseLevel = Annotated[float, Range(lambda number: 0 <= number < math.inf, "0 or positive")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSubjects:
+    """What samples are drawn of.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id.
+        captions: of models that take captions: a file with one per line, or ``.jsonl`` with "text" in each; "drawings"
+            (one for each of their 108 combinations), or "data". With too few the first ones come again.
+        labels: of class-conditional models: "balanced" (all classes in turn; also None), "data" (drawn by
+            frequency), or one label for all by index or name.
+        guidance_scale: 1 is off; None is the pipeline's own.
+        seed: image i depends on it and on i. Seeds 0 to 4,293 share no noise up to a million images.
+    """
+
+    pipeline: str
+    captions: str | None = None
+    labels: int | str | None = None
+    guidance_scale: GuidanceScale | None = None
+    seed: Count = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(SampleSubjects):
+    """How samples are drawn.
+
+    Attributes:
+        denoise: how the training noise is removed before decoding, see `TARFlowPipeline`; None is the pipeline's own way.
+        decoder: what decodes, which may remove the noise itself; None is the pipeline's own.
+        noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
+        decoding: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding; "student" is one
+            pass of the pipeline's student.
+    """
+
+    denoise: Denoise | None = None
+    decoder: Decoder | None = None
+    noise_std: NoiseLevel | None = None
+    decoding: DecodingName = "sequential"
+
+    def sample_settings(self) -> dict[str, Any]:
+        """These settings alone, by name, of a class that has others too."""
+        return {field.name: getattr(self, field.name) for field in fields(SampleSettings)}
