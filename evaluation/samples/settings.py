@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from tarflow.common.checks import Count, Range, at_least, check_ranges
+from tarflow.common.checks import Range, at_least, check_ranges
 from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
 
 Split = Literal["train", "validation"]
@@ -31,7 +31,7 @@ class SampleSubjects:
     captions: str | None = None
     labels: int | str | None = None
     guidance_scale: GuidanceScale | None = None
-    seed: Count = 0
+    seed: Annotated[int, at_least(0)] = 0
 
     def __post_init__(self) -> None:
         check_ranges(self)
