@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from tarflow.flows.blocks.autoregressive import FlowBlock
 from tarflow.flows.blocks.coupling import CouplingBlock
 from tarflow.flows.blocks.inverse_autoregressive import InverseAutoregressiveBlock
 from tarflow.flows.denoiser import Denoiser
+from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.config import CONDITIONINGS, DENOISERS, BlockConfig
+from tarflow.flows.layers.module_list import ModuleList
 from tarflow.flows.layers.order import PATCH_LAYOUTS, block_order
 
 BLOCKS: dict[str, type[FlowBlock]] = {
@@ -102,9 +102,10 @@ def network_config(model: Any, layers: int, width: int, sees_condition: bool, or
     )
 
 
-def make_blocks(model: Any) -> nn.ModuleList:
+def make_blocks(model: Any) -> ModuleList[Block]:
     """The blocks from the data to the noise."""
-    blocks, last = nn.ModuleList(), len(model.layers_per_block) - 1
+    blocks: ModuleList[Block] = ModuleList()
+    last = len(model.layers_per_block) - 1
     for index, layers in enumerate(model.layers_per_block):
         if layers > 0:
             width = model.deep_width if index == last and model.deep_width else model.width

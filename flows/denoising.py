@@ -9,10 +9,11 @@ from torch import Tensor
 
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.likelihood import prior_log_prob
+from tarflow.flows.model import TARFlowModel
 
 
 def score_denoise(
-    model: Any,
+    model: TARFlowModel,
     y: Tensor,
     noise_std: float,
     class_labels: Tensor | None = None,
@@ -34,9 +35,11 @@ def score_denoise(
     if noise_std == 0:
         return y
     with torch.inference_mode(False), torch.enable_grad():
-        y, class_labels, cond = (None if one is None else recordable(one.detach()) for one in (y, class_labels, cond))
-        y = at_least_float32(y).requires_grad_()
-        z, log_det = recordable_call(model, y, {"class_labels": class_labels, "cond": cond})
+        y = at_least_float32(recordable(y.detach())).requires_grad_()
+        given = {"class_labels": class_labels, "cond": cond}
+        z, log_det = recordable_call(
+            model, y, {name: None if one is None else recordable(one.detach()) for name, one in given.items()}
+        )
         # The unit prior here is the published models' choice, also with a learned prior variance.
         (score,) = torch.autograd.grad((prior_log_prob(z) + log_det).sum(), y)
     return (y + noise_std**2 * score).detach()
@@ -47,7 +50,7 @@ def recordable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def recordable_call(model: Any, y: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
+def recordable_call(model: TARFlowModel, y: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
     """``model(y, **options)``, also if its weights were made in inference mode: then with copies of them."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     if not any(tensor.is_inference() for tensor in tensors.values()):
@@ -58,7 +61,7 @@ def recordable_call(model: Any, y: Tensor, options: dict[str, Any]) -> tuple[Ten
 
 @torch.no_grad()
 def learned_denoise(
-    model: Any,
+    model: TARFlowModel,
     y: Tensor,
     noise_std: float,
     class_labels: Tensor | None = None,

@@ -9,16 +9,15 @@ samples.) Shapes: B batch, C channels, H × W.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.likelihood import prior_log_prob
+from tarflow.flows.model import TARFlowModel
 
 
-def check_pair(teacher: Any, student: Any) -> None:
+def check_pair(teacher: TARFlowModel, student: TARFlowModel) -> None:
     """An error unless the student can learn the teacher's blocks one by one."""
     kinds = teacher.config.block, student.config.block
     if kinds != ("autoregressive", "inverse_autoregressive"):
@@ -29,7 +28,11 @@ def check_pair(teacher: Any, student: Any) -> None:
 
 
 def distillation_loss(
-    teacher: Any, student: Any, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None
+    teacher: TARFlowModel,
+    student: TARFlowModel,
+    x: Tensor,
+    class_labels: Tensor | None = None,
+    cond: Tensor | None = None,
 ) -> Tensor:
     """How far the student's blocks are from inverting the teacher's, a scalar: the mean squared error of what each
     makes of the noise side of its pair, averaged over blocks.
@@ -57,7 +60,11 @@ def distillation_loss(
 
 @torch.no_grad()
 def sample_divergence(
-    teacher: Any, student: Any, z: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None
+    teacher: TARFlowModel,
+    student: TARFlowModel,
+    z: Tensor,
+    class_labels: Tensor | None = None,
+    cond: Tensor | None = None,
 ) -> Tensor:
     """log p_student(x) − log p_teacher(x) in nats of the student's own samples, (B,); its mean estimates the
     Kullback–Leibler divergence of the teacher from the student, and one pass of each gives it.

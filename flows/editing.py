@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,11 @@ from tarflow.flows.decoding.method import InversionState, check_finite
 from tarflow.flows.decoding.sequential import fitting_threads
 from tarflow.flows.decoding.step import decode_step
 from tarflow.flows.layers.affine import affine_forward, affine_inverse, at_least_float32
+from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand
 from tarflow.flows.likelihood import block_affine, check_autoregressive, log_prob, prior_log_prob
+from tarflow.flows.model import TARFlowModel
 
 PATHS = ("spherical", "linear")
 
@@ -91,7 +92,7 @@ class HeldFlow:
     @torch.no_grad()
     def __init__(
         self,
-        model: Any,
+        model: TARFlowModel,
         reference: Tensor,
         hole: Tensor,
         class_labels: Tensor | None = None,
@@ -149,19 +150,19 @@ class HeldFlow:
             log_det = log_det - (log_scale * self.hole).flatten(1).sum(1)
         return self.model.unpatchify(tokens, self.grid), log_det
 
-    def inverse_block(self, block: Any, z: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse_block(self, block: Block, z: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """One block, with known tokens from the reference (B, T, D): x and log-scales (B, T, D), row-major."""
         with at_hand(block):
             return self.filled(block, z, reference)
 
-    def filled(self, block: Any, z: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def filled(self, block: Block, z: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """`inverse_block` with the block's weights at hand."""
         order = block.config.order
         run = InversionState(block, len(z), self.grid, self.condition, None, None)
         step = decode_step(block, run.context, run.cache)
         hole, known = reorder(self.hole, order).unbind(1), reorder(reference, order).unbind(1)
         made, log_scales = [], []
-        previous = None if run.first else run.start_token.to(z.dtype).expand(len(z), -1)
+        previous = None if run.first else run.before_first(len(z), z.dtype)
         with fitting_threads(len(z), z.device):
             for token, target in enumerate(at_least_float32(reorder(z, order)).unbind(1)):
                 if token < run.first:  # without a start token, token 0 passes unchanged

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -16,6 +16,12 @@ from torch import Tensor
 from tarflow.common.dtypes import kept_default_dtype
 from tarflow.flows.layers.network import recomputed
 from tarflow.flows.layers.prepared import check_saved_whole
+
+# What this goes before; not a base of its own, as it comes after `FlowAdapters` and before `ModelMixin`.
+if TYPE_CHECKING:
+    from diffusers import ModelMixin as Model
+else:
+    Model = object
 
 
 @dataclass
@@ -46,7 +52,7 @@ class StudentOutput(BaseOutput):
     states: list[Tensor] | None = None
 
 
-class NetworkHabits:
+class NetworkHabits(Model):
     """Goes before `ModelMixin` among a model's bases."""
 
     _supports_gradient_checkpointing = True
@@ -74,14 +80,14 @@ class NetworkHabits:
         return loaded
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature for what they may pass
-    def save_pretrained(self, *args: Any, **options: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
         """As of `ModelMixin`.
 
         Raises:
             ValueError: for weights that are offloaded to places where only a forward pass finds them.
         """
         check_saved_whole(self)
-        super().save_pretrained(*args, **options)
+        return super().save_pretrained(save_directory, *args, **options)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """Keep only the inputs of the Transformer layers for the backward pass, which computes the rest again.

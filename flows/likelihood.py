@@ -10,8 +10,10 @@ from torch import Tensor
 
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.layers.affine import affine_forward, at_least_float32
+from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand
+from tarflow.flows.model import TARFlowModel
 
 
 def prior_log_prob(z: Tensor, variance: Tensor | None = None) -> Tensor:
@@ -23,20 +25,20 @@ def prior_log_prob(z: Tensor, variance: Tensor | None = None) -> Tensor:
     return -0.5 * (z.pow(2) / variance + variance.log() + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
-def log_prob(model: Any, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+def log_prob(model: TARFlowModel, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
     """log p(x) of a `TARFlowModel` in nats, (B,); x in image layout (B, C, H, W)."""
     z, log_det = model(x, class_labels=class_labels, cond=cond)
     return prior_log_prob(z, model.prior_variance_image()) + log_det
 
 
-def check_autoregressive(block: Any) -> None:
+def check_autoregressive(block: Block) -> None:
     """An error for a block that does not make token after token."""
     if block.one_pass:
         raise ValueError("shares of tokens and filling of holes are for autoregressive blocks; this model has others")
 
 
 def block_affine(
-    block: Any, x: Tensor, grid: tuple[int, int], condition: Tensor | None = None
+    block: Block, x: Tensor, grid: tuple[int, int], condition: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Shift and log-scale of a `FlowBlock` at row-major tokens x (B, T, C): (B, T, C) each, row-major too.
 
@@ -55,7 +57,9 @@ def block_affine(
     return shift, log_scale
 
 
-def token_log_prob(model: Any, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+def token_log_prob(
+    model: TARFlowModel, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None
+) -> Tensor:
     """log p(x) in nats, shared out over the grid of tokens, (B, h, w); the sum over a picture is `log_prob`.
 
     A token's share is the prior's density of z at its place, and the −log-scales that the blocks applied at its place.
@@ -68,11 +72,12 @@ def token_log_prob(model: Any, x: Tensor, class_labels: Tensor | None = None, co
     """
     condition = model.condition(class_labels, cond, len(x))
     tokens, grid = model.patchify(x)
-    share: Tensor | float = 0.0
+    log_scales: list[Tensor] = []  # (B, T) each
     for block in model.blocks:
         shift, log_scale = block_affine(block, tokens, grid, condition)
         tokens, _ = affine_forward(tokens, shift, log_scale)
-        share = share - log_scale.sum(2)  # (B, T)
+        log_scales.append(log_scale.sum(2))
+    share = -sum(log_scales[1:], log_scales[0])
     variance = model.held_prior_variance()
     if variance is not None:
         std = variance.sqrt().to(tokens.dtype)  # (T, C)

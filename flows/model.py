@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from tarflow.flows.adapters.adapters import FlowAdapters
+from tarflow.flows.blocks.coupling import CouplingBlock
 from tarflow.flows.blocks.reversible import through_blocks
 from tarflow.flows.build import check_model, make_blocks, make_denoiser
 from tarflow.flows.decoding import sampling
@@ -171,7 +172,7 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         cond: Tensor | None = None,
         return_block_outputs: bool = False,
         return_dict: bool = False,
-    ) -> tuple[Tensor, ...] | FlowOutput:
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]] | FlowOutput:
         """Data to noise.
 
         Args:
@@ -193,18 +194,18 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
             tokens, log_det = through_blocks(self.blocks, tokens, grid, condition)
             z = self.unpatchify(tokens, grid)
             return FlowOutput(z, log_det) if return_dict else (z, log_det)
-        log_det: Tensor | float = 0.0
-        outputs = []
+        log_dets: list[Tensor] = []
+        outputs: list[Tensor] = []
         for block in self.blocks:
             again = self.checkpoint_blocks or (block.caches_with_gradients and block.gradient_checkpointing)
             if torch.is_grad_enabled() and (again or weights_move(block)):
                 tokens, block_log_det = recomputed(block, tokens, grid, condition)
             else:
                 tokens, block_log_det = block(tokens, grid, condition)
-            log_det = log_det + block_log_det
+            log_dets.append(block_log_det)
             if return_block_outputs:
                 outputs.append(tokens)
-        z = self.unpatchify(tokens, grid)
+        z, log_det = self.unpatchify(tokens, grid), sum(log_dets[1:], log_dets[0])
         made = [self.unpatchify(output, grid) for output in outputs] if return_block_outputs else None
         if return_dict:
             return FlowOutput(z, log_det, made)
@@ -247,7 +248,8 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         condition = self.condition(class_labels, cond, x.shape[0])
         tokens, grid = self.patchify(x)
         for block in self.blocks if self.config.actnorm else ():
-            block.actnorm.initialize(tokens)
+            if isinstance(block, CouplingBlock) and block.actnorm is not None:
+                block.actnorm.initialize(tokens)
             tokens, _ = block(tokens, grid, condition)
 
     def scaled_score(self, y: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:

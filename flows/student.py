@@ -102,7 +102,7 @@ class StudentModel(NetworkHabits, ModelMixin, ConfigMixin):
         guidance_weight: Tensor | float = 0.0,
         return_states: bool = False,
         return_dict: bool | None = None,
-    ) -> Tensor | tuple[Tensor, ...] | StudentOutput:
+    ) -> Tensor | tuple[Tensor] | tuple[Tensor, list[Tensor]] | StudentOutput:
         """Noise to data in one pass.
 
         Args:
@@ -153,12 +153,12 @@ class StudentModel(NetworkHabits, ModelMixin, ConfigMixin):
         """Condition and guidance weight as tokens before the image's, (B, L, D); L may be 0."""
         config, device, dtype = self.config, compute_device(self.proj_in), compute_dtype(self.proj_in)
         tokens = [torch.zeros(batch, 0, config.width, device=device, dtype=dtype)]
-        if config.conditioning == "prefix":
+        if self.proj_cond is not None and config.conditioning == "prefix":
             if cond is None or cond.ndim != 3 or len(cond) not in (1, batch) or cond.shape[2] != config.cond_dim:
                 found = None if cond is None else tuple(cond.shape)
                 raise ValueError(f"cond must have the shape ({batch}, L, {config.cond_dim}), got {found}")
             tokens.append(self.proj_cond(cond.to(dtype)).expand(batch, -1, -1))
-        elif config.conditioning != "none":
+        elif self.proj_cond is not None:
             if class_labels is None or class_labels.shape != (batch,):
                 found = None if class_labels is None else tuple(class_labels.shape)
                 raise ValueError(f"class_labels must have the shape ({batch},), got {found}")

@@ -64,16 +64,16 @@ def changing_adapters(model: nn.Module, swapped: str | None = None) -> Iterator[
         for name, layer in adapter_layers(model).items()
     }
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    weights = weights_of(model, swapped) if swapped in configs else None
+    weights = weights_of(model, swapped) if swapped is not None and swapped in configs else None
     try:
         yield
-        if weights is not None:
+        if swapped is not None and weights is not None:
             check_swapped(weights, weights_of(model, swapped))
     except BaseException:
         added = {name for layer in adapter_layers(model).values() for name in names_of(layer)} - set(configs)
         for name in added:
             delete_adapter_layers(model, name)
-        if weights is not None:
+        if swapped is not None and weights is not None:
             put_back(model, swapped, configs[swapped], weights)
         remove_empty_layers(model)
         for name, layer in adapter_layers(model).items():

@@ -35,13 +35,14 @@ def adapter_of(model: nn.Module, adapter_name: str | None, part: str) -> tuple[d
     """
     from peft.utils import get_peft_model_state_dict
 
-    names = sorted(getattr(model, "peft_config", {}))
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    names = sorted(configs)
     if adapter_name is None and len(names) == 1:
         adapter_name = names[0]
-    if adapter_name not in names:
+    if adapter_name is None or adapter_name not in configs:
         found = ", ".join(names) or "none"
         raise ValueError(f"name the adapter of the {part} that is to be saved, adapter_name=…; it has: {found}")
-    return get_peft_model_state_dict(model, adapter_name=adapter_name), model.peft_config[adapter_name].to_dict()
+    return get_peft_model_state_dict(model, adapter_name=adapter_name), configs[adapter_name].to_dict()
 
 
 def write_adapters(

@@ -10,33 +10,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tarflow.flows.decoding import sampling
-from tarflow.flows.layers.affine import affine_forward, log_scale_of, soft_clip
-from tarflow.flows.layers.config import BlockConfig
+from tarflow.flows.layers.affine import affine_forward
+from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.layers.kv_cache import KVCache
-from tarflow.flows.layers.network import BlockContext, TokenNetwork
 from tarflow.flows.layers.order import reorder
 
 
-class FlowBlock(TokenNetwork):
+class FlowBlock(Block):
     """Invertible map of T tokens: each is shifted and scaled by numbers that depend on the tokens before it.
 
     Args:
         config: what the block is made of.
     """
-
-    #: Whether `inverse` is one parallel pass, as in the subclasses; here it makes token after token.
-    one_pass = False
-    #: Whether `forward` writes to a cache, so that its layers' activations can only be computed again all together.
-    caches_with_gradients = False
-
-    def __init__(self, config: BlockConfig):
-        # [raw scale; shift]; zeros, so an untrained block is the identity
-        super().__init__(config, outputs=config.token_dim * (1 if config.scale == "additive" else 2))
-        self.start_token = nn.Parameter(torch.randn(config.token_dim) * 0.02) if config.start_token else None
 
     def forward(self, x: Tensor, grid: tuple[int, int], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to noise, in one parallel pass.
@@ -77,18 +65,3 @@ class FlowBlock(TokenNetwork):
             guidance: how strongly and by which formula.
         """
         return sampling.decode(self, z, grid, cond, null_cond, guidance)
-
-    def affine_parameters(
-        self,
-        inputs: Tensor,
-        first_slot: int,
-        context: BlockContext,
-        cache: KVCache | None = None,
-        temperature: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Shift and log-scale (B, S, C) from the tokens in a run of slots, in the block's order; see `run`."""
-        out = soft_clip(self.run(inputs, first_slot, context, cache, temperature), self.config.soft_clip)
-        if self.config.scale == "additive":
-            return out, torch.zeros_like(out)
-        raw, shift = out.chunk(2, dim=-1)
-        return shift, log_scale_of(raw, self.config.scale)

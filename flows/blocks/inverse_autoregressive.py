@@ -53,12 +53,15 @@ class InverseAutoregressiveBlock(FlowBlock):
         self.refuse_guidance(guidance)
         ordered = at_least_float32(reorder(x, self.config.order))
         context, cache = self.context(cond, grid), GrowingCache(self.config.layers)
+        made: list[Tensor] = []
+        log_scales: list[Tensor] = []
         if self.start_token is None:  # token 0 is unchanged
-            made, log_scales = [ordered[:, :1]], [torch.zeros_like(ordered[:, :1])]
+            first = ordered[:, :1]
+            made, log_scales = [first], [torch.zeros_like(first)]
         else:
-            made, log_scales = [], []
+            first = self.start_token.to(ordered.dtype).expand(len(ordered), 1, -1)
         for token in range(len(made), ordered.shape[1]):
-            last = made[-1] if made else self.start_token.to(ordered.dtype).expand(len(ordered), 1, -1)
+            last = made[-1] if made else first
             slot = max(cache.length - context.prefix_length, 0)
             shift, log_scale = self.affine_parameters(last, slot, context, cache)
             log_scales.append(log_scale)

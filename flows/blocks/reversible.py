@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, C channels of a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tarflow.flows.blocks.coupling import CouplingBlock
 from tarflow.flows.layers.affine import affine_forward, affine_inverse, at_least_float32
+from tarflow.flows.layers.block import Block
 
 
 @dataclass
@@ -36,7 +38,7 @@ class ReversibleBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        block: Any,
+        block: CouplingBlock,
         place: int,
         carrier: Carrier,
         grid: tuple[int, int],
@@ -70,7 +72,7 @@ class ReversibleBlock(torch.autograd.Function):
 
 @torch.enable_grad()
 def backward_of_block(
-    block: Any, z: Tensor, grid: tuple[int, int], cond: Tensor | None, grad_z: Tensor, grad_log_det: Tensor
+    block: CouplingBlock, z: Tensor, grid: tuple[int, int], cond: Tensor | None, grad_z: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor, Tensor, dict[int, Tensor | None]]:
     """A coupling block's input, rebuilt from its output, the gradient there, and those of parameters and condition.
 
@@ -92,16 +94,20 @@ def backward_of_block(
     before.requires_grad_()
     parts = [part for part in (block.actnorm, block.mixing) if part is not None]
     mixers = [parameter for part in parts for parameter in part.parameters()]
-    others = [parameter for parameter in block.parameters() if all(parameter is not mixer for mixer in mixers)]
+    others: list[Tensor] = [
+        parameter for parameter in block.parameters() if all(parameter is not mixer for mixer in mixers)
+    ]
     others += [cond] if cond is not None and cond.requires_grad else []
     outputs = affine_forward(before, shift, log_scale)
     of_before, of_seen, *grads = gradients_of(outputs, [before, seen, *others], (grad_z, grad_log_det))
+    assert of_before is not None  # all that comes out depends on it
     grad_before = of_before if of_seen is None else of_before + of_seen
     found = {id(tensor): grad for tensor, grad in zip(others, grads, strict=True)}
     if not parts:
         return x.detach(), grad_before, found
     x.requires_grad_()
     grad_x, *grads = gradients_of(block.mixed(x), [x, *mixers], (grad_before, grad_log_det))
+    assert grad_x is not None
     return x.detach(), grad_x, found | {id(mixer): grad for mixer, grad in zip(mixers, grads, strict=True)}
 
 
@@ -114,7 +120,7 @@ def gradients_of(outputs: Sequence[Tensor], inputs: list[Tensor], given: Sequenc
 
 
 def through_blocks(
-    blocks: Sequence[Any], tokens: Tensor, grid: tuple[int, int], cond: Tensor | None
+    blocks: Iterable[Block], tokens: Tensor, grid: tuple[int, int], cond: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Data to noise through all blocks, with ordinary gradients and the activations of one block at a time.
 

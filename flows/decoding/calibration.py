@@ -18,6 +18,7 @@ from tarflow.flows.decoding.jacobi import GaveUpError, decode_jacobi
 from tarflow.flows.decoding.method import Decoding, InversionState
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.affine import at_least_float32
+from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype, offload_group
@@ -57,7 +58,7 @@ class BlockChoice:
 
 @torch.no_grad()
 def calibrate(
-    model: Any,
+    model: Flow,
     z: Tensor,
     cond: Tensor | None,
     null_cond: Tensor | None,
@@ -92,7 +93,7 @@ class BlockTrial:
 
     def __init__(
         self,
-        block: Any,
+        block: Block,
         z: Tensor,
         grid: tuple[int, int],
         cond: Tensor | None,
@@ -140,7 +141,9 @@ class BlockTrial:
     def probe(self) -> tuple[float, float]:
         """Milliseconds of a sequential step and of a sweep over all tokens, the least of turns."""
         run, count = self.new_run(), min(TIMED_STEPS, self.z.shape[1])
-        base, steps, sweeps = run.cache.length, [], []
+        base = run.cache.length
+        steps: list[float] = []
+        sweeps: list[float] = []
 
         def first_steps() -> None:
             run.cache.truncate(base)
@@ -169,7 +172,8 @@ class BlockTrial:
             found = self.swept(decoding, min(MARGIN * sequential, best_time))
             if found is not None:
                 best, (best_time, best_sweeps) = decoding, found
-        measured, times = [], [best_time]
+        measured: list[float] = []
+        times = [best_time]
         while best.method != "sequential" and len(measured) < COMPARISONS:
             exact_time, x = self.sequential()
             measured.append(exact_time)
@@ -213,7 +217,7 @@ def cpu_name() -> str:
 
 
 def conditions_key(
-    model: Any, batch: int, grid: tuple[int, int], guidance: Guidance | None, tolerance: float, fast: bool = False
+    model: Flow, batch: int, grid: tuple[int, int], guidance: Guidance | None, tolerance: float, fast: bool = False
 ) -> str:
     """What a calibration holds for: the device and dtype that compute, batch (to the next power of two), grid, guidance,
     tolerance, whether steps are compiled, and whether weights are brought for each use."""
@@ -224,11 +228,11 @@ def conditions_key(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
         name = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    guided = guidance is not None and guidance.active
+    temperature = guidance.temperature if guidance is not None and guidance.active else None
     bucket = 1 << max(0, batch - 1).bit_length()
     return (
-        f"{name} | {dtype} | batch {bucket} | grid {grid[0]}x{grid[1]} | guided {guided} | tolerance {tolerance:g}"
-        + (f" | attention {guidance.temperature:g}" if guided and guidance.temperature != 1 else "")
+        f"{name} | {dtype} | batch {bucket} | grid {grid[0]}x{grid[1]} | guided {temperature is not None} | tolerance {tolerance:g}"
+        + (f" | attention {temperature:g}" if temperature not in (None, 1) else "")
         + (" | compiled" if fast else "")
         + (" | offloaded" if offloaded else "")
     )

@@ -54,7 +54,8 @@ class FastStep:
         backend: str | None = "inductor",
         pool: Any = None,
     ):
-        self.step, self.pool, self.graph = step, pool, None
+        self.step, self.pool = step, pool
+        self.graph: torch.cuda.CUDAGraph | None = None
         device, channels = step.cache.keys_values.device, step.config.token_dim
         self.first, self.num_tokens, self.prefix_length = run.first, run.num_tokens, run.context.prefix_length
         self.position = torch.zeros((), dtype=torch.int64, device=device)  # of the next token's input in the cache
@@ -63,9 +64,8 @@ class FastStep:
         self.noise, self.x, self.log_scales = (
             torch.zeros(run.num_tokens, run.batch, channels, dtype=dtype, device=device) for _ in range(3)
         )
-        self.weight = torch.zeros(
-            (), dtype=dtype, device=device
-        )  # of guidance, so that another one needs no other graph
+        #: Of guidance; on the device, so that another weight needs no other graph.
+        self.weight = torch.zeros((), dtype=dtype, device=device)
         self.guidance = None if run.guidance is None else replace(run.guidance, weight=self.weight)
         self.function: Callable[[], None] = self.make_token
         if backend is not None:
@@ -115,7 +115,7 @@ class FastStep:
         count = z.shape[1]
         self.noise[:count].copy_(z.transpose(0, 1))
         if self.first == 0:
-            self.previous.copy_(run.start_token.expand_as(self.previous))
+            self.previous.copy_(run.before_first(len(self.previous), self.previous.dtype))
         else:  # token 0 passes unchanged
             self.previous.copy_(z[:, 0])
             self.x[0].copy_(z[:, 0])
@@ -128,7 +128,7 @@ class FastStep:
         return x, log_scales
 
 
-def with_code_of_its_own(method: Callable[[], None]) -> Callable[[], None]:
+def with_code_of_its_own(method: Any) -> Callable[[], None]:
     """The same method with another code object. The compiler keeps what it made by code object, and allows eight of one:
     with blocks of two kinds four batch sizes would exhaust them."""
     function = method.__func__
@@ -146,12 +146,16 @@ class FastSteps:
     """
 
     def __init__(self, backend: str | None = "inductor"):
-        self.backend, self.pool = backend, None
+        self.backend = backend
+        self.pool: Any = None
         self.steps: dict[tuple, tuple[tuple, FastStep]] = {}
 
     def get(self, run: InversionState, dtype: torch.dtype) -> FastStep | DecodeStep | ModuleStep:
-        """The step of a run's block and shape, and of tokens of a dtype, ready for its sequence. Made anew if the block has other weights or
-        adapters; not compiled where something acts on the block's modules or takes its weights away, with a warning."""
+        """The step of a run's block and shape, and of tokens of a dtype, ready for its sequence.
+
+        Made anew if the block has other weights or adapters; not compiled where something acts on the block's modules or
+        takes its weights away, with a warning.
+        """
         if leaves_after_use(run.block):
             logger.warning_once(OFFLOADED)
             self.steps = {key: step for key, step in self.steps.items() if key[0] != id(run.block)}

@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tarflow.flows.layers.affine import affine_forward
+from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.layers.kv_cache import KVCache
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype
 
@@ -71,7 +72,7 @@ class InversionState:
 
     def __init__(
         self,
-        block: Any,
+        block: Block,
         batch: int,
         grid: tuple[int, int],
         cond: Tensor | None,
@@ -80,11 +81,13 @@ class InversionState:
         cached: bool = True,
     ):
         self.block, self.batch, self.num_tokens = block, batch, grid[0] * grid[1]
-        guided = guidance is not None and guidance.active
-        self.guidance = guidance if guided and (block.sees_condition or guidance.temperature != 1) else None
+        if guidance is not None and not (guidance.active and (block.sees_condition or guidance.temperature != 1)):
+            guidance = None
+        self.guidance = guidance
         device, dtype = compute_device(block.proj_in), compute_dtype(block.proj_in)
-        rows, self.temperature = batch, None
-        if self.guidance is not None:
+        rows = batch
+        self.temperature: Tensor | None = None
+        if guidance is not None:
             rows = 2 * batch
             if block.sees_condition and (cond is not None or null_cond is not None):
                 cond = torch.cat([expand_rows(cond, block, batch), expand_rows(null_cond, block, batch)])
@@ -98,17 +101,33 @@ class InversionState:
         self.start_token = None if block.start_token is None else block.start_token.to(device)
         #: The first token that is made; without a start token, token 0 passes unchanged.
         self.first = 0 if self.start_token is not None else 1
-        self.cache = None
+        self.kept: KVCache | None = None
         if cached:
             slots = self.context.prefix_length + self.num_tokens
-            self.cache = block.new_cache(rows, slots, dtype)
-            block.prefill(self.context, self.cache, self.temperature)
+            self.kept = block.new_cache(rows, slots, dtype)
+            block.prefill(self.context, self.kept, self.temperature)
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values so far.
+
+        Raises:
+            ValueError: if none are kept.
+        """
+        if self.kept is None:
+            raise ValueError("this inversion keeps no keys and values: it has one pass over all tokens")
+        return self.kept
+
+    def before_first(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """What stands before token 0 where that is made too, (rows, C)."""
+        assert self.start_token is not None  # `first` is 0
+        return self.start_token.to(dtype).expand(rows, -1)
 
     def inputs(self, x: Tensor, start: int, end: int) -> Tensor:
         """What sits in the slots of tokens start … end − 1, (B, end − start, C): the tokens before them."""
         if start > 0:
             return x[:, start - 1 : end - 1]
-        first = self.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
+        first = self.before_first(x.shape[0], x.dtype)[:, None]
         return torch.cat([first, x[:, : end - 1]], dim=1)
 
     def doubled(self, inputs: Tensor) -> Tensor:
@@ -126,9 +145,7 @@ class InversionState:
         """
         token = torch.arange(start, end, device=x.device)[:, None]
         inputs = self.doubled(self.inputs(x, start, end))
-        parameters = self.block.affine_parameters(
-            inputs, start - self.first, self.context, self.cache, self.temperature
-        )
+        parameters = self.block.affine_parameters(inputs, start - self.first, self.context, self.kept, self.temperature)
         return self.combined(parameters, token)
 
     def select(self, active: Tensor) -> InversionState:
@@ -137,7 +154,7 @@ class InversionState:
         run = copy.copy(self)
         run.batch = int(active.sum())
         run.context = self.context.select(rows)
-        run.cache = None if self.cache is None else self.cache.select(rows)
+        run.kept = None if self.kept is None else self.kept.select(rows)
         run.temperature = None if self.temperature is None else self.temperature[rows]
         return run
 
@@ -186,7 +203,7 @@ def check_method(decoding: Decoding, one_pass: bool) -> None:
         )
 
 
-def expand_rows(cond: Tensor | None, block: Any, batch: int) -> Tensor:
+def expand_rows(cond: Tensor | None, block: Block, batch: int) -> Tensor:
     """A block's condition with one row per sample; class vectors without a label take the "no class" row."""
     if cond is None:
         return torch.full((batch,), block.config.num_classes, device=compute_device(block.proj_in))
@@ -210,7 +227,7 @@ def check_finite(x: Tensor, block: str) -> None:
 
 @torch.no_grad()
 def residual(
-    model: Any,
+    model: Flow,
     x: Tensor,
     z: Tensor,
     cond: Tensor | None = None,
@@ -234,7 +251,7 @@ def residual(
 
 @torch.no_grad()
 def guided_states(
-    model: Any,
+    model: Flow,
     x: Tensor,
     cond: Tensor | None = None,
     null_cond: Tensor | None = None,
@@ -256,7 +273,9 @@ def guided_states(
     """
     tokens, grid = model.patchify(x)
     states = []
-    guidances = guidance if isinstance(guidance, Sequence) else [guidance] * len(model.blocks)
+    guidances: Sequence[Guidance | None] = (
+        guidance if isinstance(guidance, Sequence) else [guidance] * len(model.blocks)
+    )
     for block, own in zip(model.blocks, guidances, strict=True):
         if block.one_pass:
             tokens, _ = block(tokens, grid, cond, null_cond, own)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from tarflow.flows.decoding.jacobi import decode_jacobi
 from tarflow.flows.decoding.method import Decoding, InversionState, check_finite, check_method
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.affine import at_least_float32
+from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand
@@ -41,7 +41,7 @@ class Change:
 
 @torch.no_grad()
 def decode(
-    block: Any,
+    block: Block,
     z: Tensor,
     grid: tuple[int, int],
     cond: Tensor | None = None,
@@ -92,7 +92,7 @@ def decode(
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: Flow,
     z: Tensor,
     cond: Tensor | None = None,
     null_cond: Tensor | None = None,

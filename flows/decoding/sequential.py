@@ -45,9 +45,11 @@ def decode_sequential(run: InversionState, z: Tensor, fast: FastSteps | None = N
     step = decode_step(run.block, run.context, run.cache, run.temperature) if fast is None else fast.get(run, z.dtype)
     if isinstance(step, FastStep):
         return step.decode(run, z)
-    targets, made, log_scales = z.unbind(1), [], []
+    targets = z.unbind(1)
+    made: list[Tensor] = []
+    log_scales: list[Tensor] = []
     if run.first == 0:
-        previous = run.start_token.to(z.dtype).expand(z.shape[0], -1)
+        previous = run.before_first(len(z), z.dtype)
     else:
         previous = targets[0]
         made, log_scales = [previous], [torch.zeros_like(previous)]

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from tarflow.flows.decoding.attention import cached_attention
 from tarflow.flows.layers.affine import at_least_float32, log_scale_of
+from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.kv_cache import KVCache
+from tarflow.flows.layers.network import BlockContext
 from tarflow.flows.layers.prepared import may_prepare, plain_linear
 from tarflow.flows.layers.transformer import LayerNorm, RMSNorm
 
@@ -47,7 +49,7 @@ class LayerWeights:
     keys_values: Tensor  # of the cache: (R, 2, K, capacity, d)
 
 
-def decode_step(block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None) -> Any:
+def decode_step(block: Block, context: BlockContext, cache: KVCache, temperature: Tensor | None = None) -> Any:
     """A `DecodeStep` if the block's weights are all that its layers are, else a `ModuleStep`."""
     return (DecodeStep if may_prepare(block) else ModuleStep)(block, context, cache, temperature)
 
@@ -55,14 +57,15 @@ def decode_step(block: Any, context: Any, cache: KVCache, temperature: Tensor | 
 class ModuleStep:
     """As `DecodeStep`, through the block's modules: slower, and right whatever acts on them."""
 
-    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+    def __init__(self, block: Block, context: BlockContext, cache: KVCache, temperature: Tensor | None = None):
         self.block, self.context, self.cache, self.temperature = block, context, cache, temperature
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The next token's parameters, (R, C) both, from what sits in the next slot, (R, C)."""
         slot = self.cache.length - self.context.prefix_length
         parameters = self.block.affine_parameters(inputs[:, None], slot, self.context, self.cache, self.temperature)
-        return tuple(part[:, 0] for part in parameters)
+        shift, log_scale = parameters
+        return shift[:, 0], log_scale[:, 0]
 
 
 class DecodeStep:
@@ -78,16 +81,18 @@ class DecodeStep:
     #: Whether pairs may be rotated as complex numbers, which compilers do not take.
     complex_rotation = True
 
-    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+    def __init__(self, block: Block, context: BlockContext, cache: KVCache, temperature: Tensor | None = None):
         self.cache, self.config = cache, block.config
         self.copies: list[tuple[Tensor, Callable[[], Tensor]]] = []  # prepared tensors, and how they are made
         self.prefix_length = context.prefix_length
-        self.added = None if context.added is None else context.added.unbind(1)  # a (B or 1, D) for each slot
+        self.added: Any = None if context.added is None else context.added.unbind(1)  # a (B or 1, D) for each slot
         self.inverse_temperature = None if temperature is None else 1 / temperature.view(-1, 1)
         self.heads, self.kv_heads, self.head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         self.rotated = (self.heads + self.kv_heads) * self.head_dim  # columns of queries and keys
         dtype = block.proj_in.weight.dtype
-        self.cos = self.sin = self.turns = None
+        self.cos: Any = None  # rows of a table: a tuple of tensors, or one tensor in a `StaticStep`
+        self.sin: Any = None
+        self.turns: tuple[Tensor, ...] | None = None
         if context.rotation is not None:  # a row for each slot, of all heads' queries and keys
             repeats = self.heads + self.kv_heads
             cos, sin = (table.repeat(1, repeats).to(dtype) for table in context.rotation)
@@ -270,7 +275,7 @@ class StaticStep(DecodeStep):
 
     complex_rotation = False
 
-    def __init__(self, block: Any, context: Any, cache: KVCache, temperature: Tensor | None = None):
+    def __init__(self, block: Block, context: BlockContext, cache: KVCache, temperature: Tensor | None = None):
         super().__init__(block, context, cache, temperature)
         for name in ("cos", "sin", "added"):
             if (rows := getattr(self, name)) is not None:
@@ -278,16 +283,16 @@ class StaticStep(DecodeStep):
         stored = cache.keys_values
         self.attention = cached_attention(stored.device, stored.dtype, self.head_dim)
 
-    def load(self, context: Any, cache: KVCache, temperature: Tensor | None) -> None:
+    def load(self, context: BlockContext, cache: KVCache, temperature: Tensor | None) -> None:
         """Take over another sequence of the same shapes: its prefix in a cache, positions, vectors, temperature."""
         prefix = cache.length
         self.cache.keys_values[..., :prefix, :].copy_(cache.keys_values[..., :prefix, :])
-        if self.cos is not None:
+        if self.cos is not None and context.rotation is not None:
             for buffer, table in zip((self.cos, self.sin), context.rotation, strict=True):
                 buffer.copy_(table.repeat(1, self.heads + self.kv_heads))
-        if self.added is not None:
+        if self.added is not None and context.added is not None:
             self.added.copy_(context.added.transpose(0, 1))
-        if self.inverse_temperature is not None:
+        if self.inverse_temperature is not None and temperature is not None:
             self.inverse_temperature.copy_(1 / temperature.view(-1, 1))
         self.cache.length = prefix
 

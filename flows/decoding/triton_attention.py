@@ -109,9 +109,8 @@ def launched(q: Tensor, keys_values: Tensor, position: Tensor, wrap: Callable[[A
     """Both kernels, one after the other; ``wrap`` makes of each what is called with a grid."""
     rows, _, kv_heads, capacity, size = keys_values.shape
     group, parts = q.shape[1] // (kv_heads * size), triton.cdiv(capacity, PART)
-    numbers = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty(rows * kv_heads, parts, group, size, **numbers)
-    most, total = (torch.empty(rows * kv_heads, parts, group, **numbers) for _ in range(2))
+    partial = torch.empty(rows * kv_heads, parts, group, size, dtype=torch.float32, device=q.device)
+    most, total = (torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     out = torch.empty(rows, q.shape[1], dtype=q.dtype, device=q.device)
     wrap(attend_to_part)[(rows * kv_heads, parts)](
         q,

@@ -104,8 +104,8 @@ class Calibration:
             if choice.method in ("sequential", "parallel"):
                 found.append(choice)
             elif exact <= other:
-                best = {"method": "sequential", "segment": None, "sweeps": None}
-                found.append(replace(choice, **best, sequential_ms=round(exact, 4), best_ms=round(exact, 4)))
+                best = replace(choice, method="sequential", segment=None, sweeps=None)
+                found.append(replace(best, sequential_ms=round(exact, 4), best_ms=round(exact, 4)))
             else:
                 found.append(replace(choice, sequential_ms=round(exact, 4), best_ms=round(other, 4)))
         self.choices, self.trials = found, self.trials + 1

@@ -22,7 +22,7 @@ class ActNorm(nn.Module):
         self.shift, self.log_scale = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(at_least_float32(part).expand(x.shape) for part in (self.shift, self.log_scale))
+        return at_least_float32(self.shift).expand(x.shape), at_least_float32(self.log_scale).expand(x.shape)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, C) to tokens, and log|det| (B,)."""

@@ -72,18 +72,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, earlier: int | None, backend: Backen
     if backend is not None:
         return attend_by(backend, q, k, v, earlier)
     grouped, slots = q.shape[1] != k.shape[1], q.shape[2]
-    causal = earlier is not None and slots > 1
+    behind = earlier if slots > 1 else None  # a single query sees all that there is
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and k.shape[2] <= PLAIN_ATTENTION_SLOTS:
         # The backward pass of the fused CPU kernel takes several times as long as plain products of short sequences.
         k, v = repeated_heads(q, k, v)
         unseen = q.new_zeros(slots, k.shape[2])
-        if causal:
-            unseen.masked_fill_(~later_slots_mask(slots, earlier, q.device), -math.inf)
+        if behind is not None:
+            unseen.masked_fill_(~later_slots_mask(slots, behind, q.device), -math.inf)
         rows = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
         logits = torch.baddbmm(unseen, *rows, alpha=1 / math.sqrt(q.shape[-1])).unflatten(0, q.shape[:2])
         return logits.softmax(-1, dtype=at_least_float32(logits).dtype).to(v.dtype) @ v
-    triangle = causal and not earlier  # for which there are faster kernels than for a mask
-    mask = later_slots_mask(slots, earlier, q.device) if causal and not triangle else None
+    triangle = behind == 0  # for which there are faster kernels than for a mask
+    mask = None if behind is None or triangle else later_slots_mask(slots, behind, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle, enable_gqa=grouped)
 
 
@@ -93,10 +93,12 @@ def attend_by(backend: Backend, q: Tensor, k: Tensor, v: Tensor, earlier: int | 
     slots, seen = q.shape[2], k.shape[2]
     k, v = repeated_heads(q, k, v)  # few backends take groups of heads
     q, k, v = (part.to(v.dtype).transpose(1, 2) for part in (q, k, v))  # (B, S or N, H, d)
-    causal, pad, mask = earlier is not None and slots > 1, 0, None
-    if causal and (backend in (Backend.FLEX, Backend._NATIVE_NPU) or (earlier and backend.value in TAKE_MASKS)):
+    behind = earlier if slots > 1 else None
+    causal, pad, mask = behind is not None, 0, None
+    needs_mask = backend in (Backend.FLEX, Backend._NATIVE_NPU) or (behind and backend.value in TAKE_MASKS)
+    if behind is not None and needs_mask:
         # FLEX and _NATIVE_NPU do not look at the flag.
-        mask, causal = causal_mask(backend, slots, earlier, q.device), False
+        mask, causal = causal_mask(backend, slots, behind, q.device), False
     elif causal and seen > slots and backend.value not in LAST_SEES_LAST:
         pad = seen - slots  # queries in the earlier slots' places, which nobody reads, make the two flags mean the same
         q = F.pad(q, (0, 0, 0, 0, pad, 0))
@@ -121,4 +123,5 @@ def repeated_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (B, H, N, d), one for each query head, from those of groups (B, K, N, d)."""
     if q.shape[1] == k.shape[1]:
         return k, v
-    return tuple(part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    group = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Cache(Protocol):
+    """What an attention layer writes to."""
+
+    length: int
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new slots (B, kv heads, S, head_dim) of one layer; returns all its keys and values, old and new."""
+
+    def advance(self, slots: int) -> None:
+        """Count the slots that all layers have written."""
 
 
 class KVCache:
@@ -70,13 +83,10 @@ class GrowingCache:
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As of `KVCache`."""
         old = self.keys_values[layer]
-        new = (
-            (keys, values)
-            if old is None
-            else tuple(torch.cat(pair, dim=2) for pair in zip(old, (keys, values), strict=True))
-        )
-        self.keys_values[layer] = new
-        return new
+        if old is not None:
+            keys, values = torch.cat([old[0], keys], dim=2), torch.cat([old[1], values], dim=2)
+        self.keys_values[layer] = keys, values
+        return keys, values
 
     def advance(self, slots: int) -> None:
         self.length += slots

@@ -21,6 +21,9 @@ class ChannelMixing(nn.Module):
         channels: C.
     """
 
+    sign: Tensor
+    places: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         # The factorisations do not exist in 16 bits, which may be the default dtype while a model is loaded.

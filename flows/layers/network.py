@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.config import BlockConfig
-from tarflow.flows.layers.kv_cache import KVCache
+from tarflow.flows.layers.kv_cache import Cache, KVCache
+from tarflow.flows.layers.module_list import ModuleList
 from tarflow.flows.layers.order import reorder
-from tarflow.flows.layers.positions import rotary_angles, rotary_angles_1d, rotation_tables
+from tarflow.flows.layers.positions import Rotation, rotary_angles, rotary_angles_1d, rotation_tables, slots_of
 from tarflow.flows.layers.prepared import called_with_group, compute_device, compute_dtype, weights_move
 from tarflow.flows.layers.transformer import OutputLinear, RMSNorm, TransformerLayer
 
@@ -35,7 +36,7 @@ class BlockContext:
 
     prefix: Tensor | None
     added: Tensor | None
-    rotation: tuple[Tensor, Tensor] | None
+    rotation: Rotation | None
 
     @property
     def prefix_length(self) -> int:
@@ -62,7 +63,7 @@ class TokenNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.proj_in = nn.Linear(config.token_dim, config.width)
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
+        self.layers: ModuleList[TransformerLayer] = ModuleList(TransformerLayer(config) for _ in range(config.layers))
         self.final_norm = RMSNorm(config.width) if config.final_norm else None
         self.proj_out = OutputLinear(config.width, outputs)
         self.pos_embed = None
@@ -97,6 +98,8 @@ class TokenNetwork(nn.Module):
         config, device, dtype = self.config, compute_device(self.proj_in), compute_dtype(self.proj_in)
         prefix = added = rotation = None
         if self.proj_cond is not None:
+            if cond is None:
+                raise ValueError("this network reads a condition as a prefix, and got none")
             prefix = self.proj_cond(cond.to(device, dtype))
         if self.pos_embed is not None:
             if grid != (config.grid_size, config.grid_size):
@@ -135,7 +138,7 @@ class TokenNetwork(nn.Module):
         first, place = first_of_equals(rows.flatten(1))
         part = cache if len(first) == len(hidden) else cache.select(first)
         hidden, temperature = hidden[first], None if temperature is None else temperature[first]
-        rotation = None if context.rotation is None else tuple(table[:slots] for table in context.rotation)
+        rotation = None if context.rotation is None else slots_of(context.rotation, 0, slots)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, rotation, temperature, part, index)
         if part is not cache:
@@ -147,7 +150,7 @@ class TokenNetwork(nn.Module):
         inputs: Tensor,
         first_slot: int,
         context: BlockContext,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         temperature: Tensor | None = None,
     ) -> Tensor:
         """Outputs of a run of image slots.
@@ -174,7 +177,7 @@ class TokenNetwork(nn.Module):
             skip = 0
         if rotation is not None:
             start = context.prefix_length - skip + first_slot
-            rotation = tuple(part[start : start + hidden.shape[1]] for part in rotation)
+            rotation = slots_of(rotation, start, start + hidden.shape[1])
         for index, layer in enumerate(self.layers):
             # What is written to a cache would be written again.
             again = self.checkpoint_every and index % self.checkpoint_every == 0 and cache is None

@@ -15,6 +15,9 @@ from torch import Tensor
 BASE = 10000.0
 TEXT_FREQUENCIES = 8
 
+#: What `rotate` takes: cosines and signed sines of each number of a head, (S, d) both.
+Rotation = tuple[Tensor, Tensor]
+
 
 def rotary_angles(
     grid: tuple[int, int],
@@ -34,19 +37,22 @@ def rotary_angles(
         prefix_length: number L of prefix tokens; needs the text axis.
         text_axis: whether the model has one, even if this sequence has no prefix.
     """
-    options = {"device": device, "dtype": dtype}
+
+    def numbers(count: int) -> Tensor:
+        return torch.arange(count, device=device, dtype=dtype)
+
     rows, columns = grid
     spatial = head_dim // 2 - (TEXT_FREQUENCIES if text_axis else 0)
-    frequencies = BASE ** (-2 * torch.arange(spatial // 2, **options) / spatial)
+    frequencies = BASE ** (-2 * numbers(spatial // 2) / spatial)
     unit = length / math.sqrt(rows * columns)
-    row = torch.arange(rows, **options).repeat_interleave(columns) * unit
-    column = torch.arange(columns, **options).repeat(rows) * unit
+    row = numbers(rows).repeat_interleave(columns) * unit
+    column = numbers(columns).repeat(rows) * unit
     image = torch.cat([row[:, None] * frequencies, column[:, None] * frequencies], dim=1)  # (T, spatial)
     if not text_axis:
         return image
     image = torch.nn.functional.pad(image, (0, TEXT_FREQUENCIES))
-    text_frequencies = BASE ** (-torch.arange(TEXT_FREQUENCIES, **options) / TEXT_FREQUENCIES)
-    text = torch.arange(prefix_length, **options) / max(prefix_length, 1) * length
+    text_frequencies = BASE ** (-numbers(TEXT_FREQUENCIES) / TEXT_FREQUENCIES)
+    text = numbers(prefix_length) / max(prefix_length, 1) * length
     prefix = torch.nn.functional.pad(text[:, None] * text_frequencies, (spatial, 0))
     return torch.cat([prefix, image])
 
@@ -55,18 +61,23 @@ def rotary_angles_1d(
     slots: int, head_dim: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Angles (slots, head_dim / 2) for a plain sequence, prefix included."""
-    options = {"device": device, "dtype": dtype}
-    frequencies = BASE ** (-2 * torch.arange(head_dim // 2, **options) / head_dim)
-    return torch.arange(slots, **options)[:, None] * frequencies
+    frequencies = BASE ** (-2 * torch.arange(head_dim // 2, device=device, dtype=dtype) / head_dim)
+    return torch.arange(slots, device=device, dtype=dtype)[:, None] * frequencies
 
 
-def rotation_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotate` takes, from angles (S, d/2): cosines and signed sines of each number of a head, (S, d) both."""
+def rotation_tables(angles: Tensor) -> Rotation:
+    """What `rotate` takes, from angles (S, d/2)."""
     cos, sin = angles.cos(), angles.sin()
     return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def slots_of(rotation: Rotation, start: int, end: int) -> Rotation:
+    """The tables of some of the slots."""
+    cos, sin = rotation
+    return cos[start:end], sin[start:end]
+
+
+def rotate(x: Tensor, tables: Rotation) -> Tensor:
     """Rotate the pairs (2i, 2i + 1) of the last axis: (x₀, x₁) → (x₀·cos − x₁·sin, x₁·cos + x₀·sin).
 
     Args:

@@ -22,7 +22,7 @@ from tarflow.flows.layers.mixing import ChannelMixing
 from tarflow.flows.layers.transformer import MLP, Attention, LayerNorm, OutputLinear, RMSNorm, TransformerLayer
 
 #: Classes whose arithmetic the shortcuts repeat, and their own `forward`, so that a replaced one is noticed.
-KNOWN = {
+KNOWN: dict[type, Any] = {
     kind: kind.forward
     for kind in (nn.Linear, OutputLinear, LayerNorm, RMSNorm, Attention, MLP, TransformerLayer, ActNorm, ChannelMixing)
 }
@@ -74,7 +74,7 @@ def is_plain_lora(layer: Any) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether a module and all within are known classes without anything that acts on them, of one dtype and device."""
     tensors: list[Tensor] = []
-    pending = [module]
+    pending: list[Any] = [module]
     while pending:
         part = pending.pop()
         if is_lora(part):

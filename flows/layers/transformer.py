@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.attention import AttentionProcessor
 from tarflow.flows.layers.config import BlockConfig
-from tarflow.flows.layers.kv_cache import KVCache
-from tarflow.flows.layers.positions import rotate
+from tarflow.flows.layers.kv_cache import Cache
+from tarflow.flows.layers.positions import Rotation, rotate
 
 
 class LayerNorm(nn.Module):
@@ -97,9 +97,9 @@ class Attention(nn.Module, AttentionModuleMixin):
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor] | None = None,
+        rotation: Rotation | None = None,
         temperature: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
         """x (B, S, D) → (B, S, D), to be added to x.
@@ -113,7 +113,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         heads = self.heads + 2 * self.kv_heads
         qkv = self.qkv(self.norm(x)).view(batch, slots, heads, self.head_dim).transpose(1, 2)  # (B, H + 2K, S, d)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             q, k = qk.split([self.heads, self.kv_heads], dim=1)
             qk = torch.cat([self.query_norm(q), self.key_norm(k)], dim=1)
         if rotation is not None:
@@ -163,9 +163,9 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: tuple[Tensor, Tensor] | None = None,
+        rotation: Rotation | None = None,
         temperature: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
         x = x + self.attention(x, rotation, temperature, cache, layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -49,7 +49,7 @@ def estimate_bytes(
     latents = LATENT_COPIES * FLOAT32 * count * channels * latent_height * latent_width
     condition = (4 if guided else 2) * size * count * prefix * config.cond_dim
     images = IMAGE_COPIES * FLOAT32 * count * pixels * 3
-    blocks = [cast(BlockConfig, block.config) for block in pipe.flow.blocks]
+    blocks = [block.config for block in pipe.flow.blocks]
     inverting = max(block_bytes(block, count, tokens, prefix, guided, size) for block in blocks)
     denoised = min(count, max(1, DENOISED_TOKENS // tokens)) if pipe.config.noise_std > 0 else 0
     denoising = sum(gradient_bytes(block, denoised, tokens, prefix, size) for block in blocks)
