@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tarflow.common.words import count_in_words
+from tarflow.pipeline.loading.folder import HELD_OUT
+
 CONDITIONS = {"prefix": "captions", "none": "none", "class_vectors": "classes", "class_prefix": "classes"}
 MOST_EXAMPLES = 12
-#: The file with means over held-out pictures.
-HELD_OUT = "held_out.json"
 #: Pictures of a card that are shown, by the ends of their names, up to so many bytes.
 PICTURES = {
     ".png": "image/png",
@@ -60,7 +61,7 @@ def details(pipe: Any) -> list[tuple[str, str]]:
         ("flow", f"{len(pipe.flow.blocks)} blocks, width {config.width}, {tokens} tokens"),
         ("models", f"{what} of {config.in_channels} channels, {size}"),
         ("condition", CONDITIONS[config.conditioning]),
-        ("parameters", ", ".join(f"{name} {in_words(count)}" for name, count in sizes.items())),
+        ("parameters", ", ".join(f"{name} {count_in_words(count)}" for name, count in sizes.items())),
         ("training noise σ", f"{pipe.config.noise_std:g}"),
         *([("held-out pictures", told)] if (told := held_out_in_words(pipe)) else []),
         ("guidance", f"{pipe.config.guidance_scale:g} by default, {pipe.config.guidance_method}"),
@@ -71,13 +72,6 @@ def details(pipe: Any) -> list[tuple[str, str]]:
 def parameters(module: Any) -> int:
     """Parameters of a component; 0 if it has none."""
     return sum(parameter.numel() for parameter in module.parameters()) if hasattr(module, "parameters") else 0
-
-
-def in_words(count: int) -> str:
-    """A number of parameters, for example "3.1 million"."""
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} billion"
-    return f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,}"
 
 
 def card(pipe: Any) -> str:

@@ -20,6 +20,8 @@ from tarflow.models import followed, resolve
 from tarflow.pipeline.loading.weight_files import superseded
 
 INDEX = "model_index.json"
+#: Means of held-out pictures, which training writes and the web page shows.
+HELD_OUT = "held_out.json"
 #: What may be in a folder that is otherwise empty: on a new disk, or in a new repository.
 HARMLESS = ("README.md", "LICENSE", "lost+found")
 #: Of files that are not in their place yet; one that nothing was written to for an hour was left by a killed process.

@@ -1,0 +1,114 @@
+"""What a run says of itself: before the first step, of the time, and at the end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tarflow.cli import generate
+from tarflow.common.words import count_in_words, duration_in_words
+from tarflow.data.config import DataConfig
+from tarflow.data.images import Images
+from tarflow.training.flow.summary import drawing_line, ending, write_held_out
+from tarflow.training.loop.schedule import TIMED_STEPS
+from tarflow.training.loop.summary import TimeEstimate, beginning, number_of_pictures
+
+
+def captioned(folder: Path, count: int, captions: int) -> Path:
+    """A folder of pictures with so many captions each."""
+    folder.mkdir()
+    lines = []
+    for i in range(count):
+        Image.new("L", (2, 2), i).save(folder / f"{i}.png")
+        lines += [json.dumps({"file_name": f"{i}.png", "text": f"{i} by {j}"}) for j in range(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_numbers_are_said_in_words() -> None:
+    counts = {999: "999", 12_345: "12,345", 7_900_000: "7.9 million", 3_900_000_000: "3.9 billion"}
+    assert {count: count_in_words(count) for count in counts} == counts
+    times = {5: "1 minute", 150: "2 minutes", 3600: "1 hour", 49_990: "13 hours 50 minutes", 90_000: "1 day 1 hour"}
+    times |= {172_800: "2 days", 7_260: "2 hours"}
+    assert {seconds: duration_in_words(seconds) for seconds in times} == times
+
+
+def test_a_run_says_what_it_trains_on(tmp_path: Path) -> None:
+    config = DataConfig(source="folder", path=str(captioned(tmp_path / "a", 40, 3)), caption_column="text")
+    config = DataConfig(**{**vars(config), "validation_fraction": 0.5})
+    train, held_out = Images(config), Images(config, "validation")
+    pictures, others = number_of_pictures(train), number_of_pictures(held_out)
+    assert pictures + others == 40 and len(train) == 3 * pictures and others > 0
+    first, second = beginning(train, held_out, 7_900_000, 90, len(train), tmp_path / "run")
+    assert first == f"training on {pictures} pictures, {others} others are held out; 7.9 million parameters learn"
+    assert (
+        second
+        == f"90 steps of {len(train)} pictures, each is seen about 90 times; all is written to {tmp_path / 'run'}"
+    )
+    first, second = beginning(train, None, 10, 1, 2, tmp_path, first=1)
+    assert "none is held out" in first
+    assert second == f"1 steps of 2 pictures, most are seen once at most from step 1 on; all is written to {tmp_path}"
+
+
+def test_captions_made_of_columns_are_no_further_pictures(tmp_path: Path) -> None:
+    folder = captioned(tmp_path / "a", 6, 1)
+    config = DataConfig(
+        source="folder",
+        path=str(folder),
+        caption_template="{text}",
+        more_caption_templates=["a {text}"],
+        validation_fraction=0,
+    )
+    assert len(Images(config)) == 12 and number_of_pictures(Images(config)) == 6
+
+
+def test_endless_drawings_are_no_number_of_pictures() -> None:
+    drawings = Images(DataConfig(source="drawings", image_size=8))
+    first, second = beginning(drawings, drawings, 5, 1000, 16, Path("runs/a"))
+    assert first == "training on drawings, each made for its place in a batch; 5 parameters learn"
+    assert second == "1,000 steps of 16 pictures; all is written to runs/a"
+
+
+def test_the_time_is_said_once_if_it_is_long() -> None:
+    estimate = TimeEstimate("--train.max_minutes")
+    said = [estimate.after(done, 100_000 - done, 5.0 + 0.5 * done) for done in range(1, 200)]
+    (sentence,) = [one for one in said if one is not None]
+    assert said.index(sentence) + 1 == TIMED_STEPS[1]
+    assert sentence.startswith("about 13 hours 50 minutes to go, at 0.5 s a step") and "--train.max_minutes" in sentence
+    short = TimeEstimate("--max_minutes")
+    assert not any(short.after(done, 300 - done, 0.1 * done) for done in range(1, 300))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompts": ["a cat's face", "b"]}, ["a cat's face"]),
+        ({"classes": ["blue ring"]}, ["--class", "blue ring"]),
+        ({}, []),
+    ],
+)
+def test_the_line_that_draws_is_a_command(arguments: dict, words: list[str]) -> None:
+    line = drawing_line("my runs/pipeline", **arguments)
+    assert shlex.split(line) == [
+        "tarflow",
+        "generate",
+        *words,
+        "--pipeline",
+        "my runs/pipeline",
+        "--out",
+        "drawing.png",
+    ]
+    generate.check(generate.parser().parse_intermixed_args(shlex.split(line)[2:]))
+    assert ending("pipeline", "my runs/pipeline", line).endswith(f"draw from it:\n  {line}")
+    assert "--lora runs/a/lora" in drawing_line("emoji", adapter=Path("runs/a/lora"), **arguments)
+
+
+def test_means_of_held_out_pictures_go_with_the_pipeline(tmp_path: Path) -> None:
+    write_held_out(tmp_path, {"latent_nats_per_dim": 0.5}, 271)
+    assert json.loads((tmp_path / "held_out.json").read_text()) == {"images": 271, "latent_nats_per_dim": 0.5}
+    write_held_out(tmp_path / "none", {}, 0)
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,85 @@
+"""What a run says of itself before the first step: what it trains on, how much of it, how long, and where it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tarflow.common.words import count_in_words, duration_in_words
+from tarflow.data.folder import ImageFolder
+from tarflow.data.images import Pictures
+from tarflow.training.loop.schedule import TIMED_STEPS
+
+#: Data sets of more pictures are made as they come.
+ENDLESS = 2**31 - 1
+#: Runs that take fewer seconds do not say how long they take.
+SHORT = 120.0
+
+
+def number_of_pictures(data: Pictures) -> int:
+    """How many different pictures a data set has; there may be an item for each caption of a picture."""
+    source = getattr(data, "source", None)
+    if isinstance(source, ImageFolder):
+        return len({row.name for row in source.rows})
+    return len(data) // getattr(source, "variants", 1)
+
+
+def beginning(
+    data: Pictures, held_out: Pictures | None, parameters: int, steps: int, batch: int, folder: Path, first: int = 0
+) -> list[str]:
+    """Sentences, a line each.
+
+    Args:
+        data: the training pictures.
+        held_out: the pictures that the run is measured on.
+        parameters: numbers that are trained.
+        steps: of the whole run.
+        batch: pictures of a step.
+        folder: of the run.
+        first: steps that are done already.
+    """
+    endless = len(data) >= ENDLESS
+    pictures = "drawings, each made for its place in a batch" if endless else f"{number_of_pictures(data):,} pictures"
+    others = ""
+    if not endless:
+        count = 0 if held_out is None else number_of_pictures(held_out)
+        others = f", {count:,} others are held out" if count else ", none is held out"
+    length = f"{steps:,} steps of {batch:,} pictures"
+    if not endless:
+        times = steps * batch / len(data)
+        length += f", each is seen about {times:,.0f} times" if times >= 1.5 else ", most are seen once at most"
+    going_on = f" from step {first:,} on" if first else ""
+    return [
+        f"training on {pictures}{others}; {count_in_words(parameters)} parameters learn",
+        f"{length}{going_on}; all is written to {folder}",
+    ]
+
+
+class TimeEstimate:
+    """Says once how long a run still takes.
+
+    Args:
+        option: what ends it earlier, for example "--train.max_minutes".
+    """
+
+    def __init__(self, option: str):
+        self.option, self.begun = option, 0.0
+
+    def after(self, done: int, left: int, seconds: float) -> str | None:
+        """A sentence after `TIMED_STEPS`, if the run is not short.
+
+        Args:
+            done: steps since the run began.
+            left: steps to come.
+            seconds: that steps took so far, without evaluations and the like.
+        """
+        if done == TIMED_STEPS[0]:
+            self.begun = seconds
+        if done != TIMED_STEPS[1]:
+            return None
+        step = (seconds - self.begun) / (TIMED_STEPS[1] - TIMED_STEPS[0])
+        if step * left < SHORT:
+            return None
+        return (
+            f"about {duration_in_words(step * left)} to go, at {step:.2g} s a step, evaluations not counted; "
+            f"{self.option} ends it earlier"
+        )
