@@ -45,8 +45,8 @@ def debugging() -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """An error on one line. Of one in a reading process, whose text is a traceback, that is the last line; of one of the
-    operating system, what happened to which file."""
+    """An error on one line. For errors of DataLoader workers, whose text is a traceback, it is the last line; for errors of
+    the operating system, what happened to which file."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename!r}"
     message = str(error).strip()

@@ -72,12 +72,11 @@ def resample(z: Tensor, noise: Tensor, strength: float) -> Tensor:
 class HeldFlow:
     """The flow of a hole's tokens alone, while all others are held at a reference's values in every block.
 
-    Each block is the model's own, but its known tokens are set to what they are in the reference before and after it. So
-    it is an autoregressive fill: going from noise to data, a known token is put into the sequence instead of a made one.
-    It is invertible, with a density that one can read, whatever the order of the blocks. With a single block it draws
-    each token given the known ones *before* it, which is the exact conditional if no known token comes after the hole;
-    with more blocks the known tokens of the inner ones are the reference's, though they depend on what is in the hole.
-    `metropolis` makes up for both.
+    Each block is the model's own, but its known tokens are set to the reference's, before and after it. This is an
+    autoregressive fill: from noise to data, known tokens are put into the sequence instead of drawn ones. It is
+    invertible and has a density, whatever the order of the blocks. It is exact only in part: each token is drawn given
+    the known tokens *before* it, not those after it; and with several blocks the known tokens of the inner ones stay the
+    reference's, though they should depend on what is in the hole. `metropolis` corrects both.
 
     Args:
         model: a `TARFlowModel`.

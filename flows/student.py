@@ -1,8 +1,8 @@
 """StudentModel: a network with full attention that learns a flow's map from noise to data, to make a sample in one pass.
 
-As BiFlow (Lu et al., 2025, arXiv:2512.10953) does it: the student is no flow, so nothing about it must be invertible or
-causal; its layers are led along the flow's own way back by what the flow's blocks make of data; its last layers take the
-training noise away; and it is told the guidance weight, so that guidance costs no second pass.
+The method is BiFlow's (Lu et al., 2025, arXiv:2512.10953). The student is not a flow: it need not be invertible or causal.
+Its hidden layers are aligned with the intermediate states of the flow, its teacher. Its last layers remove the training
+noise. The guidance weight is an input, so guidance needs no second pass.
 
 Shapes: B batch, C channels, H × W size of the latents, T tokens, D width, L prefix tokens.
 """

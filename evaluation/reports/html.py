@@ -22,7 +22,7 @@ from tarflow.evaluation.reports.svg_charts import histogram, line_chart
 
 #: Pictures are embedded with at most this side; smaller ones than the second without loss.
 LARGEST_SIDE, LOSSLESS_SIDE = 256, 128
-#: The share of yardstick pictures that are nearer to their neighbours than the limit below which a sample is suspicious.
+#: Samples whose distance is below this quantile of the reference distances are flagged.
 SUSPICIOUS = 0.05
 
 STYLE = """

@@ -32,8 +32,8 @@ class Carrier:
 
 
 class ReversibleBlock(torch.autograd.Function):
-    """One block, which keeps nothing: its output is in the `Carrier` when its backward pass begins, and its input, for
-    the block before, when that ends."""
+    """One block that stores no activations. Its backward pass reads the block's output from the `Carrier`, and leaves the
+    rebuilt input there for the block before."""
 
     @staticmethod
     def forward(

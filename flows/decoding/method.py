@@ -36,9 +36,8 @@ class Decoding:
             nothing changes; "gs_jacobi" (Gauss–Seidel–Jacobi), segment after segment, Jacobi within; "parallel", the
             one exact pass of coupling and inverse autoregressive blocks, which they also take for "sequential"; "auto",
             what `calibrate` found to be the fastest on this device.
-        tolerance: sweeps over a segment end for a sample when no number of it changed by more than this, or is
-            expected to, by how fast the changes shrink. After as many sweeps as the segment has tokens it is exact
-            anyway.
+        tolerance: a sample is done when its largest change in a sweep, or the change that extrapolation still expects,
+            is below this. After as many sweeps as a segment has tokens it is exact anyway.
         segment: tokens of a segment, for "gs_jacobi".
     """
 

@@ -1,8 +1,8 @@
 """One token through a block's Transformer: the same numbers as `TokenNetwork.run`, with as few operations as possible.
 
-A step of a small batch takes as long as its operations are many and its weights are large, not as its arithmetic is
-much. So everything that all steps share is made once before the first, and the loop touches plain tensors, no modules.
-Where something acts on the modules (hooks, quantized weights, ...: see `prepared`), steps go through them instead.
+Small batches are bound by the number of operations and by memory traffic, not by arithmetic. So everything that all steps
+share is prepared once, and the loop uses plain tensors instead of modules. Where something acts on the modules, such as
+hooks or quantized weights (see `prepared`), steps call the modules instead.
 
 Shapes: R rows (samples, twice as many under guidance), D width, H query heads, K key/value heads, d head size.
 """

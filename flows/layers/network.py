@@ -199,8 +199,8 @@ class TokenNetwork(nn.Module):
 
 
 def recomputed(module: nn.Module, *inputs: Any) -> Any:
-    """``module(*inputs)``, of which only the inputs are kept for the backward pass. Nothing in it is random but the
-    dropout of adapters, which then is drawn as before."""
+    """``module(*inputs)`` with activation checkpointing: only the inputs are kept, the rest is computed again in the
+    backward pass. Dropout of adapters is drawn again with the same numbers."""
     dropout = any(isinstance(part, nn.Dropout) and part.training and part.p for part in module.modules())
     # Hooks that bring weights take them away again only if the pass is computed to its end.
     with set_checkpoint_early_stop(False) if weights_move(module) else nullcontext():

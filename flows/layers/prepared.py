@@ -1,8 +1,8 @@
 """Which modules may be bypassed: weights may be read and prepared only where nothing else acts on them.
 
-A layer may have hooks, adapters, parametrizations or quantized weights, it may be moved between devices or dtypes at each
-call, or be another class altogether. What is true of it is what calling it gives; so the shortcuts of decoding are for
-plain layers, and for LoRA adapters, whose effect on a plain layer is known: W + scaling·B·A.
+A layer may have hooks, adapters, parametrizations or quantized weights; it may be moved between devices or dtypes at each
+call, or be replaced by another class. Only calling it gives the right result then. So the shortcuts of decoding are taken
+for plain layers, and for LoRA adapters, whose effect is known: W + scaling·B·A.
 """
 
 from __future__ import annotations
@@ -207,11 +207,11 @@ def check_saved_whole(module: nn.Module) -> None:
 
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
-    """What a module's hooks bring on the device that it computes on, for uses that do not go through its `forward`. Not for
-    use within that, as it sends the weights away when it ends.
+    """Bring an offloaded module's weights to the device that it computes on, for uses that do not call its `forward`. The
+    weights are sent away again at the end, so this is not for use inside `forward`.
 
-    Accelerate's and Diffusers' offloading hooks are what knows where the weights are. A group of several blocks is
-    brought by its first one in a forward pass, but by any one here, as decoding goes through them the other way.
+    Accelerate's and Diffusers' offloading hooks know where the weights are. In a forward pass, a group of blocks is
+    brought by its first block; here by any of them, as decoding goes through the blocks in reverse.
     """
     hook, group = getattr(module, "_hf_hook", None), offload_group(module)
     if hook is not None:
@@ -230,8 +230,8 @@ def at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def called_with_group(module: Any, *inputs: Any) -> Any:
-    """``module(*inputs)``, with its weights brought also where another module of their group, which is not called, would
-    bring them."""
+    """``module(*inputs)``. Its weights are brought to the device even if another module of their offloading group, which
+    is not called, would have to do it."""
     group = offload_group(module)
     if group is None or len(group.modules) < 2:
         return module(*inputs)
@@ -240,8 +240,8 @@ def called_with_group(module: Any, *inputs: Any) -> Any:
 
 
 def weights_move(module: Any) -> bool:
-    """Whether Diffusers' hooks change where the weights of a `FlowBlock` or `TransformerLayer` are, or their dtype, within
-    a pass: the backward pass would find them as they are after it."""
+    """Whether Diffusers' hooks move or cast the weights of a `FlowBlock` or `TransformerLayer` during a pass. The backward
+    pass would then find them changed."""
     layer = module.layers[0] if hasattr(module, "layers") else module
     for part in (module, unwrapped(layer.attention.qkv)):
         registry = getattr(part, "_diffusers_hook", None)

@@ -71,8 +71,8 @@ class PipelineParts(DiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        """Where calls compute. Diffusers' own goes through all modules several times, which takes longer than a student's
-        pass; it is needed only where offloading has hooked into one."""
+        """The device that calls compute on. Diffusers' own property walks all modules several times, which takes longer
+        than a student's pass; it is used only where a module is offloaded."""
         parts = (self.flow, self.student, self.vae, self.finetuned_decoder, self.text_encoder)
         modules = (module for part in parts if part is not None for module in part.modules())
         if any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in modules):
@@ -80,8 +80,8 @@ class PipelineParts(DiffusionPipeline):
         return next(self.flow.parameters()).device
 
     def run_offload_hook(self, module: nn.Module | None) -> None:
-        """Bring an offloaded module to its device, and the others away: its hook waits for ``forward``, which is not what
-        is called here, and knows of the module before it alone."""
+        """Bring an offloaded module to its device, and send the others away. Its hook would act at ``forward``, which is
+        not called here, and would send away only the module before it."""
         hook: Any = getattr(module, "_hf_hook", None)
         if hook is None:
             return
@@ -91,8 +91,8 @@ class PipelineParts(DiffusionPipeline):
         hook.pre_forward(module)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As of Diffusers; and a part that was None is known from now on, so that it is saved. Of a flow that is replaced
-        no fast steps are kept, which would hold its weights."""
+        """As in Diffusers. Also, a part that was None is saved from now on, and the fast steps of a replaced flow are
+        dropped, as they would keep its weights in memory."""
         steps = self.__dict__.get("_fast_steps")
         if name == "flow" and steps is not None and value is not self.flow:
             self._fast_steps = FastSteps(steps.backend)

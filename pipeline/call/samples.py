@@ -48,8 +48,8 @@ def decoded(codec: LatentCodec, latents: Tensor, decoder: Any) -> Tensor:
 
 
 def in_parts(function: Callable[..., Tensor], size: int, tensors: tuple[Tensor | None, ...]) -> Tensor:
-    """``function`` of tensors (B, …), of which the first is none of the Nones, ``size`` rows at a time, put together
-    again; None stays None."""
+    """Apply ``function`` to ``size`` rows of the tensors (B, …) at a time, and concatenate the results. Tensors may be
+    None, but not the first."""
     first = tensors[0]
     batch = 0 if first is None else len(first)
     if batch <= size:

@@ -77,8 +77,8 @@ def student_samples(
     weight: float,
     compiled: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A student's samples, (B, C, h, w): its latents, and those with the training noise, by which it can be measured
-    (the former again, if it was not taught the latter).
+    """A student's samples, (B, C, h, w): its latents, and its latents with the training noise, which can be compared with
+    the flow's. Both are the same for students with the target "noisy".
 
     Args:
         noise: (B, C, h, w).

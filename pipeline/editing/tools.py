@@ -139,8 +139,8 @@ class ExactFlowTools(FlowPipeline):
         fit: bool = False,
         output_type: str = "pil",
     ) -> EditingOutput:
-        """The pictures encoded under one caption or class and decoded under another; what the first does not say of
-        them is in z, and stays.
+        """Encode pictures under one caption or class, and decode them under another. What the first does not describe is
+        in z, and stays.
 
         Args:
             source_prompt, source_labels: what the picture shows.

@@ -65,8 +65,8 @@ def written_into(target: str | Path) -> Iterator[Path]:
 
 
 def move_files(source: Path, target: Path, old: Path) -> None:
-    """Put the files below ``source`` to the same places below ``target``; what they replace goes below ``old``, and comes
-    back after an error."""
+    """Move the files below ``source`` to the same places below ``target``. Files that they replace are kept below ``old``,
+    and restored after an error."""
     files = sorted(path.relative_to(source) for path in source.rglob("*") if not path.is_dir())
     files.sort(key=lambda file: file == Path(INDEX))
     done: list[tuple[Path, Path | None]] = []
@@ -89,7 +89,7 @@ def move_files(source: Path, target: Path, old: Path) -> None:
 
 
 def set_aside(file: Path, copy: Path) -> Path | None:
-    """A second name of a file, or the file itself under another name where there are no such; None if it is not there."""
+    """Keep a file under a second name: a hard link, or, where there are none, renamed. None if there is no such file."""
     if not os.path.lexists(file):
         return None
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +122,8 @@ def move(source: Path, target: Path) -> None:
 
 
 def usual_rights(folder: Path) -> None:
-    """Give all files below a new folder the rights of new files: safetensors writes files that their owner alone may
-    read, so that a pipeline in a shared folder could not be loaded by others."""
+    """Give all files below a new folder the usual permissions. Safetensors makes files that only their owner can read, and
+    nobody else could load a pipeline from a shared folder."""
     usual = folder / f"{TEMPORARY}rights"
     usual.touch()
     for path in folder.rglob("*"):

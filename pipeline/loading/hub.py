@@ -56,7 +56,7 @@ class PipelineFiles(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of Diffusers; the class is this one, which a folder names by a file of its own for others to find."""
+        """As in Diffusers, but the class is always this one: a folder names it by a file of its own, for Diffusers."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(config.get("_class_name"), list):

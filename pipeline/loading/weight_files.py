@@ -46,8 +46,8 @@ def weight_file(name: str) -> WeightFile | None:
 
 
 def superseded(old: list[str], new: list[str]) -> list[str]:
-    """Files of ``old`` that would be read with or instead of the weights in ``new``: of the same stem and variant, in
-    whichever format or number of shards.
+    """Files of ``old`` that a loader would read together with, or instead of, the weights in ``new``: those with the same
+    stem and variant, in any format and number of shards.
 
     Args:
         old: names of files that are in a folder.

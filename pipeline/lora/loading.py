@@ -47,8 +47,8 @@ def load_into_text_encoder(
 
 @contextmanager
 def without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
-    """A block in which no part of a pipeline is offloaded by Accelerate's hooks. They come back when it ends, also by an
-    error, and new layers have them too. Group offloading stays, see `changing_adapters`."""
+    """Remove Accelerate's offloading hooks from a pipeline for a while. They come back at the end, also after an error, and
+    cover new layers too. Group offloading stays, see `changing_adapters`."""
     whole_parts, layers, _ = pipe._optionally_disable_offloading(pipe)
     device = getattr(pipe, "_offload_device", None)
     try:
@@ -62,7 +62,7 @@ def without_offloading(pipe: DiffusionPipeline) -> Iterator[None]:
 
 @contextmanager
 def refused_in_a_sentence() -> Iterator[None]:
-    """A block in which what the libraries say of weights of other shapes, names or settings is one sentence.
+    """Turn the libraries' errors about weights of other shapes, names or settings into one sentence.
 
     Raises:
         ValueError: in its place.
