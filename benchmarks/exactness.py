@@ -40,8 +40,9 @@ class Exactness:
 
 
 def plans(model: Any) -> dict[str, list[Decoding]]:
-    """What is measured: the methods with their default tolerance, "auto" in the mixtures that it chooses most (the
-    deep block sequentially, the others not; and in segments of half of the tokens), and the tolerance of "fast"."""
+    """The decodings to measure: each method with its default tolerance, the mixtures that "auto" chooses most often
+    (the deep block sequentially and the others by Jacobi; or all in segments of half of the tokens), and the tolerance
+    of "fast"."""
     count = len(model.blocks)
     tokens = (model.config.sample_size // model.config.patch_size) ** 2
     quarter, half = -(-tokens // 4), -(-tokens // 2)

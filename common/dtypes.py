@@ -10,8 +10,8 @@ import torch
 
 @contextmanager
 def kept_default_dtype() -> Iterator[None]:
-    """The default dtype afterwards as before: ``from_pretrained(torch_dtype=…)`` builds models under another one, and an
-    error would leave that behind for all that is made later."""
+    """Restore the default dtype at the end. ``from_pretrained(torch_dtype=…)`` changes it while it builds a model, and
+    an error would leave it changed for everything that is made later."""
     before = torch.get_default_dtype()
     try:
         yield

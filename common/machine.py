@@ -58,8 +58,8 @@ def best_of(function: Callable[[], Any], device: torch.device, repeats: int = 5)
 
 
 def timed(ways: dict[str, Callable[[], Any]], batch: int, repeats: int, device: torch.device) -> dict[str, float]:
-    """Medians of images per second of two ways that take turns of at least `TURN` seconds, after one call each that does
-    not count, and the median "ratio" of the second's speed to the first's."""
+    """Measure two ways in turns of at least `TURN` seconds, after one warm-up call each. Returns the medians of images
+    per second, and the median "ratio" of the second's speed to the first's."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way()

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def image_seed(seed: int, index: int) -> int:
-    """The seed of an image's noise. It grows by 1 with the index, as torch's generators on CPUs take 32 bits of it:
+    """The seed of an image's noise. It grows by 1 with the index: torch's CPU generators use 32 bits of a seed, so
     hashes would soon give two images the same noise."""
     return seed * 1_000_003 + index

@@ -92,8 +92,8 @@ class ImageFolder:
         return item
 
     def facts(self, count: int) -> dict[str, str]:
-        """Hashes that tell whether the first ``count`` items are those of another time: of the files' names, of their
-        sizes (in archives also of their contents), of their times, of captions and of labels."""
+        """Hashes by which a change of the first ``count`` items is noticed: of file names, sizes (in archives also
+        contents), times, captions and labels."""
         rows = self.rows[:count]
         about = [self.files.facts(row.name) for row in rows]
         return {

@@ -98,8 +98,8 @@ class NetworkHabits(Model):
         super().enable_gradient_checkpointing(gradient_checkpointing_func or recomputed)
 
     def reset_attention_backend(self) -> None:
-        """Back to the default: what DIFFUSERS_ATTN_BACKEND says, or else what is fastest. `set_attention_backend` sets the
-        process's backend too, which this also sets back."""
+        """Go back to the default: DIFFUSERS_ATTN_BACKEND if it is set, else the fastest. `set_attention_backend` also
+        sets the backend of the whole process, which this undoes."""
         super().reset_attention_backend()
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName(DIFFUSERS_ATTN_BACKEND))
 

@@ -11,8 +11,8 @@ from tarflow.models import followed
 
 
 class SharedAutoencoder(AutoencoderKL):
-    """Stands in a shipped pipeline's ``model_index.json``; what is loaded is an ordinary ``AutoencoderKL``, from the folder
-    that `tarflow.models.followed` finds."""
+    """A placeholder in a shipped pipeline's ``model_index.json``. Loading gives an ordinary ``AutoencoderKL``, from the
+    folder that `tarflow.models.followed` finds."""
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

@@ -69,8 +69,8 @@ def exact_samples(
 def exact_states(
     flow: Any, z: Tensor, condition: Tensor | None, null_condition: Tensor | None, guidance: Guidance | None
 ) -> list[Tensor]:
-    """What the flow's blocks stand at when noise is inverted token after token: the sample itself, then the outputs of
-    the blocks from the data to the noise, the last of them z; (B, C, H, W) each.
+    """The states of exact sequential decoding: the sample itself, then the outputs of the blocks from data to noise, z
+    last; (B, C, H, W) each.
 
     Args:
         flow: a `TARFlowModel`.
@@ -93,8 +93,8 @@ def block_errors(
     null_condition: Tensor | None,
     guidance: Guidance | None,
 ) -> list[float]:
-    """Mean absolute differences between where the flow takes a student's samples and where its blocks exactly stand:
-    of the samples themselves, and after each block; the last is mean |f(x) − z|.
+    """Mean absolute differences between a student's samples and exact ones, before the first block and after each, when
+    both go through the flow; the last is mean |f(x) − z|.
 
     Args:
         x: the student's samples with the training noise (B, C, H, W).

@@ -35,8 +35,8 @@ def follow_mode(model: nn.Module) -> None:
 
 
 def refuse_offloading_to_files(model: nn.Module) -> None:
-    """An error if a model's adapters are to change whose weights are offloaded to files: Diffusers would take what is in
-    memory for them, and would not write the files anew."""
+    """Refuse to change adapters of a model whose weights are offloaded to files: Diffusers would use the tensors in
+    memory instead, and would not write the files again."""
     if is_on_files(model):
         raise ValueError(
             f"the weights of this {type(model).__name__} are offloaded to files, which cannot get or lose adapters: change "
@@ -102,8 +102,8 @@ def weights_of(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def check_swapped(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    """An error if LoRA weights that were swapped in place are of other layers than those before, which PEFT takes without
-    a word. Ranks may differ: rows of A (r, in), columns of B (out, r)."""
+    """Refuse LoRA weights, swapped in place, that are for other layers than those before; PEFT accepts them silently.
+    Ranks may differ: rows of A (r, in), columns of B (out, r)."""
     for name, value in new.items():
         axis = 1 if "lora_A" in name else 0
         if name in old and value.dim() == 2 and value.shape[axis] != old[name].shape[axis]:

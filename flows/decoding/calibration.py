@@ -219,8 +219,9 @@ def cpu_name() -> str:
 def conditions_key(
     model: Flow, batch: int, grid: tuple[int, int], guidance: Guidance | None, tolerance: float, fast: bool = False
 ) -> str:
-    """What a calibration holds for: the device and dtype that compute, batch (to the next power of two), grid, guidance,
-    tolerance, whether steps are compiled, and whether weights are brought for each use."""
+    """The conditions under which a calibration is valid: device and dtype of the computation, batch (rounded up to a
+    power of two), grid, guidance, tolerance, whether steps are compiled, and whether weights are fetched for each
+    use."""
     last = model.blocks[-1]
     device = compute_device(last.proj_in, last, model)
     dtype = str(compute_dtype(last.proj_in)).removeprefix("torch.")

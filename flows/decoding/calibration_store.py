@@ -42,8 +42,8 @@ def fingerprint(model: Any) -> str:
 
 @torch.no_grad()
 def sample_of_weights(model: nn.Module) -> bytes:
-    """A few numbers of each parameter, which tell in well under a millisecond for small models whether weights have
-    changed, also by ways that PyTorch does not count, as through ``.data``.
+    """A few numbers of each parameter. They show in well under a millisecond for small models whether weights have
+    changed, also in ways that PyTorch does not count, such as through ``.data``.
 
     Changes are not seen of single numbers between those, of quantized weights, and of weights that are not in memory; a
     model in groups that are brought for each use has none, as their memory may hold anything in between.
@@ -63,8 +63,8 @@ def sample_of_weights(model: nn.Module) -> bytes:
 
 
 def file_of(name: str | Path | None, shared: bool = False) -> Path | None:
-    """Where a pipeline's calibrations are kept: in its own folder, or in this user's cache if that is no folder of this
-    machine, cannot be written to, or is ``shared``, for example part of the installed package.
+    """Where a pipeline's calibrations are kept: in its own folder; or in the user's cache if it has no folder here, the
+    folder cannot be written to, or it is ``shared``, for example part of the installed package.
 
     Args:
         name: folder or hub id of the pipeline; None for one that was never saved, whose calibrations stay in memory.

@@ -33,8 +33,8 @@ WARM_UP_CALLS = 3
 
 
 class FastStep:
-    """All that makes one token of a block: the network, guidance, and the affine map of the token's noise. It reads and
-    writes buffers at a position that lies on the device, so the host does nothing between tokens but start the next one.
+    """Makes one token of a block: the network, guidance, and the affine map of the token's noise. It reads and writes
+    buffers at a position that is stored on the device, so between tokens the host only starts the next one.
 
     Shapes: B batch, T tokens, C channels of a token.
 
@@ -129,8 +129,8 @@ class FastStep:
 
 
 def with_code_of_its_own(method: Any) -> Callable[[], None]:
-    """The same method with another code object. The compiler keeps what it made by code object, and allows eight of one:
-    with blocks of two kinds four batch sizes would exhaust them."""
+    """The same method with a new code object. The compiler caches what it compiled by code object, eight at most: with
+    two kinds of blocks, four batch sizes would fill that."""
     function = method.__func__
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__

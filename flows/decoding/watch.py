@@ -63,8 +63,8 @@ class Calibration:
         return sequential > CLEARLY * best
 
     def trial_is_due(self, doubtful_only: bool = False) -> bool:
-        """Whether the next call should be sequential: now and then, or only after one that was slow where the choice is
-        `clear`, or with ``doubtful_only``, where a trial costs much, as with steps that must be compiled first."""
+        """Whether the next call should try sequential decoding: now and then. Where the choice is `clear`, or with
+        ``doubtful_only`` (trials are dear, as steps must be compiled first), only after a slow call."""
         if self.doubtful or doubtful_only or self.clear:
             return self.varied and self.doubtful and self.calls >= DISTANCES[0]
         return self.varied and self.calls >= DISTANCES[min(self.trials, len(DISTANCES) - 1)]

@@ -49,8 +49,8 @@ class AttentionProcessor:
 
 
 def chosen_backend(own: Any = None) -> Backend | None:
-    """The layer's own backend, or else the one of ``with attention_backend(…)`` or DIFFUSERS_ATTN_BACKEND; None if that
-    is the default, where this module takes what is fastest."""
+    """The layer's own backend, or else that of ``with attention_backend(…)`` or DIFFUSERS_ATTN_BACKEND. None is the
+    default, for which this module takes the fastest."""
     if own is not None:
         return own if isinstance(own, Backend) else Backend(own)
     active, _ = _AttentionBackendRegistry.get_active_backend()

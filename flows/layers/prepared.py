@@ -251,8 +251,8 @@ def weights_move(module: Any) -> bool:
 
 
 def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of what is in a module's ``state_dict``, also of those that hooks hold elsewhere: in Accelerate's
-    maps, or in the files of Diffusers' group offloading."""
+    """Names and values of everything in a module's ``state_dict``, also of tensors that hooks hold elsewhere: in
+    Accelerate's maps, or in the files of Diffusers' group offloading."""
     files: dict[str, dict[str, Tensor]] = {}
     groups = [group for part in module.modules() if (group := offload_group(part)) is not None]
     places = {

@@ -41,9 +41,9 @@ class BlockInversion(PipelineParts):
     _decodings: list[Decoding] | None = None
 
     def enable_fast_decoding(self, backend: str | None = "inductor") -> None:
-        """Compile the student, and the sequential decode step (`torch.compile`, about half a minute for each block and
-        shape at the first call with it); on CUDA devices replay that as a CUDA graph. Worth it for large models and
-        many calls, and for a student at small batches.
+        """Compile the student and the sequential decode step (`torch.compile`; about half a minute for each block and
+        shape, at their first call). On CUDA devices the step is also replayed as a CUDA graph. This pays for large
+        models and many calls, and for a student with small batches.
 
         Args:
             backend: of `torch.compile`; None only makes CUDA graphs.
@@ -93,8 +93,8 @@ class BlockInversion(PipelineParts):
         return self._calibration_store
 
     def check_student(self) -> StudentModel:
-        """The pipeline's student; an error unless it was trained for this flow. Weights that were seen are not read again,
-        but for a few numbers: see `flow_state` for the changes that this does not show."""
+        """The pipeline's student, if it was trained for this flow. Weights that were checked before are not read again
+        except for a few numbers; `flow_state` says which changes this can miss."""
         if self.student is None:
             raise ValueError(NO_STUDENT)
         state = (self.student, self.flow_state())
@@ -122,9 +122,9 @@ class BlockInversion(PipelineParts):
         null_cond: Tensor | None,
         guidance: Guidance,
     ) -> tuple[list[Decoding], Callable[[int, float], None] | None]:
-        """One decoding for each block; "auto" ones by calibration, on this very noise if there is none yet. And what is
-        to be told of the time that each block takes, so that a choice that does not hold is corrected; None if nothing.
-        """
+        """One decoding for each block. Those that are "auto" are replaced by calibrated ones; without a calibration,
+        one is made on this very noise. Also returns the function that takes each block's time, by which wrong
+        choices are corrected, or None."""
         asked = list(decoding) if isinstance(decoding, list | tuple) else [decoding] * len(self.flow.blocks)
         automatic = [one for one in asked if one.method == "auto"]
         if not automatic:

@@ -200,8 +200,9 @@ def add_component(source: Path, target: Path, name: str, component: ModelMixin, 
 def copy_pipeline(
     source: Path, target: Path, temporary: Path, parts: list[str], without: str
 ) -> dict[str, tuple[str, str]]:
-    """Copy the pipeline ``source`` to ``temporary``: the folders of its ``parts``, and what ``target`` lacks; nothing
-    hidden, and not the component ``without``. A part that is another shipped pipeline's is copied from there.
+    """Copy the pipeline ``source`` to ``temporary``: the folders of its ``parts``, and files that ``target`` lacks.
+    Hidden files and the component ``without`` are left out. A part that belongs to another shipped pipeline is
+    copied from there.
 
     Returns:
         library and class of such parts, which the copy's index needs.

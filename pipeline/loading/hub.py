@@ -157,8 +157,8 @@ def missing_tensors(module: nn.Module) -> list[str]:
 
 
 def name_class(folder: Path, target: Path) -> None:
-    """Write `MODULE` beside a saved pipeline's index, and name it there, so that `diffusers.DiffusionPipeline` can load
-    the folder. Classes of others, and a file of that name in ``target`` that is not this one, are left as they are."""
+    """Write `MODULE` beside a saved pipeline's index and name it there, so that `diffusers.DiffusionPipeline` can load
+    the folder. Other people's classes, and another file of that name in ``target``, are left alone."""
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     file = target / f"{MODULE}.py"
     if index["_class_name"] != "TARFlowPipeline" or (file.exists() and file.read_text(encoding="utf-8") != MODULE_TEXT):

@@ -101,8 +101,8 @@ def tokenized(
     max_length: int | None = None,
     special: bool = True,
 ) -> list[list[int]]:
-    """The tokens of each caption, with the options' texts about it, cut to ``max_length``; ``special`` adds the tokenizer's
-    own first and last ones, which a chat template has already."""
+    """Tokens of each caption, with the texts that the options put around it, cut to ``max_length``. ``special`` adds
+    the tokenizer's first and last tokens, which a chat template already has."""
     texts = options.filled(tokenizer, captions)
     cut = {"truncation": True, "max_length": max_length} if max_length else {}
     found = tokenizer(texts, add_special_tokens=special and not options.chat_template, verbose=False, **cut)
