@@ -7,12 +7,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from PIL import Image
 
 from tarflow.cli import generate
 from tarflow.common.words import count_in_words, duration_in_words
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
+from tarflow.training.flow.report import own_captions
 from tarflow.training.flow.summary import drawing_line, ending, write_held_out
 from tarflow.training.loop.schedule import TIMED_STEPS
 from tarflow.training.loop.summary import TimeEstimate, beginning, number_of_pictures
@@ -81,6 +83,18 @@ def test_the_time_is_said_once_if_it_is_long() -> None:
     assert sentence.startswith("about 13 hours 50 minutes to go, at 0.5 s a step") and "--train.max_minutes" in sentence
     short = TimeEstimate("--max_minutes")
     assert not any(short.after(done, 300 - done, 0.1 * done) for done in range(1, 300))
+
+
+def test_grids_show_captions_of_the_data(tmp_path: Path) -> None:
+    config = DataConfig(source="folder", path=str(captioned(tmp_path / "a", 40, 1)), caption_column="text")
+    data = Images(config)
+    shown = own_captions(data, 4)
+    assert len(set(shown)) == 4 and shown == [data.caption(i * len(data) // 4) for i in range(4)]
+    assert len(own_captions(data, 1000)) == len(data)
+    drawings = Images(DataConfig(source="drawings", image_size=8), "validation")
+    assert own_captions(drawings, 3) == [drawings.caption(i) for i in range(3)]
+    for path in (ROOT / "configs").glob("*.yaml"):  # shipped captions are shipped data's
+        assert "prompts" not in path.read_text(encoding="utf-8"), path.name
 
 
 @pytest.mark.parametrize(

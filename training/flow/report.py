@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from tarflow.data.subset import evenly
 from tarflow.flows.likelihood import bits_per_dim
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
@@ -20,6 +21,7 @@ from tarflow.training.flow.joint import trained_autoencoder
 from tarflow.training.flow.lora import add_adapters
 from tarflow.training.flow.setup import Parts
 from tarflow.training.loop.batches import fixed_batches, read_batch
+from tarflow.training.loop.summary import ENDLESS
 
 
 class HeldOut:
@@ -109,12 +111,18 @@ def grid_conditions(parts: Parts, config: RunConfig) -> dict[str, Any]:
     if config.text.kind != "none":
         prompts = config.log.prompts
         if prompts is None:
-            source = parts.validation or parts.train
-            prompts = [source.caption(i) for i in range(min(count, len(source)))]
+            prompts = own_captions(parts.validation or parts.train, count)
         return {"prompt": [prompts[i % len(prompts)] for i in range(count)]}
     if classes := parts.flow_arguments.get("num_classes"):
         return {"class_labels": [i % classes for i in range(count)]}
     return {"num_images": count}
+
+
+def own_captions(data: Any, count: int) -> list[str]:
+    """At most ``count`` captions that lie evenly in a data set, as neighbours are often alike; of endless drawings, which
+    are not, the first ones."""
+    count = min(count, len(data))
+    return [data.caption(i) for i in (range(count) if len(data) >= ENDLESS else evenly(len(data), count))]
 
 
 def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> None:
