@@ -33,7 +33,7 @@ from tarflow.evaluation.features.extractors import Extractor, load_extractor
 from tarflow.evaluation.features.names import INCEPTION, KEPT_FEATURES, Metric
 from tarflow.evaluation.features.settings import RequiredExtractor
 from tarflow.evaluation.images.sets import open_images
-from tarflow.evaluation.reports.fid import evaluate, reference_statistics, table
+from tarflow.evaluation.reports.fid import Comparison, evaluate, reference_statistics, table
 from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
 from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
 
@@ -166,17 +166,9 @@ def calc(config: CalcConfig, state: PartialState) -> None:
     check_writable(out)
     if config.cache_dir is not None:
         check_writable(config.cache_dir, folder=True)
-    report = evaluate(
-        config.ref,
-        config.samples,
-        config.load_extractor(state.device),
-        config.metrics,
-        config.clip,
-        config.match,
-        config.batch_size,
-        config.image_size,
-        config.cache_dir,
-    )
+    names = [field.name for field in dataclasses.fields(Comparison)]
+    wanted = Comparison(**{name: getattr(config, name) for name in names})
+    report = evaluate(config.ref, config.samples, config.load_extractor(state.device), wanted)
     if state.is_main_process:
         print(table(report), flush=True)  # first: what is printed is not lost
         write_json(out, report | {"settings": dataclasses.asdict(config)}, nan_as_null=True)

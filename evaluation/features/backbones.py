@@ -29,6 +29,9 @@ class Backbone(nn.Module):
         side: the pictures' side; they are resized by antialiased bicubic interpolation.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], side: int = SIDE):
         super().__init__()
         self.network, self.side = network, side

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,12 +100,12 @@ def load_extractor(
     """
     if name == INCEPTION:
         return inception(weights, device)
-    if name in TRANSFORMERS and weights is None:
+    path = weights if name in TRANSFORMERS else name
+    if path is None:
         raise ValueError(
             f"the extractor {name!r} needs its weights: give --extractor-weights the folder or hub id of a "
             "Transformers model"
         )
-    path = weights if name in TRANSFORMERS else name
     if name in TRANSFORMERS or "/" in name or Path(name).is_dir():
         backbone: Backbone = transformers_backbone(path)
         library = f"transformers {importlib.metadata.version('transformers')}"
@@ -137,7 +138,7 @@ def inception(weights: str | None = None, device: str | torch.device = "cpu") ->
     except ImportError as error:
         raise ValueError("torch-fidelity is not installed: pip install 'tarflow[evaluation]'") from error
 
-    def build(path: str | None) -> nn.Module:
+    def build(path: str | None) -> Any:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
 
     if weights is None:

@@ -105,6 +105,7 @@ def from_features(
         if "precision_recall" in pair:
             result |= {name: found[name] for name in ("precision", "recall")}
     if "inception_score" in metrics:
+        assert extractor.head is not None  # `chosen_metrics` has seen to it
         features = kept_features(samples, least=SCORE_SPLITS)
         # Without the bias, as the published score was computed; the head is a single product.
         found = fidelity(features @ extractor.head.detach().cpu().T, isc=True)
@@ -119,13 +120,14 @@ def kept_features(statistics: Statistics, least: int) -> Tensor:
     Raises:
         ValueError: if there are none, or too few.
     """
-    kept = 0 if statistics.features is None else len(statistics.features)
-    if kept < least:
+    features = statistics.features
+    kept = 0 if features is None else len(features)
+    if features is None or kept < least:
         raise ValueError(
             f"the metrics beside the Fréchet distance need the features of at least {least} pictures, but there are "
             f"{kept} of {statistics.source!r}: take more pictures, or --metrics [frechet]"
         )
-    return statistics.features
+    return features
 
 
 class Rows(Dataset):

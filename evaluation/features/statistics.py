@@ -230,8 +230,8 @@ def compute_statistics(
         moments.update(features)
         kept_rows.append(features[wanted[first : moments.count]])
     notes = notes_of(sum(gather_objects(images.conversions), Counter()))
-    features = torch.cat(kept_rows) if count else None
-    statistics = Statistics(moments, extractor.description, data, images.name, images.size, notes, features)
+    stored = torch.cat(kept_rows) if count else None
+    statistics = Statistics(moments, extractor.description, data, images.name, images.size, notes, stored)
     if folder is not None:
         on_main(lambda: statistics.save(folder))
     return statistics

@@ -6,7 +6,7 @@ import abc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder, flattened, read_image, read_size, unreadable, usable_images
-from tarflow.data.images import Images, fit
+from tarflow.data.images import Images, PictureSource, fit
 from tarflow.data.layout import SPLIT_FOLDERS, place_pictures
 from tarflow.evaluation.images.arrays import open_array, read_whole
 from tarflow.evaluation.images.conversions import conversions_of, notes_of
@@ -192,8 +192,26 @@ class ArrayImages(ImageSet):
 class Watched:
     """A source of pictures that writes down what will be done to those it gives."""
 
-    def __init__(self, source: Any):
-        self.source, self.conversions = source, {}
+    def __init__(self, source: PictureSource):
+        self.source = source
+        self.conversions: dict[int, Iterable[str]] = {}
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.source.class_names
+
+    @property
+    def has_captions(self) -> bool:
+        return self.source.has_captions
+
+    def caption(self, index: int) -> str | None:
+        return self.source.caption(index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(index)
+
+    def facts(self, count: int) -> dict[str, str]:
+        return self.source.facts(count)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -213,7 +231,8 @@ class DataImages(ImageSet):
 
     def __init__(self, config: DataConfig, split: str = "train", num: int | None = None):
         self.data = Images(config, split)
-        self.watched = self.data.source = Watched(self.data.source)
+        self.watched = Watched(self.data.source)
+        self.data.source = self.watched
         name = f"{config.source} {config.path or config.name or ''}".strip() + f", {split}"
         if config.source == "drawings" and num is None:
             raise ValueError("the drawings have no end: say how many to take with num")

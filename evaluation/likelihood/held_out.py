@@ -14,6 +14,7 @@ from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
 from tarflow.data.images import Pictures, collate, to_model
 from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.conditions import condition_of
 
 
@@ -42,7 +43,7 @@ class Likelihood:
 
 
 def evaluate_likelihood(
-    pipe: Any,
+    pipe: FlowPipeline,
     images: Pictures,
     count: int | None = None,
     draws: int = 4,
@@ -69,7 +70,7 @@ def evaluate_likelihood(
 
 @torch.no_grad()
 def picture_likelihoods(
-    pipe: Any,
+    pipe: FlowPipeline,
     images: Pictures,
     count: int | None = None,
     draws: int = 4,
@@ -106,11 +107,10 @@ def picture_likelihoods(
     for indices, batch in batches(images, count, batch_size):
         uint8 = batch["image"].to(pipe.flow.device)
         condition = condition_of(pipe, batch, len(indices), with_condition)
-        dims = None
         log_probs = []
         for draw in range(max(draws, importance)):
             x = noisy(pipe, uint8, seed, indices, draw)
-            dims = x[0].numel()
+            dims = x[0].numel()  # the same for all draws
             log_probs.append(log_prob(pipe.flow, x, **condition).cpu().double())
         stacked = torch.stack(log_probs, dim=1)  # (B, draws)
         nats.append(nats_per_dim(stacked[:, :draws], dims))
@@ -123,7 +123,7 @@ def picture_likelihoods(
     return name, values, bits_per_dim(torch.cat(bounds)) if importance else None
 
 
-def check_arguments(pipe: Any, images: Pictures, count: int | None, draws: int, importance: int) -> int:
+def check_arguments(pipe: FlowPipeline, images: Pictures, count: int | None, draws: int, importance: int) -> int:
     """How many pictures there will be, if data, model and numbers fit."""
     if not len(images):
         raise ValueError(f"the data's split {images.split!r} is empty; raise data.validation_fraction or take another")
@@ -154,7 +154,7 @@ def batches(images: Pictures, count: int, batch_size: int) -> Iterator[tuple[lis
         yield indices, collate([images[i] for i in indices])
 
 
-def noisy(pipe: Any, images: Tensor, seed: int, indices: list[int], draw: int) -> Tensor:
+def noisy(pipe: FlowPipeline, images: Tensor, seed: int, indices: list[int], draw: int) -> Tensor:
     """Dequantised pixels, or latents with the training noise, (B, C, h, w)."""
     latents = None if pipe.vae is None else pipe.codec.encode(to_model(images)).float()
     shape = images.shape[1:] if latents is None else latents.shape[1:]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tarflow.common.charts import figure
+from tarflow.data.images import Pictures
 from tarflow.evaluation.likelihood.held_out import picture_likelihoods
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def typicality(values: Tensor, own: Tensor) -> Tensor:
     return (values - own.mean()).abs()
 
 
-def detect(pipe: Any, inside: Any, outside: Any, own: Any, batch_size: int = 64, seed: int = 0) -> list[Detection]:
+def detect(
+    pipe: FlowPipeline, inside: Pictures, outside: Pictures, own: Pictures, batch_size: int = 64, seed: int = 0
+) -> list[Detection]:
     """Score pictures by nats per dimension under no condition, and by typicality.
 
     Args:
@@ -78,8 +81,14 @@ def detect(pipe: Any, inside: Any, outside: Any, own: Any, batch_size: int = 64,
     Returns:
         one for each score.
     """
-    options = {"draws": 1, "with_condition": False, "batch_size": batch_size, "seed": seed}
-    nats = [picture_likelihoods(pipe, images, **options)[1][:, 0] for images in (inside, outside, own)]
+
+    def nats_of(images: Pictures) -> Tensor:
+        _, values, _ = picture_likelihoods(
+            pipe, images, draws=1, with_condition=False, batch_size=batch_size, seed=seed
+        )
+        return values[:, 0]
+
+    nats = [nats_of(images) for images in (inside, outside, own)]
     scores = {
         "nats per dimension": (nats[0], nats[1]),
         "distance to typical nats": (typicality(nats[0], nats[2]), typicality(nats[1], nats[2])),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +13,11 @@ from tarflow.data.subset import spread
 from tarflow.evaluation.likelihood.held_out import check_arguments, noisy
 from tarflow.evaluation.reconstruction.quality import psnr, ssim
 from tarflow.pipeline.call.choices import NOISE_REMOVALS
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.conditions import condition_of
 
 
-def available_methods(pipe: Any) -> list[str]:
+def available_methods(pipe: FlowPipeline) -> list[str]:
     """Those of `NOISE_REMOVALS` that a pipeline has the parts for."""
     missing = set()
     if pipe.flow.config.learned_denoiser == "none":
@@ -27,7 +27,7 @@ def available_methods(pipe: Any) -> list[str]:
     return [name for name in NOISE_REMOVALS if name not in missing]
 
 
-def decode_by(pipe: Any, method: str, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+def decode_by(pipe: FlowPipeline, method: str, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """Noisy latents (B, C, h, w) → images (B, 3, H, W) in about [−1, 1]; ``condition`` as the flow takes it."""
     denoise, decoder = NOISE_REMOVALS[method]
     return pipe.decode_latents(pipe.remove_noise(latents, denoise, **condition), decoder)
@@ -48,7 +48,7 @@ class NoisyPictures:
     conditions: list[dict[str, Tensor]]
 
     @torch.no_grad()
-    def decoded(self, pipe: Any, method: str) -> list[Tensor]:
+    def decoded(self, pipe: FlowPipeline, method: str) -> list[Tensor]:
         """uint8 pictures (B, 3, H, W) of all batches by one of `NOISE_REMOVALS`."""
         parts = zip(self.latents, self.conditions, strict=True)
         return [to_uint8(decode_by(pipe, method, latents, condition)).cpu() for latents, condition in parts]
@@ -64,7 +64,7 @@ class NoisyPictures:
 
 
 @torch.no_grad()
-def noisy_pictures(pipe: Any, images: Images, count: int, batch_size: int, seed: int = 0) -> NoisyPictures:
+def noisy_pictures(pipe: FlowPipeline, images: Images, count: int, batch_size: int, seed: int = 0) -> NoisyPictures:
     """Encode some pictures of a split, which lie evenly in it, and add the pipeline's training noise.
 
     Raises:

@@ -27,6 +27,7 @@ from tarflow.evaluation.samples.conditions import Conditions, make_conditions
 from tarflow.evaluation.samples.generation import GenerationConfig, draw_chunk, load_pipeline
 from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.evaluation.samples.settings import SampleSettings, Split
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 PIXELS = "pixels"
 NEIGHBOURS = 3
@@ -153,11 +154,11 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
 def generation_of(config: ReportConfig, images: dict[str, Images]) -> GenerationConfig:
     """How the samples are drawn; nothing is written to ``out``."""
     split: Split = "validation" if len(images["validation"]) else "train"
-    more = {"out": config.out, "batch_size": config.batch_size, "num": config.samples}
-    return GenerationConfig(**config.sample_settings(), **more, data=config.data, split=split)
+    more = {"out": config.out, "batch_size": config.batch_size, "num": config.samples, "split": split}
+    return GenerationConfig(**config.sample_settings() | more, data=config.data)
 
 
-def draw(config: ReportConfig, gen: GenerationConfig, pipe: Any, conditions: Conditions) -> Tensor:
+def draw(config: ReportConfig, gen: GenerationConfig, pipe: FlowPipeline, conditions: Conditions) -> Tensor:
     """Samples uint8 (N, 3, H, W)."""
     parts = []
     for first in range(0, config.samples, config.batch_size):
@@ -166,7 +167,7 @@ def draw(config: ReportConfig, gen: GenerationConfig, pipe: Any, conditions: Con
     return torch.cat(parts).permute(0, 3, 1, 2).contiguous()
 
 
-def texts_of(pipe: Any, conditions: Conditions, count: int) -> list[str]:
+def texts_of(pipe: FlowPipeline, conditions: Conditions, count: int) -> list[str]:
     """What each sample was drawn from, in words."""
     values = conditions.values(range(count))
     if conditions.kind == "label":
@@ -190,19 +191,24 @@ def search(
     return nearest_neighbours(queries, train, spaces, {"train": torch.tensor(own)}, NEIGHBOURS)
 
 
-def all_likelihoods(config: ReportConfig, pipe: Any, images: dict[str, Images]) -> Likelihoods:
+def all_likelihoods(config: ReportConfig, pipe: FlowPipeline, images: dict[str, Images]) -> Likelihoods:
     """Of some pictures of each split that has any."""
     values, name = {}, ""
     for group, split in (("training", "train"), ("held-out", "validation")):
         if len(images[split]):
-            options = {"draws": config.draws, "batch_size": config.batch_size, "seed": config.seed}
-            name, found, _ = picture_likelihoods(pipe, spread(images[split], config.likelihood_images), **options)
+            name, found, _ = picture_likelihoods(
+                pipe,
+                spread(images[split], config.likelihood_images),
+                draws=config.draws,
+                batch_size=config.batch_size,
+                seed=config.seed,
+            )
             values[group] = found.mean(1)
     return Likelihoods(name, values)
 
 
 def settings_of(
-    config: ReportConfig, gen: GenerationConfig, pipe: Any, device: str | torch.device
+    config: ReportConfig, gen: GenerationConfig, pipe: FlowPipeline, device: str | torch.device
 ) -> dict[str, dict[str, Any]]:
     """Everything that the numbers depend on."""
     side = pipe.flow.config.sample_size * pipe.codec.factor

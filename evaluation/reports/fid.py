@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,29 +58,35 @@ def open_reference(
     return compute_statistics(images, extractor, batch_size, cache_dir, keep_features)
 
 
-def evaluate(
-    ref: str,
-    samples: str,
-    extractor: Extractor,
-    metrics: Sequence[Metric] | None = None,
-    clip: str | None = None,
-    match: bool = False,
-    batch_size: int = 64,
-    image_size: int | None = None,
-    cache_dir: str | None = None,
-) -> dict[str, Any]:
-    """Compare samples with a reference.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to compute of samples and a reference.
 
-    Args:
-        ref: a folder of statistics, or pictures as `open_images` takes them.
-        samples: generated pictures, in the same forms.
-        extractor: of features.
+    Attributes:
         metrics: see `calculate`; None takes all that the extractor allows.
         clip: a CLIP model's folder or hub id for the CLIP score of the captions in the samples' folder.
         match: add the shares of drawings that are what their caption or class says.
         batch_size: pictures per pass and process.
         image_size: side to fit pictures to that are not of one size.
         cache_dir: where statistics of pictures are kept; None keeps none.
+    """
+
+    metrics: Sequence[Metric] | None = None
+    clip: str | None = None
+    match: bool = False
+    batch_size: int = 64
+    image_size: int | None = None
+    cache_dir: str | None = None
+
+
+def evaluate(ref: str, samples: str, extractor: Extractor, wanted: Comparison) -> dict[str, Any]:
+    """Compare samples with a reference.
+
+    Args:
+        ref: a folder of statistics, or pictures as `open_images` takes them.
+        samples: generated pictures, in the same forms.
+        extractor: of features.
+        wanted: what to compute.
 
     Returns:
         "metrics" by name, "names" of them for readers, "reference", "samples", "extractor", "versions", "warnings".
@@ -87,22 +94,25 @@ def evaluate(
     Raises:
         ValueError: in one sentence, for all that does not fit.
     """
-    images = open_images(samples, image_size=image_size)
+    images, batch_size = open_images(samples, image_size=wanted.image_size), wanted.batch_size
     folder = Path(samples).expanduser()
     folder = folder if folder.is_dir() else folder.parent
-    conditions = read_conditions(images, folder) if clip or match else None  # before the long work
-    if clip and conditions[0] != "caption":
+    conditions: list[Any] = []
+    kind = ""
+    if wanted.clip or wanted.match:  # before the long work
+        kind, conditions = read_conditions(images, folder)
+    if wanted.clip and kind != "caption":
         raise ValueError(f"the CLIP score needs captions, but {str(folder)!r} has only labels")
-    wanted = chosen_metrics(extractor, metrics)
-    keep = KEPT_FEATURES if set(wanted) - {"frechet"} else 0
-    reference = open_reference(ref, extractor, batch_size, cache_dir, image_size, keep)
-    drawn = compute_statistics(images, extractor, batch_size, cache_dir, keep)
+    metrics = chosen_metrics(extractor, wanted.metrics)
+    keep = KEPT_FEATURES if set(metrics) - {"frechet"} else 0
+    reference = open_reference(ref, extractor, batch_size, wanted.cache_dir, wanted.image_size, keep)
+    drawn = compute_statistics(images, extractor, batch_size, wanted.cache_dir, keep)
     # One process computes, as the others would only compete with it for processors.
-    values = on_main(lambda: calculate(reference, drawn, extractor, wanted))
-    if clip:
-        values["clip_score"] = clip_score(images, conditions[1], clip, batch_size, extractor.device)
-    if match:
-        values |= matching_shares(images, *conditions)
+    values = on_main(lambda: calculate(reference, drawn, extractor, metrics))
+    if wanted.clip:
+        values["clip_score"] = clip_score(images, conditions, wanted.clip, batch_size, extractor.device)
+    if wanted.match:
+        values |= matching_shares(images, kind, conditions)
     return {
         "metrics": values,
         "names": {name: readable(name, extractor) for name in values},

@@ -82,7 +82,7 @@ def nearest_neighbours(
             for group, query in described[space].items():
                 # By differences: by products, as is the default, a copy would be 0.1 grey levels away.
                 distances = torch.cdist(query, descriptions, compute_mode="donot_use_mm_for_euclid_dist")  # (N, B)
-                if group in (own or {}):
+                if own is not None and group in own:
                     distances[own[group][:, None] == indices] = torch.inf
                 candidates = Neighbours(distances, indices.expand(len(query), -1))
                 found[space][group] = best_of(found[space].get(group), candidates, k)

@@ -6,7 +6,7 @@ The style has the classes c0, c1, … for marks and k0, k1, … for the keys of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -42,7 +42,7 @@ def line_chart(series: Series, xlabel: str, ylabel: str, description: str) -> st
     return axes.drawn(marks, list(series), xlabel, ylabel, description)
 
 
-def histogram(groups: dict[str, Sequence[float]], xlabel: str, description: str, bins: int = 30) -> str:
+def histogram(groups: Mapping[str, Sequence[float]], xlabel: str, description: str, bins: int = 30) -> str:
     """Shares of each group's values over the same bins, with a dashed line at each mean."""
     values = {name: np.asarray(group, dtype=float) for name, group in groups.items()}
     every = np.concatenate(list(values.values()))

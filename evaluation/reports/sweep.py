@@ -24,13 +24,14 @@ from tarflow.evaluation.features.names import KEPT_FEATURES, Metric
 from tarflow.evaluation.features.settings import RequiredExtractor
 from tarflow.evaluation.features.statistics import MOMENTS
 from tarflow.evaluation.images.sets import open_images
-from tarflow.evaluation.reports.fid import evaluate, reference_statistics
+from tarflow.evaluation.reports.fid import Comparison, evaluate, reference_statistics
 from tarflow.evaluation.reports.sweep_tables import SWEPT, best_row, row_name, write_tables
 from tarflow.evaluation.samples.conditions import make_conditions
 from tarflow.evaluation.samples.generation import GenerationConfig, generate_images, load_pipeline
 from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
 from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 Measure = Callable[[Path], dict[str, float]]
 ROWS, FIXED = "rows.jsonl", "sweep.json"
@@ -153,7 +154,7 @@ def run_sweep(
     return rows
 
 
-def resolved(values: dict[str, Any], pipe: Any) -> dict[str, Any]:
+def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
     """A row's settings with the pipeline's own values in place of None; σ only where it matters."""
     own = {name: getattr(pipe.config, name) for name in ("guidance_scale", "noise_std")}
     own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"], values["decoding"])
@@ -163,7 +164,7 @@ def resolved(values: dict[str, Any], pipe: Any) -> dict[str, Any]:
     return found
 
 
-def fixed_settings(config: SweepConfig, pipe: Any) -> dict[str, Any]:
+def fixed_settings(config: SweepConfig, pipe: FlowPipeline) -> dict[str, Any]:
     """Everything that all rows of a folder share, as JSON has it."""
     gen = {k: v for k, v in dataclasses.asdict(config.gen).items() if k not in (*SWEPT, "out", "pipeline")}
     names = ("ref", "metrics", "match", "extractor", "extractor_weights", "extractor_normalize")
@@ -174,7 +175,7 @@ def fixed_settings(config: SweepConfig, pipe: Any) -> dict[str, Any]:
     return json.loads(json.dumps({"pipeline": pipeline_hash(pipe), **gen, **measured}))
 
 
-def conditions_hash(gen: GenerationConfig, pipe: Any) -> str:
+def conditions_hash(gen: GenerationConfig, pipe: FlowPipeline) -> str:
     """SHA-256 of what all images are drawn from, as captions of data may change under the same settings."""
     conditions = make_conditions(pipe, gen.seed, gen.labels, gen.label_counts, gen.captions, gen.data, gen.split)
     digest = hashlib.sha256()
@@ -204,11 +205,11 @@ def make_measure(config: SweepConfig, device: str | torch.device) -> Measure:
         keep = KEPT_FEATURES if set(config.metrics) - {"frechet"} else 0
         reference_statistics(open_images(config.ref), extractor, ref, config.batch_size, keep)
 
+    wanted = Comparison(metrics=config.metrics, match=config.match, batch_size=config.batch_size)
     said: set[str] = set()
 
     def compared(folder: Path) -> dict[str, float]:
-        options = {"match": config.match, "batch_size": config.batch_size}
-        report = evaluate(ref, str(folder), extractor, config.metrics, **options)
+        report = evaluate(ref, str(folder), extractor, wanted)
         for warning in report["warnings"]:
             if warning not in said and process_and_count()[0] == 0:
                 write_line(f"warning: {warning}")

@@ -13,8 +13,11 @@ import numpy as np
 from tarflow.common.files import json_lines
 from tarflow.data.config import DataConfig
 from tarflow.data.drawings import random_drawing
+from tarflow.data.folder import ImageFolder
 from tarflow.data.images import Images
+from tarflow.data.named import NamedDataset
 from tarflow.evaluation.samples.match import all_captions
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 #: Labels of so many drawings are counted, as there is no end of them.
 COUNTED_DRAWINGS = 10_000
@@ -44,7 +47,7 @@ class Conditions:
 
 
 def make_conditions(
-    pipe: Any,
+    pipe: FlowPipeline,
     seed: int = 0,
     labels: int | str | None = None,
     label_counts: list[float] | None = None,
@@ -124,7 +127,7 @@ def read_captions(path: str) -> list[str]:
 
 
 def label_conditions(
-    pipe: Any,
+    pipe: FlowPipeline,
     seed: int,
     labels: int | str | None,
     label_counts: list[float] | None,
@@ -144,7 +147,7 @@ def label_conditions(
     if label_counts is None:
         if data is None:
             raise ValueError("labels are to be drawn as in the data: give label_counts or data")
-        label_counts = data_label_counts(data, split, classes)
+        label_counts = [float(count) for count in data_label_counts(data, split, classes)]
     counts = np.asarray(label_counts, dtype=np.float64)
     if len(counts) != classes or not (counts >= 0).all() or not 0 < counts.sum() < np.inf:
         raise ValueError(f"label_counts must be {classes} numbers, none below 0 and not all 0, got {label_counts}")
@@ -164,14 +167,15 @@ def data_label_counts(data: DataConfig, split: str, classes: int) -> list[int]:
         ValueError: if the data has no labels, or others than the model.
     """
     images = Images(data, split)
+    source = images.source
     if images.class_names is None or not len(images):
         raise ValueError(f"the data's split {split!r} has no class labels to draw from")
-    if data.source == "drawings":
-        labels = [random_drawing(data.seed, index, split).label for index in range(COUNTED_DRAWINGS)]
-    elif data.source == "folder":
-        labels = [row.label for row in images.source.rows]
+    if isinstance(source, ImageFolder):
+        labels = [row.label for row in source.rows if row.label is not None]
+    elif isinstance(source, NamedDataset) and source.labels is not None:
+        labels = [source.labels.number(value) for value in source.data[data.label_column]]
     else:
-        labels = [images.source.labels.number(value) for value in images.source.data[data.label_column]]
+        labels = [random_drawing(data.seed, index, split).label for index in range(COUNTED_DRAWINGS)]
     if not 0 <= min(labels) <= max(labels) < classes:
         raise ValueError(f"the data has labels {min(labels)} to {max(labels)}, but the model 0 to {classes - 1}")
     return np.bincount(labels, minlength=classes).tolist()

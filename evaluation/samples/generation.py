@@ -39,7 +39,7 @@ from tarflow.evaluation.samples.settings import SampleSettings, Split
 from tarflow.evaluation.samples.told import CONDITIONS
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE
 from tarflow.pipeline.opening import locate
-from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline, TARFlowPipelineOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ def draw_missing(
 def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Conditions, indices: range) -> np.ndarray:
     """uint8 images (B, H, W, 3) of some indices."""
     with noise_level(pipe, config.noise_std):
-        images = pipe(
+        output = pipe(
             **conditions.arguments(indices),
             generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in indices],
             guidance_scale=config.guidance_scale,
@@ -194,7 +194,9 @@ def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Cond
             decoding=config.decoding,
             tolerance=config.tolerance,
             output_type="np",
-        ).images
+        )
+    assert isinstance(output, TARFlowPipelineOutput)
+    images = output.images
     pixels = (images * 255).round().astype(np.uint8)  # (B, H, W, C)
     return pixels if pixels.shape[3] == 3 else pixels.repeat(3, axis=3)
 

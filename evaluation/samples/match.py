@@ -11,11 +11,13 @@ from tarflow.common.seeds import image_seed
 from tarflow.data.drawing_checker import class_shares, match_shares
 from tarflow.data.drawings import BACKGROUNDS, CLASS_NAMES, COLOURS, SHAPES, SIZES
 from tarflow.flows.decoding import sampling
+from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 
 def all_captions() -> list[str]:
     """One caption for each of the 108 combinations of shape, colour and background; the two sizes alternate."""
-    captions = []
+    captions: list[str] = []
     for shape in SHAPES:
         for colour in COLOURS:
             for background in BACKGROUNDS:
@@ -24,7 +26,7 @@ def all_captions() -> list[str]:
     return captions
 
 
-def generate(pipe: Any, conditions: dict[str, list], batch_size: int, seed: int = 0, **options: Any) -> list:
+def generate(pipe: FlowPipeline, conditions: dict[str, list], batch_size: int, seed: int = 0, **options: Any) -> list:
     """Pictures for prompts or class labels, in batches; picture i depends on seed and i alone."""
     ((name, values),) = conditions.items()
     images: list = []
@@ -35,21 +37,25 @@ def generate(pipe: Any, conditions: dict[str, list], batch_size: int, seed: int 
     return images
 
 
-def drawn_caption_shares(pipe: Any, rounds: int = 3, batch_size: int = 108, **options: Any) -> dict[str, float]:
+def drawn_caption_shares(
+    pipe: FlowPipeline, rounds: int = 3, batch_size: int = 108, **options: Any
+) -> dict[str, float]:
     """Shares of samples whose shape, colour and background match, over rounds × 108 captions; ``options`` are of the
     pipeline's call."""
     captions = all_captions() * rounds
     return match_shares(generate(pipe, {"prompt": captions}, batch_size, **options), captions)
 
 
-def drawn_class_shares(pipe: Any, rounds: int = 9, batch_size: int = 108, **options: Any) -> dict[str, float]:
+def drawn_class_shares(pipe: FlowPipeline, rounds: int = 9, batch_size: int = 108, **options: Any) -> dict[str, float]:
     """The same for class labels, which name colour and shape, over rounds × 36 labels."""
     names = list(CLASS_NAMES) * rounds
     return class_shares(generate(pipe, {"class_labels": names}, batch_size, **options), names)
 
 
 @torch.no_grad()
-def round_trip_error(flow: Any, cond: torch.Tensor | None = None, class_labels: Any = None, count: int = 8) -> float:
+def round_trip_error(
+    flow: TARFlowModel, cond: torch.Tensor | None = None, class_labels: Any = None, count: int = 8
+) -> float:
     """Largest |f(f⁻¹(z)) − z| over ``count`` draws of noise, without guidance."""
     size = flow.config.sample_size
     noise = torch.randn(count, flow.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,8 @@ from torch import Tensor
 from tarflow.flows.decoding import sampling
 from tarflow.flows.decoding.method import guided_states
 from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,16 @@ class ExactSamples:
     @property
     def guidance_weight(self) -> float:
         """w of the samples."""
-        return self.conditions[2].weight
+        return float(self.conditions[2].weight)
 
-    def errors(self, flow: Any, x: Tensor) -> list[float]:
+    def errors(self, flow: TARFlowModel, x: Tensor) -> list[float]:
         """`block_errors` of a student's samples of the same noise, with the training noise."""
         return block_errors(flow, x, self.states, *self.conditions)
 
 
 @torch.no_grad()
 def exact_samples(
-    pipe: Any, arguments: dict[str, Any], count: int, scale: float, method: str, seed: int
+    pipe: FlowPipeline, arguments: dict[str, Any], count: int, scale: float, method: str, seed: int
 ) -> ExactSamples:
     """Draw with a pipeline's flow, token after token.
 
@@ -67,7 +69,7 @@ def exact_samples(
 
 @torch.no_grad()
 def exact_states(
-    flow: Any, z: Tensor, condition: Tensor | None, null_condition: Tensor | None, guidance: Guidance | None
+    flow: TARFlowModel, z: Tensor, condition: Tensor | None, null_condition: Tensor | None, guidance: Guidance | None
 ) -> list[Tensor]:
     """The states of exact sequential decoding: the sample itself, then the outputs of the blocks from data to noise, z
     last; (B, C, H, W) each.
@@ -78,15 +80,17 @@ def exact_states(
         condition, null_condition, guidance: see `tarflow.flows.decoding.sampling.generate`.
     """
     states = [z]
-    sampling.generate(
-        flow, z, condition, null_condition, guidance, callback=lambda place, tokens: states.append(tokens) or None
-    )
+
+    def remember(place: int, tokens: Tensor) -> None:
+        states.append(tokens)
+
+    sampling.generate(flow, z, condition, null_condition, guidance, callback=remember)
     return states[::-1]
 
 
 @torch.no_grad()
 def block_errors(
-    flow: Any,
+    flow: TARFlowModel,
     x: Tensor,
     exact: list[Tensor],
     condition: Tensor | None,
