@@ -81,10 +81,10 @@ def subjects_of(pipe: Any, args: argparse.Namespace) -> tuple[str, list[Any]]:
     if conditioning == "prefix":
         if args.classes:
             raise ValueError(
-                'this pipeline draws from captions and has no classes: give one, for example "a red apple"'
+                'this pipeline draws from captions and has no classes: give one, for example "a red heart, noto style"'
             )
         if not args.prompt:
-            raise ValueError('this pipeline draws from captions: give one, for example "a red apple"')
+            raise ValueError('this pipeline draws from captions: give one, for example "a red heart, noto style"')
         return "prompt", args.prompt
     if args.prompt or args.negative_prompt:
         instead = "leave them out" if conditioning == "none" else f"give --class, {some_classes(pipe)}"

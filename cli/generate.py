@@ -14,9 +14,9 @@ from tarflow.pipeline.call.choices import NOISE_REMOVALS, DecodingName
 
 DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as the pipeline was trained.
 
-  tarflow generate "a red apple" --pipeline runs/emoji_text/pipeline --out apple.png
-  tarflow generate "a red apple" "a green pear" --num 8 --pipeline DIR --out fruit/
-  tarflow generate --class church --class 5 --num 4 --seed 1 --pipeline DIR --out grid.png
+  tarflow generate "a red heart, noto style" --pipeline emoji --out heart.png
+  tarflow generate "a red heart, noto style" "thumbs up, noto style" --num 8 --pipeline emoji --out emoji/
+  tarflow generate --class "blue ring" --class 5 --num 4 --seed 1 --pipeline drawings_class --out grid.png
 
 Several pictures become a grid in one file, with a row for each caption or class; a folder (a name that ends with /)
 gets a file for each. Existing files of the same name are replaced."""
@@ -67,7 +67,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: with one sentence.
     """
     if any(not prompt.strip() for prompt in args.prompt):
-        raise ValueError('the caption is empty: say what to draw, for example "a red apple"')
+        raise ValueError('the caption is empty: say what to draw, for example "a red heart, noto style"')
     if args.prompt and args.classes:
         raise ValueError("give either captions or --class, not both")
     if args.num < 1:

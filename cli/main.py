@@ -51,7 +51,7 @@ Latent normalizing flows for images.
 {commands}
 
 examples:
-  tarflow generate "a red apple" --pipeline runs/emoji_text/pipeline --out apple.png
+  tarflow generate "a red heart, noto style" --pipeline emoji --out heart.png
   tarflow train --config quickstart_text --output runs/mine
 
 options:

@@ -11,7 +11,7 @@ from tarflow.models import FOLDER, shipped
 DESCRIPTION = """List the pipelines that ship with this package, and what each draws.
 
   tarflow models
-  tarflow generate "a red apple" --pipeline NAME --out apple.png"""
+  tarflow generate "a red heart, noto style" --pipeline emoji --out heart.png"""
 
 
 def main(argv: list[str]) -> None:
