@@ -17,7 +17,8 @@ from tarflow import TARFlowPipeline
 from tarflow.cli.convert import main as convert
 from tarflow.pipeline import conversion
 from tarflow.pipeline.call.aspect import ASPECT_RATIOS, aspect_size, fill_template, nearest_aspect_ratio
-from tarflow.pipeline.conversion import convert_checkpoint, load_published, published_from_yaml, read_published_config
+from tarflow.pipeline.conversion import convert_checkpoint, load_published
+from tarflow.pipeline.published import published_from_yaml, read_published_config
 from tarflow.training.flow.config import TextConfig
 from tarflow.training.flow.text import small_t5, train_tokenizer
 

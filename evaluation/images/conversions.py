@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from PIL import Image
+
+from tarflow.data.images import PictureSource
 
 
 def conversions_of(image: Image.Image, content: bytes = b"") -> list[str]:
@@ -25,3 +28,36 @@ def conversions_of(image: Image.Image, content: bytes = b"") -> list[str]:
 def notes_of(conversions: Counter[str]) -> list[str]:
     """One sentence for each conversion."""
     return [f"{number} of the pictures: {what}" for what, number in sorted(conversions.items())]
+
+
+class Watched:
+    """A source of pictures that writes down what will be done to those it gives."""
+
+    def __init__(self, source: PictureSource):
+        self.source = source
+        self.conversions: dict[int, list[str]] = {}
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.source.class_names
+
+    @property
+    def has_captions(self) -> bool:
+        return self.source.has_captions
+
+    def caption(self, index: int) -> str | None:
+        return self.source.caption(index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(index)
+
+    def facts(self, count: int) -> dict[str, str]:
+        return self.source.facts(count)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.source[index]
+        self.conversions[index] = conversions_of(item["image"])
+        return item

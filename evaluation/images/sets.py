@@ -6,7 +6,7 @@ import abc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,10 @@ from torch import Tensor
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder, flattened, read_image, read_size, unreadable, usable_images
-from tarflow.data.images import Images, PictureSource, fit
+from tarflow.data.images import Images, fit
 from tarflow.data.layout import SPLIT_FOLDERS, place_pictures
 from tarflow.evaluation.images.arrays import open_array, read_whole
-from tarflow.evaluation.images.conversions import conversions_of, notes_of
+from tarflow.evaluation.images.conversions import Watched, conversions_of, notes_of
 
 READERS = min(8, os.cpu_count() or 1)
 #: The name of generated pictures that are kept as one array in a folder.
@@ -189,39 +189,6 @@ class ArrayImages(ImageSet):
                 left -= min(CHUNK, left)
 
 
-class Watched:
-    """A source of pictures that writes down what will be done to those it gives."""
-
-    def __init__(self, source: PictureSource):
-        self.source = source
-        self.conversions: dict[int, Iterable[str]] = {}
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        return self.source.class_names
-
-    @property
-    def has_captions(self) -> bool:
-        return self.source.has_captions
-
-    def caption(self, index: int) -> str | None:
-        return self.source.caption(index)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.source.size(index)
-
-    def facts(self, count: int) -> dict[str, str]:
-        return self.source.facts(count)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.source[index]
-        self.conversions[index] = conversions_of(item["image"])
-        return item
-
-
 class DataImages(ImageSet):
     """The pictures of a data section, as training sees them, but never mirrored.
 
@@ -242,7 +209,7 @@ class DataImages(ImageSet):
 
     def _read(self, index: int) -> tuple[Tensor, list[str]]:
         item = self.data[index]
-        conversions = list(self.watched.conversions.pop(index, []))
+        conversions = self.watched.conversions.pop(index, [])
         return item["image"], conversions + ["unreadable and replaced by others"] * bool(item["skipped"])
 
     def _hash_content(self, digest: Any) -> None:

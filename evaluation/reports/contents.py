@@ -23,8 +23,8 @@ from tarflow.evaluation.reports.fid import versions
 from tarflow.evaluation.reports.files import read_curves, read_metrics
 from tarflow.evaluation.reports.neighbours import Describe, Neighbours, nearest_neighbours, pixel_description
 from tarflow.evaluation.reports.svg_charts import Series
-from tarflow.evaluation.samples.conditions import Conditions, make_conditions
-from tarflow.evaluation.samples.generation import GenerationConfig, draw_chunk, load_pipeline
+from tarflow.evaluation.samples.conditions import Conditions
+from tarflow.evaluation.samples.generation import GenerationConfig, conditions_of, draw_chunk, load_pipeline
 from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.evaluation.samples.settings import SampleSettings, Split
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -129,7 +129,7 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     # Data may have captions that the model, one of classes, does not take.
     if gen.captions is None and pipe.flow.config.conditioning == "prefix" and images[gen.split].has_captions:
         gen = dataclasses.replace(gen, captions="data")
-    conditions = make_conditions(pipe, gen.seed, gen.labels, None, gen.captions, gen.data, gen.split)
+    conditions = conditions_of(pipe, gen)
     likelihoods = all_likelihoods(config, pipe, images) if config.likelihood_images else None
     samples = draw(config, gen, pipe, conditions)
     train = spread(images["train"], config.train_images)

@@ -26,8 +26,7 @@ from tarflow.evaluation.features.statistics import MOMENTS
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import Comparison, evaluate, reference_statistics
 from tarflow.evaluation.reports.sweep_tables import SWEPT, best_row, row_name, write_tables
-from tarflow.evaluation.samples.conditions import make_conditions
-from tarflow.evaluation.samples.generation import GenerationConfig, generate_images, load_pipeline
+from tarflow.evaluation.samples.generation import GenerationConfig, conditions_of, generate_images, load_pipeline
 from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
 from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
@@ -177,7 +176,7 @@ def fixed_settings(config: SweepConfig, pipe: FlowPipeline) -> dict[str, Any]:
 
 def conditions_hash(gen: GenerationConfig, pipe: FlowPipeline) -> str:
     """SHA-256 of what all images are drawn from, as captions of data may change under the same settings."""
-    conditions = make_conditions(pipe, gen.seed, gen.labels, gen.label_counts, gen.captions, gen.data, gen.split)
+    conditions = conditions_of(pipe, gen)
     digest = hashlib.sha256()
     for row in condition_rows(conditions, gen.num, gen.batch_size):
         digest.update(json.dumps(row).encode())

@@ -38,6 +38,7 @@ from tarflow.evaluation.samples.record import (
 from tarflow.evaluation.samples.settings import SampleSettings, Split
 from tarflow.evaluation.samples.told import CONDITIONS
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.opening import locate
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline, TARFlowPipelineOutput
 
@@ -106,34 +107,20 @@ def generate_images(
     check_writable(config.out, folder=True)
     pipe = load_pipeline(config, device) if pipe is None else pipe
     pipe.check_outputs(config.denoise, "np", config.decoder, config.decoding)
-    conditions = make_conditions(
-        pipe, config.seed, config.labels, config.label_counts, config.captions, config.data, config.split
-    )
-    out = Path(config.out).expanduser()
-    record = {"settings": settings_of(config, conditions, pipe), "num": config.num}
-    if wait is not None or processes == 1:  # else other processes may have drawn already
-        refuse_strangers(out)
-    earlier = read_record(out)
-    check_record(config, earlier, record)
-    if earlier is not None:
-        check_conditions(out, conditions, earlier["num"], config.batch_size)
-    known = earlier or {}
-    record["images_per_second"] = known.get("images_per_second")
-    if process == 0:
-        if known.get("num") != config.num or not (out / CONDITIONS).exists():
-            write_conditions(out, conditions, config.num, config.batch_size)
-        write_record(out, record | {"complete": False})
+    conditions = conditions_of(pipe, config)
+    out, first = Path(config.out).expanduser(), process == 0
+    record = begin(out, config, pipe, conditions, first, wait is not None or processes == 1)
     if wait is not None:
         wait()  # so that no image is there without the record of its settings
 
     store = NpzStore(out) if config.format == "npz" else PngStore(out)
     starts = range(0, config.num, config.batch_size)
     chunks = [range(start, min(start + config.batch_size, config.num)) for start in starts]
-    generated, speed = draw_missing(pipe, config, conditions, store, chunks[process::processes], process == 0)
+    generated, speed = draw_missing(pipe, config, conditions, store, chunks[process::processes], first)
     record["images_per_second"] = speed or record["images_per_second"]
     if wait is not None:
         wait()
-    if process == 0:
+    if first:
         complete = all(map(store.has, chunks))
         if complete:
             store.finish(chunks, map(conditions.values, chunks) if conditions.kind == "label" else None)
@@ -143,6 +130,46 @@ def generate_images(
     complete = (read_record(out) or {}).get("complete", False)
     result = {"out": str(out), "images": str(store.images) if complete else None, "num": config.num}
     return {**result, "complete": complete, "generated": generated, "images_per_second": record["images_per_second"]}
+
+
+def conditions_of(pipe: FlowPipeline, config: GenerationConfig) -> Conditions:
+    """What the images of a configuration are drawn from.
+
+    Raises:
+        ValueError: for conditions that the model does not take, lacks or cannot find.
+    """
+    return make_conditions(
+        pipe, config.seed, config.labels, config.label_counts, config.captions, config.data, config.split
+    )
+
+
+def begin(
+    out: Path, config: GenerationConfig, pipe: TARFlowPipeline, conditions: Conditions, writes: bool, alone: bool
+) -> dict[str, Any]:
+    """The record of a generation, which is in its folder before any image is.
+
+    Args:
+        out: the folder.
+        writes: whether this process writes it.
+        alone: no other process can have drawn already.
+
+    Raises:
+        ValueError: if the folder holds images of other settings or origin.
+    """
+    record = {"settings": settings_of(config, conditions, pipe), "num": config.num}
+    if alone:
+        refuse_strangers(out)
+    earlier = read_record(out)
+    check_record(config, earlier, record)
+    if earlier is not None:
+        check_conditions(out, conditions, earlier["num"], config.batch_size)
+    known = earlier or {}
+    record["images_per_second"] = known.get("images_per_second")
+    if writes:
+        if known.get("num") != config.num or not (out / CONDITIONS).exists():
+            write_conditions(out, conditions, config.num, config.batch_size)
+        write_record(out, record | {"complete": False})
+    return record
 
 
 def load_pipeline(config: GenerationConfig, device: str | torch.device) -> TARFlowPipeline:
