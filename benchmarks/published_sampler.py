@@ -24,7 +24,7 @@ class PublishedCache:
     """Keys and values of one block's layers: preallocated with rotary positions, grown by concatenation without."""
 
     def __init__(self, block: Any, rows: int, slots: int, dtype: torch.dtype):
-        shape = (2, rows, block.config.num_kv_heads, slots, block.config.head_dim)
+        shape = (2, rows, block.config.transformer.num_kv_heads, slots, block.config.transformer.head_dim)
         grows = block.config.positions == "learned"
         self.layers = [
             None if grows else torch.zeros(shape, dtype=dtype, device=block.proj_in.weight.device) for _ in block.layers

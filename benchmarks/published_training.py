@@ -113,9 +113,11 @@ def transformed(block: Any, x: Tensor, grid: tuple[int, int], cond: Tensor | Non
     angles = mask = None
     options = {"device": x.device, "dtype": at_least_float32(x).dtype}
     if config.positions == "rotary":
-        angles = rotary_angles(grid, config.head_dim, config.position_length, length, config.text_axis, **options)
+        angles = rotary_angles(
+            grid, config.transformer.head_dim, config.position_length, length, config.text_axis, **options
+        )
     elif config.positions == "rotary_1d":
-        angles = rotary_angles_1d(length + x.shape[1], config.head_dim, **options)
+        angles = rotary_angles_1d(length + x.shape[1], config.transformer.head_dim, **options)
     if angles is not None:
         angles = angles.repeat_interleave(2, dim=-1)
     if tarflow:

@@ -64,7 +64,7 @@ def random_model(name: str, device: str, dtype: torch.dtype, **changes: Any) -> 
     with torch.device(device):
         model = TARFlowModel(**{**shape_of(name).arguments, **changes}).to(dtype)
         for block in model.blocks:
-            torch.nn.init.normal_(block.proj_out.weight, std=0.02 * (128 / block.config.width) ** 0.5)
+            torch.nn.init.normal_(block.proj_out.weight, std=0.02 * (128 / block.config.transformer.width) ** 0.5)
     return model.eval()
 
 

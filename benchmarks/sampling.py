@@ -210,7 +210,14 @@ def roofline(
         rows = len(inputs)
         cached = run.cache.keys_values.nbytes * middle // run.cache.capacity
         read = weights * block.proj_in.weight.element_size() + cached
-        attention = 4 * rows * block.config.layers * block.config.num_heads * block.config.head_dim * middle
+        attention = (
+            4
+            * rows
+            * block.config.transformer.layers
+            * block.config.transformer.num_heads
+            * block.config.transformer.head_dim
+            * middle
+        )
         bytes_ms, flops_ms = 1e3 * read / bandwidth, 1e3 * (2 * rows * weights + attention) / speed
         step_ms = 1e3 * statistics.median(times)
         bound = "bandwidth" if bytes_ms > flops_ms else "arithmetic"

@@ -79,7 +79,7 @@ def step_flops(model: Any, batch: int, prefix_length: int) -> float:
         for layer in block.layers:
             linears = (layer.attention.qkv, layer.attention.proj, layer.mlp.up, layer.mlp.down)
             total += 6 * slots * sum(linear.weight.numel() for linear in linears)
-            total += 6 * slots**2 * block.config.num_heads * block.config.head_dim
+            total += 6 * slots**2 * block.config.transformer.num_heads * block.config.transformer.head_dim
         total += 6 * tokens * (block.proj_in.weight.numel() + block.proj_out.weight.numel())
     return batch * total
 

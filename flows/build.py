@@ -10,7 +10,7 @@ from tarflow.flows.blocks.coupling import CouplingBlock
 from tarflow.flows.blocks.inverse_autoregressive import InverseAutoregressiveBlock
 from tarflow.flows.denoiser import Denoiser
 from tarflow.flows.layers.block import Block
-from tarflow.flows.layers.config import CONDITIONINGS, DENOISERS, BlockConfig
+from tarflow.flows.layers.config import CONDITIONINGS, DENOISERS, BlockConfig, TransformerConfig
 from tarflow.flows.layers.module_list import ModuleList
 from tarflow.flows.layers.order import PATCH_LAYOUTS, block_order
 
@@ -69,9 +69,7 @@ def network_config(model: Any, layers: int, width: int, sees_condition: bool, or
         raise ValueError(f"head_dim {model.head_dim} does not divide the width {width}; set num_heads, or other")
     heads, grid_size = model.num_heads or width // model.head_dim, model.sample_size // model.patch_size
     coupling = model.block == "coupling"
-    return BlockConfig(
-        token_dim=model.in_channels * model.patch_size**2,
-        grid_size=grid_size,
+    transformer = TransformerConfig(
         layers=layers,
         width=width,
         head_dim=model.head_dim,
@@ -80,10 +78,16 @@ def network_config(model: Any, layers: int, width: int, sees_condition: bool, or
         mlp_ratio=model.mlp_ratio,
         mlp=model.mlp,
         norm=model.norm,
-        final_norm=model.final_norm,
         qk_norm=model.qk_norm,
         post_norm=model.post_norm,
         bias=model.bias,
+        causal=not coupling,
+    )
+    return BlockConfig(
+        transformer=transformer,
+        token_dim=model.in_channels * model.patch_size**2,
+        grid_size=grid_size,
+        final_norm=model.final_norm,
         start_token=model.start_token,
         scale=model.scale,
         soft_clip=model.soft_clip,
@@ -94,7 +98,6 @@ def network_config(model: Any, layers: int, width: int, sees_condition: bool, or
         num_classes=model.num_classes,
         cond_dim=model.num_classes + 1 if model.conditioning == "class_prefix" else model.cond_dim,
         order="row_major" if coupling else order,
-        causal=not coupling,
         groups=model.groups,
         swapped=coupling and order == "reversed",
         mixing=model.mixing,
@@ -121,4 +124,5 @@ def make_denoiser(model: Any) -> Denoiser | None:
         return None
     conditional = model.learned_denoiser == "conditional"
     config = network_config(model, model.denoiser_layers, model.width, conditional, "row_major")
-    return Denoiser(replace(config, causal=False, final_norm=True), outputs=config.token_dim)
+    config = replace(config, transformer=replace(config.transformer, causal=False), final_norm=True)
+    return Denoiser(config, outputs=config.token_dim)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tarflow.flows.habits import NetworkHabits, StudentOutput
 from tarflow.flows.layers.affine import at_least_float32
-from tarflow.flows.layers.config import CONDITIONINGS, BlockConfig
+from tarflow.flows.layers.config import CONDITIONINGS, TransformerConfig, check_head_dim
 from tarflow.flows.layers.network import recomputed
 from tarflow.flows.layers.order import patchify, unpatchify
 from tarflow.flows.layers.positions import rotary_angles, rotation_tables
@@ -79,7 +79,7 @@ class StudentModel(NetworkHabits, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         check_student(self.config)
-        token_dim, grid_size = in_channels * patch_size**2, sample_size // patch_size
+        token_dim = in_channels * patch_size**2
         self.proj_in = nn.Linear(token_dim, width)
         self.proj_cond = self.embed_weight = None
         if conditioning != "none":
@@ -87,7 +87,7 @@ class StudentModel(NetworkHabits, ModelMixin, ConfigMixin):
         if max_guidance_scale > 1:
             self.weight_features = Timesteps(WEIGHT_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0)
             self.embed_weight = TimestepEmbedding(WEIGHT_FEATURES, width)
-        config = layer_config(self.config, token_dim, grid_size)
+        config = layer_config(self.config)
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(num_layers))
         self.state_heads = nn.ModuleList(output_layer(width, token_dim) for _ in state_layers)
         self.state_inputs = nn.ModuleList(nn.Linear(token_dim, width) for _ in state_layers if through_states)
@@ -181,10 +181,11 @@ class StudentModel(NetworkHabits, ModelMixin, ConfigMixin):
 
 def check_student(config: Any) -> None:
     """Errors of a `StudentModel`'s arguments that do not fit together."""
-    if config.patch_size < 1 or config.sample_size % config.patch_size:
+    if not 1 <= config.patch_size <= config.sample_size or config.sample_size % config.patch_size:
         raise ValueError(f"patch_size ({config.patch_size}) must divide sample_size ({config.sample_size})")
     if config.width % config.head_dim:
         raise ValueError(f"head_dim ({config.head_dim}) must divide the student's width ({config.width})")
+    check_head_dim(config.head_dim, "rotary", text_axis=True)
     if config.conditioning not in CONDITIONINGS:
         raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {config.conditioning!r}")
     if config.target not in TARGETS:
@@ -196,39 +197,17 @@ def check_student(config: Any) -> None:
         raise ValueError(f"state_layers must rise within 1 to {config.num_layers}, the student's layers; got {places}")
 
 
-def layer_config(config: Any, token_dim: int, grid_size: int) -> BlockConfig:
+def layer_config(config: Any) -> TransformerConfig:
     """What the layers of a `StudentModel` are made of: the flow's own kind, with full attention and QK-norm."""
     heads = config.width // config.head_dim
-    return BlockConfig(
-        token_dim=token_dim,
-        grid_size=grid_size,
+    return TransformerConfig(
         layers=config.num_layers,
         width=config.width,
         head_dim=config.head_dim,
         num_heads=heads,
         num_kv_heads=heads,
-        mlp_ratio=4,
-        mlp="gelu",
-        norm="layer_norm",
-        final_norm=True,
         qk_norm=True,
-        post_norm=False,
-        bias=True,
-        start_token=False,
-        scale="exp",
-        soft_clip=0.0,
-        positions="rotary",
-        position_length=grid_size,
-        text_axis=True,
-        conditioning="none",
-        num_classes=0,
-        cond_dim=0,
-        order="row_major",
         causal=False,
-        groups="checkerboard",
-        swapped=False,
-        mixing="none",
-        actnorm=False,
     )
 
 

@@ -21,7 +21,8 @@ def test_estimate_holds_the_cache_and_grows_with_what_is_asked():
     pipe = make_pipeline("prefix")
     block = pipe.flow.blocks[-1].config
     slots = pipe.config.max_sequence_length + 16
-    sizes = (block.layers, 2 * 5, block.num_kv_heads, slots, block.head_dim)
+    transformer = block.transformer
+    sizes = (transformer.layers, 2 * 5, transformer.num_kv_heads, slots, transformer.head_dim)
     cache = KVCache(*sizes, torch.device("cpu"), torch.float32).keys_values.nbytes
     without_layers = block_bytes(block, 5, 16, 8, True, 4) - CACHES * cache
     assert 0 < without_layers < block_bytes(block, 5, 16, 8, True, 4)

@@ -52,7 +52,7 @@ class InverseAutoregressiveBlock(FlowBlock):
             return self.encode(x, grid, cond, null_cond, guidance)
         self.refuse_guidance(guidance)
         ordered = at_least_float32(reorder(x, self.config.order))
-        context, cache = self.context(cond, grid), GrowingCache(self.config.layers)
+        context, cache = self.context(cond, grid), GrowingCache(self.config.transformer.layers)
         made: list[Tensor] = []
         log_scales: list[Tensor] = []
         if self.start_token is None:  # token 0 is unchanged

@@ -87,7 +87,8 @@ class DecodeStep:
         self.prefix_length = context.prefix_length
         self.added: Any = None if context.added is None else context.added.unbind(1)  # a (B or 1, D) for each slot
         self.inverse_temperature = None if temperature is None else 1 / temperature.view(-1, 1)
-        self.heads, self.kv_heads, self.head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        transformer = block.config.transformer
+        self.heads, self.kv_heads, self.head_dim = transformer.num_heads, transformer.num_kv_heads, transformer.head_dim
         self.rotated = (self.heads + self.kv_heads) * self.head_dim  # columns of queries and keys
         dtype = block.proj_in.weight.dtype
         self.cos: Any = None  # rows of a table: a tuple of tensors, or one tensor in a `StaticStep`

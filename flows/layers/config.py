@@ -1,7 +1,8 @@
-"""What one flow block is made of, checked once."""
+"""What a block and its Transformer are made of, checked once."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tarflow.flows.layers.affine import SCALES
@@ -13,41 +14,48 @@ CONDITIONINGS = ("none", "class_vectors", "class_prefix", "prefix")
 DENOISERS = ("none", "unconditional", "conditional")
 MIXINGS = ("none", "lu")
 POSITIONS = ("learned", "rotary", "rotary_1d")
-CHOICES = {
-    "mlp": ("gelu", "geglu"),
-    "norm": ("layer_norm", "rms_norm"),
-    "scale": SCALES,
-    "positions": POSITIONS,
-    "conditioning": CONDITIONINGS,
-    "order": ORDERS,
-    "groups": GROUPS,
-    "mixing": MIXINGS,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """Settings of one block; those that `TARFlowModel` has too mean the same there.
+class TransformerConfig:
+    """What the Transformer layers of a network are made of; settings that `TARFlowModel` has too mean the same there.
 
-    ``conditioning`` is "none" for a block that does not see the condition; ``text_axis`` says whether rotary positions
-    keep room for a prefix, which they do in all blocks of a model with one. ``causal`` is False for the denoiser and
-    for coupling blocks, whose tokens stay in row-major order; ``swapped`` says which of their groups is seen.
+    ``layers`` is how many; ``causal`` says whether a slot sees only those before it.
     """
 
-    token_dim: int
-    grid_size: int
     layers: int
     width: int
     head_dim: int
     num_heads: int
     num_kv_heads: int
-    mlp_ratio: int
-    mlp: str
-    norm: str
+    mlp: str = "gelu"
+    mlp_ratio: int = 4
+    norm: str = "layer_norm"
+    qk_norm: bool = False
+    post_norm: bool = False
+    bias: bool = True
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        check_choices(self, {"mlp": ("gelu", "geglu"), "norm": ("layer_norm", "rms_norm")})
+        check_at_least_one(self, ("layers", "width", "head_dim", "num_heads", "num_kv_heads", "mlp_ratio"))
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Settings of one network over an image's tokens; those that `TARFlowModel` has too mean the same there.
+
+    ``conditioning`` is "none" for a block that does not see the condition; ``text_axis`` says whether rotary positions
+    keep room for a prefix, which they do in all blocks of a model with one. The tokens of coupling blocks stay in row-major
+    order; ``swapped`` says which of their groups is seen.
+    """
+
+    transformer: TransformerConfig
+    token_dim: int
+    grid_size: int
     final_norm: bool
-    qk_norm: bool
-    post_norm: bool
-    bias: bool
     start_token: bool
     scale: str
     soft_clip: float
@@ -58,26 +66,39 @@ class BlockConfig:
     num_classes: int
     cond_dim: int
     order: str
-    causal: bool
     groups: str
     swapped: bool
     mixing: str
     actnorm: bool
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("layers", "width", "head_dim", "num_heads", "num_kv_heads", "mlp_ratio", "position_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        choices = {"scale": SCALES, "positions": POSITIONS, "conditioning": CONDITIONINGS}
+        check_choices(self, choices | {"order": ORDERS, "groups": GROUPS, "mixing": MIXINGS})
+        check_at_least_one(self, ("position_length",))
         if self.soft_clip < 0:
             raise ValueError(f"soft_clip must be 0 (off) or positive, got {self.soft_clip}")
-        spatial = self.head_dim // 2 - (TEXT_FREQUENCIES if self.text_axis else 0)
-        if self.positions == "rotary" and (self.head_dim % 2 or spatial < 2 or spatial % 2):
-            room = f", of which {TEXT_FREQUENCIES} of head_dim / 2 pairs are for the prefix" if self.text_axis else ""
-            raise ValueError(f"head_dim {self.head_dim} does not fit rotary positions on two axes{room}; try 32 or 64")
-        if self.positions == "rotary_1d" and self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        check_head_dim(self.transformer.head_dim, self.positions, self.text_axis)
+
+
+def check_choices(config: object, choices: Mapping[str, Sequence[str]]) -> None:
+    """An error for the first setting that is none of its choices."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
+
+
+def check_at_least_one(config: object, names: Sequence[str]) -> None:
+    """An error for the first setting of these that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def check_head_dim(head_dim: int, positions: str, text_axis: bool) -> None:
+    """An error for a head whose pairs of numbers rotary positions cannot share out among their axes."""
+    spatial = head_dim // 2 - (TEXT_FREQUENCIES if text_axis else 0)
+    if positions == "rotary" and (head_dim % 2 or spatial < 2 or spatial % 2):
+        room = f", of which {TEXT_FREQUENCIES} of head_dim / 2 pairs are for the prefix" if text_axis else ""
+        raise ValueError(f"head_dim {head_dim} does not fit rotary positions on two axes{room}; try 32 or 64")
+    if positions == "rotary_1d" and head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")

@@ -62,18 +62,21 @@ class TokenNetwork(nn.Module):
     def __init__(self, config: BlockConfig, outputs: int):
         super().__init__()
         self.config = config
-        self.proj_in = nn.Linear(config.token_dim, config.width)
-        self.layers: ModuleList[TransformerLayer] = ModuleList(TransformerLayer(config) for _ in range(config.layers))
-        self.final_norm = RMSNorm(config.width) if config.final_norm else None
-        self.proj_out = OutputLinear(config.width, outputs)
+        transformer = config.transformer
+        self.proj_in = nn.Linear(config.token_dim, transformer.width)
+        self.layers: ModuleList[TransformerLayer] = ModuleList(
+            TransformerLayer(transformer) for _ in range(transformer.layers)
+        )
+        self.final_norm = RMSNorm(transformer.width) if config.final_norm else None
+        self.proj_out = OutputLinear(transformer.width, outputs)
         self.pos_embed = None
         if config.positions == "learned":
-            self.pos_embed = nn.Parameter(torch.randn(config.grid_size**2, config.width) * 0.01)
+            self.pos_embed = nn.Parameter(torch.randn(config.grid_size**2, transformer.width) * 0.01)
         self.class_embed = self.proj_cond = None
         if config.conditioning == "class_vectors":
-            self.class_embed = nn.Parameter(torch.randn(config.num_classes, config.width) * 0.01)
+            self.class_embed = nn.Parameter(torch.randn(config.num_classes, transformer.width) * 0.01)
         elif config.conditioning != "none":
-            self.proj_cond = nn.Linear(config.cond_dim, config.width)
+            self.proj_cond = nn.Linear(config.cond_dim, transformer.width)
         #: Every so many layers' activations are computed again in the backward pass instead of kept; 0 keeps all.
         self.checkpoint_every = 0
         self._gradient_checkpointing_func = recomputed
@@ -117,10 +120,10 @@ class TokenNetwork(nn.Module):
             dtype = torch.promote_types(dtype, torch.float32)
             if config.positions == "rotary":
                 angles = rotary_angles(
-                    grid, config.head_dim, config.position_length, length, config.text_axis, device, dtype
+                    grid, config.transformer.head_dim, config.position_length, length, config.text_axis, device, dtype
                 )
             else:
-                angles = rotary_angles_1d(length + grid[0] * grid[1], config.head_dim, device, dtype)
+                angles = rotary_angles_1d(length + grid[0] * grid[1], config.transformer.head_dim, device, dtype)
             rotation = rotation_tables(angles)
         return BlockContext(prefix, added, rotation)
 
@@ -194,7 +197,7 @@ class TokenNetwork(nn.Module):
 
     def new_cache(self, batch_size: int, slots: int, dtype: torch.dtype) -> KVCache:
         """An empty cache for ``slots`` slots, prefix included."""
-        config, device = self.config, compute_device(self.proj_in)
+        config, device = self.config.transformer, compute_device(self.proj_in)
         return KVCache(config.layers, batch_size, config.num_kv_heads, slots, config.head_dim, device, dtype)
 
 

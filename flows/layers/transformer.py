@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.attention import AttentionProcessor
-from tarflow.flows.layers.config import BlockConfig
+from tarflow.flows.layers.config import TransformerConfig
 from tarflow.flows.layers.kv_cache import Cache
 from tarflow.flows.layers.positions import Rotation, rotate
 
@@ -53,7 +53,7 @@ class OutputLinear(nn.Linear):
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def make_norm(config: BlockConfig, width: int) -> nn.Module:
+def make_norm(config: TransformerConfig, width: int) -> nn.Module:
     return RMSNorm(width) if config.norm == "rms_norm" else LayerNorm(width)
 
 
@@ -67,7 +67,7 @@ class Attention(nn.Module, AttentionModuleMixin):
     _available_processors = (AttentionProcessor,)
     _supports_qkv_fusion = False  # they are one layer from the start
 
-    def __init__(self, config: BlockConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.set_processor(AttentionProcessor())
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -133,7 +133,7 @@ class Attention(nn.Module, AttentionModuleMixin):
 class MLP(nn.Module):
     """Two-layer perceptron with exact GELU, or GeGLU: down(gelu_tanh(gate)·up)."""
 
-    def __init__(self, config: BlockConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         hidden = config.width * config.mlp_ratio
         self.gated = config.mlp == "geglu"
@@ -156,7 +156,7 @@ class MLP(nn.Module):
 class TransformerLayer(nn.Module):
     """Attention and MLP, each added to its input."""
 
-    def __init__(self, config: BlockConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.attention, self.mlp = Attention(config), MLP(config)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tarflow.flows.layers.config import BlockConfig
+from tarflow.flows.layers.config import BlockConfig, TransformerConfig
 from tarflow.pipeline.call.parts import PipelineParts
 from tarflow.pipeline.call.samples import DECODED_PIXELS, DENOISED_TOKENS
 
@@ -63,21 +63,23 @@ def block_bytes(block: BlockConfig, count: int, tokens: int, prefix: int, guided
     sees_condition = block.conditioning != "none"
     rows = 2 * count if guided and sees_condition else count
     slots = tokens + (prefix if sees_condition else 0)
-    cache = block.layers * rows * 2 * block.num_kv_heads * slots * block.head_dim * size
-    return CACHES * cache + rows * slots * layer_numbers(block) * max(size, FLOAT32)
+    transformer = block.transformer
+    cache = transformer.layers * rows * 2 * transformer.num_kv_heads * slots * transformer.head_dim * size
+    return CACHES * cache + rows * slots * layer_numbers(transformer) * max(size, FLOAT32)
 
 
 def gradient_bytes(block: BlockConfig, count: int, tokens: int, prefix: int, size: int) -> int:
     """Of a block's part in the score step: what all of its layers keep for the gradient."""
     slots = tokens + (prefix if block.conditioning != "none" else 0)
-    attention = 2 * count * block.num_heads * slots**2 * FLOAT32  # logits and their softmax, where they are kept
-    return block.layers * (count * slots * layer_numbers(block) * max(size, FLOAT32) + attention)
+    transformer = block.transformer
+    attention = 2 * count * transformer.num_heads * slots**2 * FLOAT32  # logits and their softmax, where they are kept
+    return transformer.layers * (count * slots * layer_numbers(transformer) * max(size, FLOAT32) + attention)
 
 
-def layer_numbers(block: BlockConfig) -> int:
+def layer_numbers(layer: TransformerConfig) -> int:
     """Numbers that one Transformer layer makes for a slot: norms, queries, keys, values, attention, MLP."""
-    hidden = block.width * block.mlp_ratio * (2 if block.mlp == "geglu" else 1)
-    return 10 * block.width + 2 * hidden
+    hidden = layer.width * layer.mlp_ratio * (2 if layer.mlp == "geglu" else 1)
+    return 10 * layer.width + 2 * hidden
 
 
 def decoder_channels(vae: Any) -> int:
