@@ -29,6 +29,15 @@ def score_denoise(
 
     Returns:
         denoised samples (B, C, H, W), detached.
+
+    Example:
+        >>> import torch
+        >>> from tarflow import TARFlowModel
+        >>> from tarflow.flows.denoising import score_denoise
+        >>> flow = TARFlowModel(in_channels=1, sample_size=4, layers_per_block=(1, 1), width=64)
+        >>> y = torch.ones(1, 1, 4, 4)
+        >>> float(score_denoise(flow, y, noise_std=0.5).mean())  # for a standard normal the score of y is −y
+        0.75
     """
     if noise_std < 0:
         raise ValueError(f"noise_std must be 0 or positive, got {noise_std}")

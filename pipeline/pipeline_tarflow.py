@@ -62,6 +62,19 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             the autoencoder was trained to decode noisy latents.
         student: a network that makes a sample in one pass, see ``tarflow train-student``, or None.
         text_options: how captions are put to the text encoder, by the names of `TextOptions`; None are the defaults.
+
+    Example:
+        >>> import torch
+        >>> from tarflow import TARFlowPipeline
+        >>> pipe = TARFlowPipeline.from_pretrained("drawings_class")  # a folder, a hub id, or the name of a shipped one
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe.labels["red triangle"]
+        12
+        >>> images = pipe(class_labels=["red triangle", 5], generator=torch.Generator().manual_seed(0)).images
+        >>> [image.size for image in images]
+        [(64, 64), (64, 64)]
+        >>> pipe.log_likelihood(images, class_labels=["red triangle", 5]).log_prob.shape
+        torch.Size([2])
     """
 
     def __init__(

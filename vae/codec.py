@@ -50,6 +50,17 @@ class LatentCodec:
     Args:
         vae: any object with Diffusers' ``encode`` and ``decode``, or None for pixels.
         latents_mean, latents_std: per channel of the scaled latents; None is 0 and 1. See `measure_latents`.
+
+    Example:
+        >>> import torch
+        >>> from tarflow import LatentCodec
+        >>> from tarflow.vae.codec import load_autoencoder
+        >>> codec = LatentCodec(load_autoencoder("drawings_emoji_f8c8"))  # or a folder, or a hub id
+        >>> latents = codec.encode(torch.rand(2, 3, 64, 64) * 2 - 1)
+        >>> latents.shape, codec.factor
+        (torch.Size([2, 8, 8, 8]), 8)
+        >>> codec.decode(latents).shape
+        torch.Size([2, 3, 64, 64])
     """
 
     def __init__(self, vae: Any, latents_mean: list[float] | None = None, latents_std: list[float] | None = None):

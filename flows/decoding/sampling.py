@@ -118,6 +118,18 @@ def generate(
 
     Returns:
         x (B, C, H, W) and the sum of the blocks' log_det (B,).
+
+    Example:
+        >>> import torch
+        >>> from tarflow import TARFlowModel
+        >>> from tarflow.flows.decoding.method import Decoding
+        >>> from tarflow.flows.decoding.sampling import generate
+        >>> flow = TARFlowModel(in_channels=1, sample_size=4, layers_per_block=(1, 1), width=64)
+        >>> z = torch.randn(2, 1, 4, 4)
+        >>> x, log_det = generate(flow, z)  # token after token
+        >>> swept, _ = generate(flow, z, decoding=Decoding("jacobi", tolerance=1e-6))  # all tokens at once, until they stay
+        >>> torch.allclose(swept, x, atol=1e-4)
+        True
     """
     tokens, grid = model.patchify(z)
     methods = decoding if isinstance(decoding, Sequence) else [decoding] * len(model.blocks)
