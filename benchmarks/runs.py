@@ -15,7 +15,7 @@ from tarflow.benchmarks import charts
 from tarflow.benchmarks.exactness import captions_of, exactness, exactness_table
 from tarflow.benchmarks.memory import MODES, memory_of, memory_table, training_memory
 from tarflow.benchmarks.random_models import random_model, shape_of
-from tarflow.benchmarks.sampling import Speed, compare, roofline
+from tarflow.benchmarks.sampling import PLAIN, Speed, compare, roofline
 from tarflow.benchmarks.training import best, compare_training, loss_differences
 from tarflow.common.files import write_json
 from tarflow.common.machine import machine, product_speed
@@ -60,9 +60,11 @@ def run_sampling(arguments: argparse.Namespace) -> None:
         speeds=[],
         roofline=[],
     )
+    graphs = ("graphs",) if torch.device(arguments.device).type == "cuda" else ()
+    methods = (*PLAIN, *graphs, *(("compiled", "compiled auto") if arguments.compile else ()))
     for batch in arguments.batches:
         cond, null = conditions(model, text, batch)
-        speeds = compare(model, batch, cond, null, guidance, arguments.repeats, arguments.compile)
+        speeds = compare(model, batch, cond, null, guidance, arguments.repeats, methods)
         print(f"\nbatch {batch}        images/s  × published  ms/step  max residual  max difference  methods (sweeps)")
         for speed in speeds:
             methods = ", ".join(
@@ -70,7 +72,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
                 for name, count in zip(speed.methods, speed.sweeps, strict=True)
             )
             print(
-                f"  {speed.method:<12} {speed.images_per_second:9.2f} {speed.ratio:12.2f} {speed.step_ms:8.3f} "
+                f"  {speed.method:<13} {speed.images_per_second:9.2f} {speed.ratio:12.2f} {speed.step_ms:8.3f} "
                 f"{speed.residual_max:13.1e} {speed.difference:15.1e}  {methods}"
             )
         rows = roofline(model, batch, cond, null, guidance)

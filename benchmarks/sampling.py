@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,10 @@ from tarflow.flows.decoding.step import DecodeStep
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
 
-METHODS = ("published", "sequential", "jacobi", "auto", "fast", "compiled")
+#: In the order in which they are measured. "graphs" and "compiled" decode all blocks sequentially by `FastSteps`, replayed as
+#: CUDA graphs there; "auto", "fast" and "compiled auto" by what was calibrated, the last with compiled steps too.
+METHODS = ("published", "sequential", "graphs", "compiled", "jacobi", "auto", "fast", "compiled auto")
+PLAIN = ("published", "sequential", "jacobi", "auto", "fast")
 
 
 @dataclass(frozen=True)
@@ -33,28 +36,131 @@ class Speed:
 
     Attributes:
         seconds: of one batch; images_per_second follows.
-        ratio: how many times faster than the published algorithm, the median over repeats of one after the other.
+        ratio: how many times faster than the published algorithm, the median over repeats of one after the other; None
+            without it.
         step_ms: of one token in one block, on average.
         methods: what was used for each block, the one next to the data first.
         sweeps: of each block; None where it is decoded sequentially.
         residual_max, residual_mean: |f(x) − z| over the batch.
-        difference: the largest difference to sequential decoding.
+        difference: the largest difference to sequential decoding; None without it.
         cache_mb: the largest block's keys and values; peak_mb: of the device's memory, CUDA only.
+        spread: seconds between the shortest and the longest repeat.
     """
 
     method: str
     batch: int
     seconds: float
     images_per_second: float
-    ratio: float
+    ratio: float | None
     step_ms: float
     methods: list[str]
     sweeps: list[int | None]
     residual_max: float
     residual_mean: float
-    difference: float
+    difference: float | None
     cache_mb: float
     peak_mb: float | None
+    spread: float = 0.0
+
+
+@dataclass
+class Way:
+    """A method while it is measured: what it does with each block, what draws, and what was found."""
+
+    plan: list[Decoding]
+    draw: Callable[[], Tensor]
+    sweeps: list[int | None]
+    sample: Tensor | None = None
+    residual: tuple[float, float] = (0.0, 0.0)
+    seconds: list[float] = field(default_factory=list)
+    peak_mb: float | None = None
+
+
+class Comparison:
+    """All methods on the same noise, the same weights and conditions.
+
+    Args:
+        model: a `TARFlowModel`.
+        batch: number of samples.
+        cond, null: conditions as the blocks take them.
+        guidance: None for none.
+    """
+
+    def __init__(self, model: Any, batch: int, cond: Tensor | None, null: Tensor | None, guidance: Guidance | None):
+        self.model, self.batch, self.conditions = model, batch, (cond, null, guidance)
+        size = model.config.sample_size
+        noise = torch.randn(batch, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
+        self.z = model.scale_noise(noise.to(model.device))
+        self.grid = model.patchify(self.z)[1]
+        caches = (InversionState(block, batch, self.grid, *self.conditions).cache for block in model.blocks)
+        self.cache_mb = max(cache.keys_values.nbytes for cache in caches) / 2**20
+        self.compiled: FastSteps | None = None
+        self.ways: dict[str, Way] = {}
+
+    def prepare(self, name: str) -> Way:
+        """A method's way: calibrated where it is to be, compiled and captured before the clock starts."""
+        model, z, blocks = self.model, self.z, len(self.model.blocks)
+        plan, sweeps, steps = [Decoding()] * blocks, [None] * blocks, None
+        if name in ("compiled", "compiled auto"):
+            steps = self.compiled = self.compiled or FastSteps()
+        elif name == "graphs":
+            steps = FastSteps(None)
+        if name in ("auto", "fast", "compiled auto"):
+            tolerance = FAST_TOLERANCE if name == "fast" else DEFAULT_TOLERANCE
+            choices = calibrate(model, z, *self.conditions, tolerance, steps)
+            plan, sweeps = decodings(choices, tolerance), [choice.sweeps for choice in choices]
+        elif name == "jacobi":
+            plan = [Decoding("jacobi")] * blocks
+            sweeps = count_sweeps(model, z, plan, *self.conditions)
+
+        def draw() -> Tensor:
+            if name == "published":
+                return generate_as_published(model, z, *self.conditions)
+            return generate(model, z, *self.conditions, decoding=plan, fast=steps)[0]
+
+        if name in ("graphs", "compiled"):
+            draw()
+        return Way(plan, draw, sweeps)
+
+    def measure(self, name: str) -> None:
+        """Draw once by a method, after it has been prepared, and remember the time."""
+        way, device = self.ways[name], self.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = clock(device)
+        sample = way.draw()
+        way.seconds.append(clock(device) - start)
+        if device.type == "cuda":
+            way.peak_mb = torch.cuda.max_memory_allocated() / 2**20
+        if way.sample is None:
+            way.sample = sample
+            worst, mean = residual(self.model, sample, self.z, *self.conditions)
+            way.residual = float(worst.max()), float(mean.mean())
+
+    def rows(self) -> list[Speed]:
+        """What has been measured so far."""
+        return [self.row(name, way) for name, way in self.ways.items() if way.seconds]
+
+    def row(self, name: str, way: Way) -> Speed:
+        seconds, exact = statistics.median(way.seconds), self.ways.get("sequential")
+        published = self.ways["published"].seconds if "published" in self.ways else []
+        ratios = [slow / ours for slow, ours in zip(published, way.seconds, strict=False)]
+        known = exact is not None and exact.sample is not None
+        return Speed(
+            name,
+            self.batch,
+            seconds,
+            self.batch / seconds,
+            statistics.median(ratios) if ratios else None,
+            1e3 * seconds / (self.grid[0] * self.grid[1] * len(self.model.blocks)),
+            [f"{one.method} {one.segment}" if one.segment else one.method for one in way.plan],
+            way.sweeps,
+            *way.residual,
+            float((way.sample - exact.sample).abs().max()) if known else None,
+            self.cache_mb,
+            way.peak_mb,
+            max(way.seconds) - min(way.seconds),
+        )
 
 
 @torch.no_grad()
@@ -65,82 +171,31 @@ def compare(
     null: Tensor | None,
     guidance: Guidance | None,
     repeats: int = 5,
-    compiled: bool = False,
+    methods: Sequence[str] = PLAIN,
     deadline: float = math.inf,
+    report: Callable[[list[Speed]], None] = lambda rows: None,
 ) -> list[Speed]:
-    """All methods on the same noise, one after the other, ``repeats`` times.
+    """Methods on the same noise, one after the other, ``repeats`` times.
 
     Args:
-        model: a `TARFlowModel`.
-        cond, null: conditions as the blocks take them.
-        guidance: None for none.
-        compiled: also "auto" with compiled steps; they are compiled before the clock starts.
+        model, cond, null, guidance: as of `Comparison`.
+        methods: some of `METHODS`.
         deadline: of `time.perf_counter`; after it only the published and the sequential method are measured, once, and
             the others left out.
+        report: called with all rows so far after each measurement.
     """
-    size = model.config.sample_size
-    noise = torch.randn(batch, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
-    z = model.scale_noise(noise.to(model.device))
-    grid = model.patchify(z)[1]
-    plans: dict[str, list[Decoding]] = {
-        "sequential": [Decoding()] * len(model.blocks),
-        "jacobi": [Decoding("jacobi")] * len(model.blocks),
-    }
-    for name, tolerance in (("auto", DEFAULT_TOLERANCE), ("fast", FAST_TOLERANCE)):
-        plans[name] = decodings(calibrate(model, z, cond, null, guidance, tolerance), tolerance)
-    functions: dict[str, Callable[[], Tensor]] = {
-        "published": lambda: generate_as_published(model, z, cond, null, guidance)
-    }
-    for name, plan in plans.items():
-        functions[name] = lambda plan=plan: generate(model, z, cond, null, guidance, decoding=plan)[0]
-
-    if compiled and time.perf_counter() < deadline:
-        steps = FastSteps()
-        choices = calibrate(model, z, cond, null, guidance, DEFAULT_TOLERANCE, steps)
-        plan = plans["compiled"] = decodings(choices, DEFAULT_TOLERANCE)
-        functions["compiled"] = lambda: generate(model, z, cond, null, guidance, decoding=plan, fast=steps)[0]
-
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    samples, peaks = {}, {}
+    comparison = Comparison(model, batch, cond, null, guidance)
     for repeat in range(repeats):
-        for name, function in functions.items():
+        for name in (name for name in METHODS if name in methods):
             needed = repeat == 0 and name in ("published", "sequential")
-            if not needed and time.perf_counter() > deadline:
+            if time.perf_counter() > deadline and not needed:
                 continue
-            if model.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = clock(model.device)
-            samples[name] = function()
-            times[name].append(clock(model.device) - start)
-            if model.device.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-    caches = [InversionState(block, batch, grid, cond, null, guidance).cache for block in model.blocks]
-    cache_mb = max(cache.keys_values.nbytes for cache in caches) / 2**20
-    del caches
-    speeds = []
-    for name, sample in samples.items():
-        seconds = statistics.median(times[name])
-        pairs = zip(times["published"], times[name], strict=False)
-        worst, mean = residual(model, sample, z, cond, null, guidance)
-        plan = plans.get(name, plans["sequential"])
-        speeds.append(
-            Speed(
-                name,
-                batch,
-                seconds,
-                batch / seconds,
-                statistics.median(published / ours for published, ours in pairs),
-                1e3 * seconds / (grid[0] * grid[1] * len(model.blocks)),
-                [f"{one.method} {one.segment}" if one.segment else one.method for one in plan],
-                count_sweeps(model, z, plan, cond, null, guidance),
-                float(worst.max()),
-                float(mean.mean()),
-                float((sample - samples["sequential"]).abs().max()),
-                cache_mb,
-                peaks.get(name),
-            )
-        )
-    return speeds
+            if repeat == 0:
+                comparison.ways[name] = comparison.prepare(name)
+            if name in comparison.ways:
+                comparison.measure(name)
+                report(comparison.rows())
+    return comparison.rows()
 
 
 def count_sweeps(
@@ -168,16 +223,19 @@ class Roofline:
     """What bounds a sequential step of one block.
 
     Attributes:
-        step_ms: measured, the median of steps in the middle of the sequence.
+        step_ms: measured, the median of steps in the middle of the sequence, each of which is waited for.
+        graph_ms: the same as a CUDA graph, replayed many times before waiting, with guidance and the affine map; None on
+            other devices.
         bytes_ms: reading weights and cache once, at the measured bandwidth of a copy.
         flops_ms: the arithmetic, at the measured speed of a large matrix product.
-        share: the larger of the two over the measured time; 1 is the roof.
+        share: the larger of the two over the shortest measured time; 1 is the roof.
         bound: which of the two, "bandwidth" or "arithmetic".
     """
 
     block: int
     batch: int
     step_ms: float
+    graph_ms: float | None
     bytes_ms: float
     flops_ms: float
     share: float
@@ -204,6 +262,8 @@ def roofline(
             start = clock(device)
             step(inputs)
             times.append(clock(device) - start)
+        run.cache.truncate(run.context.prefix_length)
+        graph_ms = graphed_step_ms(run, middle, steps) if device.type == "cuda" else None
         weights = sum(
             p.numel() for name, p in block.named_parameters() if not name.startswith(("pos", "class", "proj_c"))
         )
@@ -221,5 +281,18 @@ def roofline(
         bytes_ms, flops_ms = 1e3 * read / bandwidth, 1e3 * (2 * rows * weights + attention) / speed
         step_ms = 1e3 * statistics.median(times)
         bound = "bandwidth" if bytes_ms > flops_ms else "arithmetic"
-        results.append(Roofline(index, batch, step_ms, bytes_ms, flops_ms, max(bytes_ms, flops_ms) / step_ms, bound))
+        share = max(bytes_ms, flops_ms) / min(step_ms, graph_ms or step_ms)
+        results.append(Roofline(index, batch, step_ms, graph_ms, bytes_ms, flops_ms, share, bound))
     return results
+
+
+def graphed_step_ms(run: InversionState, middle: int, steps: int) -> float:
+    """Milliseconds of a token as a CUDA graph, of several around the middle of the cache, one right after the other."""
+    fast, times = FastSteps(None).get(run, torch.float32), []
+    for _ in range(3):
+        fast.position.fill_(middle - steps // 2)
+        start = clock(fast.position.device)
+        for _ in range(steps):
+            fast.graph.replay()
+        times.append(clock(fast.position.device) - start)
+    return 1e3 * min(times) / steps

@@ -158,7 +158,7 @@ def compare_training(
     """
     torch.compiler.reset()  # graphs of other batch sizes would count against the limit of recompilations
     inputs = random_inputs(model, batch, prefix_length)
-    weights = [parameter.detach().cpu().clone() for parameter in model.parameters()]
+    weights = host_copies(list(model.parameters()))
     runs = [
         Run(variant, precision, with_shared_weights(model, variant)) for precision in precisions for variant in variants
     ]
@@ -169,7 +169,7 @@ def compare_training(
             if repeat == 0:
                 with torch.no_grad():
                     for parameter, start in zip(model.parameters(), weights, strict=True):
-                        parameter.copy_(start)
+                        parameter.copy_(start, non_blocking=True)
             try:
                 take_steps(run, inputs, steps, learning_rate)
             except torch.OutOfMemoryError:
@@ -186,6 +186,18 @@ def compare_training(
         for run in runs
         if run.seconds or run.error
     ]
+
+
+def host_copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies in the host's memory, of a GPU's tensors in pinned memory: brought once, and sent back at the bus's speed."""
+    copies = [
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda") for tensor in tensors
+    ]
+    for copy_, tensor in zip(copies, tensors, strict=True):
+        copy_.copy_(tensor.detach(), non_blocking=True)
+    if tensors:
+        clock(tensors[0].device)  # waits for the copies
+    return copies
 
 
 def summary(run: Run, batch: int, tokens: int, ideal: float, steps: int, baseline: list[float]) -> TrainingSpeed:

@@ -14,8 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 from tarflow.benchmarks.memory import MODES, TrainingMemory, training_memory
 from tarflow.benchmarks.published_training import loss_as_published
 from tarflow.benchmarks.random_models import random_inputs, random_model
-from tarflow.benchmarks.sampling import compare
-from tarflow.benchmarks.training import Run, compare_training, loss_differences, step_flops, with_shared_weights
+from tarflow.benchmarks.sampling import METHODS, compare
+from tarflow.benchmarks.training import (
+    Run,
+    compare_training,
+    host_copies,
+    loss_differences,
+    step_flops,
+    with_shared_weights,
+)
 from tarflow.common.machine import copy_size, product_size
 from tarflow.flows.likelihood import flow_loss
 from tarflow.flows.model import TARFlowModel
@@ -169,8 +176,33 @@ def test_model_flops_are_six_for_each_use_of_a_weight() -> None:
 def test_measurements_stop_at_their_deadline() -> None:
     over = time.perf_counter() - 1
     assert compare_training(small_model(), 2, 0, {"float32": 1e12}, precisions=("float32",), deadline=over) == []
-    speeds = compare(small_model(), 1, None, None, None, repeats=3, compiled=True, deadline=over)
+    speeds = compare(small_model(), 1, None, None, None, repeats=3, methods=METHODS, deadline=over)
     assert [speed.method for speed in speeds] == ["published", "sequential"]
+
+
+def test_methods_are_reported_as_they_are_measured() -> None:
+    model, reports = small_model(sample_size=8), []
+    methods = ("published", "sequential", "graphs", "jacobi", "auto")
+    rows = compare(model, 2, None, None, None, repeats=2, methods=methods, report=reports.append)
+    names = [[row.method for row in report] for report in reports]
+    assert names[:5] == [list(methods[:count]) for count in range(1, 6)]
+    assert len(reports) == 10 and rows == reports[-1]
+    for row in rows:
+        assert row.residual_max < 1e-3 and row.difference < 1e-3 and row.cache_mb > 0
+        assert row.ratio == pytest.approx(1) if row.method == "published" else row.ratio > 0
+        assert (row.sweeps == [None, None]) == (row.methods == ["sequential"] * 2)
+
+
+def test_methods_alone_have_no_ratio() -> None:
+    (row,) = compare(small_model(), 1, None, None, None, repeats=1, methods=("jacobi",))
+    assert row.ratio is None and row.difference is None and row.residual_max < 1e-3
+
+
+def test_copies_of_weights_are_kept_apart() -> None:
+    tensors = [torch.randn(3), torch.randn(2, 2)]
+    copies = host_copies(tensors)
+    assert all(torch.equal(*pair) for pair in zip(copies, tensors, strict=True))
+    assert all(one.data_ptr() != other.data_ptr() for one, other in zip(copies, tensors, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
