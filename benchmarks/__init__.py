@@ -1,4 +1,4 @@
 """Speed, memory and exactness, measured: of sampling, of training, against the published algorithms and on GPUs.
 
-May import: common, configs, models, flows.*, pipeline.*.
+May import: common, configs, data, models, flows.*, pipeline.*, training.flow.
 """

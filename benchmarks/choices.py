@@ -8,3 +8,21 @@ VARIANTS = ("published", "eager", "compiled", "layer", "block")
 PRECISIONS = ("float32", "bfloat16")
 #: Guidance scales and number of samples of `tarflow.benchmarks.exactness`.
 SCALES, SAMPLES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0), 24
+#: Checks of `tarflow gpu-check`, what is worth most first, with the seconds that each may take on an H100.
+GPU_CHECKS = {
+    "agreement": 15,
+    "sampling": 150,
+    "training-speed": 110,
+    "emoji": 100,
+    "cards": 5,
+    "graphs": 55,
+    "bfloat16": 10,
+    "student": 20,
+    "memory": 30,
+    "training": 70,
+    "compiled-training": 30,
+    "tests": 55,
+    "sharded": 45,
+}
+#: The two calls of a run: of five minutes, and of seven.
+GPU_PARTS = {1: ("agreement", "sampling", "training-speed"), 2: tuple(list(GPU_CHECKS)[3:])}

@@ -1,29 +1,28 @@
-"""Checks of models that are worth doing on a GPU. Each returns what it found, or raises if that is outside its limits.
-
-All take the device, whether to take a small model (to see that the check itself works), and the time by
-`time.perf_counter` at which they stop by themselves with what they have.
-"""
+"""Checks of models that are worth doing on a GPU. Each returns what it found, or raises if that is outside its limits."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from tarflow.benchmarks.cards import largest_batch, training_batches, what_cards_can_do
 from tarflow.benchmarks.memory import training_memory
 from tarflow.benchmarks.random_models import random_inputs, random_model, shape_of
-from tarflow.benchmarks.sampling import compare, roofline
+from tarflow.benchmarks.sampling import Comparison, roofline
 from tarflow.benchmarks.training import (
     Run,
+    TrainingSpeed,
     best,
     compare_training,
     loss_differences,
     take_steps,
     with_shared_weights,
 )
-from tarflow.common.machine import product_speed, timed
+from tarflow.common.machine import copy_bandwidth, product_speed, timed
 from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.decoding.method import Decoding, residual
 from tarflow.flows.decoding.sampling import generate
@@ -41,13 +40,36 @@ PEAK_TFLOPS = 790
 TARGETS = {"utilization": 0.45, "ratio": 1.5}
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a check is asked to do.
+
+    Attributes:
+        device: where.
+        small: a small model, to see that the check itself works.
+        deadline: by `time.perf_counter`, when it stops by itself with what it has.
+        tell: takes what was found so far, each time that there is more.
+        data: an archive of captioned pictures for small trainings, or None for drawings.
+    """
+
+    device: str
+    small: bool
+    deadline: float
+    tell: Callable[[dict[str, Any]], None] = lambda results: None
+    data: str | None = None
+
+    @property
+    def over(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+
 def require(condition: bool, results: dict[str, Any]) -> None:
     if not condition:
         raise AssertionError(f"outside its limits: {results}")
 
 
-def time_is_up(deadline: float) -> bool:
-    return time.perf_counter() > deadline
+def memory_gib(device: str) -> float:
+    return torch.cuda.get_device_properties(device).total_memory / 2**30
 
 
 def noise_and_labels(model: TARFlowModel, batch: int) -> tuple[torch.Tensor, Any, Any]:
@@ -56,7 +78,7 @@ def noise_and_labels(model: TARFlowModel, batch: int) -> tuple[torch.Tensor, Any
     return noise, model.condition(labels, None, batch), model.condition(None, None, batch)
 
 
-def check_against_cpu(device: str, small: bool, deadline: float) -> dict[str, float]:
+def check_against_cpu(task: Task) -> dict[str, Any]:
     """Forward and guided sampling in float32 on the device and on the CPU."""
     model = random_model(NAME, "cpu", torch.float32, **SMALL)
     noise, cond, null = noise_and_labels(model, 3)
@@ -64,38 +86,44 @@ def check_against_cpu(device: str, small: bool, deadline: float) -> dict[str, fl
     with torch.no_grad():
         expected_z, expected_log_det = model(noise, labels)
     expected, _ = generate(model, noise, cond, null, Guidance(1.5))
-    model.to(device)
+    model.to(task.device)
     with torch.no_grad():
-        z, log_det = model(noise.to(device), labels.to(device))
+        z, log_det = model(noise.to(task.device), labels.to(task.device))
     results = {"z": float((z.cpu() - expected_z).abs().max())}
     results["log_det"] = float((log_det.cpu() - expected_log_det).abs().max() / noise[0].numel())
     for decoding in (Decoding(), Decoding("jacobi"), Decoding("gs_jacobi", segment=16)):
-        x, _ = generate(model, noise.to(device), cond.to(device), null.to(device), Guidance(1.5), decoding=decoding)
+        x, _ = generate(
+            model, noise.to(task.device), cond.to(task.device), null.to(task.device), Guidance(1.5), decoding=decoding
+        )
         results[decoding.method] = float((x.cpu() - expected).abs().max())
     require(max(results.values()) < 1e-3, results)
     return results
 
 
-def check_fast_steps(device: str, small: bool, deadline: float) -> dict[str, float]:
-    """Graphs and compiled steps give what eager ones give."""
-    model = random_model(NAME, device, torch.float32, **SMALL)
+def check_fast_steps(task: Task) -> dict[str, Any]:
+    """Graphs and compiled steps give what eager ones give, log-determinants too."""
+    model = random_model(NAME, task.device, torch.float32, **SMALL)
     results = {}
     for backend in (None, "inductor"):
         steps = FastSteps(backend)
-        for batch in (1, 4, 1):
-            if results and time_is_up(deadline):
+        for batch in (1,) if task.small and backend else (1, 4, 1):
+            if results and task.over:
                 continue
             noise, cond, null = noise_and_labels(model, batch)
-            expected, _ = generate(model, noise, cond, null, Guidance(1.5))
-            x, _ = generate(model, noise, cond, null, Guidance(1.5), fast=steps)
-            results[f"{backend} {batch}"] = float((x - expected).abs().max())
+            expected, expected_log_det = generate(model, noise, cond, null, Guidance(1.5))
+            x, log_det = generate(model, noise, cond, null, Guidance(1.5), fast=steps)
+            name = f"{backend or 'graph'}, batch {batch}"
+            results[name] = float((x - expected).abs().max())
+            difference = float((log_det - expected_log_det).abs().max())
+            results[f"{name}, log_det per dimension"] = difference / noise[0].numel()
+            task.tell(results)
     require(max(results.values()) < 1e-3, results)
     return results
 
 
-def check_bfloat16(device: str, small: bool, deadline: float) -> dict[str, float]:
+def check_bfloat16(task: Task) -> dict[str, Any]:
     """A bf16 network with float32 affine arithmetic: finite, and a residual of rounding only."""
-    model = random_model(NAME, device, torch.bfloat16, **(SMALL if small else {}))
+    model = random_model(NAME, task.device, torch.bfloat16, **(SMALL if task.small else {}))
     noise, cond, null = noise_and_labels(model, 2)
     start = time.perf_counter()
     x, _ = generate(model, noise, cond, null, Guidance(1.0))
@@ -106,12 +134,12 @@ def check_bfloat16(device: str, small: bool, deadline: float) -> dict[str, float
     return results
 
 
-def check_compiled_training(device: str, small: bool, deadline: float) -> dict[str, Any]:
+def check_compiled_training(task: Task) -> dict[str, Any]:
     """Compiled layers, alone and with checkpointing, train to the eager losses in float32."""
-    model = random_model(NAME, device, torch.float32, **SMALL)
+    model = random_model(NAME, task.device, torch.float32, **SMALL)
     losses: dict[str, float] = {}
-    for variant in ("compiled", "compiled+layer", "compiled+block"):
-        if losses and time_is_up(deadline):
+    for variant in ("compiled",) if task.small else ("compiled", "compiled+layer", "compiled+block"):
+        if losses and task.over:
             break
         rows = compare_training(model, 4, 0, {"float32": 1e12}, ("eager", variant), ("float32",), repeats=1, steps=2)
         losses[variant] = loss_differences(rows)["float32"]
@@ -119,41 +147,50 @@ def check_compiled_training(device: str, small: bool, deadline: float) -> dict[s
     return losses
 
 
-def check_memory(device: str, small: bool, deadline: float) -> dict[str, Any]:
+def check_memory(task: Task) -> dict[str, Any]:
     """The counted peak of a step against the measured one, in megabytes; on a CPU, of fake tensors against real."""
-    arguments = {**shape_of(NAME).arguments, **(SMALL if small else {})}
-    model = random_model(NAME, device, torch.float32, **(SMALL if small else {}))
-    batch, results = 2 if small else 8, {}
+    arguments = {**shape_of(NAME).arguments, **(SMALL if task.small else {})}
+    model = random_model(NAME, task.device, torch.float32, **(SMALL if task.small else {}))
+    batch, results = 2 if task.small else 8, {}
+    if task.device == "cuda" and not task.small:
+        batch = max(1, min(batch, largest_batch("none", memory_gib(task.device))))
     for mode in ("none", "layer", "block"):
-        if results and time_is_up(deadline):
+        if results and task.over:
             break
-        counted = training_memory(arguments, batch, mode=mode, device=device).peak / 2**20
-        if device == "cuda":
+        counted = training_memory(arguments, batch, mode=mode, device=task.device).peak / 2**20
+        if task.device == "cuda":
             run = Run("eager", "bfloat16", with_shared_weights(model, "eager" if mode == "none" else mode))
             take_steps(run, random_inputs(model, batch, 0), 1, 1e-4)
             model.zero_grad()
             measured = run.peak_mb
         else:
-            measured = training_memory(arguments, batch, mode=mode, device=device, fake=False).peak / 2**20
+            measured = training_memory(arguments, batch, mode=mode, device=task.device, fake=False).peak / 2**20
         results[mode] = {"counted_mb": counted, "measured_mb": measured, "ratio": counted / measured}
     require(all(0.9 < row["ratio"] < 1.1 for row in results.values()), results)
     return results
 
 
-def check_training_speed(device: str, small: bool, deadline: float) -> dict[str, Any]:
+def check_training_speed(task: Task) -> dict[str, Any]:
     """The 1.4 B shape in bf16 at several batch sizes; whether the targets are reached is told, not required."""
-    model = random_model(NAME, device, torch.float32, **(SMALL if small else {}))
-    peak = product_speed(model.device, torch.bfloat16) if small else PEAK_TFLOPS * 1e12
-    variants = ("published", "compiled", "eager", "compiled+layer")
-    # The likely best batch comes first, for when time runs out.
-    speeds = []
-    for batch in (2,) if small else (32, 16, 64):
-        speeds += compare_training(
-            model, batch, 0, {"bfloat16": peak}, variants, ("bfloat16",), repeats=2, steps=2, deadline=deadline
-        )
+    model = random_model(NAME, task.device, torch.float32, **(SMALL if task.small else {}))
+    on_gpu = task.device == "cuda"
+    peak = PEAK_TFLOPS * 1e12 if on_gpu and not task.small else product_speed(model.device, torch.bfloat16)
+    memory = memory_gib(task.device) if on_gpu else 0.0
+    results: dict[str, Any] = {"peak_tflops": peak / 1e12, "copy_tb_s": copy_bandwidth(model.device) / 1e12}
+    results["product_tflops"] = product_speed(model.device, torch.bfloat16) / 1e12
+    speeds: list[TrainingSpeed] = []
+    for batch in (2,) if task.small else training_batches(memory):
+        if speeds and task.over:
+            break
+
+        def told(rows: list[TrainingSpeed], earlier: tuple[TrainingSpeed, ...] = tuple(speeds)) -> None:
+            task.tell({**results, "speeds": [dataclasses.asdict(row) for row in (*earlier, *rows)]})
+
+        variants = ("published", "eager") if task.small else ("published", "compiled", "eager", "compiled+layer")
+        options: dict[str, Any] = {"repeats": 2, "steps": 2, "deadline": task.deadline, "report": told}
+        speeds += compare_training(model, batch, 0, {"bfloat16": peak}, variants, ("bfloat16",), **options)
     fastest, differences = best(speeds), loss_differences(speeds)
-    results: dict[str, Any] = {
-        "peak_tflops": peak / 1e12,
+    results |= {
         "loss_difference": differences.get("bfloat16"),
         "best": fastest and dataclasses.asdict(fastest),
         "speeds": [dataclasses.asdict(row) for row in speeds],
@@ -165,45 +202,74 @@ def check_training_speed(device: str, small: bool, deadline: float) -> dict[str,
     return results
 
 
-def check_sampling(device: str, small: bool, deadline: float) -> dict[str, Any]:
-    """The benchmark: class-conditional 1.4 B shape, 1,024 tokens, guidance, bf16."""
-    model = random_model(NAME, device, torch.bfloat16, **(SMALL if small else {}))
+#: What is measured first needs neither compiling nor calibration; None is the roofline.
+SAMPLING = (
+    *((batch, name) for batch in (1, 16) for name in ("published", "sequential", "graphs")),
+    *((batch, None) for batch in (1, 16)),
+    *((batch, "compiled") for batch in (1, 16)),
+    *((batch, name) for batch in (1, 16) for name in ("fast", "compiled auto")),
+)
+
+
+@torch.no_grad()
+def check_sampling(task: Task) -> dict[str, Any]:
+    """The benchmark: class-conditional 1.4 B shape, 1,024 tokens, guidance, bf16; methods in turn, and again as long as
+    there is time."""
+    model = random_model(NAME, task.device, torch.bfloat16, **(SMALL if task.small else {}))
+    comparisons: dict[int, Comparison] = {}
     results: dict[str, Any] = {}
-    for batch in (1, 16):
-        if time_is_up(deadline):
-            break
-        _, cond, null = noise_and_labels(model, batch)
-        speeds = compare(model, batch, cond, null, Guidance(1.0), repeats=1, compiled=True, deadline=deadline)
-        results[f"batch {batch}"] = [dataclasses.asdict(speed) for speed in speeds]
-        rows = roofline(model, batch, cond, null, Guidance(1.0))
-        results[f"roofline {batch}"] = [dataclasses.asdict(row) for row in rows]
-    require(bool(results), {"batches": "no time for any"})
+    for repeat in range(2):
+        for batch, name in SAMPLING:
+            if results and (task.over or (task.small and (batch > 1 or repeat or name in ("fast", "compiled auto")))):
+                continue
+            _, cond, null = noise_and_labels(model, batch)
+            if name is None:
+                if repeat == 0:
+                    rows = roofline(model, batch, cond, null, Guidance(1.0))
+                    results[f"roofline {batch}"] = [dataclasses.asdict(row) for row in rows]
+                continue
+            if batch not in comparisons:
+                comparisons[batch] = Comparison(model, batch, cond, null, Guidance(1.0))
+            if name not in comparisons[batch].ways:
+                comparisons[batch].ways[name] = comparisons[batch].prepare(name)
+            comparisons[batch].measure(name)
+            results[f"batch {batch}"] = [dataclasses.asdict(row) for row in comparisons[batch].rows()]
+            task.tell(results)
     return results
 
 
-def check_student(device: str, small: bool, deadline: float) -> dict[str, Any]:
+def check_cards(task: Task) -> dict[str, Any]:
+    """What cards of some sizes can do with the 1.4 B shape, counted; and this one's memory."""
+    results: dict[str, Any] = {"cards": what_cards_can_do()}
+    if task.device == "cuda":
+        memory = memory_gib(task.device)
+        results |= {"memory_gib": memory, "training batches here": str(training_batches(memory))}
+    return results
+
+
+def check_student(task: Task) -> dict[str, Any]:
     """Compare a student's pass in float32 on the device and on the CPU. Then, in bf16 and without a decoder, measure
     how many times as many images per second it makes as guided sequential decoding of the 1.4 B shape."""
-    model = random_model(NAME, device, torch.bfloat16, **(SMALL if small else {}))
+    model = random_model(NAME, task.device, torch.bfloat16, **(SMALL if task.small else {}))
     shared = {name: model.config[name] for name in ("in_channels", "sample_size", "patch_size", "num_classes")}
     torch.manual_seed(0)
-    size = {"num_layers": 2, "width": 128} if small else STUDENT
+    size = {"num_layers": 2, "width": 128} if task.small else STUDENT
     student = StudentModel(**shared, **size, conditioning="class_prefix", max_guidance_scale=3.0).eval()
     torch.nn.init.normal_(student.head[1].weight, std=0.02)
     noise, cond, null = noise_and_labels(model, 1)
     labels, guidance = torch.zeros(1, dtype=torch.long), Guidance(1.0)
     with torch.no_grad():
         expected = student(noise.cpu(), labels, guidance_weight=1.0)
-        student.to(device)
-        found = student(noise, labels.to(device), guidance_weight=1.0)
+        student.to(task.device)
+        found = student(noise, labels.to(task.device), guidance_weight=1.0)
         results: dict[str, Any] = {"difference": float((found.cpu() - expected).abs().max())}
         require(results["difference"] < 1e-3, results)
         student.to(torch.bfloat16)
-        steps = FastSteps(None) if device == "cuda" else None
+        steps = FastSteps(None) if task.device == "cuda" else None
         ways = {
             "flow": lambda: generate(model, noise, cond, null, guidance, fast=steps),
-            "student": lambda: student(noise.to(torch.bfloat16), labels.to(device), guidance_weight=1.0),
+            "student": lambda: student(noise.to(torch.bfloat16), labels.to(task.device), guidance_weight=1.0),
         }
-        if not time_is_up(deadline):
+        if not task.over:
             results |= timed(ways, 1, 1, model.device)
     return results

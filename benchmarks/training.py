@@ -6,6 +6,7 @@ import copy
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +148,7 @@ def compare_training(
     steps: int = 3,
     deadline: float | None = None,
     learning_rate: float = 1e-4,
+    report: Callable[[list[TrainingSpeed]], None] = lambda rows: None,
 ) -> list[TrainingSpeed]:
     """All variants in turn on the same batch and from the same weights, ``repeats`` times; the model is trained.
 
@@ -155,6 +157,7 @@ def compare_training(
         prefix_length: tokens of the condition, see `random_inputs`.
         peaks: FLOP/s of the machine for each precision.
         deadline: of `time.perf_counter`; no repeat begins after it, and variants without one are left out.
+        report: called with all rows so far after each repeat of a variant.
     """
     torch.compiler.reset()  # graphs of other batch sizes would count against the limit of recompilations
     inputs = random_inputs(model, batch, prefix_length)
@@ -162,6 +165,17 @@ def compare_training(
     runs = [
         Run(variant, precision, with_shared_weights(model, variant)) for precision in precisions for variant in variants
     ]
+    tokens = (model.config.sample_size // model.config.patch_size) ** 2
+    flops = step_flops(model, batch, prefix_length)
+    baselines = {run.precision: run.seconds for run in runs if run.variant == "published"}
+
+    def rows() -> list[TrainingSpeed]:
+        return [
+            summary(run, batch, tokens, flops / peaks[run.precision], steps + 1, baselines.get(run.precision, []))
+            for run in runs
+            if run.seconds or run.error
+        ]
+
     for repeat in range(repeats):
         for run in runs:
             if run.error is not None or (deadline is not None and time.perf_counter() > deadline):
@@ -178,14 +192,8 @@ def compare_training(
             gc.collect()
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-    tokens = (model.config.sample_size // model.config.patch_size) ** 2
-    flops = step_flops(model, batch, prefix_length)
-    baselines = {run.precision: run.seconds for run in runs if run.variant == "published"}
-    return [
-        summary(run, batch, tokens, flops / peaks[run.precision], steps + 1, baselines.get(run.precision, []))
-        for run in runs
-        if run.seconds or run.error
-    ]
+            report(rows())
+    return rows()
 
 
 def host_copies(tensors: list[Tensor]) -> list[Tensor]:

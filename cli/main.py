@@ -30,6 +30,7 @@ GROUPS = {
         "report": "one HTML file about a pipeline: samples, nearest training pictures, likelihoods, curves",
         "reconstruct": "what a pipeline's autoencoder makes of pictures: the floor of distances",
         "benchmark": "speed, memory and exactness on this machine",
+        "gpu-check": "all that must be measured on a GPU, what is worth most first",
         "compare-decoding": "ways of removing the training noise, side by side",
         "compare-student": "a student beside its flow",
         "compare-flows": "NICE, RealNVP, Glow, IAF, TARFlow and STARFlow, side by side",
@@ -42,7 +43,7 @@ GROUPS = {
 }
 COMMANDS = tuple(name for group in GROUPS.values() for name in group)
 #: What has no command: tools of those who work on the project itself.
-SCRIPTS = ("gpu_check", "screenshot_demo")
+SCRIPTS = ("screenshot_demo",)
 
 HELP = """usage: tarflow COMMAND …
 

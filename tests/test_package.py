@@ -155,7 +155,7 @@ def test_scripts_are_doors() -> None:
         command = re.search(r"The command `tarflow ([\w-]+)`", text)
         assert (command is None) == (name in SCRIPTS), name
         assert command is None or command[1] in COMMANDS, name
-        assert len(text.splitlines()) <= 40 or name == "gpu_check", name
+        assert len(text.splitlines()) <= 40, name
 
 
 def test_help_names_all(capsys: pytest.CaptureFixture) -> None:
