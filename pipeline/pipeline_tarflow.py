@@ -164,8 +164,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 "16:9" (see `ASPECT_RATIOS`), keeps the training size's area.
             num_images_per_prompt: images of each caption or label; ``num_images``: of an unconditional model.
             guidance_scale: 1 is off; the pipeline's own default if not given.
-            guidance_method: "gaussian" (STARFlow) or "linear" (TARFlow); the pipeline's own default if not given; with ``guidance_parts`` "ab", "a" or "b",
-                ``guidance_annealed`` and ``attention_temperature``: see `Guidance`.
+            guidance_method: "gaussian" (STARFlow) or "linear" (TARFlow); the pipeline's own default if not given. For
+                ``guidance_parts`` ("ab", "a" or "b"), ``guidance_annealed`` and ``attention_temperature`` see `Guidance`.
             generator: one, or a list with one for each image, which then does not depend on the others.
             latents: the prior noise (B, C, h, w) instead of a draw.
             prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts.
@@ -184,8 +184,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             decoding: "student", one pass of the pipeline's student instead of the flow's inverse; or how blocks are
                 inverted: "auto" (the fastest on this device, found by a short calibration at the first call with a batch
                 size, see `calibrations`; sequential where weights are fetched for each use), "sequential" (exact to
-                rounding), "jacobi", "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of `FAST_TOLERANCE`); or a
-                `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
+                rounding), "jacobi", "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of
+                `FAST_TOLERANCE`); or a `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
                 unit size, agree with exact ones to 1e-3 up to a guidance scale of 3, with "fast" to 0.1 up to 6; stronger
                 guidance magnifies errors and is warned of; ``return_residual`` tells.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
@@ -224,6 +224,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         shape, aspect_ratio = resolve_size(self, height, width, aspect_ratio)
         call = Sampling(
             subjects=subjects,
+            device=self._execution_device,
             shape=shape,
             aspect_ratio=aspect_ratio,
             guidance_scale=scale,
@@ -238,7 +239,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         )
         self.begin_call(call)
         conditions = conditions_of(self, call)
-        noise = self.prepare_latents(conditions.count, shape, self._execution_device, generator, latents)
+        noise = self.prepare_latents(conditions.count, shape, call.device, generator, latents)
         noise = temperature * noise
         drawn = (draw_by_student if call.by_student else draw_by_flow)(self, call, conditions, noise)
         errors = residuals(self, drawn, noise) if return_residual and not drawn.stopped else (None, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding
@@ -56,6 +57,7 @@ class Sampling:
 
     Attributes:
         subjects: what the images are of.
+        device: where the call computes.
         shape: channels, height and width of the latents.
         aspect_ratio: that captions name.
         guidance_scale: 1 is off; ``guidance`` is the same with its method.
@@ -68,6 +70,7 @@ class Sampling:
     """
 
     subjects: Subjects
+    device: torch.device
     shape: tuple[int, int, int]
     aspect_ratio: str
     guidance_scale: float

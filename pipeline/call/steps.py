@@ -66,7 +66,7 @@ def conditions_of(pipe: FlowPipeline, call: Sampling) -> Conditions:
     if kind == "none" or subjects.class_labels is None:
         return Conditions((subjects.num_images or 1) * subjects.num_images_per_prompt)
     indices = pipe.label_indices(subjects.class_labels)
-    labels = torch.tensor(indices, device=pipe._execution_device)
+    labels = torch.tensor(indices, device=call.device)
     labels = labels.repeat_interleave(subjects.num_images_per_prompt)
     return Conditions(len(labels), class_labels=labels)
 
@@ -76,7 +76,7 @@ def encoded_captions(pipe: FlowPipeline, call: Sampling, guided: bool) -> tuple[
     subjects = call.subjects
     return pipe.encode_prompt(
         subjects.prompt,
-        pipe._execution_device,
+        call.device,
         subjects.num_images_per_prompt,
         guided,
         subjects.negative_prompt,
@@ -122,7 +122,8 @@ def draw_by_flow(pipe: FlowPipeline, call: Sampling, conditions: Conditions, noi
 
 def draw_by_student(pipe: FlowPipeline, call: Sampling, conditions: Conditions, noise: Tensor) -> Drawn:
     """Noise (B, C, h, w) through one pass of the student."""
-    student = pipe.check_student()
+    student = pipe.student
+    assert student is not None  # the call's arguments were checked
     condition, null = block_conditions(pipe, call, conditions) if call.asks_flow else (None, None)
     with pipe.progress_bar(total=1) as progress:
         after_pass = AfterStep(pipe, progress, call, student)
