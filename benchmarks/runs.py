@@ -87,7 +87,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
 def run_exactness(arguments: argparse.Namespace) -> None:
     rows = []
     for name in arguments.pipelines:
-        pipe = TARFlowPipeline.from_pretrained(name).to(arguments.device)
+        pipe = TARFlowPipeline.from_pretrained(locate(name)).to(arguments.device)
         cond, null = conditions(pipe.flow, pipe if pipe.text_encoder is not None else None, arguments.samples)
         method = pipe.config.guidance_method
         options = (method, arguments.guidance_scales, arguments.samples)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from tarflow import configs
 from tarflow.benchmarks.choices import PRECISIONS, SAMPLES, SCALES, VARIANTS
-from tarflow.cli.parsing import CommandParser
+from tarflow.cli.parsing import CommandParser, loading
 from tarflow.common.charts import check_matplotlib
 from tarflow.common.checks import at_least
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 from tarflow.models import shipped
+from tarflow.pipeline.loading.place import locate
 
 DESCRIPTION = """Measure speed and memory on this machine.
 
@@ -46,9 +48,9 @@ def main(argv: list[str] | None = None) -> None:
         check_numbers(arguments)
         check_writable(arguments.output, folder=True)
         check_matplotlib()
-        from tarflow.benchmarks.runs import (
-            run,  # imported here: it takes seconds, for which wrong options need not wait
-        )
+        check_sources(arguments)
+        loading()
+        from tarflow.benchmarks.runs import run  # imported here, as it takes seconds
 
         run(arguments)
 
@@ -119,3 +121,21 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         at_least(1, "(off)" if name == "guidance_scales" else "").check(
             f"--{name.replace('_', '-')}", getattr(arguments, name, None)
         )
+
+
+def check_sources(arguments: argparse.Namespace) -> None:
+    """Refuse pipelines and configurations that are not there.
+
+    Raises:
+        ValueError: that names the first.
+    """
+    for name in ("pipeline", "pipelines"):
+        for pipeline in as_list(getattr(arguments, name, None)):
+            locate(pipeline)
+    for model in as_list(getattr(arguments, "model", None)):
+        configs.resolve(model)
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """One, several or none."""
+    return [value] if isinstance(value, str) else value or []

@@ -10,19 +10,20 @@ pictures of mixed sizes near their own shape. On several devices: accelerate lau
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
+from tarflow.common.files import check_writable
+from tarflow.training.latent_cache.config import CacheConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    from accelerate import PartialState
-
-    from tarflow.training.latent_cache.caching import cache_latents
-    from tarflow.training.latent_cache.config import CacheConfig
-
     with ending():
-        config, _ = parse_dataclass(CacheConfig, with_config_file(argv), __doc__, "tarflow cache-latents")
+        config, _ = read_settings(CacheConfig, argv, __doc__, "tarflow cache-latents")
+        check_writable(config.output, folder=True)
+        from accelerate import PartialState
+
+        from tarflow.training.latent_cache.caching import cache_latents
+
         manifest = cache_latents(config)
         if PartialState().is_main_process:
             print(report(config.output, manifest))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import CommandParser
+from pathlib import Path
+
+from tarflow.cli.parsing import CommandParser, loading
 from tarflow.common.command import ending
 
 DESCRIPTION = """Compare this implementation with what the published code computed.
@@ -19,6 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser("tarflow check-reference", DESCRIPTION, "FOLDER …")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a reference folder")
     folders = parser.parse_args(argv).folders
+    with ending():
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise ValueError(f"there is no folder {folder!r}")
+    loading()
     from tarflow.benchmarks.reference import check_folder
 
     failed = False

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
+from tarflow.experiments.settings import ComparisonConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    from tarflow.experiments.decoding import ComparisonConfig, compare_decoding
-    from tarflow.pipeline.opening import open_pipeline
-
     with ending():
-        config, _ = parse_dataclass(ComparisonConfig, with_config_file(argv), __doc__, "tarflow compare-decoding")
+        config, _ = read_settings(ComparisonConfig, argv, __doc__, "tarflow compare-decoding")
         check_writable(config.out, folder=True)
+        from tarflow.experiments.decoding import compare_decoding
+        from tarflow.pipeline.opening import open_pipeline
+
         compare_decoding(config, open_pipeline(config.pipeline))
     print((Path(config.out).expanduser() / "comparison.md").read_text(encoding="utf-8"))

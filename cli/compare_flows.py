@@ -10,16 +10,17 @@ are made of all. pip install 'tarflow[family]' brings scikit-learn, and zuko, wh
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
+from tarflow.common.files import check_writable
+from tarflow.experiments.family.settings import FlowComparison
 
 
 def main(argv: list[str] | None = None) -> None:
-    from tarflow.experiments.family.comparison import FlowComparison, compare_flows
-
     with ending():
-        path = compare_flows(
-            parse_dataclass(FlowComparison, with_config_file(argv), __doc__, "tarflow compare-flows")[0]
-        )
+        config, _ = read_settings(FlowComparison, argv, __doc__, "tarflow compare-flows")
+        check_writable(config.output, folder=True)
+        from tarflow.experiments.family.comparison import compare_flows
+
+        path = compare_flows(config)
     print(path.read_text(encoding="utf-8"))

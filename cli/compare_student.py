@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
+from tarflow.experiments.settings import StudentComparisonConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    from tarflow.experiments.students import StudentComparisonConfig, compare_student
-    from tarflow.pipeline.opening import open_pipeline
-
     with ending():
-        config, _ = parse_dataclass(StudentComparisonConfig, with_config_file(argv), __doc__, "tarflow compare-student")
+        config, _ = read_settings(StudentComparisonConfig, argv, __doc__, "tarflow compare-student")
         check_writable(config.out, folder=True)
+        from tarflow.experiments.students import compare_student
+        from tarflow.pipeline.opening import open_pipeline
+
         compare_student(config, open_pipeline(config.pipeline))
     print((Path(config.out).expanduser() / "student.md").read_text(encoding="utf-8"))

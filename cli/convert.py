@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tarflow.cli.parsing import CommandParser
+from tarflow.cli.parsing import CommandParser, loading
 from tarflow.common.command import ending
+from tarflow.common.files import check_writable
 
 DESCRIPTION = """Make a pipeline folder of a published TARFlow or STARFlow checkpoint.
 
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
             path = Path(getattr(args, name)).expanduser()
             if not path.is_file():
                 raise ValueError(f"--{name}: there is no file {str(path)!r}")
+        check_writable(args.output, folder=True)
+        loading()
         from tarflow.pipeline.conversion import LICENCE_NOTE, convert_checkpoint
 
         output = convert_checkpoint(**vars(args))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import CommandParser
+from tarflow.cli.parsing import PIPELINE_HELP, CommandParser, loading
+from tarflow.pipeline.loading.place import default_pipeline, locate
 
 DESCRIPTION = """Draw on a web page, which this machine serves until Ctrl-C is pressed. It needs Gradio:
 pip install 'tarflow[demo]'
@@ -16,8 +17,7 @@ def parser() -> CommandParser:
     add(
         "--pipeline",
         metavar="DIR",
-        help="a folder, a shipped name (see `tarflow models`) or a hub id (default: the shipped pipeline of emoji, or "
-        "else the quick start's)",
+        help=PIPELINE_HELP,
     )
     add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets other machines in")
     add("--port", type=int, default=7860, metavar="N", help="port to serve at")
@@ -30,6 +30,8 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if not 0 < args.port < 2**16:
         raise ValueError(f"--port must be 1 to 65535, got {args.port}")
+    locate(args.pipeline or default_pipeline())
+    loading()
     # Imported here: it takes seconds, for which wrong options need not wait.
     from tarflow.cli.quiet import quiet_libraries
     from tarflow.demo.page import serve

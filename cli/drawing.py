@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import random
 import re
 import time
@@ -16,11 +15,11 @@ from tqdm.auto import tqdm
 
 from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
+from tarflow.cli.subjects import subjects_of
 from tarflow.common.seeds import image_seed
 from tarflow.pipeline.call.aspect import aspect_size
-from tarflow.pipeline.call.choices import NOISE_REMOVALS
-from tarflow.pipeline.call.inputs import label_of
 from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count
+from tarflow.pipeline.loading.place import Facts
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.training.flow.report import make_grid
 
@@ -48,7 +47,8 @@ def draw(args: argparse.Namespace, target: Target) -> None:
     if args.lora is not None:
         pipe.load_lora_weights(args.lora)
     seed = random.randrange(NEW_SEEDS) if args.seed is None else args.seed
-    name, values = subjects_of(pipe, args)
+    config = pipe.flow.config
+    name, values = subjects_of(Facts(config.conditioning, config.num_classes, names_of(pipe)), args)
     options = call_options(pipe, args)
     width, height = picture_size(pipe, args)
     total = len(values) * args.num
@@ -75,46 +75,9 @@ def draw(args: argparse.Namespace, target: Target) -> None:
     print(f"{target.path}: {what} of {width} × {height} pixels{grid}, seed {seed}, {seconds:.2g} seconds each")
 
 
-def subjects_of(pipe: Any, args: argparse.Namespace) -> tuple[str, list[Any]]:
-    """What each row of pictures is of: the name of the pipeline's argument, and its values."""
-    conditioning = pipe.flow.config.conditioning
-    if conditioning == "prefix":
-        if args.classes:
-            raise ValueError(
-                'this pipeline draws from captions and has no classes: give one, for example "a red heart, noto style"'
-            )
-        if not args.prompt:
-            raise ValueError('this pipeline draws from captions: give one, for example "a red heart, noto style"')
-        return "prompt", args.prompt
-    if args.prompt or args.negative_prompt:
-        instead = "leave them out" if conditioning == "none" else f"give --class, {some_classes(pipe)}"
-        raise ValueError(f"this pipeline takes no captions: {instead}")
-    if conditioning == "none":
-        if args.classes:
-            raise ValueError("this pipeline has no classes: leave --class out")
-        return "num_images", [1]
-    if not args.classes:
-        raise ValueError(f"this pipeline draws classes: give --class, {some_classes(pipe)}")
-    return "class_labels", [class_index(pipe, text) for text in args.classes]
-
-
-def class_index(pipe: Any, text: str) -> int:
-    """The class of a name, or else of a number."""
-    count, known = pipe.flow.config.num_classes, pipe.labels
-    if (index := label_of(text, known)) is not None:
-        return index
-    if text.isascii() and text.isdigit() and int(text) < count:
-        return int(text)
-    near = difflib.get_close_matches(text.lower(), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the pipeline has {some_classes(pipe)}"
-    raise ValueError(f"unknown class {text!r}; {hint}")
-
-
-def some_classes(pipe: Any, most: int = 12) -> str:
-    """The first names of a pipeline's classes, and their numbers."""
-    names = ", ".join(list(pipe.labels)[:most]) + (", …" if len(pipe.labels) > most else "")
-    numbers = f"0 to {pipe.flow.config.num_classes - 1}"
-    return f"{names} (or {numbers})" if names else numbers
+def names_of(pipe: Any) -> dict[int, str]:
+    """Names of a pipeline's classes, by index."""
+    return {int(index): name for index, name in (pipe.config.id2label or {}).items()}
 
 
 def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -122,8 +85,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     guidance = pipe.config.guidance_scale if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
         raise ValueError("--negative-prompt needs --guidance above 1")
-    denoise, decoder = NOISE_REMOVALS.get(args.decode_with, (None, None))  # not given: the pipeline's own way
-    pipe.check_outputs(denoise, "pil", decoder, args.decoding)
+    pipe.check_outputs(args.denoise, "pil", args.decoder, args.decoding)
     width, height = args.size or (None, None)
     return {
         "guidance_scale": guidance,
@@ -132,8 +94,8 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
         "width": width,
         "aspect_ratio": args.aspect_ratio,
         "decoding": args.decoding,
-        "denoise": denoise,
-        "decoder": decoder,
+        "denoise": args.denoise,
+        "decoder": args.decoder,
     }
 
 

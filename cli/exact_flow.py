@@ -11,13 +11,32 @@ Pictures are those of --data, with their captions or classes as conditions. It p
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from pathlib import Path
+
+from tarflow.cli.parsing import read_settings
+from tarflow.common.charts import check_matplotlib
 from tarflow.common.command import ending
+from tarflow.common.files import check_writable
+from tarflow.experiments.settings import ExactFlowConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    from tarflow.experiments.exact_flow import ExactFlowConfig, draw_tool
-
     with ending():
-        draw_tool(parse_dataclass(ExactFlowConfig, with_config_file(argv), __doc__, "tarflow exact-flow")[0])
+        config, _ = read_settings(ExactFlowConfig, argv, __doc__, "tarflow exact-flow")
+        check_place(config)
+        from tarflow.experiments.exact_flow import draw_tool
+
+        draw_tool(config)
+
+
+def check_place(config: ExactFlowConfig) -> None:
+    """Whether the picture can be written.
+
+    Raises:
+        ValueError: for another format, or a place that cannot be written to.
+    """
+    if Path(config.out).suffix.lower() != ".png":
+        raise ValueError(f"out must be the name of a .png file, got {config.out!r}")
+    check_writable(config.out)
+    if config.tool == "ood":
+        check_matplotlib()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import CommandParser
+from tarflow.cli.parsing import CommandParser, loading
 from tarflow.common.command import ending
+from tarflow.common.files import check_writable
+from tarflow.pipeline.loading.place import locate
 
 DESCRIPTION = """Copy a pipeline with the weights of flow and decoders in 16 bits, as the shipped ones are.
 
@@ -26,6 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--without-denoiser", action="store_true", help="leave the flow's learned denoiser out")
     args = parser.parse_args(argv)
     with ending():
+        locate(args.pipeline)
+        check_writable(args.output, folder=True)
+        loading()
         import torch
 
         from tarflow.pipeline.export import export

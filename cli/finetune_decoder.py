@@ -10,16 +10,17 @@ checkpoint. On several devices: accelerate launch -m tarflow.cli finetune-decode
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
+from tarflow.training.autoencoder.decoder_config import DecoderConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    from tarflow.training.autoencoder.decoder import DecoderConfig, finetune_decoder
-    from tarflow.training.loop.stopping import exit_status, launched_process
+    with ending():
+        settings = read_settings(DecoderConfig, argv, __doc__, "tarflow finetune-decoder")
+        from tarflow.training.autoencoder.decoder import finetune_decoder
+        from tarflow.training.loop.stopping import exit_status, launched_process
 
     with launched_process(), ending():
-        settings = parse_dataclass(DecoderConfig, with_config_file(argv), __doc__, "tarflow finetune-decoder")
         if status := exit_status(finetune_decoder(*settings)):
             raise SystemExit(status)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from typing import get_args
 
-from tarflow.cli.parsing import CommandParser
+from tarflow.cli.parsing import PIPELINE_HELP, CommandParser, loading
 from tarflow.cli.pictures import Target
+from tarflow.cli.subjects import subjects_of
 from tarflow.pipeline.call.aspect import ASPECT_RATIOS
-from tarflow.pipeline.call.choices import NOISE_REMOVALS, DecodingName
+from tarflow.pipeline.call.choices import DECODERS, DECODINGS, DENOISE, NOISE_REMOVALS
+from tarflow.pipeline.loading.place import default_pipeline, facts_of, locate
 
 DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as the pipeline was trained.
 
-  tarflow generate "a red heart, noto style" --pipeline emoji --out heart.png
+  tarflow generate "a red heart, noto style" --out heart.png
   tarflow generate "a red heart, noto style" "thumbs up, noto style" --num 8 --pipeline emoji --out emoji/
   tarflow generate --class "blue ring" --class 5 --num 4 --seed 1 --pipeline drawings_class --out grid.png
 
@@ -27,26 +28,29 @@ MOST_SEED = 2**32
 
 
 def parser() -> CommandParser:
-    parser = CommandParser("tarflow generate", DESCRIPTION, "[CAPTION …] --pipeline DIR --out PATH")
+    parser = CommandParser("tarflow generate", DESCRIPTION, "[CAPTION …] --out PATH")
     add = parser.add_argument
     add("prompt", nargs="*", metavar="CAPTION", help="captions, for a pipeline that draws from captions")
-    add("--pipeline", required=True, metavar="DIR", help="a folder, a shipped name (see `tarflow models`) or a hub id")
+    add("--pipeline", metavar="DIR", help=PIPELINE_HELP)
     add("--lora", metavar="DIR", help="a LoRA adapter for the pipeline: a folder, a file or a hub id")
     add("--out", required=True, metavar="PATH", help="x.png, .jpg or .webp; or folder/")
     add("--class", dest="classes", action="append", metavar="NAME", help="name or number of a class; may be repeated")
     add("--num", type=int, default=1, metavar="N", help="pictures of each caption or class")
     add("--seed", type=int, metavar="N", help="the same seed draws the same picture i for any --num (default: a new "
         "one each time, which is printed)")  # fmt: skip
-    add("--guidance", type=float, metavar="SCALE", help="how closely to follow caption or class; 1 is off (default: "
+    add("--guidance-scale", "--guidance", dest="guidance", type=float, metavar="SCALE", help="how closely to follow caption or class; 1 is off (default: "
         "the pipeline's own)")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: the empty caption)")
     add("--size", metavar="WxH", help="width and height in pixels (default: the training size)")
     add("--aspect-ratio", choices=ASPECT_RATIOS, help="width to height, at the training size's area, instead of --size")
-    add("--decoding", choices=get_args(DecodingName), default="sequential", help="how the "
-        "flow is inverted: sequential, exact to rounding; jacobi, many tokens at once; auto, the faster of these here, within "
-        "0.001; fast, within 0.1; or student, one pass of the pipeline's student")  # fmt: skip
-    add("--decode-with", choices=tuple(NOISE_REMOVALS), help="how the training noise is removed: not at "
-        "all, by a score step, a learned denoiser or a finetuned decoder (default: the pipeline's own way)")  # fmt: skip
+    add("--decoding", choices=DECODINGS, default="auto", help="how the flow is inverted: sequential, exact to rounding; "
+        "jacobi and gs_jacobi, many tokens at once; auto, the fastest of these here, within 0.001; fast, within 0.1; or "
+        "student, one pass of the pipeline's student")  # fmt: skip
+    add("--denoise", choices=DENOISE, help="how the training noise is removed before decoding: not at all, by a score "
+        "step or a learned denoiser (default: the pipeline's own way)")  # fmt: skip
+    add("--decoder", choices=DECODERS, help="what decodes: the autoencoder's decoder, or the pipeline's finetuned one, "
+        "which removes the noise itself (default: the pipeline's own)")  # fmt: skip
+    add("--decode-with", choices=tuple(NOISE_REMOVALS), help="--denoise and --decoder in one word")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     return parser
 
@@ -55,6 +59,11 @@ def main(argv: list[str]) -> None:
     args = parser().parse_intermixed_args(argv)
     check(args)
     target = Target(args.out)
+    args.pipeline = args.pipeline or default_pipeline()
+    facts = facts_of(locate(args.pipeline))
+    if facts is not None:
+        subjects_of(facts, args)
+    loading()
     from tarflow.cli.drawing import draw  # imported here: it takes seconds, for which wrong options need not wait
 
     draw(args, target)
@@ -79,6 +88,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be 0 to {MOST_SEED - 1}, got {args.seed}")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ValueError(f"--guidance must be at least 1 (off), got {args.guidance:g}")
+    if args.decode_with is not None:
+        if args.denoise is not None or args.decoder is not None:
+            raise ValueError("give either --decode-with, or --denoise and --decoder")
+        args.denoise, args.decoder = NOISE_REMOVALS[args.decode_with]
     if args.size is None:
         return
     if args.aspect_ratio is not None:

@@ -9,16 +9,14 @@ say nothing about pixels and can be compared only between models of the same lat
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import sys
+from typing import Annotated, Any, Literal
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
+from tarflow.common.checks import AtLeastOne, at_least, check_ranges
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_json
 from tarflow.data.config import DataConfig
-from tarflow.data.images import Images
-from tarflow.evaluation.likelihood.held_out import Likelihood, evaluate_likelihood
-from tarflow.pipeline.opening import open_pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,20 +37,16 @@ class LikelihoodConfig:
     pipeline: str
     data: DataConfig
     split: Literal["train", "validation"] = "validation"
-    num_images: int | None = 1024
-    draws: int = 4
-    importance: int = 0
+    num_images: AtLeastOne | None = 1024
+    draws: AtLeastOne = 4
+    importance: Annotated[int, at_least(0)] = 0
     condition: Literal["data", "none"] = "data"
-    batch_size: int = 64
-    seed: int = 0
+    batch_size: AtLeastOne = 64
+    seed: Annotated[int, at_least(0)] = 0
     output: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"num_images": 1, "draws": 1, "importance": 0, "batch_size": 1, "seed": 0}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        check_ranges(self)
 
 
 def main(
@@ -65,13 +59,23 @@ def main(
         prog, description: how the help calls this, and what it says of it.
     """
     with ending():
-        config, _ = parse_dataclass(LikelihoodConfig, with_config_file(argv), description, prog)
+        config, _ = read_settings(LikelihoodConfig, argv, description, prog)
         if config.output is not None:
             check_writable(config.output)
-        pipe = open_pipeline(config.pipeline)
+        from tarflow.data.images import Images
+        from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
+        from tarflow.pipeline.opening import open_pipeline
+
+        pipe, images = open_pipeline(config.pipeline), Images(config.data, config.split)
+        count = len(images) if config.num_images is None else min(config.num_images, len(images))
+        draws = max(config.draws, config.importance)
+        passes = (
+            f"{count:,} pictures, {draws} draws of noise each: on a CPU that takes minutes, --num_images takes fewer"
+        )
+        print(passes, file=sys.stderr, flush=True)
         result = evaluate_likelihood(
             pipe,
-            Images(config.data, config.split),
+            images,
             config.num_images,
             config.draws,
             config.importance,
@@ -84,8 +88,8 @@ def main(
             write_json(config.output, dataclasses.asdict(result), nan_as_null=True)
 
 
-def report(result: Likelihood, noise_std: float) -> str:
-    """The result in words."""
+def report(result: Any, noise_std: float) -> str:
+    """A `Likelihood` in words."""
     if result.name == "bits_per_dim":
         lines = [f"bits per dimension (8-bit pixels)   {result.mean:.4f} ± {result.standard_error:.4f}"]
         if result.bound is not None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tarflow import configs
+from tarflow.common.arguments import parse_dataclass
+from tarflow.data.config import DataConfig
+from tarflow.data.place import check_data
+from tarflow.pipeline.loading.place import locate
+
+#: Of the commands that draw, whose default is the same.
+PIPELINE_HELP = (
+    "a folder, a shipped name (see `tarflow models`) or a hub id (default: the shipped pipeline of emoji, or else the "
+    "quick start's)"
+)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -19,8 +31,19 @@ class CommandParser(argparse.ArgumentParser):
         usage = f"{prog} {arguments}".rstrip() + " [options]"
         super().__init__(prog, usage, description, formatter_class=HelpFormatter, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Options with underscores are those with dashes, as settings and Python have them."""
+        argv = sys.argv[1:] if args is None else args
+        return super().parse_known_args([dashed(argument) for argument in argv], namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def dashed(argument: str) -> str:
+    """``--guidance_scale=2`` as ``--guidance-scale=2``; what is no option as it is."""
+    name, equals, value = argument.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if re.fullmatch(r"--[a-z][\w-]*", name) else argument
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -48,6 +71,49 @@ def dispatch(prog: str, commands: Sequence[str], argv: list[str], help_text: str
         hint = f"did you mean {near[0]}?" if near else f"{prog} has {', '.join(commands)}"
         raise ValueError(f"unknown command {argv[0]!r}; {hint}")
     importlib.import_module(f"tarflow.cli.{argv[0].replace('-', '_')}").main(argv[1:])
+
+
+def read_settings(kind: type, argv: list[str] | None, description: str | None, prog: str) -> tuple[Any, str]:
+    """A command's settings, and their resolved YAML; what can be said of them at once is said before libraries are loaded.
+
+    Args:
+        kind: the dataclass.
+        argv: the arguments; None takes those of the command line.
+        description, prog: what the help says the command does, and how it calls it.
+
+    Raises:
+        ValueError: with one sentence, also for a pipeline or data that is not there.
+    """
+    settings, resolved = parse_dataclass(kind, with_config_file(argv), description, prog)
+    check_places(settings)
+    loading()
+    return settings, resolved
+
+
+def check_places(settings: Any) -> None:
+    """Refuse pipelines and data that are not where settings say, at any depth.
+
+    Raises:
+        ValueError: that names the first.
+    """
+    if isinstance(settings, DataConfig):
+        check_data(settings)
+    elif isinstance(settings, dict):
+        for value in settings.values():
+            check_places(value)
+    elif dataclasses.is_dataclass(settings):
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if field.name == "pipeline" and isinstance(value, str):
+                locate(value)
+            else:
+                check_places(value)
+
+
+def loading() -> None:
+    """Tell a person at a terminal what the next seconds are for; the next line takes its place."""
+    if sys.stderr.isatty():
+        print("loading libraries …", end="\r", file=sys.stderr, flush=True)
 
 
 def with_config_file(argv: list[str] | None) -> list[str]:

@@ -9,15 +9,17 @@ the mean peak signal-to-noise ratio. Pictures lie evenly in their split, as fold
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
+from tarflow.common.files import check_writable
+from tarflow.evaluation.reconstruction.settings import ReconstructConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    from tarflow.evaluation.reconstruction.floor import ReconstructConfig, reconstruct
-
     with ending():
-        config, _ = parse_dataclass(ReconstructConfig, with_config_file(argv), __doc__, "tarflow reconstruct")
+        config, _ = read_settings(ReconstructConfig, argv, __doc__, "tarflow reconstruct")
+        check_writable(config.out, folder=True)
+        from tarflow.evaluation.reconstruction.floor import reconstruct
+
         count, ratio = reconstruct(config)
     print(f"{count} pictures and their reconstructions, {ratio:.2f} dB, are in {config.out}")

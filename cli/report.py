@@ -8,17 +8,18 @@ The file needs no network and no scripts. The data must be what the model was tr
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
+from tarflow.common.files import check_writable
+from tarflow.evaluation.reports.settings import ReportConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    from tarflow.evaluation.reports.contents import ReportConfig
-    from tarflow.evaluation.reports.html import write_report
-    from tarflow.pipeline.loading.device import best_device
-
     with ending():
-        config, _ = parse_dataclass(ReportConfig, with_config_file(argv), __doc__, "tarflow report")
+        config, _ = read_settings(ReportConfig, argv, __doc__, "tarflow report")
+        check_writable(config.out)
+        from tarflow.evaluation.reports.html import write_report
+        from tarflow.pipeline.loading.device import best_device
+
         path = write_report(config, best_device())
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")

@@ -13,20 +13,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
+from tarflow.common.charts import check_matplotlib
 from tarflow.common.command import ending
+from tarflow.common.files import check_writable
+from tarflow.evaluation.reports.settings import SweepConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
-    from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
-
     with ending():
-        config, _ = parse_dataclass(SweepConfig, with_config_file(argv), __doc__, "tarflow sweep")
+        config, _ = read_settings(SweepConfig, argv, __doc__, "tarflow sweep")
+        check_writable(config.gen.out, folder=True)
+        check_matplotlib()
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        from tarflow.evaluation.reports.sweep import run_sweep
+        from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
+
         state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
         run_sweep(config, None, state.process_index, state.num_processes, state.device, state.wait_for_everyone)
     if state.is_main_process:

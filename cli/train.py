@@ -11,11 +11,9 @@ accelerate launch -m tarflow.cli train --config …
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import with_config_file
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
-from tarflow.training.flow.arguments import parse_config
-from tarflow.training.flow.trainer import Trainer
-from tarflow.training.loop.stopping import exit_status, launched_process
+from tarflow.training.flow.config import RunConfig
 
 
 def main(
@@ -30,8 +28,14 @@ def main(
     Returns:
         the run's last metrics.
     """
+    with ending():
+        config, resolved = read_settings(RunConfig, argv, description, prog)
+        from tarflow.training.flow.arguments import check_flow_keys
+        from tarflow.training.flow.trainer import Trainer
+        from tarflow.training.loop.stopping import exit_status, launched_process
+
+        check_flow_keys(config.flow)
     with launched_process(), ending():
-        config, resolved = parse_config(with_config_file(argv), description, prog)
         metrics = Trainer(config, resolved).run()
         if status := exit_status(metrics):
             raise SystemExit(status)

@@ -10,12 +10,9 @@ from the last checkpoint. To train on several devices: accelerate launch -m tarf
 
 from __future__ import annotations
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
-from tarflow.training.loop.stopping import exit_status, launched_process
 from tarflow.training.student.config import StudentConfig
-from tarflow.training.student.task import train_student
 
 
 def main(argv: list[str] | None = None, prog: str = "tarflow train-student", description: str | None = __doc__) -> None:
@@ -25,7 +22,11 @@ def main(argv: list[str] | None = None, prog: str = "tarflow train-student", des
         argv: the settings; None takes those of the command line.
         prog, description: how the help calls this, and what it says of it.
     """
+    with ending():
+        settings = read_settings(StudentConfig, argv, description, prog)
+        from tarflow.training.loop.stopping import exit_status, launched_process
+        from tarflow.training.student.task import train_student
+
     with launched_process(), ending():
-        metrics = train_student(*parse_dataclass(StudentConfig, with_config_file(argv), description, prog))
-        if status := exit_status(metrics):
+        if status := exit_status(train_student(*settings)):
             raise SystemExit(status)

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from tarflow.cli.parsing import with_config_file
-from tarflow.common.arguments import parse_dataclass
+from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
+from tarflow.training.autoencoder.config import TrainVaeConfig
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    from tarflow.training.autoencoder.config import TrainVaeConfig
-    from tarflow.training.autoencoder.task import AutoencoderTrainer
-    from tarflow.training.loop.stopping import exit_status, launched_process
+    with ending():
+        config, resolved = read_settings(TrainVaeConfig, argv, __doc__, "tarflow train-vae")
+        from tarflow.training.autoencoder.task import AutoencoderTrainer
+        from tarflow.training.loop.stopping import exit_status, launched_process
 
     with launched_process(), ending():
-        config, resolved = parse_dataclass(TrainVaeConfig, with_config_file(argv), __doc__, "tarflow train-vae")
         metrics = AutoencoderTrainer(config, resolved).run()
         if status := exit_status(metrics):
             raise SystemExit(status)

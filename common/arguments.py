@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -41,17 +42,32 @@ def parse_dataclass(
         description=description,
         formatter_class=HelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; all other arguments count more")
     parser.add_class_arguments(kind, None, sub_configs=False)
     try:
-        namespace = parser.parse_args(config_first(sys.argv[1:] if argv is None else argv))
+        namespace = parser.parse_args(config_first(underscored(sys.argv[1:] if argv is None else argv)))
         resolved = parser.dump(namespace, skip_none=False)
         arguments = vars(parser.instantiate(namespace))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(plain_message(" ".join(str(error).split()))) from error
+        raise ValueError(plain_message(" ".join(str(error).split()), options_of(parser))) from error
     arguments.pop("config", None)
     return kind(**arguments), resolved
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """Options with dashes as the parser knows them, ``--noise-std`` as ``--noise_std``."""
+    found = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        found.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if argument.startswith("--") else argument)
+    return found
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """All options that a parser knows."""
+    return sorted(option for option in parser._option_string_actions if option.startswith("--"))
 
 
 def config_first(argv: Sequence[str]) -> list[str]:
@@ -81,12 +97,18 @@ KINDS = {
 }
 
 
-def plain_message(message: str) -> str:
-    """The parser's message on a value of a wrong type as a sentence; any other message as it is.
+def plain_message(message: str, options: Sequence[str] = ()) -> str:
+    """The parser's message on a value of a wrong type, or an unknown option, as a sentence; any other message as it is.
 
     Args:
         message: on one line.
+        options: that there are.
     """
+    unknown = re.fullmatch(r"[Uu]nrecognized arguments: (\S+).*", message)
+    if unknown is not None:
+        name = unknown[1].partition("=")[0]
+        near = difflib.get_close_matches(name, options, 1)
+        return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
     found = re.search(r'Parser key "([^"]+)": (.*)', message)
     if found is None:
         return message

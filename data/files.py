@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tarflow.data.formats import OTHER_SUFFIXES, PICTURE_SUFFIXES, is_of_system, readable_suffixes, suffix
+from tarflow.data.place import status_of
 
 
 class Files:
@@ -33,13 +34,7 @@ class Files:
         self.path = Path(path).expanduser()
         self._members: dict[str, str] = {}  # names within an archive, as the archive writes them
         self._archive: tuple[int, zipfile.ZipFile] | None = None
-        try:
-            found = self.path.stat()
-        except OSError as error:
-            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise ValueError(
-                f"the data path {path!r} {reason}; give a folder of images or a zip archive of one"
-            ) from error
+        found = status_of(path)
         if stat.S_ISDIR(found.st_mode):
             # By folders, which is another order than that of the whole names.
             self.names = sorted(list_folder(self.path), key=lambda name: name.split("/"))

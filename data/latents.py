@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-MANIFEST = "manifest.json"
+from tarflow.data.place import MANIFEST, check_cache
+
 #: What manifests and shards call themselves; changed whenever their layout is.
 FORMAT = "tarflow latents 1"
 REMEDY = "run tarflow cache-latents again: it rewrites only what is missing"
@@ -55,10 +56,8 @@ class CachedLatents(Dataset):
         if split not in ("train", "validation"):
             raise ValueError(f"the split must be 'train' or 'validation', got {split!r}")
         self.path, self.split, self.flip = Path(path).expanduser(), split, flip
-        manifest = read_manifest(self.path)
-        if manifest is None:
-            raise ValueError(f"there is no latent cache in {str(path)!r}: make one with tarflow cache-latents")
-        self.manifest = manifest
+        check_cache(path)
+        self.manifest = read_manifest(self.path) or {}
         if flip and not self.manifest["flip"]:
             raise ValueError(
                 f"the cache {str(path)!r} has no mirrored pictures: cache with --flip true, or do not flip"

@@ -24,11 +24,9 @@ from tarflow.flows.decoding.calibration import conditions_key
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.prepared import is_elsewhere
-from tarflow.pipeline.call.choices import NOISE_REMOVALS, STUDENT
+from tarflow.pipeline.call.choices import DECODINGS, NOISE_REMOVALS, STUDENT
 from tarflow.pipeline.call.limits import check_num_images
 
-#: How the page names the ways to invert a block, and the parts of the sequence that its "gs_jacobi" sweeps in turn.
-DECODINGS, SEGMENTS = ("auto", "sequential", "jacobi", "gs_jacobi", "fast"), 4
 MOST_IMAGES = 16
 LONGEST_PROMPT = 1000
 LARGEST_GUIDANCE = 10.0
@@ -49,7 +47,7 @@ class Request:
         prompt: a caption, for text-conditioned models.
         label: index of the class, for class-conditioned ones.
         guidance_scale: 1 is off.
-        decoding: one of `DECODINGS`, or "student".
+        decoding: one of `DECODINGS`.
         noise_removal: one of `NOISE_REMOVALS`; a student of clean latents leaves nothing to remove.
         seed: image i depends on it and i alone, as with `tarflow generate`.
         count: how many images.
@@ -113,7 +111,7 @@ class Progress:
 
 def decodings(pipe: Any) -> list[str]:
     """How this pipeline can make latents of noise."""
-    return [*DECODINGS, *([] if pipe.student is None else [STUDENT])]
+    return [name for name in DECODINGS if name != STUDENT or pipe.student is not None]
 
 
 def noise_removals(pipe: Any) -> list[str]:
@@ -284,15 +282,12 @@ def arguments(pipe: Any, request: Request) -> dict[str, Any]:
     if kind != "none":
         condition = {"num_images_per_prompt": request.count}
         condition |= {"prompt": request.prompt} if kind == "prefix" else {"class_labels": request.label}
-    tokens = (pipe.flow.config.sample_size // pipe.flow.config.patch_size) ** 2
-    segment = math.ceil(tokens / SEGMENTS) if request.decoding == "gs_jacobi" else None
     removal = (None, None) if cleaned(pipe, request) else NOISE_REMOVALS[request.noise_removal]
     return {
         **condition,
         **dict(zip(("denoise", "decoder"), removal, strict=True)),
         "guidance_scale": request.guidance_scale,
         "decoding": request.decoding,
-        "segment": segment,
     }
 
 

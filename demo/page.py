@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tarflow.models import shipped
+from tarflow.pipeline.loading.place import default_pipeline
 from tarflow.pipeline.opening import open_pipeline
 
 if TYPE_CHECKING:
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
 #: Larger files are not taken.
 LARGEST_UPLOAD = "50mb"
-#: What is shown if nothing else is asked for, the first that there is.
-DEFAULT_SHIPPED, DEFAULT_FOLDER = "emoji", "runs/quickstart/pipeline"
 
 
 def serve(
@@ -98,22 +95,6 @@ def check_gradio() -> None:
         import gradio  # noqa: F401 (takes seconds, and only the page needs it)
     except ImportError as error:
         raise ValueError("the page needs Gradio: pip install 'tarflow[demo]'") from error
-
-
-def default_pipeline() -> str:
-    """The shipped pipeline of emoji, or the quick start's.
-
-    Raises:
-        ValueError: if there is neither; it says what to do.
-    """
-    if DEFAULT_SHIPPED in shipped():
-        return DEFAULT_SHIPPED
-    if (Path(DEFAULT_FOLDER) / "model_index.json").is_file():
-        return DEFAULT_FOLDER
-    raise ValueError(
-        "there is no pipeline to show: name a folder (make demo PIPELINE=runs/NAME/pipeline), or train one first "
-        "(make quickstart)"
-    )
 
 
 def check_address(host: str, port: int) -> None:

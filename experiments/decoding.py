@@ -6,33 +6,29 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tarflow.common.charts import markdown_table
-from tarflow.common.checks import AtLeastOne
 from tarflow.common.clock import clock
 from tarflow.common.files import check_writable, write_json, write_picture, write_text
 from tarflow.common.machine import machine
 from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
-from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_uint8
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
-from tarflow.evaluation.features.settings import OptionalExtractor
 from tarflow.evaluation.features.statistics import Moments, compute_statistics
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reconstruction.noisy import available_methods, decode_by, noisy_pictures
 from tarflow.evaluation.reports.fid import open_reference, versions
 from tarflow.evaluation.samples.conditions import Conditions, make_conditions
 from tarflow.evaluation.samples.record import pipeline_hash
-from tarflow.evaluation.samples.settings import SampleSubjects, Split
+from tarflow.experiments.settings import ComparisonConfig
 
 #: A row of the table: its columns' names in the JSON file and in the table.
 COLUMNS = {
@@ -43,43 +39,6 @@ COLUMNS = {
     "seconds": "seconds per image, noise removed and decoded",
     "total_seconds": "with sampling",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonConfig(OptionalExtractor, SampleSubjects):
-    """What to compare.
-
-    Attributes:
-        captions: of the samples, see `GenerationConfig`; None are the data's.
-        data: pictures to reconstruct, captions, and the reference of the distance if ``ref`` does not give one.
-        out: folder for comparison.json, comparison.md, samples.png and reconstructions.png.
-        split: of the data.
-        pictures: of the split, which are encoded, get the training noise, and are decoded by each method.
-        num: samples; the flow draws each once.
-        ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures; None takes the
-            data's split (of endless drawings the first ``num``).
-        extractor: of features, see ``tarflow evaluate fid``; None leaves the distance out.
-        decoding: how the flow is inverted, see `GenerationConfig`.
-        batch_size: samples and pictures at once.
-        repeats: of the clock's measurements, of which the medians count; methods take turns.
-        columns: samples in the pictures.
-    """
-
-    data: DataConfig
-    out: str
-    split: Split = "validation"
-    pictures: AtLeastOne = 256
-    num: AtLeastOne = 1000
-    ref: str | None = None
-    decoding: Literal["sequential", "auto", "fast", "jacobi"] = "sequential"
-    batch_size: AtLeastOne = 64
-    repeats: AtLeastOne = 5
-    columns: AtLeastOne = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.extractor is None and (self.extractor_weights is not None or self.ref is not None):
-            raise ValueError("extractor_weights and ref are for a distance, but extractor is null")
 
 
 @torch.no_grad()

@@ -3,63 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tarflow.common.charts import check_matplotlib
-from tarflow.common.files import check_writable, write_picture
-from tarflow.data.config import DataConfig
+from tarflow.common.files import write_picture
 from tarflow.data.images import Images, collate, to_uint8
 from tarflow.data.subset import Subset, spread
 from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_chart
 from tarflow.experiments.decoding import labelled_rows
+from tarflow.experiments.settings import ExactFlowConfig
 from tarflow.pipeline.opening import open_pipeline
 
 Rows = dict[str, Tensor]  # uint8 pictures (N, 3, H, W) by the row's name
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExactFlowConfig:
-    """What to make.
-
-    Attributes:
-        pipeline: folder, shipped name or hub id.
-        tool: "encode", "likelihood", "interpolate", "vary", "inpaint", "swap", "temperature", "best_of" or "ood".
-        out: the PNG file.
-        data: the pictures.
-        split: "train" or "validation".
-        outside: pictures of another kind, for "ood".
-        num: how many pictures; of "best_of", how many are drawn.
-        steps, step_size: of "inpaint", of the chain.
-        seed: of all that is random.
-    """
-
-    pipeline: str
-    tool: Literal["encode", "likelihood", "interpolate", "vary", "inpaint", "swap", "temperature", "best_of", "ood"]
-    out: str
-    data: DataConfig = field(default_factory=DataConfig)
-    split: Literal["train", "validation"] = "validation"
-    outside: DataConfig | None = None
-    num: int = 6
-    steps: int = 50
-    step_size: float = 0.3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num < 2:
-            raise ValueError(f"num must be at least 2, got {self.num}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.tool == "ood" and self.outside is None:
-            raise ValueError("the tool 'ood' needs pictures of another kind: give --outside.source and --outside.path")
-
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+def generator_of(config: ExactFlowConfig) -> torch.Generator:
+    """Of all that is random."""
+    return torch.Generator().manual_seed(config.seed)
 
 
 @dataclass
@@ -94,19 +59,19 @@ def stretched(values: Tensor, size: int) -> Tensor:
 
 def encode(config: ExactFlowConfig, pipe: Any) -> Rows:
     batch = read_batch(config, pipe)
-    out = pipe.encode(batch.images, **batch.conditions, generator=config.generator())
+    out = pipe.encode(batch.images, **batch.conditions, generator=generator_of(config))
     print(
         f"largest |x − x'| of latents → z → latents: {out.error.max():.1e}; standard deviation of z {out.z.std():.3f}"
     )
-    again = pipe.vary(batch.images, 0.0, **batch.conditions, generator=config.generator(), output_type="pt").images
+    again = pipe.vary(batch.images, 0.0, **batch.conditions, generator=generator_of(config), output_type="pt").images
     noise = stretched(out.z[:, :3].cpu() / 6 + 0.5, batch.images.shape[-1])
     return {"picture": batch.images, "3 channels\nof z": noise, "decoded\nagain": bytes_of(again)}
 
 
 def likelihood(config: ExactFlowConfig, pipe: Any) -> Rows:
     batch = read_batch(config, pipe)
-    out = pipe.log_likelihood(batch.images, **batch.conditions, generator=config.generator())
-    alone = pipe.log_likelihood(batch.images, generator=config.generator())
+    out = pipe.log_likelihood(batch.images, **batch.conditions, generator=generator_of(config))
+    alone = pipe.log_likelihood(batch.images, generator=generator_of(config))
     for name, values in (("with its condition", out.nats_per_dim), ("with none", alone.nats_per_dim)):
         print(f"nats per dimension {name}:", " ".join(f"{value:.3f}" for value in values.tolist()))
     low, high = out.map.flatten(1).aminmax(dim=1)
@@ -119,7 +84,7 @@ def interpolate(config: ExactFlowConfig, pipe: Any) -> Rows:
     first, second = read_batch(config, pipe).images[:2]
     rows = {}
     for path in ("spherical", "linear"):
-        out = pipe.interpolate(first, second, 8, path, generator=config.generator(), output_type="pt")
+        out = pipe.interpolate(first, second, 8, path, generator=generator_of(config), output_type="pt")
         rows[path] = bytes_of(out.images)
     return rows
 
@@ -127,7 +92,7 @@ def interpolate(config: ExactFlowConfig, pipe: Any) -> Rows:
 def vary(config: ExactFlowConfig, pipe: Any) -> Rows:
     batch, rows = read_batch(config, pipe), {}
     for strength in (0.0, 0.2, 0.4, 0.7, 1.0):
-        out = pipe.vary(batch.images, strength, **batch.conditions, generator=config.generator(), output_type="pt")
+        out = pipe.vary(batch.images, strength, **batch.conditions, generator=generator_of(config), output_type="pt")
         rows[f"strength {strength:g}"] = bytes_of(out.images)
     return {"picture": batch.images, **rows}
 
@@ -139,14 +104,14 @@ def inpaint(config: ExactFlowConfig, pipe: Any) -> Rows:
     rows = {"picture": batch.images, "known": torch.where(mask, 128, batch.images)}
     for method in ("fill", "metropolis"):
         options = {"method": method, "steps": config.steps, "step_size": config.step_size, "output_type": "pt"}
-        out = pipe.inpaint(batch.images, mask, **batch.conditions, generator=config.generator(), **options)
+        out = pipe.inpaint(batch.images, mask, **batch.conditions, generator=generator_of(config), **options)
         rows[method] = bytes_of(out.images)
         changed = (rows[method] != batch.images)[:, :, ~mask].sum()
         print(f"{method}: log p {out.log_prob.mean(-1).flatten()[-1]:.1f}, {changed} known pixels changed", end="")
         if out.acceptance is not None:
             print(f", from {out.log_prob[0].mean():.1f}; {out.acceptance.mean():.0%} of the proposals accepted", end="")
         print()
-    truth = pipe.log_likelihood(batch.images, **batch.conditions, generator=config.generator()).log_prob.mean()
+    truth = pipe.log_likelihood(batch.images, **batch.conditions, generator=generator_of(config)).log_prob.mean()
     print(f"the pictures themselves: log p {truth:.1f}")
     return rows
 
@@ -164,7 +129,7 @@ def swap(config: ExactFlowConfig, pipe: Any) -> Rows:
             batch.images,
             **dict(zip(names, (source, target), strict=True)),
             guidance_scale=scale,
-            generator=config.generator(),
+            generator=generator_of(config),
             output_type="pt",
         )
         rows[f"as the next,\nguidance {scale:g}"] = bytes_of(out.images)
@@ -176,7 +141,7 @@ def temperature(config: ExactFlowConfig, pipe: Any) -> Rows:
     batch, rows = read_batch(config, pipe), {}
     counts = batch.conditions or {"num_images": config.num}
     for factor in (0.4, 0.7, 0.9, 1.0, 1.2):
-        images = pipe(**counts, temperature=factor, generator=config.generator(), output_type="pt").images
+        images = pipe(**counts, temperature=factor, generator=generator_of(config), output_type="pt").images
         rows[f"T = {factor:g}"] = bytes_of(images)
     return rows
 
@@ -184,7 +149,7 @@ def temperature(config: ExactFlowConfig, pipe: Any) -> Rows:
 def best_of(config: ExactFlowConfig, pipe: Any) -> Rows:
     batch = read_batch(config, pipe)
     condition = {name: values[0] for name, values in batch.conditions.items()}
-    out = pipe.best_of(config.num, **condition, guidance_scale=1.0, generator=config.generator(), output_type="pt")
+    out = pipe.best_of(config.num, **condition, guidance_scale=1.0, generator=generator_of(config), output_type="pt")
     shown = min(8, config.num)
     print(f"{condition}: log p from {out.log_prob[0]:.1f} to {out.log_prob[-1]:.1f}")
     return {"likeliest": bytes_of(out.images[:shown]), "unlikeliest": bytes_of(out.images[-shown:])}
@@ -223,11 +188,6 @@ def draw_tool(config: ExactFlowConfig) -> None:
     Raises:
         ValueError: for settings that do not fit the pipeline, and a place that cannot be written to.
     """
-    if Path(config.out).suffix.lower() != ".png":
-        raise ValueError(f"out must be the name of a .png file, got {config.out!r}")
-    check_writable(config.out)
-    if config.tool == "ood":
-        check_matplotlib()
     pipe = open_pipeline(config.pipeline)
     if config.tool == "ood":
         out_of_distribution(config, pipe)

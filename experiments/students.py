@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tarflow.common.charts import markdown_table
-from tarflow.common.checks import AtLeastOne
 from tarflow.common.files import check_writable, write_json, write_picture, write_text
 from tarflow.common.machine import machine, timed
 from tarflow.common.seeds import image_seed
-from tarflow.data.config import DataConfig
 from tarflow.evaluation.samples.conditions import make_conditions
-from tarflow.evaluation.samples.settings import SampleSubjects, Split
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.experiments.decoding import labelled_rows
+from tarflow.experiments.settings import StudentComparisonConfig
 from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.student_sampling import student_samples
 
@@ -27,39 +24,6 @@ TIMED: dict[str, dict[str, Any]] = {
     "latents": {"output_type": "latent", "denoise": False},
     "pictures": {"output_type": "pt"},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentComparisonConfig(SampleSubjects):
-    """What to compare, of a pipeline with a student.
-
-    Attributes:
-        out: folder for student.json, student.md and samples.png.
-        data, split: of the captions, if the model takes some and ``captions`` does not name others.
-        guidance_scale: None is the pipeline's own, or the student's largest if that is smaller.
-        batch_sizes: images at once, each timed.
-        decoding: of the flow, to compare with.
-        student_dtype: of the student's weights.
-        compile: compile the student, and the flow's sequential step, see `TARFlowPipeline.enable_fast_decoding`.
-        repeats: of the clock's measurements, of which the medians count; the two take turns.
-        num: samples whose errors are measured; ``columns`` of them are shown.
-    """
-
-    out: str
-    data: DataConfig | None = None
-    split: Split = "validation"
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
-    decoding: Literal["sequential", "auto", "fast"] = "sequential"
-    student_dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
-    repeats: AtLeastOne = 7
-    num: AtLeastOne = 64
-    columns: AtLeastOne = 12
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes must list numbers of at least 1, got {self.batch_sizes}")
 
 
 @torch.no_grad()

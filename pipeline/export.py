@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tarflow.common.files import check_writable, write_json
-from tarflow.pipeline.loading.folder import INDEX, own_folder, written_into
+from tarflow.pipeline.loading.folder import own_folder, written_into
+from tarflow.pipeline.loading.place import INDEX
 from tarflow.pipeline.opening import open_pipeline
 
 

@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import torch
 
-from tarflow.models import resolve, shipped
 from tarflow.pipeline.loading.device import best_device
-from tarflow.pipeline.loading.folder import INDEX
+from tarflow.pipeline.loading.place import locate
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def locate(name: str) -> str:
-    """The folder or hub id that a name stands for; a mistyped path is an error, and never looked for on the Hub.
-
-    Raises:
-        ValueError: if the name is none of a pipeline's folder, a shipped pipeline and ``owner/name``.
-    """
-    found = resolve(name)
-    path = Path(found).expanduser()
-    if (path / INDEX).is_file():
-        return str(path)
-    if (path / "pipeline" / INDEX).is_file():
-        raise ValueError(f"{name!r} is the folder of a run; its pipeline is {str(path / 'pipeline')!r}")
-    if path.exists():
-        raise ValueError(f"{name!r} is no folder of a pipeline: it has no {INDEX}")
-    # An owner that is a folder here means a path.
-    if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
-        return name
-    known = ", ".join(shipped()) or "none"
-    raise ValueError(f"there is no pipeline {name!r}: give its folder, a shipped name ({known}) or a hub id owner/name")
 
 
 def open_pipeline(name: str, device: str | None = None) -> TARFlowPipeline:

@@ -170,7 +170,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             latents: the prior noise (B, C, h, w) instead of a draw.
             prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts.
             denoise: how to remove the training noise before decoding: True or "score" by one score step, "learned" by
-                the model's learned denoiser, False not at all. None is the score step with the autoencoder's decoder
+                the model's learned denoiser, False or "none" not at all. None is the score step with the autoencoder's decoder
                 (nothing if the pipeline's setting ``denoise`` is False) and nothing with the finetuned one, which
                 removes the noise itself.
             decoder: "vae", the autoencoder's, or "finetuned" (see ``tarflow finetune-decoder``), which goes with no
@@ -184,8 +184,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             decoding: "student", one pass of the pipeline's student instead of the flow's inverse; or how blocks are
                 inverted: "auto" (the fastest on this device, found by a short calibration at the first call with a batch
                 size, see `calibrations`; sequential where weights are fetched for each use), "sequential" (exact to
-                rounding), "jacobi", "gs_jacobi" with ``segment`` tokens, or "fast" ("auto" with a tolerance of
-                `FAST_TOLERANCE`); or a `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
+                rounding), "jacobi", "gs_jacobi" with ``segment`` tokens (a quarter of all), or "fast" ("auto" with a
+                tolerance of `FAST_TOLERANCE`); or a `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
                 unit size, agree with exact ones to 1e-3 up to a guidance scale of 3, with "fast" to 0.1 up to 6; stronger
                 guidance magnifies errors and is warned of; ``return_residual`` tells.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
@@ -217,11 +217,12 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         subjects.check(self.flow.config.conditioning, scale, callback_on_step_end is not None)
         method = guidance_method or self.config.guidance_method
         guidance = Guidance(scale - 1, method, guidance_parts, guidance_annealed, attention_temperature)
-        inversion = resolve_decoding(decoding, tolerance, segment)
+        shape, aspect_ratio = resolve_size(self, height, width, aspect_ratio)
+        tokens = shape[1] * shape[2] // self.flow.config.patch_size**2
+        inversion = resolve_decoding(decoding, tolerance, segment, tokens)
         denoise, decoder = self.check_outputs(denoise, output_type, decoder, decoding)
         if inversion is None:
             check_student_call(self.check_student(), scale, guidance, subjects.names_negative)
-        shape, aspect_ratio = resolve_size(self, height, width, aspect_ratio)
         call = Sampling(
             subjects=subjects,
             device=self._execution_device,

@@ -12,11 +12,9 @@ import pytest
 
 from tarflow.cli.fid import CalcConfig, RefConfig, RunConfig
 from tarflow.common.arguments import config_first, parse_dataclass
-from tarflow.evaluation.reports.contents import ReportConfig
-from tarflow.evaluation.reports.sweep import SweepConfig
-from tarflow.evaluation.samples.generation import GenerationConfig
-from tarflow.experiments.decoding import ComparisonConfig
-from tarflow.experiments.students import StudentComparisonConfig
+from tarflow.evaluation.reports.settings import ReportConfig, SweepConfig
+from tarflow.evaluation.samples.settings import GenerationConfig
+from tarflow.experiments.settings import ComparisonConfig, StudentComparisonConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ from test_sweep import Means
 
 from tarflow import TARFlowPipeline
 from tarflow.cli.compare_decoding import main as command
-from tarflow.evaluation.features import settings
+from tarflow.data.config import DataConfig
+from tarflow.evaluation.features import extractors
 from tarflow.evaluation.features.extractors import Extractor
-from tarflow.experiments import decoding as decoding_comparison
-from tarflow.experiments.decoding import ComparisonConfig, compare_decoding
+from tarflow.experiments.decoding import compare_decoding
+from tarflow.experiments.settings import ComparisonConfig
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def folder(tmp_path):
 
 
 def test_table_and_pictures(folder, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(settings, "load_extractor", lambda *_: Extractor("means", Means(), "none", "none"))
+    monkeypatch.setattr(extractors, "load_extractor", lambda *_: Extractor("means", Means(), "none", "none"))
     drawn, call = [], TARFlowPipeline.__call__
 
     def counting(pipe, *arguments, **options):
@@ -59,7 +60,7 @@ def test_table_and_pictures(folder, tmp_path, monkeypatch, capsys) -> None:
 def test_without_the_parts_there_are_fewer_methods(folder, tmp_path) -> None:
     pipe = TARFlowPipeline.from_pretrained(folder, finetuned_decoder=None)
     pipe.set_progress_bar_config(disable=True)
-    data = {"data": decoding_comparison.DataConfig(image_size=16), "pipeline": "x", "extractor": None}
+    data = {"data": DataConfig(image_size=16), "pipeline": "x", "extractor": None}
     config = ComparisonConfig(**data, out=str(tmp_path / "out"), num=2, pictures=2, repeats=1)
     rows = compare_decoding(config, pipe)
     assert [row["method"] for row in rows] == ["none", "score", "learned"]
@@ -73,8 +74,6 @@ def test_without_the_parts_there_are_fewer_methods(folder, tmp_path) -> None:
 
 def test_models_of_pixels_are_refused(tmp_path) -> None:
     pipe = TARFlowPipeline(small_model(in_channels=3, conditioning="none", num_classes=0, cond_dim=0))
-    config = ComparisonConfig(
-        pipeline="x", data=decoding_comparison.DataConfig(image_size=4), out=str(tmp_path), extractor=None
-    )
+    config = ComparisonConfig(pipeline="x", data=DataConfig(image_size=4), out=str(tmp_path), extractor=None)
     with pytest.raises(ValueError, match="draws pixels: it has no decoder that could remove the noise"):
         compare_decoding(config, pipe)

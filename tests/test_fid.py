@@ -89,7 +89,10 @@ class TestCommands:
                 ["ref", "--data", "x", "--out", "y", "--extractor", "vgg16", "--inception-weights", "z"],
                 "inception_weights",
             ),
-            (["calc", "--ref", "x", "--samples", str(tmp_path), "--extractor", "resnet18"], "needs its weights"),
+            (
+                ["calc", "--ref", str(tmp_path), "--samples", str(tmp_path), "--extractor", "resnet18"],
+                "needs its weights",
+            ),
         ):
             fails(argv, capsys, message)
 

@@ -15,11 +15,12 @@ from tarflow.data.drawing_checker import class_shares
 from tarflow.data.drawings import CLASS_NAMES, Drawings
 from tarflow.experiments.family import comparison as flow_comparison
 from tarflow.experiments.family import plane as flow_plane
-from tarflow.experiments.family.comparison import FlowComparison, compare_flows, markdown
+from tarflow.experiments.family.comparison import compare_flows, markdown
 from tarflow.experiments.family.data import PLANES, Samples, as_tensor, plane_samples, points
 from tarflow.experiments.family.family import FAMILY, draw, drawing_speed, fit, held_out_nats
 from tarflow.experiments.family.images import DIGITS, DISTILLED, as_pixels, digit_run, labelled_batches, uniform
 from tarflow.experiments.family.runs import Runs, file_name
+from tarflow.experiments.family.settings import FlowComparison
 from tarflow.flows.model import TARFlowModel
 
 TINY = {"width": 32, "head_dim": 32}

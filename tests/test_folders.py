@@ -24,7 +24,8 @@ from tarflow.data.folder import ImageFolder
 from tarflow.data.images import Images
 from tarflow.data.layout import place_pictures, split_of
 from tarflow.evaluation.images.sets import open_images
-from tarflow.pipeline.call.inputs import label_indices, labels_by_name
+from tarflow.pipeline.call.inputs import label_indices
+from tarflow.pipeline.call.labels import labels_by_name
 from tarflow.training.flow.arguments import parse_config
 
 DOUBLE = b"\0\5\x16\7" + b"\0" * 60  # what macOS writes beside files

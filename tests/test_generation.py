@@ -18,8 +18,9 @@ from tarflow.data.config import DataConfig
 from tarflow.evaluation.images import store as image_store
 from tarflow.evaluation.samples import conditions
 from tarflow.evaluation.samples.conditions import make_conditions, read_captions
-from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
+from tarflow.evaluation.samples.generation import generate_images
 from tarflow.evaluation.samples.match import all_captions
+from tarflow.evaluation.samples.settings import GenerationConfig
 
 
 @pytest.fixture(scope="module")

@@ -30,4 +30,4 @@ def test_originals_and_reconstructions(tmp_path: Path, capsys: pytest.CaptureFix
     assert "the drawings have no end" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*options, "--num", "0", "--out", str(tmp_path / "floor")])
-    assert "num and batch_size must be at least 1" in capsys.readouterr().err
+    assert "num must be at least 1, got 0" in capsys.readouterr().err

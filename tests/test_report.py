@@ -19,12 +19,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate
 from tarflow.data.subset import Subset, evenly, spread
-from tarflow.evaluation.features import settings
+from tarflow.evaluation.features import extractors
 from tarflow.evaluation.features.extractors import Extractor
-from tarflow.evaluation.reports.contents import ReportConfig
 from tarflow.evaluation.reports.files import read_curves
 from tarflow.evaluation.reports.html import write_report
 from tarflow.evaluation.reports.neighbours import nearest_neighbours, pixel_description
+from tarflow.evaluation.reports.settings import ReportConfig
 from tarflow.evaluation.reports.svg_charts import averaged, histogram, line_chart, ticks
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -95,7 +95,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "metrics.json").write_text(json.dumps(metrics))
     patch = pytest.MonkeyPatch()
     extractor = Extractor("flat", torch.nn.Sequential(ToFloat(), torch.nn.Flatten()), "none", "none")
-    patch.setattr(settings, "load_extractor", lambda *_: extractor)
+    patch.setattr(extractors, "load_extractor", lambda *_: extractor)
     options = {"run": str(folder / "run"), "metrics": str(folder / "metrics.json"), "extractor": "flat"}
     path = write_report(config_of(folder / "pipeline", folder / "report.html", title="<b>A & B</b>", **options))
     patch.undo()

@@ -14,8 +14,10 @@ from test_pipeline import CAPTIONS, make_pipeline
 
 from tarflow.cli.main import main
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
-from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
+from tarflow.evaluation.reports.settings import SweepConfig
+from tarflow.evaluation.reports.sweep import run_sweep
+from tarflow.evaluation.samples.generation import generate_images
+from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.experiments.family.runs import Runs
 
 
@@ -160,9 +162,9 @@ def places(pipelines: Path, file: str) -> dict[str, Any]:
         "likelihood": lambda: main(["evaluate", "likelihood", *pipe, *DRAWINGS, "--output", f"{file}/x.json"]),
         "ref": lambda: main(["evaluate", "fid", "ref", *DRAWINGS, "--num", "4", *fid, *out]),
         "gen": lambda: main(["evaluate", "fid", "gen", *pipe, "--captions", "drawings", *out]),
-        "calc": lambda: main(["evaluate", "fid", "calc", "--ref", "x", "--samples", pipeline, *fid, *out]),
+        "calc": lambda: main(["evaluate", "fid", "calc", "--ref", pipeline, "--samples", pipeline, *fid, *out]),
         "cache": lambda: main(
-            ["evaluate", "fid", "calc", "--ref", "x", "--samples", pipeline, *fid, "--cache_dir", f"{file}/new"]
+            ["evaluate", "fid", "calc", "--ref", pipeline, "--samples", pipeline, *fid, "--cache_dir", f"{file}/new"]
         ),
         "run": lambda: main(
             ["evaluate", "fid", "run", *DRAWINGS, "--num", "4", *fid, "--stats", f"{pipelines}/stats", *generated, *out]

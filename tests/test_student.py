@@ -18,11 +18,14 @@ from torchvision.models import mobilenet_v2
 from tarflow import TARFlowPipeline
 from tarflow.cli.main import main
 from tarflow.common.arguments import parse_dataclass
-from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
-from tarflow.evaluation.samples.generation import GenerationConfig, generate_images
+from tarflow.evaluation.reports.settings import SweepConfig
+from tarflow.evaluation.reports.sweep import run_sweep
+from tarflow.evaluation.samples.generation import generate_images
 from tarflow.evaluation.samples.record import read_record
+from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.student_error import block_errors, exact_states
-from tarflow.experiments.students import StudentComparisonConfig, compare_student
+from tarflow.experiments.settings import StudentComparisonConfig
+from tarflow.experiments.students import compare_student
 from tarflow.flows.decoding import sampling
 from tarflow.flows.decoding.method import guided_states
 from tarflow.flows.layers.guidance import Guidance

@@ -16,12 +16,13 @@ from test_pipeline import make_pipeline
 from torch import nn
 
 from tarflow.cli.sweep import main as command
-from tarflow.evaluation.features import settings
+from tarflow.evaluation.features import extractors
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.reports import sweep
-from tarflow.evaluation.reports.sweep import SweepConfig, run_sweep
+from tarflow.evaluation.reports.settings import SweepConfig
+from tarflow.evaluation.reports.sweep import run_sweep
 from tarflow.evaluation.reports.sweep_tables import best_row, row_name
-from tarflow.evaluation.samples.generation import GenerationConfig
+from tarflow.evaluation.samples.settings import GenerationConfig
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_distances_to_a_reference(pipeline, tmp_path, monkeypatch, capsys) -> No
     for i in range(4):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "real" / f"{i}.png")
-    monkeypatch.setattr(settings, "load_extractor", lambda *_: Extractor("means", Means(), "none", "none"))
+    monkeypatch.setattr(extractors, "load_extractor", lambda *_: Extractor("means", Means(), "none", "none"))
     options = {"ref": str(tmp_path / "real"), "extractor": "means", "match": False, "noise_std": None}
     rows = run_sweep(config_of(pipeline, tmp_path / "out", guidance_scale=[1.0], **options))
     assert [list(row["metrics"]) for row in rows] == [["frechet_distance"]] * 2

@@ -2,11 +2,14 @@
 
 # Annotations are types here, not texts: those who inherit the settings need not have the types' names.
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from tarflow.evaluation.features.extractors import Extractor, load_extractor
 from tarflow.evaluation.features.names import INCEPTION, Normalize
+
+if TYPE_CHECKING:
+    import torch
+
+    from tarflow.evaluation.features.extractors import Extractor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class OptionalExtractor:
     extractor_weights: str | None = None
     extractor_normalize: Normalize = "imagenet"
 
-    def load_extractor(self, device: str | torch.device) -> Extractor | None:
+    def load_extractor(self, device: "str | torch.device") -> "Extractor | None":
         """The extractor, on a device; None if none is wanted.
 
         Raises:
@@ -32,6 +35,8 @@ class OptionalExtractor:
         """
         if self.extractor is None:
             return None
+        from tarflow.evaluation.features.extractors import load_extractor  # imported here: it takes seconds
+
         return load_extractor(self.extractor, self.extractor_weights, device, self.extractor_normalize)
 
 
@@ -46,5 +51,7 @@ class RequiredExtractor(OptionalExtractor):
 
     extractor: str = INCEPTION
 
-    def load_extractor(self, device: str | torch.device) -> Extractor:
+    def load_extractor(self, device: "str | torch.device") -> "Extractor":
+        from tarflow.evaluation.features.extractors import load_extractor  # imported here: it takes seconds
+
         return load_extractor(self.extractor, self.extractor_weights, device, self.extractor_normalize)

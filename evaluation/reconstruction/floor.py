@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torchvision.io import write_png
 
 from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
-from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, to_model, to_uint8
 from tarflow.data.subset import evenly
 from tarflow.evaluation.reconstruction.quality import psnr
+from tarflow.evaluation.reconstruction.settings import ReconstructConfig
 from tarflow.pipeline.opening import open_pipeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructConfig:
-    """What to reconstruct.
-
-    Attributes:
-        pipeline: folder, shipped name or hub id.
-        data: the pictures.
-        split: "train" or "validation".
-        num: how many pictures; None takes all.
-        out: folder of the pictures.
-    """
-
-    pipeline: str
-    data: DataConfig
-    out: str
-    split: Literal["train", "validation"] = "validation"
-    num: int | None = 1000
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.num is not None and self.num < 1):
-            raise ValueError(f"num and batch_size must be at least 1, got {self.num} and {self.batch_size}")
 
 
 @torch.no_grad()
@@ -50,8 +24,6 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
         ValueError: if the pipeline has no autoencoder, the split no pictures or no end, or the folder has some already.
     """
     folders = {name: Path(config.out).expanduser() / name for name in ("original", "reconstructed")}
-    if config.data.source == "drawings" and config.num is None:
-        raise ValueError("the drawings have no end: say how many to take with num")
     if any(folder.is_dir() and any(folder.iterdir()) for folder in folders.values()):
         raise ValueError(
             f"{config.out!r} holds pictures already, which would be mixed: remove them or give another --out"

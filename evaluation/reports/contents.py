@@ -6,73 +6,29 @@ import dataclasses
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tarflow.common.checks import AtLeastOne, at_least
 from tarflow.common.machine import machine
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate
 from tarflow.data.subset import Subset, evenly, spread
 from tarflow.evaluation.features.extractors import Extractor
-from tarflow.evaluation.features.settings import OptionalExtractor
 from tarflow.evaluation.likelihood.held_out import mean_and_error, picture_likelihoods
 from tarflow.evaluation.reports.fid import versions
 from tarflow.evaluation.reports.files import read_curves, read_metrics
 from tarflow.evaluation.reports.neighbours import Describe, Neighbours, nearest_neighbours, pixel_description
+from tarflow.evaluation.reports.settings import NEIGHBOURS, ReportConfig
 from tarflow.evaluation.reports.svg_charts import Series
 from tarflow.evaluation.samples.conditions import Conditions
-from tarflow.evaluation.samples.generation import GenerationConfig, conditions_of, draw_chunk, load_pipeline
+from tarflow.evaluation.samples.generation import conditions_of, draw_chunk, load_pipeline
 from tarflow.evaluation.samples.record import pipeline_hash
-from tarflow.evaluation.samples.settings import SampleSettings, Split
+from tarflow.evaluation.samples.settings import GenerationConfig, Split
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 PIXELS = "pixels"
-NEIGHBOURS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig(OptionalExtractor, SampleSettings):
-    """What to report on.
-
-    Attributes:
-        data: the pictures that it was trained on; its image_size must be the model's.
-        out: the HTML file.
-        title: of the page; None takes the pipeline's name.
-        samples: how many images are drawn and shown.
-        batch_size: images at once.
-        captions, labels: of the samples, see `GenerationConfig`; None takes captions of held-out pictures (of training
-            ones without), or all classes in turn.
-        train_images: how many training pictures are searched for neighbours; they lie evenly in the split.
-        yardstick_images: held-out pictures, and training pictures, whose own neighbours tell what distances mean.
-        shown_neighbours: of so many samples, those nearest to a training picture.
-        likelihood_images: of each split; 0 leaves likelihoods out.
-        draws: of noise for each picture's likelihood.
-        extractor: of features for neighbours, see ``tarflow evaluate fid``; None searches by pixels only.
-        run: a training's folder, whose TensorBoard logs give curves.
-        metrics: a JSON file that ``tarflow evaluate fid calc`` wrote.
-    """
-
-    data: DataConfig
-    out: str = "report.html"
-    title: str | None = None
-    samples: AtLeastOne = 36
-    batch_size: AtLeastOne = 36
-    train_images: Annotated[int, at_least(NEIGHBOURS + 1)] = 10_000
-    yardstick_images: Annotated[int, at_least(2)] = 256
-    shown_neighbours: AtLeastOne = 12
-    likelihood_images: Annotated[int, at_least(0)] = 256
-    draws: AtLeastOne = 1
-    extractor: str | None = None
-    run: str | None = None
-    metrics: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.extractor is None and self.extractor_weights is not None:
-            raise ValueError("extractor_weights are given, but no extractor")
 
 
 @dataclass

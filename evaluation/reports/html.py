@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from tarflow.common.files import check_writable, write_text
-from tarflow.evaluation.reports.contents import PIXELS, Contents, Likelihoods, ReportConfig, gather
+from tarflow.evaluation.reports.contents import PIXELS, Contents, Likelihoods, gather
 from tarflow.evaluation.reports.neighbours import PIXEL_SIDE, Neighbours
+from tarflow.evaluation.reports.settings import ReportConfig
 from tarflow.evaluation.reports.svg_charts import histogram, line_chart
 
 #: Pictures are embedded with at most this side; smaller ones than the second without loss.

@@ -4,97 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tarflow.common.charts import check_matplotlib
-from tarflow.common.checks import AtLeastOne, check_ranges
 from tarflow.common.files import check_writable, read_json_lines, write_text
 from tarflow.common.processes import process_and_count
 from tarflow.common.progress import write_line
 from tarflow.data.latents import file_hash
-from tarflow.evaluation.features.names import KEPT_FEATURES, Metric
-from tarflow.evaluation.features.settings import RequiredExtractor
+from tarflow.evaluation.features.names import KEPT_FEATURES
 from tarflow.evaluation.features.statistics import MOMENTS
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import Comparison, evaluate, reference_statistics
-from tarflow.evaluation.reports.sweep_tables import SWEPT, best_row, row_name, write_tables
-from tarflow.evaluation.samples.generation import GenerationConfig, conditions_of, generate_images, load_pipeline
+from tarflow.evaluation.reports.settings import SWEPT, SweepConfig, unique
+from tarflow.evaluation.reports.sweep_tables import best_row, row_name, write_tables
+from tarflow.evaluation.samples.generation import conditions_of, generate_images, load_pipeline
 from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
+from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
-from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 Measure = Callable[[Path], dict[str, float]]
 ROWS, FIXED = "rows.jsonl", "sweep.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig(RequiredExtractor):
-    """What to sweep over, and how to judge.
-
-    Attributes:
-        gen: what all rows share; ``gen.out`` is the sweep's folder. Its swept settings have an effect where no list is
-            given.
-        guidance_scale, denoise, decoder, noise_std, decoding: lists of settings of which every combination is a row;
-            see `GenerationConfig`. Rows without denoising have no σ. The finetuned decoder, which takes noisy latents,
-            is combined with no ``denoise`` but false.
-        ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
-        metrics: see ``tarflow evaluate fid calc``.
-        match: measure the shares of drawings that are what their caption or class says.
-        batch_size: pictures per pass of the extractor.
-        rank: the metric by which the best row is found; None takes the first, and of match shares "match_all".
-        keep_images: False removes a row's images when it is measured.
-    """
-
-    gen: GenerationConfig
-    guidance_scale: list[float] | None = None
-    denoise: list[Denoise] | None = None
-    decoder: list[Decoder] | None = None
-    noise_std: list[float] | None = None
-    decoding: list[DecodingName] | None = None
-    ref: str | None = None
-    metrics: list[Metric] = field(default_factory=lambda: ["frechet"])
-    match: bool = False
-    batch_size: AtLeastOne = 64
-    rank: str | None = None
-    keep_images: bool = True
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        for name in SWEPT:
-            if getattr(self, name) == []:
-                raise ValueError(f"{name} is an empty list: give at least one value, or leave it out")
-        if self.ref is None and not self.match:
-            raise ValueError("nothing is measured: give ref (pictures or their statistics), or match for drawings")
-        for values in self.combinations():
-            dataclasses.replace(self.gen, **values)  # a number out of range fails here, not hours later
-
-    def combinations(self) -> list[dict[str, Any]]:
-        """The swept settings of each row.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        lists = [getattr(self, name) or [getattr(self.gen, name)] for name in SWEPT]
-        rows = [dict(zip(SWEPT, values, strict=True)) for values in itertools.product(*lists)]
-        rows = [{**row, "denoise": row["denoise"] == "score" or row["denoise"]} for row in rows]  # names of the same
-        rows = unique([row for row in rows if not (row["denoise"] and row["decoder"] == "finetuned")])
-        if not rows:
-            raise ValueError("no row is left: the finetuned decoder takes noisy latents, so give denoise [false] too")
-        return rows
-
-
-def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without repetitions, in order; True and 1.0 are not the same."""
-    return list({json.dumps(row, sort_keys=True): row for row in rows}.values())
 
 
 def run_sweep(

@@ -9,8 +9,8 @@ from typing import Any
 
 from tarflow.common.charts import figure, markdown_table
 from tarflow.common.files import replaced, write_text
+from tarflow.evaluation.reports.settings import SWEPT
 
-SWEPT = ("guidance_scale", "denoise", "decoder", "noise_std", "decoding")
 #: Metrics of which more is better; of all others, which are distances, less is.
 MORE_IS_BETTER = ("precision", "recall", "inception_score", "clip_score", "match")
 

@@ -12,18 +12,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from tarflow.common.checks import AtLeastOne, Positive, check
 from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
-from tarflow.data.config import DataConfig
 from tarflow.evaluation.images.store import NpzStore, PngStore
 from tarflow.evaluation.samples.conditions import Conditions, make_conditions
 from tarflow.evaluation.samples.record import (
@@ -35,44 +32,11 @@ from tarflow.evaluation.samples.record import (
     write_conditions,
     write_record,
 )
-from tarflow.evaluation.samples.settings import SampleSettings, Split
+from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import CONDITIONS
-from tarflow.flows.decoding.method import DEFAULT_TOLERANCE
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.opening import locate
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline, TARFlowPipelineOutput
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig(SampleSettings):
-    """What to generate.
-
-    Attributes:
-        out: folder for the images; several machines need one that they share.
-        num: how many images.
-        batch_size: images that are drawn at once.
-        format: "png", or "npz": uint8 ``arr_0`` (N, H, W, 3) and for classes int64 ``arr_1`` (N,), as of ADM.
-        label_counts: frequencies for labels "data", one for each class.
-        data, split: whose frequencies or captions "data" means.
-        tolerance: of the decodings that have one, as at a pipeline's call.
-        dtype: of the weights.
-        fast: compile the sequential decode step, see `TARFlowPipeline.enable_fast_decoding`.
-    """
-
-    out: str
-    num: AtLeastOne = 50_000
-    batch_size: AtLeastOne = 64
-    format: Literal["png", "npz"] = "png"
-    label_counts: list[float] | None = None
-    data: DataConfig | None = None
-    split: Split = "train"
-    tolerance: Positive = DEFAULT_TOLERANCE
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    fast: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.format in ("png", "npz"), f"format must be 'png' or 'npz', got {self.format!r}")
 
 
 def generate_images(

@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from tarflow.common.checks import Range, at_least, check_ranges
+from tarflow.common.checks import AtLeastOne, Positive, Range, at_least, check, check_ranges
+from tarflow.data.config import DataConfig
+from tarflow.flows.decoding.names import DEFAULT_TOLERANCE
 from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
 
 Split = Literal["train", "validation"]
@@ -57,3 +59,35 @@ class SampleSettings(SampleSubjects):
     def sample_settings(self) -> dict[str, Any]:
         """These settings alone, by name, of a class that has others too."""
         return {field.name: getattr(self, field.name) for field in fields(SampleSettings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(SampleSettings):
+    """What to generate.
+
+    Attributes:
+        out: folder for the images; several machines need one that they share.
+        num: how many images.
+        batch_size: images that are drawn at once.
+        format: "png", or "npz": uint8 ``arr_0`` (N, H, W, 3) and for classes int64 ``arr_1`` (N,), as of ADM.
+        label_counts: frequencies for labels "data", one for each class.
+        data, split: whose frequencies or captions "data" means.
+        tolerance: of the decodings that have one, as at a pipeline's call.
+        dtype: of the weights.
+        fast: compile the sequential decode step, see `TARFlowPipeline.enable_fast_decoding`.
+    """
+
+    out: str
+    num: AtLeastOne = 50_000
+    batch_size: AtLeastOne = 64
+    format: Literal["png", "npz"] = "png"
+    label_counts: list[float] | None = None
+    data: DataConfig | None = None
+    split: Split = "train"
+    tolerance: Positive = DEFAULT_TOLERANCE
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    fast: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.format in ("png", "npz"), f"format must be 'png' or 'npz', got {self.format!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from tarflow.experiments.family.latents import latent_results
 from tarflow.experiments.family.plane import ABLATED, OUTSIDE, plane_results
 from tarflow.experiments.family.plane import ABLATIONS as PLANE_ABLATIONS
 from tarflow.experiments.family.runs import Result, Runs
+from tarflow.experiments.family.settings import PARTS, FlowComparison
 
-PARTS = ("plane", "digits", "latents", "memory")
 #: Steps of each part: in the quick form, and in the other.
 QUICK, LONG = {"plane": 400, "digits": 600, "latents": 500}, {"plane": 4000, "digits": 4000, "latents": 6000}
 QUICK_DRAWINGS, LONG_DRAWINGS = 3000, 12000
@@ -42,28 +41,6 @@ SPEEDS = ("images/s, training", "sampling, batch 1", "batch 100")
 #: Columns of the picture of drawings.
 SHOWN_CLASSES = 12
 MEMORY_BLOCKS, MEMORY_MODES, MEMORY_BATCH = (2, 4, 8, 16), ("none", "block", "reversible"), 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowComparison:
-    """What to compare.
-
-    Attributes:
-        output: folder of the runs, ``flows.md`` and pictures. What is there of the same settings is not made again.
-        parts: some of "plane", "digits", "latents" and "memory".
-        quick: few steps, meant for a quarter of an hour on two CPU cores; the other form takes hours.
-        seed: of weights and batches.
-    """
-
-    output: str = "runs/flows"
-    parts: tuple[str, ...] = PARTS
-    quick: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for part in self.parts:
-            if part not in PARTS:
-                raise ValueError(f"a part must be one of {', '.join(PARTS)}, got {part!r}")
 
 
 def compare_flows(config: FlowComparison) -> Path:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tarflow.flows.decoding.names import DEFAULT_TOLERANCE, FAST_TOLERANCE, METHODS
 from tarflow.flows.layers.affine import affine_forward
 from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.guidance import Guidance
@@ -19,9 +20,6 @@ from tarflow.flows.layers.kv_cache import KVCache
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype
 
-METHODS = ("auto", "sequential", "jacobi", "gs_jacobi", "parallel")
-DEFAULT_TOLERANCE = 1e-4
-FAST_TOLERANCE = 1e-2
 #: How far samples are from exact ones at most with these tolerances, and the guidance scale up to which that holds (see
 #: docs/sampling.md for how it was measured): stronger guidance magnifies errors, those of rounding too.
 PROMISES = {DEFAULT_TOLERANCE: (1e-3, 3.0), FAST_TOLERANCE: (0.1, 6.0)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, Decoding
@@ -50,6 +52,16 @@ def check_caption_options(kind: str, max_sequence_length: int | None) -> None:
         raise ValueError(f"this model has the conditioning {kind!r} and takes no max_sequence_length")
     if max_sequence_length < 1:
         raise ValueError(f"max_sequence_length must be at least 1, got {max_sequence_length}")
+
+
+def check_generator(generator: Any) -> None:
+    """Whether random numbers come from torch's generators, and not from a bare seed."""
+    for one in generator if isinstance(generator, list | tuple) else [generator]:
+        if one is not None and not isinstance(one, torch.Generator):
+            seed = one if isinstance(one, int) else "SEED"
+            raise ValueError(
+                f"generator must be a torch.Generator, got {one!r}: give torch.Generator().manual_seed({seed})"
+            )
 
 
 def check_decoding(decoding: str | Decoding | list[Decoding], tolerance: float | None, segment: int | None) -> None:

@@ -13,6 +13,7 @@ from tarflow.common.progress import progress_bar
 from tarflow.flows.decoding.method import Decoding
 from tarflow.pipeline.call import inputs
 from tarflow.pipeline.call.callbacks import CallState
+from tarflow.pipeline.call.checks import check_generator
 from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.inversion import BlockInversion
 from tarflow.pipeline.call.prompts import PromptEncoding
@@ -78,6 +79,7 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         latents: Tensor | None,
     ) -> Tensor:
         """A draw from the flow's prior, (B, C, h, w), float32; of ``latents``, if given, instead of fresh numbers."""
+        check_generator(generator)
         self.run_offload_hook(self.flow)  # the prior's variance is its
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"got {len(generator)} generators for {batch} images; give one, or one for each image")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tarflow.pipeline.call.choices import DECODERS
+from tarflow.pipeline.call.choices import DECODERS, DENOISE
+from tarflow.pipeline.call.labels import label_of
 
 Labels = int | str | list[int | str]
 
@@ -81,8 +81,9 @@ def resolve_denoising(
     Returns:
         True (the score step), False or "learned"; and "vae" or "finetuned".
     """
-    if denoise not in (None, True, False, "score", "learned"):
-        raise ValueError(f"denoise must be None, True, False, 'score' or 'learned', got {denoise!r}")
+    if denoise not in (None, True, False, *DENOISE):
+        raise ValueError(f"denoise must be None, True, False, 'none', 'score' or 'learned', got {denoise!r}")
+    denoise = False if denoise == "none" else denoise
     if decoder not in (None, *DECODERS):
         raise ValueError(f"decoder must be None, 'vae' or 'finetuned', got {decoder!r}")
     if denoise and decoder == "finetuned":
@@ -131,18 +132,6 @@ def latent_shape(config: Any, factor: int, height: int | None, width: int | None
             )
         sides.append(side // factor)
     return config.in_channels, sides[0], sides[1]
-
-
-def labels_by_name(id2label: dict[int, str] | dict[str, str] | None) -> dict[str, int]:
-    """Indices of classes by their names in small letters, or as they are where classes differ in capitals alone."""
-    names = {int(index): name for index, name in (id2label or {}).items()}
-    small = Counter(name.lower() for name in names.values())
-    return {name.lower() if small[name.lower()] == 1 else name: index for index, name in names.items()}
-
-
-def label_of(name: str, names: dict[str, int]) -> int | None:
-    """The index of a class, whose name may be written in small letters or capitals; None if there is no such class."""
-    return names.get(name, names.get(name.lower()))
 
 
 def label_indices(class_labels: Labels, names: dict[str, int], count: int) -> list[int]:

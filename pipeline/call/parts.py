@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
-from tarflow.pipeline.call.inputs import Labels, label_indices, labels_by_name, latent_shape
+from tarflow.pipeline.call.inputs import Labels, label_indices, latent_shape
+from tarflow.pipeline.call.labels import labels_by_name
 from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import LatentDecoder
 

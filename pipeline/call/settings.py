@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding
@@ -18,6 +19,12 @@ from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.call.parts import PipelineParts
 
+logger: Any = logging.get_logger(__name__)
+
+#: By this factor the number of pixels may differ from that of training without a warning.
+FAR = 1.5
+#: Segments of "gs_jacobi", unless a call says how long they are.
+SEGMENTS = 4
 #: A user's function of pipeline, step, step and tensors by name; its tensors, if any, take the place of those.
 Callback = Callable[[Any, int, int, dict], dict]
 
@@ -103,9 +110,13 @@ class Sampling:
 
 
 def resolve_decoding(
-    decoding: str | Decoding | list[Decoding], tolerance: float | None, segment: int | None
+    decoding: str | Decoding | list[Decoding], tolerance: float | None, segment: int | None, tokens: int
 ) -> Decoding | list[Decoding] | None:
     """How blocks are inverted, from a call's arguments; None is one pass of the student.
+
+    Args:
+        decoding, tolerance, segment: as of the call; without a segment "gs_jacobi" has `SEGMENTS` of them.
+        tokens: of the latents.
 
     Raises:
         ValueError: for an unknown way, or a tolerance or segment that is not for it.
@@ -117,6 +128,8 @@ def resolve_decoding(
         return None
     if decoding == "fast":
         return Decoding("auto", FAST_TOLERANCE)
+    if decoding == "gs_jacobi" and segment is None:
+        segment = -(-tokens // SEGMENTS)
     return Decoding(decoding, DEFAULT_TOLERANCE if tolerance is None else tolerance, segment)
 
 
@@ -134,4 +147,22 @@ def resolve_size(
         config, factor = pipe.flow.config, pipe.codec.factor
         height, width = aspect_size(aspect_ratio, config.sample_size * factor, factor * config.patch_size)
     shape = pipe.latent_shape(height, width)
+    warn_of_size(shape, pipe.flow.config.sample_size, pipe.codec.factor)
     return shape, aspect_ratio or nearest_aspect_ratio(*shape[1:])
+
+
+def warn_of_size(shape: tuple[int, int, int], trained: int, factor: int) -> None:
+    """Say that images of much more or fewer pixels than the model was trained on are rarely pictures.
+
+    Args:
+        shape: of the latents.
+        trained: side of the latents that the model was trained on.
+        factor: pixels per latent position along each side.
+    """
+    rows, columns = shape[1:]
+    if not trained**2 / FAR < rows * columns < trained**2 * FAR:
+        side = trained * factor
+        logger.warning_once(
+            f"the model was trained on pictures of about {side} × {side} pixels; at {columns * factor} × {rows * factor} it "
+            "draws little that can be recognized: take its own size, and resize the pictures"
+        )

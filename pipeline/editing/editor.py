@@ -11,6 +11,7 @@ from torch import Tensor
 from tarflow.flows import editing
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.likelihood import dequantize, log_prob
+from tarflow.pipeline.call.checks import check_generator
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.editing.inputs import Pictures, as_many, read_images
@@ -70,6 +71,7 @@ class FlowEditor:
         """Latents as the flow was trained on them: with Gaussian noise, or pixels as uniform 8-bit ones."""
         if not noise:
             return latents
+        check_generator(generator)
         fresh = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         if self.pipe.vae is None and self.pipe.config.noise_std == 0:
             return dequantize((latents + 1) * 127.5, torch.special.ndtr(fresh))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tarflow.flows import editing
 from tarflow.flows.likelihood import log_prob, nats_per_dim, token_log_prob
+from tarflow.pipeline.call.checks import check_generator
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.editing.editor import FlowEditor
@@ -122,6 +123,7 @@ class ExactFlowTools(FlowPipeline):
         x = editor.read(image, fit, generator, noise)
         condition = editor.condition(len(x), prompt, class_labels)
         z = editor.encoded(x, condition)
+        check_generator(generator)
         fresh = randn_tensor(z.shape, generator, z.device, z.dtype)
         return editor.edited(editing.resample(z, fresh, strength), condition, output_type)
 

@@ -17,9 +17,9 @@ from diffusers import ModelMixin
 
 from tarflow.common.files import write_json
 from tarflow.models import followed, resolve
+from tarflow.pipeline.loading.place import INDEX
 from tarflow.pipeline.loading.weight_files import superseded
 
-INDEX = "model_index.json"
 #: Means of held-out pictures, which training writes and the web page shows.
 HELD_OUT = "held_out.json"
 #: What may be in a folder that is otherwise empty: on a new disk, or in a new repository.

@@ -16,7 +16,8 @@ from tarflow.common.dtypes import kept_default_dtype
 from tarflow.common.files import write_json
 from tarflow.flows.layers.prepared import check_saved_whole
 from tarflow.models import resolve
-from tarflow.pipeline.loading.folder import INDEX, usual_rights, written_into
+from tarflow.pipeline.loading.folder import usual_rights, written_into
+from tarflow.pipeline.loading.place import INDEX
 from tarflow.pipeline.loading.weight_files import WeightFile, weight_file
 from tarflow.vae import shared  # noqa: F401 (Diffusers loads components of modules that are imported already)
 

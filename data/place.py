@@ -1,0 +1,44 @@
+"""Whether data is where a configuration says, asked before the libraries that read it are loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tarflow.data.config import DataConfig
+
+#: What a cache of latents holds, in its folder.
+MANIFEST = "manifest.json"
+
+
+def status_of(path: str | Path) -> os.stat_result:
+    """The status of the file or folder that a data path names.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read.
+    """
+    try:
+        return Path(path).expanduser().stat()
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ValueError(
+            f"the data path {str(path)!r} {reason}; give a folder of images or a zip archive of one"
+        ) from error
+
+
+def check_data(config: DataConfig) -> None:
+    """Refuse a data path at which there is nothing.
+
+    Raises:
+        ValueError: that names it.
+    """
+    if config.source == "folder":
+        status_of(config.path or "")
+    if config.source == "latents":
+        check_cache(config.path or "")
+
+
+def check_cache(path: str | Path) -> None:
+    """Refuse a folder without a cache of latents."""
+    if not (Path(path).expanduser() / MANIFEST).is_file():
+        raise ValueError(f"there is no latent cache in {str(path)!r}: make one with tarflow cache-latents")

@@ -1,0 +1,34 @@
+"""Settings of reconstructions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tarflow.common.checks import AtLeastOne, check_ranges
+from tarflow.data.config import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """What to reconstruct.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id.
+        data: the pictures.
+        split: "train" or "validation".
+        num: how many pictures; None takes all.
+        out: folder of the pictures.
+    """
+
+    pipeline: str
+    data: DataConfig
+    out: str
+    split: Literal["train", "validation"] = "validation"
+    num: AtLeastOne | None = 1000
+    batch_size: AtLeastOne = 64
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.data.source == "drawings" and self.num is None:
+            raise ValueError("the drawings have no end: say how many to take with num")

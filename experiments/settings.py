@@ -1,0 +1,114 @@
+"""Settings of the comparisons, and of pictures of what an exact flow can do."""
+
+# Annotations are types here, not texts: those who inherit the settings need not have the types' names.
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from tarflow.common.checks import AtLeastOne, Positive, at_least, check_ranges
+from tarflow.data.config import DataConfig
+from tarflow.evaluation.features.settings import OptionalExtractor
+from tarflow.evaluation.samples.settings import SampleSubjects, Split
+from tarflow.pipeline.call.choices import FlowDecodingName
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(OptionalExtractor, SampleSubjects):
+    """What to compare.
+
+    Attributes:
+        captions: of the samples, see `GenerationConfig`; None are the data's.
+        data: pictures to reconstruct, captions, and the reference of the distance if ``ref`` does not give one.
+        out: folder for comparison.json, comparison.md, samples.png and reconstructions.png.
+        split: of the data.
+        pictures: of the split, which are encoded, get the training noise, and are decoded by each method.
+        num: samples; the flow draws each once.
+        ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures; None takes the
+            data's split (of endless drawings the first ``num``).
+        extractor: of features, see ``tarflow evaluate fid``; None leaves the distance out.
+        decoding: how the flow is inverted, see `GenerationConfig`.
+        batch_size: samples and pictures at once.
+        repeats: of the clock's measurements, of which the medians count; methods take turns.
+        columns: samples in the pictures.
+    """
+
+    data: DataConfig
+    out: str
+    split: Split = "validation"
+    pictures: AtLeastOne = 256
+    num: AtLeastOne = 1000
+    ref: str | None = None
+    decoding: FlowDecodingName = "sequential"
+    batch_size: AtLeastOne = 64
+    repeats: AtLeastOne = 5
+    columns: AtLeastOne = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extractor is None and (self.extractor_weights is not None or self.ref is not None):
+            raise ValueError("extractor_weights and ref are for a distance, but extractor is null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentComparisonConfig(SampleSubjects):
+    """What to compare, of a pipeline with a student.
+
+    Attributes:
+        out: folder for student.json, student.md and samples.png.
+        data, split: of the captions, if the model takes some and ``captions`` does not name others.
+        guidance_scale: None is the pipeline's own, or the student's largest if that is smaller.
+        batch_sizes: images at once, each timed.
+        decoding: of the flow, to compare with.
+        student_dtype: of the student's weights.
+        compile: compile the student, and the flow's sequential step, see `TARFlowPipeline.enable_fast_decoding`.
+        repeats: of the clock's measurements, of which the medians count; the two take turns.
+        num: samples whose errors are measured; ``columns`` of them are shown.
+    """
+
+    out: str
+    data: DataConfig | None = None
+    split: Split = "validation"
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16])
+    decoding: FlowDecodingName = "sequential"
+    student_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    repeats: AtLeastOne = 7
+    num: AtLeastOne = 64
+    columns: AtLeastOne = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes must list numbers of at least 1, got {self.batch_sizes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactFlowConfig:
+    """What to make.
+
+    Attributes:
+        pipeline: folder, shipped name or hub id.
+        tool: "encode", "likelihood", "interpolate", "vary", "inpaint", "swap", "temperature", "best_of" or "ood".
+        out: the PNG file.
+        data: the pictures.
+        split: "train" or "validation".
+        outside: pictures of another kind, for "ood".
+        num: how many pictures; of "best_of", how many are drawn.
+        steps, step_size: of "inpaint", of the chain.
+        seed: of all that is random.
+    """
+
+    pipeline: str
+    tool: Literal["encode", "likelihood", "interpolate", "vary", "inpaint", "swap", "temperature", "best_of", "ood"]
+    out: str
+    data: DataConfig = field(default_factory=DataConfig)
+    split: Literal["train", "validation"] = "validation"
+    outside: DataConfig | None = None
+    num: Annotated[int, at_least(2)] = 6
+    steps: AtLeastOne = 50
+    step_size: Positive = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.tool == "ood" and self.outside is None:
+            raise ValueError("the tool 'ood' needs pictures of another kind: give --outside.source and --outside.path")
