@@ -30,7 +30,7 @@ from tarflow.evaluation.samples.match import (
 from tarflow.pipeline.loading.device import best_device
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.config import RunConfig
-from tarflow.training.flow.trainer import Trainer
+from tarflow.training.flow.trainer import flow_trainer
 from tarflow.training.loop.stopping import exit_status
 
 #: What training may have measured of held-out pictures, and how it is said.
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         argv = ["--config", "configs/quickstart_text.yaml", *argv]
     with ending():
         config, resolved = parse_config(["--resume", "auto", *argv], __doc__)
-        metrics = Trainer(config, resolved).run()
+        metrics = flow_trainer(config, resolved).run()
         trained = time.perf_counter()
         if metrics.get("stopped"):  # from outside, before a pipeline was saved; the training has said how to go on
             raise SystemExit(exit_status(metrics))

@@ -31,12 +31,12 @@ def main(
     with ending():
         config, resolved = read_settings(RunConfig, argv, description, prog)
         from tarflow.training.flow.arguments import check_flow_keys
-        from tarflow.training.flow.trainer import Trainer
+        from tarflow.training.flow.trainer import flow_trainer
         from tarflow.training.loop.stopping import exit_status, launched_process
 
         check_flow_keys(config.flow)
     with launched_process(), ending():
-        metrics = Trainer(config, resolved).run()
+        metrics = flow_trainer(config, resolved).run()
         if status := exit_status(metrics):
             raise SystemExit(status)
         return metrics

@@ -18,11 +18,11 @@ from tarflow.training.autoencoder.config import TrainVaeConfig
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     with ending():
         config, resolved = read_settings(TrainVaeConfig, argv, __doc__, "tarflow train-vae")
-        from tarflow.training.autoencoder.task import AutoencoderTrainer
+        from tarflow.training.autoencoder.task import autoencoder_trainer
         from tarflow.training.loop.stopping import exit_status, launched_process
 
     with launched_process(), ending():
-        metrics = AutoencoderTrainer(config, resolved).run()
+        metrics = autoencoder_trainer(config, resolved).run()
         if status := exit_status(metrics):
             raise SystemExit(status)
         return metrics

@@ -18,7 +18,7 @@ from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.loop.batches import StepSampler
 from tarflow.training.loop.component import noisy_latents
-from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise, place_seed
+from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise, sample_seed
 from tarflow.training.student.step import StudentStepper
 
 COUNT, CPU = 20_000, torch.device("cpu")
@@ -97,7 +97,7 @@ def test_draws_are_functions_of_their_arguments() -> None:
     assert torch.equal(draw_noise(3, 5, [6, 2], (4,), CPU, "noise"), whole[[6, 2]])
     assert torch.equal(draw_chances(3, 5, [6, 2], CPU, "flip"), draw_chances(3, 5, range(8), CPU, "flip")[[6, 2]])
     several = itertools.product((0, 1), (-1, 0, 1), range(20), get_args(Purpose))
-    seeds = [place_seed(*arguments) for arguments in several]
+    seeds = [sample_seed(*arguments) for arguments in several]
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 

@@ -38,7 +38,7 @@ def test_an_interrupted_run_goes_on_and_the_next_is_a_new_one(
             Path(seen[0].output, "checkpoints", "step_00000003").mkdir(parents=True, exist_ok=True)
             return {"steps": 3, **stopped}
 
-    monkeypatch.setattr(quickstart, "Trainer", Run)
+    monkeypatch.setattr(quickstart, "flow_trainer", Run)
     arguments = ["--output", str(tmp_path), *typed]
     with pytest.raises(SystemExit) as ended:
         quickstart.main(arguments)

@@ -12,29 +12,39 @@ from torch import Tensor, nn
 from tarflow.data.images import Images
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.training.autoencoder.decoder_config import DecoderConfig
-from tarflow.training.loop.checkpoint import on_main
+from tarflow.training.loop.accelerator import make_accelerator
+from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.component import ComponentFolders, noisy_latents, open_splits, write_rows
 from tarflow.training.loop.draws import draw_chances
-from tarflow.training.loop.network_trainer import NetworkTrainer, network_accelerator
-from tarflow.training.losses.step import PictureStepper
+from tarflow.training.loop.task import Batch, State
+from tarflow.training.loop.trainer import Trainer
+from tarflow.training.losses.task import PictureTask
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder
 
 
-class DecoderTask:
-    """What `NetworkTrainer` trains: a copy of the autoencoder's decoder.
+class DecoderTask(PictureTask):
+    """What is trained: a copy of the autoencoder's decoder.
 
     Args:
         config: of the run.
         accelerator: of the run.
 
     Raises:
-        ValueError: if pipeline, data and settings do not fit.
+        ValueError: if there is no such pipeline.
     """
 
+    config: DecoderConfig
+    network: LatentDecoder
+
     def __init__(self, config: DecoderConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
+        super().__init__(config, accelerator, config.folder, config.loss, config.image_size)
         self.folders = ComponentFolders(config)
+        self.held_out: NoisyPictures | None = None
+        self.before: dict[str, list[Tensor]] = {}
+
+    def make_parts(self, state: State | None) -> None:
+        config, accelerator = self.config, self.accelerator
         self.pipe = self.folders.open("cpu")
         if self.pipe.vae is None:
             raise ValueError(f"the pipeline {config.pipeline!r} models pixels: it has no decoder to finetune")
@@ -45,8 +55,6 @@ class DecoderTask:
         self.encoder_hash = weights_hash(self.pipe.vae)
         self.network = LatentDecoder.from_autoencoder(self.pipe.vae).train().requires_grad_(True)
         self.pipe.vae.to(accelerator.device)
-        self.held_out: NoisyPictures | None = None
-        self.before: dict[str, list[Tensor]] = {}
         if len(held_out):
             on_main(accelerator, lambda: self.prepare_held_out(held_out))
 
@@ -63,21 +71,21 @@ class DecoderTask:
     def last_layer(self) -> nn.Parameter:
         return self.network.last_layer
 
-    def facts(self) -> dict[str, Any]:
+    def network_invariants(self) -> dict[str, Any]:
         return {"the autoencoder's SHA-256": self.encoder_hash, "noise_std": self.noise_std}
 
     def decode(
-        self, model: nn.Module, batch: dict[str, Any], step: int, places: Sequence[int]
+        self, model: nn.Module, batch: Batch, step: int, sample_ids: Sequence[int]
     ) -> tuple[Tensor, Tensor, dict[str, tuple[float, Tensor]]]:
         """Latents with noise, decoded, as the flow sees them in its training; no further losses."""
         flipped = None
         if self.config.data.flip:
-            flipped = draw_chances(self.config.seed, step, places, self.accelerator.device, "flip") < 0.5
-        images, _, noisy = noisy_latents(self.pipe, self.config, self.accelerator, batch, flipped, step, places)
+            flipped = draw_chances(self.config.seed, step, sample_ids, self.accelerator.device, "flip") < 0.5
+        images, _, noisy = noisy_latents(self.pipe, self.config, self.accelerator, batch, flipped, step, sample_ids)
         return model(self.pipe.codec.raw(noisy)), images, {}
 
     @torch.no_grad()
-    def report(self, step: int, last: bool) -> dict[str, float]:
+    def measure(self, step: int, last: bool) -> dict[str, float]:
         """PSNR and SSIM of noisy held-out latents by the autoencoder's decoder, after the score step and by the new
         decoder, and their grid, a row each below the originals. The last one saves the decoder."""
         metrics: dict[str, float] = {}
@@ -97,7 +105,14 @@ class DecoderTask:
         return metrics
 
 
-def finetune_decoder(config: DecoderConfig, resolved: str) -> dict[str, float]:
+def decoder_trainer(config: DecoderConfig, resolved: str) -> Trainer:
+    """One run, see `finetune_decoder`."""
+    settings = config.loop(config.folder)
+    accelerator = make_accelerator(settings)
+    return Trainer(settings, resolved, accelerator, DecoderTask(config, accelerator))
+
+
+def finetune_decoder(config: DecoderConfig, resolved: str) -> dict[str, Any]:
     """Train, and save the decoder; returns the last metrics.
 
     Args:
@@ -108,7 +123,4 @@ def finetune_decoder(config: DecoderConfig, resolved: str) -> dict[str, float]:
         ValueError: if settings, pipeline, data or checkpoint do not fit.
         OSError: if a file cannot be written.
     """
-    accelerator = network_accelerator(config, config.folder)
-    task = DecoderTask(config, accelerator)
-    stepper = PictureStepper(config, accelerator, task)
-    return NetworkTrainer(config, resolved, config.folder, accelerator, task, stepper).run()
+    return decoder_trainer(config, resolved).run()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tarflow.data.images import Images, to_model
@@ -21,26 +21,29 @@ from tarflow.training.autoencoder.model import (
     save_autoencoder,
 )
 from tarflow.training.autoencoder.report import HeldOutPictures
+from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.draws import draw_noise
-from tarflow.training.loop.network_trainer import NetworkTrainer, network_accelerator
-from tarflow.training.losses.step import PictureStepper
+from tarflow.training.loop.task import Batch, State
+from tarflow.training.loop.trainer import Trainer
+from tarflow.training.losses.task import PictureTask
 
 
-class AutoencoderTask:
-    """What is trained, see `tarflow.training.losses.step.PictureTask`: an autoencoder in its training form.
+class AutoencoderTask(PictureTask):
+    """What is trained: an autoencoder in its training form.
 
     Args:
         config: of the run.
-        device: of its computations.
-        output: folder of the autoencoder.
-        folder: of the run.
-
-    Raises:
-        ValueError: if the settings do not fit the data or the weights to start from.
+        accelerator: of the run.
     """
 
-    def __init__(self, config: TrainVaeConfig, device: torch.device, output: Path, folder: Path):
-        self.config, self.device, self.output, self.folder = config, device, output, folder
+    config: TrainVaeConfig
+    network: Reconstruction
+
+    def __init__(self, config: TrainVaeConfig, accelerator: Accelerator):
+        super().__init__(config, accelerator, config.folder, config.loss, config.image_size)
+
+    def make_parts(self, state: State | None) -> None:
+        config = self.config
         sources = [Images(source.data, "train") for source in config.sources.values()]
         self.train = Mixture(sources, [source.share for source in config.sources.values()], config.seed)
         self.held_out = HeldOutPictures(config)
@@ -53,29 +56,29 @@ class AutoencoderTask:
     def last_layer(self) -> nn.Parameter:
         return self.network.last_layer
 
-    def facts(self) -> dict[str, Any]:
+    def network_invariants(self) -> dict[str, Any]:
         settings = self.network.vae.config
         return {f"model.{key}": plain(value) for key, value in settings.items() if not key.startswith("_")}
 
     def decode(
-        self, model: nn.Module, batch: dict[str, Any], step: int, places: Sequence[int]
+        self, model: nn.Module, batch: Batch, step: int, sample_ids: Sequence[int]
     ) -> tuple[Tensor, Tensor, dict[str, tuple[float, Tensor]]]:
         """Draws of the posterior, decoded; the further loss is the KL divergence."""
-        images = to_model(batch["image"].to(self.device))
-        noise = draw_noise(self.config.seed, step, places, self.latent_shape, self.device, "posterior")
+        images = to_model(batch["image"].to(self.accelerator.device))
+        noise = draw_noise(self.config.seed, step, sample_ids, self.latent_shape, self.accelerator.device, "posterior")
         mean, log_variance, decoded = model(images, noise)
         return decoded, images, {"kl": (self.config.kl_weight, kl_divergence(mean, log_variance))}
 
-    def report(self, step: int, last: bool) -> dict[str, Any]:
+    def measure(self, step: int, last: bool) -> dict[str, Any]:
         """Measure and save the autoencoder, each time; writes grids."""
         vae = copy_for_use(self.network.vae, self.config.constant_std)
         metrics = self.held_out.report(vae, self.folder / "grids", step)
-        save_autoencoder(vae, self.output, self.config.dtype, self.config.card)
+        save_autoencoder(vae, Path(self.config.output), self.config.dtype, self.config.card)
         return metrics
 
 
-class AutoencoderTrainer(NetworkTrainer):
-    """One run: `AutoencoderTrainer(config, resolved).run()`.
+def autoencoder_trainer(config: TrainVaeConfig, resolved: str) -> Trainer:
+    """One run: `autoencoder_trainer(config, resolved).run()`.
 
     Args:
         config: the settings.
@@ -84,10 +87,6 @@ class AutoencoderTrainer(NetworkTrainer):
     Raises:
         ValueError: if the settings do not fit the data, the weights or the checkpoint to resume from.
     """
-
-    def __init__(self, config: TrainVaeConfig, resolved: str):
-        output = Path(config.output)
-        folder = output.with_name(output.name + "_run")
-        accelerator = network_accelerator(config, folder)
-        task = AutoencoderTask(config, accelerator.device, output, folder)
-        super().__init__(config, resolved, folder, accelerator, task, PictureStepper(config, accelerator, task))
+    settings = config.loop(config.folder)
+    accelerator = make_accelerator(settings)
+    return Trainer(settings, resolved, accelerator, AutoencoderTask(config, accelerator))

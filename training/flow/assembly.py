@@ -1,31 +1,20 @@
-"""What a run's loop is made of: the objective, the stepper, held-out pictures."""
+"""What a run is made of beside its parts: actnorms set by data, held-out pictures, the metric of samples."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
-from tarflow.training.flow.config import RunConfig, is_joint
+from tarflow.training.flow.config import RunConfig
 from tarflow.training.flow.inputs import InputMaker
-from tarflow.training.flow.joint import JointObjective
-from tarflow.training.flow.joint_step import JointStepper
 from tarflow.training.flow.objective import FlowObjective
 from tarflow.training.flow.report import HeldOut
 from tarflow.training.flow.setup import Parts
-from tarflow.training.flow.step import Stepper
 from tarflow.training.loop.batches import fixed_batches, read_batch
 
 #: Training pictures by which actnorms are set before the first step.
 ACTNORM_IMAGES = 256
-
-
-def make_objective(config: RunConfig, parts: Parts, text_encoder: nn.Module | None) -> FlowObjective:
-    """What is minimised: of the flow, the autoencoder if it is trained along, and a text encoder that is."""
-    if is_joint(config):
-        return JointObjective(parts.flow, text_encoder, parts.codec, config.joint)
-    return FlowObjective(parts.flow, text_encoder, config.text.hidden_layer)
 
 
 def initialize_actnorm(objective: FlowObjective, inputs: InputMaker, parts: Parts) -> None:
@@ -34,11 +23,6 @@ def initialize_actnorm(objective: FlowObjective, inputs: InputMaker, parts: Part
         places = fixed_batches(parts.train, ACTNORM_IMAGES, ACTNORM_IMAGES)[0]
         objective.to(inputs.device)
         objective.initialize_actnorm(**inputs.evaluation(read_batch(parts.train, places), places))
-
-
-def make_stepper(objective: FlowObjective, config: RunConfig, *rest: Any) -> Stepper:
-    """What takes the steps; ``rest`` as of `Stepper`."""
-    return JointStepper(objective, config, *rest) if is_joint(config) else Stepper(config, *rest)
 
 
 def open_held_out(config: RunConfig, parts: Parts, accelerator: Accelerator) -> HeldOut | None:

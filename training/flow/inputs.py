@@ -18,7 +18,7 @@ from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise
 
 
 class InputMaker:
-    """Keyword arguments of `FlowObjective` from a batch, with draws that depend on the pictures' places alone.
+    """Keyword arguments of `FlowObjective` from a batch, with draws that depend on the pictures' sample_ids alone.
 
     Args:
         config: of the run.
@@ -40,34 +40,37 @@ class InputMaker:
         self.token_ids, self.autocast = token_ids, autocast
 
     @torch.no_grad()
-    def training(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> dict[str, Any]:
+    def training(self, batch: dict[str, Any], step: int, sample_ids: Sequence[int]) -> dict[str, Any]:
         """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from if
         the settings have it. Of an autoencoder that is trained along, the pictures and the noise."""
         train = self.config.train
         flipped = None
         if self.config.data.flip:
-            flipped = draw_chances(train.seed, step, places, self.device, "flip") < 0.5
-        dropped = draw_chances(train.seed, step, places, self.device, "drop") < train.drop_rate
+            flipped = draw_chances(train.seed, step, sample_ids, self.device, "flip") < 0.5
+        dropped = draw_chances(train.seed, step, sample_ids, self.device, "drop") < train.drop_rate
         more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, dropped)}
         if is_joint(self.config):
             arguments = self.parts.flow_arguments
             shape = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
-            noise = draw_noise(train.seed, step, places, shape, self.device, "noise")
+            noise = draw_noise(train.seed, step, sample_ids, shape, self.device, "noise")
             return {"images": to_model(self.chosen(batch, "image", flipped)), "noise": noise, **more}
         with self.autocast():
             mean, std = self.posterior(batch, flipped)
-        noise = self.noise(step, places, mean, "noise")
+        noise = self.noise(step, sample_ids, mean, "noise")
         if std is not None and self.config.vae.sample_posterior:
             shape = tuple(mean.shape[1:])
-            mean = mean + std * draw_noise(train.seed, step, places, shape, self.device, "posterior")
+            mean = mean + std * draw_noise(train.seed, step, sample_ids, shape, self.device, "posterior")
         return {"latents": self.noisy(mean, noise), **more}
 
     @torch.no_grad()
-    def evaluation(self, batch: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    def evaluation(self, batch: dict[str, Any], sample_ids: Sequence[int]) -> dict[str, Any]:
         """A held-out batch: posterior modes with noise that is the same at every call."""
         mean, _ = self.posterior(batch)
         kept = torch.zeros(len(mean), dtype=torch.bool, device=self.device)
-        return {"latents": self.noisy(mean, self.noise(-1, places, mean, "held out")), **self.conditions(batch, kept)}
+        return {
+            "latents": self.noisy(mean, self.noise(-1, sample_ids, mean, "held out")),
+            **self.conditions(batch, kept),
+        }
 
     def posterior(self, batch: dict[str, Any], flipped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation of the scaled latents, (B, C, h, w) each, of the pictures or, where ``flipped``
@@ -91,10 +94,10 @@ class InputMaker:
     def moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def noise(self, step: int, places: Sequence[int], like: Tensor, purpose: Purpose) -> Tensor:
+    def noise(self, step: int, sample_ids: Sequence[int], like: Tensor, purpose: Purpose) -> Tensor:
         train = self.config.train
         shape = tuple(like.shape[1:])
-        return draw_noise(train.seed, step, places, shape, self.device, purpose, train.noise == "uniform")
+        return draw_noise(train.seed, step, sample_ids, shape, self.device, purpose, train.noise == "uniform")
 
     def noisy(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Normalised latents (or pixels) with the training noise, (B, C, h, w) float32."""

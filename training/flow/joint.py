@@ -145,7 +145,7 @@ def trained_autoencoder(
     return with_weights(vae, weights, [std * value / scaling for value in latents_std])
 
 
-def joint_facts(config: RunConfig, vae: AutoencoderKL) -> dict[str, Any]:
+def joint_invariants(config: RunConfig, vae: AutoencoderKL) -> dict[str, Any]:
     """What must be the same when training goes on, by readable names."""
     settings = {key: value for key, value in vae.config.items() if key in argument_defaults() and key != "sample_size"}
     return {

@@ -24,12 +24,14 @@ def reconstruction_metrics(
         that the flow sees; ``means_std``, the standard deviation of the means in the flow's units, mean over channels.
     """
     ratios, sums = torch.zeros(3), torch.zeros(3, 1, dtype=torch.float64)
-    for batch, places, counted in held_out.batches:
+    for batch, sample_ids, counted in held_out.batches:
         originals = batch["image"][:counted]
         if not counted:
             continue
         means = codec.encode(to_model(originals.to(accelerator.device)))
-        noise = draw_noise(config.train.seed, -1, places[:counted], tuple(means.shape[1:]), means.device, "held out")
+        noise = draw_noise(
+            config.train.seed, -1, sample_ids[:counted], tuple(means.shape[1:]), means.device, "held out"
+        )
         for place, latents in enumerate((means, means + noise_std(config) * noise)):
             ratios[place] += psnr(to_uint8(codec.decode(latents)).cpu(), originals).sum()
         ratios[2] += counted

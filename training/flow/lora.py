@@ -73,14 +73,14 @@ def prepare_adapters(config: RunConfig, parts: Parts, start: Start | None) -> di
     """Make a run that trains an adapter of one that trains weights: add it to the run's parts.
 
     Returns:
-        what must be the same when training goes on, see `adapter_facts`; None for a run that trains weights.
+        what must be the same when training goes on, see `adapter_invariants`; None for a run that trains weights.
     """
     if not config.lora.rank:
         return None
     check_base(config, start.pipeline, parts.flow_arguments, parts.train.class_names)
-    facts = adapter_facts(config, parts.flow)
+    invariants = adapter_invariants(config, parts.flow)
     add_adapters(config.lora, parts.flow, parts.text_encoder, config.train.seed)
-    return facts
+    return invariants
 
 
 def check_base(config: RunConfig, pipe: TARFlowPipeline, flow_arguments: dict[str, Any], names: Any) -> None:
@@ -114,7 +114,7 @@ def check_base(config: RunConfig, pipe: TARFlowPipeline, flow_arguments: dict[st
         raise ValueError(f"the data's classes are {', '.join(names or ())}, but {whose} {', '.join(known)}")
 
 
-def adapter_facts(config: RunConfig, flow: nn.Module) -> dict[str, Any]:
+def adapter_invariants(config: RunConfig, flow: nn.Module) -> dict[str, Any]:
     """What must be the same when the training of an adapter goes on, by readable names.
 
     Args:

@@ -46,8 +46,8 @@ class HeldOut:
     def nats_per_dim(self, model: nn.Module, inputs: InputMaker, accelerator: Accelerator) -> float:
         """Mean over the pictures with the training noise, which is the same at every call; every process calls this."""
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch, places, counted in self.batches:
-            nats = model(**inputs.evaluation(batch, places))["nats_per_dim"]
+        for batch, sample_ids, counted in self.batches:
+            nats = model(**inputs.evaluation(batch, sample_ids))["nats_per_dim"]
             # On the CPU, as MPS has no float64; a sum of a few thousand numbers does not need it to be passed on.
             sums += torch.tensor([float(nats[:counted].cpu().double().sum()), counted], dtype=torch.float64)
         total, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()

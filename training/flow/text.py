@@ -103,7 +103,7 @@ def settings_difference(found: Mapping[str, Any], config: TextConfig) -> str | N
     return None
 
 
-def text_facts(config: TextConfig, encoder: nn.Module | None) -> dict[str, Any] | None:
+def text_invariants(config: TextConfig, encoder: nn.Module | None) -> dict[str, Any] | None:
     """What decides how captions are encoded, as checkpoints keep it; None without captions.
 
     Args:
@@ -112,12 +112,12 @@ def text_facts(config: TextConfig, encoder: nn.Module | None) -> dict[str, Any] 
     """
     if config.kind == "none":
         return None
-    facts = {"kind": config.kind, "max_length": config.max_length, **asdict(config.options)}
+    invariants = {"kind": config.kind, "max_length": config.max_length, **asdict(config.options)}
     if config.kind == "pretrained" and encoder is not None:
         # The first numbers of each weight tell encoders apart in no time, however large they are.
         first = [(name, weight.detach().flatten()[:256]) for name, weight in encoder.named_parameters()]
-        facts["encoder"] = tensors_hash(first)
-    return facts
+        invariants["encoder"] = tensors_hash(first)
+    return invariants
 
 
 def check_text(path: Path, there: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
@@ -125,7 +125,7 @@ def check_text(path: Path, there: dict[str, Any] | None, here: dict[str, Any] | 
 
     Args:
         path: of the checkpoint.
-        there, here: `text_facts` of the checkpoint and of the run.
+        there, here: `text_invariants` of the checkpoint and of the run.
 
     Raises:
         ValueError: that names the first difference.

@@ -7,7 +7,7 @@ do not depend on how many processes there are, nor on where an earlier run stopp
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,7 +21,6 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tarflow.common.command import sentence
 from tarflow.common.files import check_writable
 from tarflow.common.processes import gather_objects
 from tarflow.common.progress import progress_bar, write_line
@@ -40,6 +39,7 @@ from tarflow.training.latent_cache.folder import (
     write_shard,
 )
 from tarflow.training.latent_cache.plan import Plan, difference, make_plan, without_times
+from tarflow.training.loop.agreement import agreed
 from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
 from tarflow.vae.codec import (
     LatentCodec,
@@ -92,27 +92,6 @@ def open_plan(config: CacheConfig, folder: Path, device: torch.device) -> tuple[
     check_writable(folder, folder=True)
     encoder = Encoder(config, device)
     return encoder, make_plan(config, encoder.codec.factor, autoencoder_hash(encoder.codec.vae), encoder.text)
-
-
-def agreed(state: PartialState, stage: Callable[[], Any]) -> Any:
-    """Run a stage on each process; if it fails on one, the others hear of it instead of waiting.
-
-    Raises:
-        ValueError: of another process. What this one's stage raises is raised as it is.
-    """
-    if state.num_processes == 1:
-        return stage()
-    found, failure = None, None
-    try:
-        found = stage()
-    except Exception as error:  # noqa: BLE001 (whatever it is, the others must hear of it)
-        failure = error
-    reasons = [reason for reason in gather_objects(sentence(failure) if failure else "") if reason]
-    if failure is not None:
-        raise failure
-    if reasons:
-        raise ValueError(reasons[0])
-    return found
 
 
 def same_plan(plan: Plan) -> Plan:

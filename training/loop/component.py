@@ -72,7 +72,7 @@ def noisy_latents(
     batch: dict[str, Any],
     flipped: Tensor | None,
     step: int,
-    places: Sequence[int],
+    sample_ids: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training pictures as the flow was trained on them.
 
@@ -80,7 +80,7 @@ def noisy_latents(
         pipe: the pipeline, its autoencoder on the accelerator's device.
         batch: of the training pictures.
         flipped: which pictures are mirrored, (B,); None for none.
-        step, places: see `draw_noise`.
+        step, sample_ids: see `draw_noise`.
 
     Returns:
         pictures (B, 3, H, W) in [−1, 1], the posterior's means of their scaled latents, and normalised latents with the
@@ -93,8 +93,8 @@ def noisy_latents(
         mean, std = pipe.codec.encode_posterior(images)
     shape, device, drawn = tuple(mean.shape[1:]), accelerator.device, mean
     if config.sample_posterior and std is not None:
-        drawn = mean + std * draw_noise(config.seed, step, places, shape, device, "posterior")
-    noise = draw_noise(config.seed, step, places, shape, device, "noise")
+        drawn = mean + std * draw_noise(config.seed, step, sample_ids, shape, device, "posterior")
+    noise = draw_noise(config.seed, step, sample_ids, shape, device, "noise")
     noisy = pipe.codec.normalise(drawn).float() + pipe.config.noise_std * noise
     return images, mean, noisy
 

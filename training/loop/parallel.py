@@ -15,7 +15,7 @@ from accelerate.utils import (
 from torch import nn
 
 from tarflow.data.latents import CachedLatents
-from tarflow.training.loop.checkpoint import agreed_error
+from tarflow.training.loop.agreement import agreed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Drawing a grid on one process, or writing a large checkpoint, may keep the others waiting longer than ten minutes.
@@ -67,9 +67,7 @@ def verify_caches(accelerator: Accelerator, *splits: Any) -> None:
     """
     for split in splits:
         if isinstance(split, CachedLatents):
-            share = partial(split.verify, accelerator.process_index, accelerator.num_processes)
-            if error := agreed_error(accelerator, share):
-                raise ValueError(error)
+            agreed(accelerator, partial(split.verify, accelerator.process_index, accelerator.num_processes))
 
 
 def full_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -9,15 +9,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-
-from tarflow.common.progress import write_line
-from tarflow.training.loop.checkpoint import checkpoint_name
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Seconds within which a second Ctrl-C is the same one, which reached a process and its launcher.
@@ -82,37 +78,6 @@ class StopRequest:
         counts = torch.tensor([float(number == known) for known in SIGNALS], device=accelerator.device)
         counts = accelerator.reduce(counts, "sum").tolist()
         return next((known.name for known, count in zip(SIGNALS, counts, strict=True) if count), "")
-
-
-class EndsEarly:
-    """A trainer that a signal may end before its last step.
-
-    Attributes:
-        accelerator: the run's.
-        step: steps done.
-        saved: the last checkpoint, None if there is none.
-    """
-
-    accelerator: Accelerator
-    step: int
-    saved: Path | None
-
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of this step, and note it as ``saved``."""
-        raise NotImplementedError
-
-    @property
-    def is_saved(self) -> bool:
-        """Whether the last checkpoint is of this step."""
-        return self.saved is not None and self.saved.name == checkpoint_name(self.step)
-
-    def save_and_end(self, name: str) -> None:
-        """Save a checkpoint, if it is not there yet, say that the signal ``name`` stopped the run, and end."""
-        if not self.is_saved:
-            self.save_checkpoint()
-        if self.accelerator.is_main_process:
-            write_line(f"stopped by {name} at step {self.step}: {self.saved} is saved; go on with --resume latest")
-        self.accelerator.end_training()
 
 
 def exit_status(metrics: dict[str, Any]) -> int:

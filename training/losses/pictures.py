@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from tarflow.common.checks import check
+from tarflow.training.loop.task import Learner
 from tarflow.training.losses.config import PictureLossConfig
 from tarflow.training.losses.discriminator import (
     PatchDiscriminator,
@@ -16,6 +19,20 @@ from tarflow.training.losses.discriminator import (
     hinge_discriminator_loss,
 )
 from tarflow.training.losses.perceptual import make_perceptual
+
+
+@dataclass
+class Decoded:
+    """What a decoder made of pictures.
+
+    Attributes:
+        decoded, images: it and the originals, (B, 3, H, W) in [−1, 1].
+        last_layer: weight of the decoder's last layer, which ``decoded`` depends on, for the adaptive weight.
+    """
+
+    decoded: Tensor
+    images: Tensor
+    last_layer: nn.Parameter
 
 
 class PictureLoss(nn.Module):
@@ -37,7 +54,8 @@ class PictureLoss(nn.Module):
     def __init__(self, config: PictureLossConfig):
         super().__init__()
         self.config = config
-        self.perceptual, self.discriminator = make_perceptual(config), None
+        self.perceptual = make_perceptual(config)
+        self.discriminator: nn.Module | None = None
         if config.adversarial > 0:
             self.discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers)
 
@@ -53,14 +71,42 @@ class PictureLoss(nn.Module):
                 f"{self.config.discriminator_layers}, which need {least}",
             )
 
-    def prepare(self, accelerator: Accelerator) -> torch.optim.Optimizer | None:
-        """Go to the accelerator's device; returns the discriminator's optimizer, prepared with it, or None."""
+    def prepare(self, accelerator: Accelerator) -> Learner | None:
+        """Go to the accelerator's device; returns the discriminator, prepared with it, or None."""
         self.to(accelerator.device)
         if self.discriminator is None:
             return None
-        optimizer = torch.optim.Adam(self.discriminator.parameters(), self.config.discriminator_lr, betas=(0.5, 0.9))
+        rate = self.config.discriminator_lr
+        optimizer = torch.optim.Adam(self.discriminator.parameters(), rate, betas=(0.5, 0.9))
         self.discriminator, optimizer = accelerator.prepare(self.discriminator, optimizer)
-        return optimizer
+        return Learner(self.discriminator, optimizer, lr=rate)
+
+    def backward(
+        self, accelerator: Accelerator, pictures: Decoded, step: int, further: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Gradients of one pass: of the decoder's loss, and then of the discriminator's.
+
+        Args:
+            accelerator: of the run.
+            pictures: what was decoded.
+            step: counted from 0.
+            further: another loss, weighted, to be added to the decoder's.
+
+        Returns:
+            "loss", their sum, its parts, and where it takes part "discriminator".
+        """
+        decoded, images = pictures.decoded, pictures.images
+        with accelerator.autocast():
+            loss, parts = self(decoded, images, pictures.last_layer, step)
+        if further is not None:
+            loss = loss + further
+        accelerator.backward(loss)
+        with accelerator.autocast():
+            discriminator_loss = self.discriminator_loss(decoded, images, step)
+        if discriminator_loss is not None:
+            accelerator.backward(discriminator_loss)
+            parts["discriminator"] = discriminator_loss.detach()
+        return {"loss": loss.detach(), **parts}
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in step ``step``."""

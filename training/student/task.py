@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,28 +15,39 @@ from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_picture
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
-from tarflow.training.loop.checkpoint import on_main
+from tarflow.training.loop.accelerator import make_accelerator
+from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.component import ComponentFolders, open_splits, write_rows
-from tarflow.training.loop.network_trainer import NetworkTrainer, network_accelerator
+from tarflow.training.loop.network_task import NetworkTask
+from tarflow.training.loop.task import Batch, State
+from tarflow.training.loop.trainer import Trainer
 from tarflow.training.student.config import StudentConfig
-from tarflow.training.student.step import StudentStepper
+from tarflow.training.student.objective import StudentObjective
 
 
-class StudentTask:
-    """What is trained, see `tarflow.training.loop.network_step.Task`: a student of a pipeline's flow.
+class StudentTask(NetworkTask):
+    """What is trained: a student of a pipeline's flow.
 
     Args:
         config: of the run.
         accelerator: of the run.
 
     Raises:
-        ValueError: if pipeline, data and settings do not fit.
+        ValueError: if there is no such pipeline.
     """
 
+    config: StudentConfig
+    network: StudentModel
+    betas = (0.9, 0.95)
+
     def __init__(self, config: StudentConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
+        super().__init__(config, accelerator, config.folder)
         self.folders = ComponentFolders(config)
-        self.pipe = self.folders.open(accelerator.device)
+        self.held_out: NoisyPictures | None = None
+
+    def make_parts(self, state: State | None) -> None:
+        config = self.config
+        self.pipe = self.folders.open(self.accelerator.device)
         self.train, held_out = open_splits(config, self.pipe)
         check_conditions(self.pipe, self.train)
         for module in (self.pipe.flow, self.pipe.vae, self.pipe.text_encoder):
@@ -43,10 +55,18 @@ class StudentTask:
                 module.eval().requires_grad_(False)
         hashes = flow_hashes(self.pipe.flow)
         self.network = StudentModel(**student_arguments(config, self.pipe), flow_hashes=hashes)
-        self.held_out: NoisyPictures | None = None
-        on_main(accelerator, lambda: self.prepare(held_out))
+        on_main(self.accelerator, lambda: self.prepare_held_out(held_out))
 
-    def prepare(self, held_out: Images) -> None:
+    def prepare(self, fresh: bool) -> None:
+        super().prepare(fresh)
+        self.objective = StudentObjective(self.config, self.accelerator, self.network, self.pipe)
+
+    def backward(self, batch: Batch, step: int, total: int, sample_ids: Sequence[int]) -> dict[str, Tensor]:
+        losses = self.objective.losses(self.learner.model, batch, step, total, sample_ids)
+        self.accelerator.backward(losses["loss"])
+        return {**losses, "loss": losses["loss"].detach()}
+
+    def prepare_held_out(self, held_out: Images) -> None:
         """What the student is measured by."""
         if len(held_out) and self.pipe.vae is not None:
             self.held_out = noisy_pictures(self.pipe, held_out, self.config.eval_images, self.config.batch_size)
@@ -67,13 +87,13 @@ class StudentTask:
         self.exact = exact_samples(pipe, arguments, count, scale, method, self.config.seed)
         self.shown = self.decoded(self.exact.states[0], self.exact.class_labels, self.exact.cond, noisy=True)
 
-    def facts(self) -> dict[str, Any]:
+    def network_invariants(self) -> dict[str, Any]:
         settings = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
         hashes = settings.pop("flow_hashes")
         return {"the flow's SHA-256": hashes[0], **{f"student.{key}": value for key, value in settings.items()}}
 
     @torch.no_grad()
-    def report(self, step: int, last: bool) -> dict[str, Any]:
+    def measure(self, step: int, last: bool) -> dict[str, Any]:
         """PSNR and SSIM of held-out pictures, from their noise back to pictures; how far the flow takes the student's
         samples from where it should; and a grid, the flow's samples above the student's. The last one saves the
         student."""
@@ -165,6 +185,13 @@ def student_arguments(config: StudentConfig, pipe: Any) -> dict[str, Any]:
     }
 
 
+def student_trainer(config: StudentConfig, resolved: str) -> Trainer:
+    """One run, see `train_student`."""
+    settings = config.loop(config.folder)
+    accelerator = make_accelerator(settings)
+    return Trainer(settings, resolved, accelerator, StudentTask(config, accelerator))
+
+
 def train_student(config: StudentConfig, resolved: str) -> dict[str, Any]:
     """Train, and save the student; returns the last metrics.
 
@@ -176,7 +203,4 @@ def train_student(config: StudentConfig, resolved: str) -> dict[str, Any]:
         ValueError: if settings, pipeline, data or checkpoint do not fit.
         OSError: if a file cannot be written.
     """
-    accelerator = network_accelerator(config, config.folder)
-    task = StudentTask(config, accelerator)
-    stepper = StudentStepper(config, accelerator, task.network, task.pipe)
-    return NetworkTrainer(config, resolved, config.folder, accelerator, task, stepper).run()
+    return student_trainer(config, resolved).run()

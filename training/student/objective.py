@@ -1,21 +1,21 @@
-"""One optimizer step of a student."""
+"""What a student minimises: batches as the flow was trained on them, and how far it is from the flow's way back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.conditions import condition_of
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.component import noisy_latents
 from tarflow.training.loop.draws import draw_chances, draw_noise
-from tarflow.training.loop.network_step import NetworkStepper
+from tarflow.training.loop.task import Batch
 from tarflow.training.losses.perceptual import make_perceptual
 from tarflow.training.student.config import StudentConfig
 from tarflow.training.student.loss import alignment_loss, extrapolated, teacher_states
@@ -39,8 +39,8 @@ class Pictures:
     weight: Tensor
 
 
-class StudentStepper(NetworkStepper):
-    """Takes optimizer steps of a student.
+class StudentObjective:
+    """The losses of a student.
 
     Args:
         config: of the run.
@@ -52,9 +52,8 @@ class StudentStepper(NetworkStepper):
         ValueError: if the perceptual loss does not fit its weights or the pictures.
     """
 
-    def __init__(self, config: StudentConfig, accelerator: Accelerator, network: StudentModel, pipe: Any):
-        super().__init__(config, accelerator, network, betas=(0.9, 0.95))
-        self.network, self.pipe = network, pipe
+    def __init__(self, config: StudentConfig, accelerator: Accelerator, network: StudentModel, pipe: TARFlowPipeline):
+        self.config, self.accelerator, self.network, self.pipe = config, accelerator, network, pipe
         self.largest_weight = network.config.max_guidance_scale - 1
         self.null_cond: Tensor | None = None
         if pipe.flow.config.conditioning == "prefix":
@@ -64,17 +63,28 @@ class StudentStepper(NetworkStepper):
             self.perceptual.to(accelerator.device)
             self.perceptual.check_size(pipe.flow.config.sample_size * pipe.codec.factor)
 
-    def backward(self, batch: dict[str, Any], step: int, total: int, places: Sequence[int]) -> dict[str, Tensor]:
-        config, pictures = self.config, self.pictures(batch, step, places)
+    def losses(
+        self, model: nn.Module, batch: Batch, step: int, total: int, sample_ids: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Of one pass: "loss", the weighted sum, and its parts without weights and gradients.
+
+        Args:
+            model: ``network`` as it must be called, in one forward pass.
+            batch: of the training pictures.
+            step: its number.
+            total: steps of the run, as far as is known.
+            sample_ids: of the pictures in the step's batch of all processes and passes.
+        """
+        config, pictures = self.config, self.pictures(batch, step, sample_ids)
         with torch.no_grad():
             if config.own_share > 0 and step >= config.own_after * total:
                 with self.accelerator.autocast():
-                    self.put_own_samples(pictures, step, places)
+                    self.put_own_samples(pictures, step, sample_ids)
             guided = self.largest_weight > 0 and config.guidance == "flow"
             # What is learned is computed exactly: with bf16 the targets would be off by up to 0.4.
             states = self.states(pictures, pictures.weight if guided else None)
         z, led = states[0], states[1:]
-        found, read = self.model(z, pictures.labels, pictures.cond, pictures.weight, return_states=True)
+        found, read = model(z, pictures.labels, pictures.cond, pictures.weight, return_states=True)
         wanted = pictures.clean if config.target == "clean" else pictures.noisy
         if self.largest_weight > 0 and config.guidance == "extrapolated":
             wanted = self.away_from_unconditional(wanted, z, pictures)
@@ -91,24 +101,23 @@ class StudentStepper(NetworkStepper):
                     original = self.pipe.codec.decode(wanted[seen]).float()
                 perceptual = self.perceptual(decoded, original)
             loss, parts["perceptual"] = loss + config.perceptual * perceptual, perceptual.detach()
-        self.accelerator.backward(loss)
-        return {"loss": loss.detach(), **parts}
+        return {"loss": loss, **parts}
 
     @torch.no_grad()
-    def pictures(self, batch: dict[str, Any], step: int, places: Sequence[int]) -> Pictures:
+    def pictures(self, batch: Batch, step: int, sample_ids: Sequence[int]) -> Pictures:
         """A batch as the flow was trained on it, with guidance weights; some conditions are dropped if guidance is
         extrapolated."""
         config, pipe, device = self.config, self.pipe, self.accelerator.device
         flipped = None
         if config.data.flip:
-            flipped = draw_chances(config.seed, step, places, device, "flip") < 0.5
-        _, mean, noisy = noisy_latents(pipe, config, self.accelerator, batch, flipped, step, places)
+            flipped = draw_chances(config.seed, step, sample_ids, device, "flip") < 0.5
+        _, mean, noisy = noisy_latents(pipe, config, self.accelerator, batch, flipped, step, sample_ids)
         clean = pipe.codec.normalise(mean).float()
         condition = condition_of(pipe, batch, len(clean), with_condition=True)
         labels, cond = condition.get("class_labels"), condition.get("cond")
-        lone = draw_chances(config.seed, step, places, device, "unguided")
+        lone = draw_chances(config.seed, step, sample_ids, device, "unguided")
         unguided = lone < config.unguided_share
-        chance = draw_chances(config.seed, step, places, device, "guidance")
+        chance = draw_chances(config.seed, step, sample_ids, device, "guidance")
         weight = torch.where(unguided, 0.0, self.largest_weight * chance)
         if self.largest_weight > 0 and config.guidance == "extrapolated":
             dropped = lone < config.unguided_share / 2
@@ -125,14 +134,14 @@ class StudentStepper(NetworkStepper):
         null = None if weight is None else flow.condition(None, self.null_cond, batch)
         return teacher_states(flow, pictures.noisy, condition, null, weight, self.network.config.guidance_method)
 
-    def put_own_samples(self, pictures: Pictures, step: int, places: Sequence[int]) -> None:
+    def put_own_samples(self, pictures: Pictures, step: int, sample_ids: Sequence[int]) -> None:
         """Replace the first pictures of the batch by samples of the student, with new noise; without it they are what
         the flow's score step makes of them."""
         config, flow, count = self.config, self.pipe.flow, round(self.config.own_share * len(pictures.clean))
         if count == 0:
             return
         shape, sigma = tuple(pictures.clean.shape[1:]), self.pipe.config.noise_std
-        place = (config.seed, step, places[:count], shape, pictures.clean.device)
+        place = (config.seed, step, sample_ids[:count], shape, pictures.clean.device)
         prior, noise = draw_noise(*place, "student prior"), draw_noise(*place, "student noise")
         labels, cond = (None if part is None else part[:count] for part in (pictures.labels, pictures.cond))
         own = self.network(flow.scale_noise(prior), labels, cond, pictures.weight[:count])

@@ -1,0 +1,88 @@
+"""What a flow's training must have in common with the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from tarflow.flows.model import TARFlowModel
+from tarflow.training.loop.checkpoint import check_invariants
+
+
+def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -> None:
+    """Whether a run can go on from a checkpoint.
+
+    Args:
+        path, state: the checkpoint and its run.json.
+        invariants: what must be the same in the run: the complete arguments of its model as "flow", "ema_decays",
+            "images_per_step", whether it is "sharded", under FSDP, and by names of their own those of "joint", None if
+            the autoencoder is frozen, those of "lora", None if no adapter is trained; and what their numbers mean,
+            "classes" and "tokens" (see `meaning`).
+
+    Raises:
+        ValueError: that names the first difference, and what to do.
+    """
+    invariants, name = json.loads(json.dumps(invariants)), str(path)
+    # A setting that one of the two does not name has its default, also in checkpoints from before there was the setting.
+    defaults = {key: value.default for key, value in inspect.signature(TARFlowModel).parameters.items()}
+    defaults = json.loads(json.dumps(defaults))
+    for key in sorted(set(invariants["flow"]) | set(state["flow"])):
+        there, here = (flow.get(key, defaults.get(key)) for flow in (state["flow"], invariants["flow"]))
+        if there != here:
+            raise ValueError(
+                f"the checkpoint {name!r} has another architecture: flow.{key} is {there!r} there and {here!r} here"
+            )
+    if state["ema_decays"] != invariants["ema_decays"]:
+        raise ValueError(
+            f"the checkpoint {name!r} has the EMA decays {state['ema_decays']}, not {invariants['ema_decays']}"
+        )
+    if state["images_per_step"] != invariants["images_per_step"]:
+        raise ValueError(
+            f"the checkpoint {name!r} was trained with {state['images_per_step']} pictures a step, not "
+            f"{invariants['images_per_step']}: set train.batch_size and train.accumulation to the same with these processes"
+        )
+    check_meaning(path, state, invariants)
+    here, there = invariants.get("joint") or {}, state.get("joint") or {}
+    if bool(here) != bool(there):
+        ways = "joint" if there else "frozen"
+        raise ValueError(f"the checkpoint {name!r} was trained with vae.train {ways!r}: set it to that")
+    check_invariants(path, there, {key: here.get(key) for key in sorted(set(here) | set(there))})
+    here, there = invariants.get("lora") or {}, state.get("lora") or {}
+    if bool(here) != bool(there):
+        was = f"is of an adapter of lora.rank {there['lora.rank']}" if there else "is of no adapter (lora.rank 0)"
+        raise ValueError(f"the checkpoint {name!r} {was}: set lora.rank to that")
+    check_invariants(path, there, here)
+    if state["sharded"] != invariants["sharded"]:
+        ways = "with FSDP" if state["sharded"] else "without FSDP"
+        raise ValueError(
+            f"the checkpoint {name!r} was written {ways}: resume it that way, or start from its pipeline folder "
+            "with init_from"
+        )
+
+
+def check_meaning(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -> None:
+    """Whether the numbers of classes and tokens mean the same; checkpoints from before these were kept pass.
+
+    Raises:
+        ValueError: that names the first difference.
+    """
+    kinds = (("classes", "class", "the same class folders or names"), ("tokens", "token", "the same captions"))
+    for name, what, remedy in kinds:
+        there, here = state.get(name), invariants.get(name)
+        if name not in state or there == here:
+            continue
+        if not isinstance(there, list) or not isinstance(here, list):
+            raise ValueError(
+                f"the checkpoint {str(path)!r} was trained with other {name} than this run has: resume with {remedy}, "
+                "or start anew in another output"
+            )
+        places = range(max(len(there), len(here)))
+        place = next(place for place in places if there[place : place + 1] != here[place : place + 1])
+        names = (repr(known[place]) if place < len(known) else "none" for known in (there, here))
+        was, is_now = names
+        raise ValueError(
+            f"the checkpoint {str(path)!r} was trained with other {name}: {what} {place} is {was} there and {is_now} "
+            f"here; resume with {remedy}, or start anew in another output"
+        )

@@ -1,0 +1,225 @@
+"""Training a flow by maximum likelihood: its parts, its loss, its reports, and what its checkpoints keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tarflow.common.progress import write_line
+from tarflow.data.images import Pictures
+from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
+from tarflow.training.flow.config import RunConfig, has_denoiser
+from tarflow.training.flow.inputs import InputMaker
+from tarflow.training.flow.lora import folder_name, prepare_adapters, save_adapters
+from tarflow.training.flow.objective import FlowObjective, parameter_groups, score_target
+from tarflow.training.flow.report import HeldOut, build_pipeline, metrics_of, write_grids
+from tarflow.training.flow.resume import check_state
+from tarflow.training.flow.setup import Parts, make_parts, meaning
+from tarflow.training.flow.start import Start
+from tarflow.training.flow.text import check_text, cut_captions_of, text_invariants
+from tarflow.training.loop.agreement import on_main
+from tarflow.training.loop.draws import sample_seed
+from tarflow.training.loop.launcher import launcher_compilation
+from tarflow.training.loop.parallel import full_weights, shard_layers, verify_caches
+from tarflow.training.loop.task import Batch, Learner, State, Task, is_due
+
+if TYPE_CHECKING:
+    from tarflow.training.flow.metric import SampleMetric
+
+
+class FlowTask(Task):
+    """What is trained: a flow, with a small text encoder if there is one, or an adapter of them.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+        start: the pipeline that training starts from, None for a flow with new weights.
+
+    Attributes:
+        parts: data, autoencoder, text encoder, flow.
+        objective: what is minimised, as it is without what Accelerate makes of it.
+        inputs: makes what the objective takes from batches.
+    """
+
+    parts: Parts
+    train: Pictures
+    objective: FlowObjective
+    inputs: InputMaker
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, start: Start | None):
+        self.config, self.log, self.accelerator, self.start = config, config.log, accelerator, start
+        self.folder = Path(config.output)
+        self.latents: list[Tensor] = []  # z of the passes of a step
+        self.held_out: HeldOut | None = None
+        self.metric: SampleMetric | None = None
+
+    def make_parts(self, state: State | None) -> None:
+        config = self.config
+        self.parts = make_parts(config, state and state["statistics"], self.accelerator.device, self.start)
+        self.train = self.parts.train
+        self.text = text_invariants(config.text, self.parts.text_encoder)
+        self.adapter = prepare_adapters(config, self.parts, self.start)
+        if state is None and config.data.verify:
+            verify_caches(self.accelerator, self.parts.train, self.parts.validation)
+
+    def resume_invariants(self) -> dict[str, Any]:
+        return {
+            "flow": self.parts.flow_arguments,
+            "ema_decays": self.config.train.ema_decays,
+            "images_per_step": self.config.loop.images_per_step(self.accelerator.num_processes),
+            "sharded": self.accelerator.is_fsdp2,
+            "joint": None,
+            "text": self.text,
+            "lora": self.adapter,
+            **meaning(self.parts),
+        }
+
+    def check_resume(self, checkpoint: Path, state: State) -> None:
+        check_state(checkpoint, state, self.resume_invariants())
+        check_text(checkpoint, state.get("text"), self.text)
+
+    def prepare(self, fresh: bool) -> None:
+        config, accelerator, parts = self.config, self.accelerator, self.parts
+        train, optim = config.train, config.optim
+        inside = config.text.kind == "small" or (config.text.shard and accelerator.is_fsdp2)
+        parts.flow.set_checkpointing(train.checkpointing, train.checkpointing_every)
+        if train.compile or (wanted := launcher_compilation()):
+            parts.flow.compile_repeated_blocks(**{"dynamic": False, **({} if train.compile else wanted)})
+        if parts.text_encoder is not None and not inside:
+            parts.text_encoder.to(accelerator.device)
+        if inside and config.text.shard:
+            shard_layers(accelerator, parts.text_encoder)
+        self.objective = self.make_objective(parts.text_encoder if inside else None)
+        self.inputs = InputMaker(config, parts, accelerator.device, inside, accelerator.autocast)
+        if fresh and self.start is None:
+            initialize_actnorm(self.objective, self.inputs, parts)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.objective, optim.lr, optim.denoiser_lr, config.joint.lr),
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self.learner = Learner(*accelerator.prepare(self.objective, optimizer))
+
+    def make_objective(self, text_encoder: torch.nn.Module | None) -> FlowObjective:
+        """What is minimised, with a text encoder that is trained or sharded along."""
+        return FlowObjective(self.parts.flow, text_encoder, self.config.text.hidden_layer)
+
+    def prepare_reports(self) -> None:
+        config, parts, accelerator = self.config, self.parts, self.accelerator
+        self.held_out = open_held_out(config, parts, accelerator)
+        self.metric = on_main(accelerator, lambda: open_metric(config, parts, accelerator))
+
+    def begin(self, fresh: bool) -> None:
+        if sentence := cut_captions_of(self.parts, self.config.text):
+            write_line(sentence)
+
+    def begin_step(self, step: int) -> None:
+        self.latents.clear()
+        if (
+            self.config.lora.dropout
+        ):  # as all that is random a function of the step, so that interruptions change nothing
+            torch.manual_seed(sample_seed(self.config.train.seed, step, self.accelerator.process_index, "dropout"))
+
+    def backward(self, batch: Batch, step: int, total: int, sample_ids: Sequence[int]) -> dict[str, Tensor]:
+        inputs = self.inputs.training(batch, step, sample_ids)
+        losses, z = self.backward_flow(inputs, step)
+        if self.objective.flow.prior_variance is not None and not self.config.lora.rank:
+            self.latents.append(z)
+        return losses
+
+    def backward_flow(self, inputs: dict[str, Any], step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of one pass; returns losses by name, the sum as "loss", and z (B, C, H, W)."""
+        inputs["latents"].requires_grad_(has_denoiser(self.config))
+        output = self.learner.model(**inputs)
+        self.accelerator.backward(output["loss"])
+        losses = {"loss": output["loss"].detach(), "nats_per_dim": output["nats_per_dim"].mean()}
+        if has_denoiser(self.config):
+            losses["denoiser_loss"] = self.backward_denoiser(inputs)
+        return losses, output["z"]
+
+    def backward_denoiser(self, inputs: dict[str, Any]) -> Tensor:
+        """Backward pass of the learned denoiser, with the score that the flow's one has left; returns its loss."""
+        accelerator, latents = self.accelerator, inputs["latents"]
+        loss_scale = 1 / self.config.train.accumulation
+        if accelerator.scaler is not None:
+            loss_scale *= accelerator.scaler.get_scale()
+        target = score_target(latents.grad, self.config.train.noise_std, loss_scale)
+        loss: Tensor = self.learner.model(**{**inputs, "latents": latents.detach(), "score_target": target})["loss"]
+        accelerator.backward(loss)
+        return loss.detach()
+
+    def after_update(self, step: int) -> None:
+        if self.latents:
+            self.objective.flow.update_prior(self.accelerator.gather(torch.cat(self.latents)))
+
+    def is_report_due(self, step: int) -> bool:
+        log, metric = self.config.log, self.config.metric
+        intervals = (log.eval_every, log.sample_every, log.save_pipeline_every, metric.every)
+        return any(is_due(step, every) for every in intervals)
+
+    def report(self, step: int, average: int = 0, last: bool = False) -> dict[str, Any]:
+        log, decay = self.config.log, self.config.train.ema_decays[average]
+        if average:  # at the end, of averages beside the one that is the run's
+            metrics = self.evaluate(step, f"held_out_ema_{decay}")
+            self.show(step, f"pipeline_ema_{decay}")
+            return metrics
+        if last:
+            metrics = self.evaluate(step)
+            return metrics | self.show(step, "pipeline", log.sample_every > 0, self.config.metric.every > 0)
+        metrics = self.evaluate(step) if is_due(step, log.eval_every) else {}
+        saved = f"pipeline_{step:08d}" if is_due(step, log.save_pipeline_every) else None
+        self.show(step, saved, is_due(step, log.sample_every), is_due(step, self.config.metric.every))
+        return metrics
+
+    def evaluate(self, step: int, name: str = "held_out") -> dict[str, float]:
+        """Held-out metrics of the weights as they are."""
+        if self.held_out is None:
+            return {}
+        self.learner.model.eval()
+        metrics = self.held_out_metrics(self.held_out)
+        self.accelerator.log({f"{name}/{key}": value for key, value in metrics.items()}, step)
+        if self.accelerator.is_main_process:
+            words = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+            write_line(f"step {step}: {name.replace('held_out', 'held-out')} {words}")
+        return metrics
+
+    def held_out_metrics(self, held_out: HeldOut) -> dict[str, float]:
+        """By name, of the weights as they are; every process calls this."""
+        return metrics_of(held_out.nats_per_dim(self.learner.model, self.inputs, self.accelerator), self.config)
+
+    def show(self, step: int, save_as: str | None, draw: bool = False, measure: bool = False) -> dict[str, float]:
+        """A pipeline folder, grids and the metric of the weights as they are, if wanted; the main process makes them
+        and returns the metric."""
+        if not draw and save_as is None and not measure:
+            return {}
+        weights = full_weights(self.accelerator, self.learner.model)
+
+        def work() -> dict[str, float]:
+            metrics: dict[str, float] = {}
+            pipe = build_pipeline(weights, self.parts, self.config)
+            if save_as is not None and self.adapter:
+                save_adapters(pipe, self.config, self.folder / folder_name(save_as), step)
+            elif save_as is not None:
+                pipe.save_pretrained(self.folder / save_as)
+            if draw or measure:
+                pipe.to(self.accelerator.device)
+            if draw:
+                write_grids(pipe, self.parts, self.config, self.folder / "samples", step)
+            if measure and self.metric is not None:
+                pipe.set_progress_bar_config(disable=True)
+                metrics = self.metric.measure(pipe)
+                self.accelerator.log({f"samples/{key}": value for key, value in metrics.items()}, step)
+                write_line(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+            return metrics
+
+        return on_main(self.accelerator, work) or {}
+
+    def state(self) -> State:
+        mean, std = self.parts.codec.latents_mean, self.parts.codec.latents_std
+        return {"statistics": None if mean is None else [mean, std], **self.resume_invariants()}

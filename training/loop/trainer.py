@@ -1,0 +1,232 @@
+"""The loop of all trainings: opening and resuming, steps, time limit, signals, logs, reports, checkpoints, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from tarflow.common.files import write_text
+from tarflow.common.progress import progress_bar, write_line
+from tarflow.training.loop.agreement import on_main
+from tarflow.training.loop.averages import WeightAverages
+from tarflow.training.loop.batches import BatchReader, StepSampler, groups_of, train_loader
+from tarflow.training.loop.checkpoint import checkpoint_name, checkpoint_to_resume, read_state, save_checkpoint
+from tarflow.training.loop.config import LoopSettings
+from tarflow.training.loop.reading import reading
+from tarflow.training.loop.schedule import TimeLimit
+from tarflow.training.loop.step import Stepper
+from tarflow.training.loop.stopping import Stopped, StopRequest
+from tarflow.training.loop.task import Batch, State, Task, is_due
+
+#: What a resumed run takes from its own settings.
+OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
+#: Parts of the loss that the progress bar shows, where there are such.
+SHOWN = ("loss", "kl", "l1")
+
+
+class Trainer:
+    """One run: `Trainer(settings, resolved, accelerator, task).run()`.
+
+    Args:
+        settings: of the loop.
+        resolved: the YAML of all settings, saved with the run.
+        accelerator: of the run.
+        task: what to train.
+
+    Attributes:
+        step: steps done.
+        total_steps: at which the run ends.
+        saved: the last checkpoint, None if there is none.
+
+    Raises:
+        ValueError: if settings, data and weights do not fit each other, or the checkpoint to resume from.
+    """
+
+    def __init__(self, settings: LoopSettings, resolved: str, accelerator: Accelerator, task: Task):
+        self.settings, self.accelerator, self.task, self.folder = settings, accelerator, task, settings.folder
+        # Settings are checked before anything is written.
+        self.saved = checkpoint_to_resume(self.folder, settings.resume)
+        state = None if self.saved is None else read_state(self.saved)
+        task.make_parts(state)
+        if self.saved is not None and state is not None:
+            task.check_resume(self.saved, state)
+        task.prepare(fresh=state is None)
+        trained = [parameter for parameter in task.learner.model.parameters() if parameter.requires_grad]
+        self.averages = WeightAverages(trained, settings.ema_decays)
+        self.stepper = Stepper(settings, accelerator, task, self.averages)
+        self.longest = self.total_steps = settings.total_steps(accelerator.num_processes)
+        self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
+        if self.saved is not None and state is not None:
+            self.load(self.saved, state)
+        task.prepare_reports()
+        on_main(accelerator, lambda: self.begin(resolved, fresh=state is None))
+
+    def begin(self, resolved: str, fresh: bool) -> None:
+        """Write the settings, and start the trackers."""
+        write_text(self.folder / "config.yaml", resolved)
+        self.task.begin(fresh)
+        if self.settings.log.trackers:
+            self.accelerator.init_trackers("logs")
+
+    def load(self, checkpoint: Path, state: State) -> None:
+        """Go on from a checkpoint."""
+        groups = self.task.learner.optimizer
+        wanted = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in groups.param_groups]
+        with reading(checkpoint):
+            self.accelerator.load_state(str(checkpoint))
+        for group, own in zip(groups.param_groups, wanted, strict=True):
+            group.update(own)  # this run's, not the checkpoint's
+        self.averages.load(checkpoint / "averages", state["ema_steps"])
+        self.step, self.lowered = state["step"], state["lowered"]
+        self.stepper.spikes = state.get("spikes", 0)
+        if self.settings.train.max_minutes is not None:
+            self.total_steps = state["total_steps"]
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this step, and note it as ``saved``."""
+        state = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "lowered": self.lowered,
+            "spikes": self.stepper.spikes,
+            "ema_steps": self.averages.steps,
+            **self.task.state(),
+        }
+        keep = self.settings.log.keep_checkpoints
+        self.saved = save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.averages, keep)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, then evaluate and save; returns the last metrics, with "steps".
+
+        At a SIGTERM or SIGINT a checkpoint is saved and training stops; the metrics then have the signal's name as
+        ``stopped``.
+        """
+        with StopRequest() as stop:
+            try:
+                with self.batches() as batches:
+                    name = self.train(batches, stop)
+                return self.stop(name) if name else self.finish(stop)
+            except Stopped as signal:
+                return self.stop(signal.name)
+            except (RuntimeError, ValueError):  # of work in common with a process that a signal has ended
+                if not (stop.received and self.is_saved):
+                    raise
+                return self.stop(stop.received)
+
+    def train(self, batches: BatchReader, stop: StopRequest) -> str:
+        """Train to the last step; returns the name of a signal that is to stop the run before."""
+        accelerator, name, first, limit = self.accelerator, "", self.step, None
+        progress = progress_bar(
+            total=self.total_steps, initial=first, unit="step", disable=not accelerator.is_main_process
+        )
+        if self.settings.train.max_minutes is not None and not self.lowered:
+            limit = TimeLimit(self.settings.train.max_minutes)
+        with closing(progress):
+            while self.step < self.total_steps and not name:
+                values = self.train_step(batches)
+                self.step += 1
+                progress.update()
+                done = self.step - first
+                if limit is not None and limit.is_due(done):
+                    left = broadcast_object_list([limit.steps_left(done, self.longest - self.step)])[0]
+                    limit.agree(done, left)
+                    self.total_steps = progress.total = self.step + left
+                    self.lowered = True
+                if self.step % self.settings.log.log_every == 0:
+                    self.log(values, done, progress)
+                name = stop.agreed(accelerator)
+                if not name and self.step < self.total_steps:
+                    self.at_intervals(stop)
+        return name
+
+    def batches(self) -> BatchReader:
+        """This process's batches from the current step on, one for each forward pass."""
+        train, accelerator, pictures = self.settings.train, self.accelerator, self.task.train
+        sampler = StepSampler(
+            groups_of(pictures),
+            train.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            train.accumulation,
+            train.seed,
+            self.step,
+            self.total_steps,
+        )
+        pinned = accelerator.device.type == "cuda"
+        return BatchReader(train_loader(pictures, train.batch_size, train.num_workers, sampler, pinned))
+
+    def train_step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """One optimizer step, see `Stepper`."""
+        return self.stepper.take(batches, self.step, self.total_steps)
+
+    def log(self, values: dict[str, Tensor], done: int, progress: tqdm) -> None:
+        """Write means over all processes, and of this process's steps so far, without evaluation and the like, the
+        speed and the share of the time that they waited for data."""
+        names = sorted(values)
+        stacked = torch.stack([values[name].detach().float().to(self.accelerator.device) for name in names])
+        means = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        pictures = self.settings.images_per_step(self.accelerator.num_processes)
+        seconds = self.stepper.seconds
+        speed, waiting = done * pictures / seconds, self.stepper.waited / seconds
+        means |= {"images_per_second": speed, "images": self.step * pictures}
+        means |= {"lr": self.task.learner.optimizer.param_groups[0]["lr"], "waiting_for_data": waiting}
+        if self.settings.optim.skip_grad_norm is not None:
+            means["skipped_steps"] = self.stepper.spikes
+        self.accelerator.log({f"train/{key}": value for key, value in means.items()}, self.step)
+        shown = {name: f"{means[name]:.4f}" for name in SHOWN if name in means}
+        progress.set_postfix({**shown, "images/s": f"{speed:.0f}", "waiting": f"{waiting:.1%}"})
+
+    def at_intervals(self, stop: StopRequest) -> None:
+        """Reports and checkpoints where they are due."""
+        if self.task.is_report_due(self.step):
+            # Several processes would end at different places, and could not save a checkpoint any more.
+            self.report(stop, at_once=self.accelerator.num_processes == 1)
+        if is_due(self.step, self.settings.log.checkpoint_every):
+            self.save_checkpoint()
+
+    def report(self, stop: StopRequest, at_once: bool, average: int = 0, last: bool = False) -> dict[str, Any]:
+        """The task's report of averaged weights. A signal ends it ``at_once`` or not at all, but never while the weights
+        are changed and put back: a checkpoint must not have those of the average."""
+        with self.averages.applied(average), stop.at_once(at_once):
+            return self.task.report(self.step, average, last)
+
+    def finish(self, stop: StopRequest) -> dict[str, Any]:
+        """After the last step: checkpoint, reports of all averages, and what else is to be said."""
+        if self.settings.log.checkpoint_every:
+            self.save_checkpoint()
+        # What a signal ends here is done again when the run goes on.
+        at_once = bool(self.settings.log.checkpoint_every) or self.accelerator.num_processes == 1
+        metrics = self.report(stop, at_once, last=True)
+        for average in range(1, len(self.averages.decays)):
+            self.report(stop, at_once, average, last=True)
+        skipped, spikes = self.stepper.skipped, self.stepper.spikes
+        if skipped and self.accelerator.is_main_process:
+            write_line(f"{len(skipped)} unreadable images were skipped, for example: {min(skipped)}")
+        if spikes and self.accelerator.is_main_process:
+            limit = self.settings.optim.skip_grad_norm
+            write_line(f"{spikes} steps with a gradient norm above {limit} were left out")
+        self.accelerator.end_training()
+        return {**metrics, "steps": self.step}
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last checkpoint is of this step."""
+        return self.saved is not None and self.saved.name == checkpoint_name(self.step)
+
+    def stop(self, name: str) -> dict[str, Any]:
+        """End before all is done: save a checkpoint, if it is not there yet, and say that the signal ``name`` stopped
+        the run."""
+        if not self.is_saved:
+            self.save_checkpoint()
+        if self.accelerator.is_main_process:
+            write_line(f"stopped by {name} at step {self.step}: {self.saved} is saved; go on with --resume latest")
+        self.accelerator.end_training()
+        return {"steps": self.step, "stopped": name}
