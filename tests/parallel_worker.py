@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
 from tarflow.training.flow.arguments import parse_config
-from tarflow.training.flow.trainer import Trainer
+from tarflow.training.flow.trainer import flow_trainer
 from tarflow.training.loop.stopping import launched_process
 
 
@@ -23,7 +23,7 @@ def train(arguments: list[str]) -> dict[str, Any]:
     """One training: all logged values in order, and its last metrics."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    trainer = Trainer(*parse_config(arguments))
+    trainer = flow_trainer(*parse_config(arguments))
     logged: list[dict[str, float]] = []
     trainer.accelerator.log = lambda values, step: logged.append({"step": step, **values})
     trainer.accelerator.end_training = lambda: None  # the next run needs the process group
@@ -34,7 +34,7 @@ def train(arguments: list[str]) -> dict[str, Any]:
     except OSError as error:
         return {"error": str(error), "step": trainer.step}
     accelerator = trainer.accelerator
-    parameters = list(trainer.model.parameters())
+    parameters = list(trainer.task.learner.model.parameters())
     sharded = sum(isinstance(parameter, DTensor) for parameter in parameters) / len(parameters)
     facts = {"processes": accelerator.num_processes, "parameters": len(parameters), "sharded": sharded}
     return {"logged": logged, **facts, **metrics}

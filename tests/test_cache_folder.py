@@ -24,7 +24,7 @@ from tarflow.data.latents import CachedLatents
 from tarflow.training.flow.config import VaeConfig
 from tarflow.training.latent_cache import caching
 from tarflow.training.latent_cache import folder as cache_folder
-from tarflow.training.latent_cache.caching import agreed, cache_latents, same_plan
+from tarflow.training.latent_cache.caching import cache_latents, same_plan
 from tarflow.training.latent_cache.config import CacheConfig
 
 
@@ -328,27 +328,6 @@ def test_the_command_on_a_full_disk(pictures: Path, tmp_path: Path, vae_path: st
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "cache" / "vae").exists()
     assert not list((tmp_path / "cache").glob("*.tmp"))
-
-
-class TwoProcesses:
-    num_processes, process_index, is_main_process = 2, 0, True
-
-
-def test_processes_hear_of_each_others_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "gather_objects", lambda value: [value, "the disk is full"])
-    with pytest.raises(ValueError, match="the disk is full"):
-        agreed(TwoProcesses(), lambda: 1)
-    own = []
-
-    def fails() -> None:
-        raise OSError("my own")
-
-    monkeypatch.setattr(caching, "gather_objects", lambda value: own.append(value) or [value, ""])
-    with pytest.raises(OSError, match="my own"):
-        agreed(TwoProcesses(), fails)
-    assert own == ["my own"]
-    monkeypatch.setattr(caching, "gather_objects", lambda value: [value, ""])
-    assert agreed(TwoProcesses(), lambda: 1) == 1
 
 
 def test_processes_with_copies_of_the_data(

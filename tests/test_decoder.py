@@ -186,6 +186,7 @@ def test_noise_is_on_draws_or_means_of_the_posterior(tmp_path, sampled) -> None:
     config, _ = parse_dataclass(DecoderConfig, settings)
     AcceleratorState._reset_state(reset_partial_state=True)
     task = DecoderTask(config, Accelerator(cpu=True))
+    task.make_parts(None)
     batch = collate([task.train[i] for i in range(4)])
     seen = []
     task.decode(lambda raw: seen.append(raw), batch, 0, range(4))

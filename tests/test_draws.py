@@ -19,7 +19,7 @@ from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.loop.batches import StepSampler
 from tarflow.training.loop.component import noisy_latents
 from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise, sample_seed
-from tarflow.training.student.step import StudentStepper
+from tarflow.training.student.objective import StudentObjective
 
 COUNT, CPU = 20_000, torch.device("cpu")
 #: Of an estimated mean or correlation, in its standard deviations. The numbers are always the same ones.
@@ -216,7 +216,8 @@ def test_autoencoder_batches() -> None:
     assert_share(second, 0.75)
     assert_share(flipped, 0.5)
     task: Any = object.__new__(AutoencoderTask)
-    task.config, task.device, task.latent_shape = SimpleNamespace(seed=0, kl_weight=1.0), CPU, SHAPE
+    task.config, task.latent_shape = SimpleNamespace(seed=0, kl_weight=1.0), SHAPE
+    task.accelerator = SimpleNamespace(device=CPU)
     decoded, *_ = task.decode(lambda images, noise: (noise, noise, noise), {"image": pictures()}, 5, range(COUNT))
     assert_normal(decoded)
     backgrounds = torch.tensor([background_colour("random", 0, index) for index in range(COUNT)])
@@ -225,15 +226,15 @@ def test_autoencoder_batches() -> None:
     assert_independent(noise=decoded, second=second, flipped=flipped, chosen=chosen, white=is_white)
 
 
-def student_stepper(guidance: str) -> Any:
+def student_objective(guidance: str) -> Any:
     """One without networks, for its draws."""
-    stepper: Any = object.__new__(StudentStepper)
+    objective: Any = object.__new__(StudentObjective)
     flow = SimpleNamespace(
         config=SimpleNamespace(conditioning="class_prefix"), device=CPU, null_label=CLASSES, scale_noise=lambda z: z
     )
-    stepper.pipe = SimpleNamespace(codec=Codec(), flow=flow, config=SimpleNamespace(noise_std=1e-3))
-    stepper.accelerator = SimpleNamespace(device=CPU, autocast=nullcontext)
-    stepper.config = SimpleNamespace(
+    objective.pipe = SimpleNamespace(codec=Codec(), flow=flow, config=SimpleNamespace(noise_std=1e-3))
+    objective.accelerator = SimpleNamespace(device=CPU, autocast=nullcontext)
+    objective.config = SimpleNamespace(
         seed=0,
         data=SimpleNamespace(flip=True),
         sample_posterior=True,
@@ -242,14 +243,14 @@ def student_stepper(guidance: str) -> Any:
         own_share=1.0,
         target="clean",
     )
-    stepper.largest_weight, stepper.null_cond = 2.0, None
-    return stepper
+    objective.largest_weight, objective.null_cond = 2.0, None
+    return objective
 
 
 def test_student_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    stepper = student_stepper("extrapolated")
+    objective = student_objective("extrapolated")
     batch = {"image": pictures(), "label": torch.zeros(COUNT).long()}
-    found = stepper.pictures(batch, 5, range(COUNT))
+    found = objective.pictures(batch, 5, range(COUNT))
     noise, posterior, flipped = read(found.noisy.double())
     dropped, unguided = found.labels == CLASSES, found.weight == 0
     assert_normal(posterior)
@@ -267,10 +268,10 @@ def test_student_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_independent(**guided, weight=found.weight[~unguided])
 
     # Its own samples, of a noise that is none of the pictures'.
-    monkeypatch.setattr("tarflow.training.student.step.score_denoise", lambda flow, noisy, sigma, **_: noisy)
+    monkeypatch.setattr("tarflow.training.student.objective.score_denoise", lambda flow, noisy, sigma, **_: noisy)
     priors = []
-    stepper.network = lambda z, labels, cond, weight: priors.append(z) or torch.zeros_like(z)
-    stepper.put_own_samples(found, 5, range(COUNT))
+    objective.network = lambda z, labels, cond, weight: priors.append(z) or torch.zeros_like(z)
+    objective.put_own_samples(found, 5, range(COUNT))
     own_noise = found.noisy / 1e-3
     assert_normal(priors[0])
     assert_normal(own_noise)

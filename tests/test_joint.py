@@ -22,8 +22,8 @@ from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.config import VaeConfig
 from tarflow.training.flow.joint import JointObjective, renormalise
 from tarflow.training.flow.joint_config import JointConfig
-from tarflow.training.flow.step import Stepper
 from tarflow.training.latent_cache.config import CacheConfig
+from tarflow.training.loop.step import Stepper
 from tarflow.vae.codec import LatentCodec
 
 #: Pictures of 16 pixels to latents of 4 × 4.
@@ -140,7 +140,7 @@ def test_a_run_learns_resumes_and_draws(tmp_path, monkeypatch) -> None:
     assert last < 0.92 * first
     assert [{"adversarial", "discriminator"} <= set(values) for values in seen[:4]] == [False, False, True, True]
     assert late["noisy_psnr"] > 9
-    assert [group["peak_lr"] for group in trainer.optimizer.param_groups] == [1e-3, 1e-3]
+    assert [group["peak_lr"] for group in trainer.task.learner.optimizer.param_groups] == [1e-3, 1e-3]
     assert [path.name for path in (tmp_path / "whole" / "samples").iterdir()] == ["samples_00000020.png"]
 
     train(tmp_path / "parts", *options, "--log.checkpoint_every", "15")
@@ -153,7 +153,7 @@ def test_a_run_learns_resumes_and_draws(tmp_path, monkeypatch) -> None:
             for run in ("whole", "again")
         )
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    current = trainer.objective.vae.state_dict()["decoder.conv_out.weight"]
+    current = trainer.task.objective.vae.state_dict()["decoder.conv_out.weight"]
     assert not torch.equal(whole["decoder.conv_out.weight"], current)  # averages are saved
 
     pipe = TARFlowPipeline.from_pretrained(tmp_path / "whole" / "pipeline")
@@ -181,7 +181,7 @@ def test_a_run_learns_resumes_and_draws(tmp_path, monkeypatch) -> None:
     second = ["--init_from", str(tmp_path / "whole" / "pipeline"), "--vae.name", str(tmp_path / "whole" / "pipeline")]
     second += ["--vae.subfolder", "vae", "--train.noise_std", "0.5", "--vae.sample_posterior", "false"]
     frozen, _ = train(tmp_path / "frozen", "--data.image_size", "16", "--train.steps", "1", *second, flow="{}")
-    assert frozen.parts.codec.latents_std == pipe.config.latents_std
+    assert frozen.task.parts.codec.latents_std == pipe.config.latents_std
 
 
 @pytest.mark.parametrize(

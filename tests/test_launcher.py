@@ -12,12 +12,12 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DynamoBackend
 from test_training import CLASS_FLOW, SMALL, train
 
-from tarflow.training.flow.accelerator import make_accelerator
+from tarflow.training.flow.accelerator import flow_accelerator
 from tarflow.training.flow.arguments import parse_config
+from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.checkpoint import checkpoints
 from tarflow.training.loop.launcher import check_launcher, check_trackers, launcher_compilation
 from tarflow.training.loop.network_config import NetworkConfig
-from tarflow.training.loop.network_trainer import network_accelerator
 
 ARGUMENTS = ["--data", "{}", "--flow", CLASS_FLOW, *SMALL]
 REFUSED = [
@@ -60,9 +60,9 @@ def test_what_no_training_knows(
     config, _ = parse_config([*ARGUMENTS, "--output", str(tmp_path / "run")])
     set_all(monkeypatch, settings)
     with pytest.raises(ValueError, match=message):
-        make_accelerator(config)
+        flow_accelerator(config)
     with pytest.raises(ValueError, match=message):
-        network_accelerator(NetworkConfig(mixed_precision="no", trackers=[]), tmp_path)
+        make_accelerator(NetworkConfig(mixed_precision="no", trackers=[]).loop(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,18 +71,18 @@ def test_ways_to_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings
     config, _ = parse_config([*ARGUMENTS, "--output", str(tmp_path)])
     set_all(monkeypatch, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **settings})
     with pytest.raises(ValueError, match=message):
-        make_accelerator(config)
+        flow_accelerator(config)
 
 
 def test_networks_are_not_sharded_or_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = NetworkConfig(mixed_precision="no", trackers=[])
     set_all(monkeypatch, {"ACCELERATE_USE_FSDP": "true"})
     with pytest.raises(ValueError, match="this network is not sharded"):
-        network_accelerator(config, tmp_path)
+        make_accelerator(config.loop(tmp_path))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(ValueError, match="dynamo_backend 'inductor', but this network is not compiled"):
-        network_accelerator(config, tmp_path)
+        make_accelerator(config.loop(tmp_path))
 
 
 def test_what_says_the_same_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_trackers_that_are_not_there(tmp_path: Path) -> None:
         train(tmp_path / "run", "--log.trackers", '["paper"]')
     missing = "clearml"
     with pytest.raises(ValueError, match="trackers has 'clearml', which is not installed"):
-        network_accelerator(NetworkConfig(mixed_precision="no", trackers=[missing]), tmp_path)
+        make_accelerator(NetworkConfig(mixed_precision="no", trackers=[missing]).loop(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 

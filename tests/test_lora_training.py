@@ -52,7 +52,7 @@ def test_an_adapter_is_trained_and_drawn_with(tmp_path: Path, bases: dict[str, s
         tmp_path / "many", bases["classes"], "--train.steps", "30", "--train.more_ema_decays", "[0.5]"
     )
     assert late["latent_nats_per_dim"] < early["latent_nats_per_dim"] - 0.01
-    names = {name for name, parameter in trainer.objective.named_parameters() if parameter.requires_grad}
+    names = {name for name, parameter in trainer.task.objective.named_parameters() if parameter.requires_grad}
     assert names and all("lora_" in name for name in names)
     assert any(name.startswith("flow.denoiser.") for name in names)
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["config.yaml", "lora", "lora_ema_0.5"]
@@ -61,17 +61,19 @@ def test_an_adapter_is_trained_and_drawn_with(tmp_path: Path, bases: dict[str, s
 
     pipe = TARFlowPipeline.from_pretrained(bases["classes"])
     base = {name: value.clone() for name, value in pipe.flow.state_dict().items()}
-    own = trainer.flow.state_dict()
+    own = trainer.task.objective.flow.state_dict()
     for name, value in base.items():  # the flow itself, its prior included, is as it was
         linear, kind = name.rpartition(".")[::2]
         assert torch.equal(own.get(f"{linear}.base_layer.{kind}", own.get(name)), value)
     pipe.load_lora_weights(tmp_path / "many" / "lora")
     x, labels = torch.randn(2, 8, 4, 4), torch.tensor([0, 5])
-    trainer.flow.eval()
-    with trainer.averaged():
-        expected = trainer.flow(x, class_labels=labels)
+    trainer.task.objective.flow.eval()
+    with trainer.averages.applied():
+        expected = trainer.task.objective.flow(x, class_labels=labels)
         torch.testing.assert_close(pipe.flow(x, class_labels=labels), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(pipe.flow.scaled_score(x, labels), trainer.flow.scaled_score(x, labels))
+        torch.testing.assert_close(
+            pipe.flow.scaled_score(x, labels), trainer.task.objective.flow.scaled_score(x, labels)
+        )
     assert "load_lora_weights" in (tmp_path / "many" / "lora" / "README.md").read_text()
 
 
@@ -99,16 +101,16 @@ def test_the_text_encoder_may_have_one_too(tmp_path: Path, bases: dict[str, str]
     base = bases["captions"]
     trainer, _ = train(tmp_path / "flow", base, *SMALL_TEXT, "--train.steps", "2")
     assert all(name.startswith("flow.") for name in load_file(tmp_path / "flow" / FILE))
-    assert not adapter_layers(trainer.objective.text_encoder)
+    assert not adapter_layers(trainer.task.objective.text_encoder)
     options = [*SMALL_TEXT, "--lora.text_encoder", "true", "--lora.alpha", "8", "--train.steps", "3"]
     trainer, _ = train(tmp_path / "both", base, *options)
     assert {name.split(".")[0] for name in load_file(tmp_path / "both" / FILE)} == {"flow", "text_encoder"}
     pipe = TARFlowPipeline.from_pretrained(base)
     pipe.load_lora_weights(tmp_path / "both" / "lora")
     ids = torch.tensor([[5, 6, 1]])
-    trainer.model.eval()
-    with trainer.averaged(), torch.no_grad():
-        expected = trainer.objective.encoded(ids, torch.ones_like(ids))
+    trainer.task.learner.model.eval()
+    with trainer.averages.applied(), torch.no_grad():
+        expected = trainer.task.objective.encoded(ids, torch.ones_like(ids))
         found = pipe.text_encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     plain = TARFlowPipeline.from_pretrained(base).text_encoder(input_ids=ids).last_hidden_state

@@ -16,11 +16,11 @@ from test_training import TEXT_FLOW, train, weights
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.training.flow import setup
-from tarflow.training.flow.trainer import Trainer
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.schedule import TimeLimit, peak_factor
+from tarflow.training.loop.trainer import Trainer
 
 COUNT = 40
 
@@ -115,7 +115,7 @@ def test_start_from_a_pipeline(tmp_path, monkeypatch):
     fine, _ = train(tmp_path / "fine", *options, flow="{}")
     train(tmp_path / "anew", *text, "--train.steps", "1", flow=TEXT_FLOW)
     assert losses[0] < losses[6] - 0.1  # it starts where the first run ended
-    assert fine.parts.codec.latents_mean == TARFlowPipeline.from_pretrained(pipeline).config.latents_mean
+    assert fine.task.parts.codec.latents_mean == TARFlowPipeline.from_pretrained(pipeline).config.latents_mean
     resume = ["--resume", str(tmp_path / "fine" / "checkpoints" / "step_00000003")]
     train(tmp_path / "again", *options, *resume, flow="{}")
     assert all(
@@ -143,8 +143,10 @@ def test_pictures_instead_of_steps(tmp_path):
     options = ["--train.images", "50", "--optim.warmup_images", "30", "--optim.lr_scaling", "linear"]
     trainer, metrics = train(tmp_path, *options, "--optim.reference_batch", "4", "--train.accumulation", "2")
     assert metrics["steps"] == 4  # of sixteen pictures
-    trainer.stepper.set_learning_rate(0, 4)
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 4 / 2)  # the first of two warm-up steps
+    trainer.stepper.set_learning_rates(trainer.task.learners(0), 0, 4)
+    assert trainer.task.learner.optimizer.param_groups[0]["lr"] == pytest.approx(
+        1e-3 * 4 / 2
+    )  # the first of two warm-up steps
     assert peak_factor(OptimConfig(lr_scaling="sqrt", reference_batch=4), 16) == 2
     assert peak_factor(OptimConfig(), 16) == 1
 
@@ -163,7 +165,7 @@ def test_settings_of_the_optimizer_change_at_a_resume(tmp_path):
     options = ["--train.steps", "4", "--log.checkpoint_every", "2", "--train.batch_size", "4"]
     train(tmp_path, *options, "--train.steps", "2")
     trainer, _ = train(tmp_path, *options, "--resume", "latest", "--optim.lr", "1e-5", "--optim.weight_decay", "0.5")
-    (group,) = trainer.optimizer.param_groups
+    (group,) = trainer.task.learner.optimizer.param_groups
     assert (group["peak_lr"], group["weight_decay"]) == (1e-5, 0.5)
     with pytest.raises(ValueError, match=r"trained with 4 pictures a step, not 8: set train\.batch_size"):
         train(tmp_path, *options, "--resume", "latest", "--train.accumulation", "2")

@@ -20,8 +20,9 @@ from test_training import CLASS_FLOW, SMALL
 from torch import Tensor
 
 from tarflow.training.flow.arguments import parse_config
-from tarflow.training.flow.trainer import Trainer
+from tarflow.training.flow.trainer import flow_trainer
 from tarflow.training.loop.checkpoint import checkpoints
+from tarflow.training.loop.trainer import Trainer
 
 STEPS, KILLS = 24, 10
 ARGUMENTS = ["--data", "{}", "--flow", CLASS_FLOW, *SMALL, "--train.steps", str(STEPS), "--log.checkpoint_every", "2"]
@@ -64,7 +65,7 @@ def run_training(
             return train_step(self, batches)
 
         Trainer.train_step = terminated
-    Trainer(*parse_config([*ARGUMENTS, "--output", folder, "--resume", "auto"])).run()
+    flow_trainer(*parse_config([*ARGUMENTS, "--output", folder, "--resume", "auto"])).run()
 
 
 def start(folder: Path, **options: int) -> multiprocessing.process.BaseProcess:

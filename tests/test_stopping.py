@@ -22,12 +22,15 @@ from safetensors.torch import load_file
 from test_training import CLASS_FLOW, SMALL, train
 from torch.utils.data import Dataset
 
-from tarflow.training.flow.trainer import Trainer
+from tarflow.training.flow.task import FlowTask
+from tarflow.training.loop import agreement
+from tarflow.training.loop.agreement import agreed, on_main
 from tarflow.training.loop.averages import WeightAverages
 from tarflow.training.loop.batches import BatchReader, StepSampler, train_loader
-from tarflow.training.loop.checkpoint import checkpoints, on_main
-from tarflow.training.loop.network_trainer import NetworkTrainer
+from tarflow.training.loop.checkpoint import checkpoints
+from tarflow.training.loop.network_task import NetworkTask, write_metrics
 from tarflow.training.loop.stopping import Stopped, StopRequest, exit_status
+from tarflow.training.loop.trainer import Trainer
 
 #: Seconds that an end may take.
 PROMPT = 10.0
@@ -159,14 +162,14 @@ def test_ctrl_c_saves_a_checkpoint(folder: Path) -> None:
 def test_a_signal_in_the_last_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, every: str
 ) -> None:
-    def slow(trainer: Trainer, name: str = "held_out") -> dict[str, float]:
+    def slow(task: FlowTask, step: int, name: str = "held_out") -> dict[str, float]:
         os.kill(os.getpid(), number)
         time.sleep(60)
         return {}
 
     options = ["--train.steps", "2", "--log.checkpoint_every", every]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "evaluate", slow)
+        patch.setattr(FlowTask, "evaluate", slow)
         began = time.monotonic()
         _, metrics = train(tmp_path, *options)
         assert time.monotonic() - began < 40
@@ -213,20 +216,21 @@ def test_a_signal_while_a_networks_weights_are_averaged(
     weight = torch.nn.Parameter(torch.full((3,), 5.0))
     averages = WeightAverages([weight], [0.9])
     averages.models[0].shadow_params = [torch.zeros(3)]
-    trainer: Any = SimpleNamespace(
+    task: Any = SimpleNamespace(
         accelerator=SimpleNamespace(num_processes=1, log=lambda *_: None),
-        stepper=SimpleNamespace(model=torch.nn.Identity(), averages=averages),
-        task=SimpleNamespace(report=lambda step, last: {"mean": float(weight.mean())}),
+        learner=SimpleNamespace(model=torch.nn.Identity()),
+        measure=lambda step, last: {"mean": float(weight.mean())},
         metrics=tmp_path / "metrics.jsonl",
-        step=1,
     )
+    task.report = lambda step, average, last: NetworkTask.report(task, step, average, last)
+    trainer: Any = SimpleNamespace(averages=averages, task=task, step=1)
     signal_in_copy(monkeypatch, copy)
     with StopRequest() as stop:
         if copy == 1:
             with pytest.raises(Stopped):
-                NetworkTrainer.report(trainer, stop, True)
+                Trainer.report(trainer, stop, True)
         else:
-            assert NetworkTrainer.report(trainer, stop, True)["mean"] == 0
+            assert Trainer.report(trainer, stop, True)["mean"] == 0
     assert weight.tolist() == [5.0, 5.0, 5.0]
 
 
@@ -250,50 +254,69 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-class Pair:
-    """Two processes, as threads, for what `on_main` needs of an accelerator."""
+class TwoProcesses:
+    """One of two, for what `agreed` and `on_main` ask of an accelerator."""
 
     num_processes = 2
 
-    def __init__(self, index: int, barrier: threading.Barrier, flags: dict[int, float]):
-        self.is_main_process, self.device = index == 0, torch.device("cpu")
-        self._index, self._barrier, self._flags = index, barrier, flags
-
-    def reduce(self, value: torch.Tensor, kind: str) -> torch.Tensor:
-        self._flags[self._index] = float(value)
-        self._barrier.wait(20)
-        return torch.tensor(sum(self._flags.values()))
+    def __init__(self, is_main_process: bool = True):
+        self.is_main_process = is_main_process
 
 
-def in_pair(work: Any) -> list[Any]:
-    """What `on_main` gives or raises in both processes."""
-    barrier, flags, results = threading.Barrier(2), {}, [None, None]
+def in_pair(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[Any]:
+    """What `on_main` gives or raises in both processes, as threads."""
+    barrier, values, results = threading.Barrier(2), {}, [None, None]
+
+    def gathered(value: str) -> list[str]:
+        values[threading.current_thread().name] = value
+        barrier.wait(20)
+        return [values[name] for name in sorted(values)]
 
     def run(index: int) -> None:
-        accelerator: Any = Pair(index, barrier, flags)
+        state: Any = TwoProcesses(is_main_process=index == 0)
         try:
-            results[index] = on_main(accelerator, work)
+            results[index] = on_main(state, work)
         except Exception as error:  # noqa: BLE001
             results[index] = error
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    with monkeypatch.context() as patch:
+        patch.setattr(agreement, "gather_objects", gathered)
+        threads = [threading.Thread(target=run, args=(index,), name=str(index)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
     return results
 
 
-def test_an_error_of_the_main_process_ends_all() -> None:
+def test_an_error_of_the_main_process_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise KeyError("pipeline")
 
-    main, other = in_pair(broken)
+    main, other = in_pair(monkeypatch, broken)
     assert isinstance(main, KeyError)
     assert isinstance(other, ValueError) and "the main process stopped" in str(other)
-    assert in_pair(lambda: 3) == [3, None]
+    assert in_pair(monkeypatch, lambda: 3) == [3, None]
     alone: Any = SimpleNamespace(num_processes=1)
     assert on_main(alone, lambda: 4) == 4
+
+
+def test_processes_hear_of_each_others_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    state: Any = TwoProcesses()
+    monkeypatch.setattr(agreement, "gather_objects", lambda value: [value, "the disk is full"])
+    with pytest.raises(ValueError, match="the disk is full"):
+        agreed(state, lambda: 1)
+    own = []
+
+    def fails() -> None:
+        raise OSError("my own")
+
+    monkeypatch.setattr(agreement, "gather_objects", lambda value: own.append(value) or [value, ""])
+    with pytest.raises(OSError, match="my own"):
+        agreed(state, fails)
+    assert own == ["my own"]
+    monkeypatch.setattr(agreement, "gather_objects", lambda value: [value, ""])
+    assert agreed(state, lambda: 1) == 1
 
 
 @pytest.fixture(autouse=True)
@@ -304,8 +327,6 @@ def _handlers() -> Iterator[None]:
 
 
 def test_metrics_lines_are_of_json(tmp_path: Path) -> None:
-    from tarflow.training.loop.network_trainer import write_metrics
-
     path = tmp_path / "metrics.jsonl"
     for step in (10, 20, 30, 20):
         write_metrics(path, {"step": step, "psnr": 1.0})

@@ -31,9 +31,10 @@ from tarflow.flows.decoding.method import guided_states
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.call.student_sampling import flow_hashes
+from tarflow.training.loop.step import Stepper
 from tarflow.training.student.config import StudentConfig
 from tarflow.training.student.loss import alignment_loss, extrapolated, teacher_states
-from tarflow.training.student.step import StudentStepper
+from tarflow.training.student.objective import StudentObjective
 from tarflow.training.student.task import train_student
 
 
@@ -340,9 +341,11 @@ class TestTraining:
 
     def test_own_samples_come_in_the_later_part_of_shortened_runs(self, tmp_path, monkeypatch) -> None:
         tiny_pipeline(tmp_path / "pipeline")
-        begun, take = [], StudentStepper.take
-        monkeypatch.setattr(StudentStepper, "put_own_samples", lambda self, pictures, step, places: begun.append(step))
-        monkeypatch.setattr(StudentStepper, "take", lambda self, batches, step, total: take(self, batches, step, 4))
+        begun, take = [], Stepper.take
+        monkeypatch.setattr(
+            StudentObjective, "put_own_samples", lambda self, pictures, step, sample_ids: begun.append(step)
+        )
+        monkeypatch.setattr(Stepper, "take", lambda self, batches, step, total: take(self, batches, step, 4))
         train(tmp_path / "pipeline", tmp_path / "a", "--own_share", "0.5")
         assert begun == [2, 3, 4, 5]
 

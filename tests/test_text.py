@@ -182,13 +182,13 @@ def test_train_save_load_draw(family: str, tmp_path: Path) -> None:
     encoder, tokenizer = make_encoder(family), make_tokenizer(chat=True, padding_side="left")
     name = saved(tmp_path / "encoder", encoder, tokenizer)
     trainer, _ = train(tmp_path / "run", *pretrained(name, *RUNS[family]), flow=FLOW)
-    assert not trainer.parts.text_encoder.training
-    assert not any(parameter.requires_grad for parameter in trainer.parts.text_encoder.parameters())
+    assert not trainer.task.parts.text_encoder.training
+    assert not any(parameter.requires_grad for parameter in trainer.task.parts.text_encoder.parameters())
     index = json.loads((tmp_path / "run/pipeline/model_index.json").read_text())
     assert index["text_encoder"] == ["transformers", family]
     pipe = TARFlowPipeline.from_pretrained(tmp_path / "run/pipeline")
-    text = trainer.config.text
-    inputs = trainer.inputs.conditions({"caption": [SHORT, LONG]}, torch.tensor([False, True]))["cond"]
+    text = trainer.task.config.text
+    inputs = trainer.task.inputs.conditions({"caption": [SHORT, LONG]}, torch.tensor([False, True]))["cond"]
     embeds, null = pipe.encode_prompt(prompt=SHORT, negative_prompt=None, device=torch.device("cpu"))
     torch.testing.assert_close(embeds, inputs[:1])
     torch.testing.assert_close(null, inputs[1:])
@@ -238,7 +238,7 @@ def test_resuming_keeps_options_and_encoder(tmp_path: Path) -> None:
             train(tmp_path / "run", *resumed, *changes, flow=FLOW)
     trainer, _ = train(tmp_path / "run", *resumed, flow=FLOW)
     assert trainer.step == 3
-    facts = trainer.text_facts
+    facts = trainer.task.text
     check_text(tmp_path, None, facts)  # a checkpoint of before they were kept
     check_text(tmp_path, facts, {key: value for key, value in facts.items() if key != "encoder"})  # cached captions
     with pytest.raises(ValueError, match=r"was trained with text.kind 'pretrained', but it is 'none' here"):
@@ -248,10 +248,10 @@ def test_resuming_keeps_options_and_encoder(tmp_path: Path) -> None:
 def test_encoders_in_16_bits(tmp_path: Path) -> None:
     name = saved(tmp_path / "encoder", make_encoder("Qwen3Model").to(torch.bfloat16), make_tokenizer())
     trainer, _ = train(tmp_path / "run", *pretrained(name), flow=FLOW)
-    assert trainer.parts.text_encoder.dtype is torch.bfloat16
+    assert trainer.task.parts.text_encoder.dtype is torch.bfloat16
     pipe = TARFlowPipeline.from_pretrained(tmp_path / "run/pipeline")  # in float32, as ever
     embeds, _ = pipe.encode_prompt(prompt=SHORT, negative_prompt=None, device=torch.device("cpu"))
-    trained = trainer.inputs.conditions({"caption": [SHORT]}, torch.tensor([False]))["cond"]
+    trained = trainer.task.inputs.conditions({"caption": [SHORT]}, torch.tensor([False]))["cond"]
     assert (embeds - trained).abs().max() < 0.05 * embeds.abs().max()
     train(tmp_path / "on", *pretrained(name, "--init_from", str(tmp_path / "run/pipeline")), flow="{}")
 

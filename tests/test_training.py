@@ -17,10 +17,11 @@ from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.objective import score_target
-from tarflow.training.flow.trainer import Trainer
+from tarflow.training.flow.trainer import flow_trainer
 from tarflow.training.loop.batches import StepSampler, fixed_batches
 from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.schedule import schedule_factor
+from tarflow.training.loop.trainer import Trainer
 
 SMALL = [
     *("--data.image_size", "32"),
@@ -39,7 +40,7 @@ def train(folder, *arguments, flow=CLASS_FLOW):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     config, resolved = parse_config(["--data", "{}", "--flow", flow, *SMALL, "--output", str(folder), *arguments])
-    trainer = Trainer(config, resolved)
+    trainer = flow_trainer(config, resolved)
     return trainer, trainer.run()
 
 
@@ -111,7 +112,7 @@ def test_pixels(tmp_path, kind):
     assert [image.size for image in images] == [(16, 16)] * 2
     if kind == "volume_preserving":
         assert not torch.equal(pipe.flow.prior_variance, torch.ones_like(pipe.flow.prior_variance))
-        assert torch.equal(pipe.flow.prior_variance, trainer.flow.prior_variance)
+        assert torch.equal(pipe.flow.prior_variance, trainer.task.objective.flow.prior_variance)
 
 
 def test_learned_denoiser_learns_the_score(tmp_path):
@@ -125,25 +126,25 @@ def test_learned_denoiser_learns_the_score(tmp_path):
         "2",
     ]  # a flow that changes slowly
     trainer, _ = train(tmp_path / "run", *options, "--train.steps", "1", flow=flow)
-    assert [group["peak_lr"] for group in trainer.optimizer.param_groups] == [3e-4, 3e-3]
+    assert [group["peak_lr"] for group in trainer.task.learner.optimizer.param_groups] == [3e-4, 3e-3]
     trainer.total_steps = 1000
     batches = trainer.batches()
     for _ in range(60):
         values = trainer.train_step(batches)
-    inputs = trainer.inputs.training(next(batches), trainer.step, range(8))
+    inputs = trainer.task.inputs.training(next(batches), trainer.step, range(8))
     latents, labels = inputs["latents"], inputs["class_labels"]
-    score = (latents - score_denoise(trainer.flow, latents, 0.3, class_labels=labels)) / 0.3
+    score = (latents - score_denoise(trainer.task.objective.flow, latents, 0.3, class_labels=labels)) / 0.3
     with torch.no_grad():
-        error = trainer.flow.scaled_score(latents, class_labels=labels) - score
+        error = trainer.task.objective.flow.scaled_score(latents, class_labels=labels) - score
     assert error.pow(2).mean() < 0.6 * score.pow(2).mean()  # a new denoiser gives zeros
     assert values["denoiser_loss"] == pytest.approx(float(error.pow(2).mean()), rel=0.5)
 
     # The target is the score that `score_denoise` uses.
     latents = torch.randn(3, 8, 4, 4, requires_grad=True)
     labels = torch.tensor([0, 1, 2])
-    (4 * trainer.objective(latents, class_labels=labels)["loss"]).backward()
+    (4 * trainer.task.objective(latents, class_labels=labels)["loss"]).backward()
     target = score_target(latents.grad, noise_std=0.3, loss_scale=4)
-    denoised = score_denoise(trainer.flow, latents, 0.3, class_labels=labels)
+    denoised = score_denoise(trainer.task.objective.flow, latents, 0.3, class_labels=labels)
     torch.testing.assert_close(latents.detach() - 0.3 * target, denoised)
 
     pipe = TARFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
@@ -161,9 +162,9 @@ def test_latent_norm_penalty(tmp_path):
     trainer, _ = train(tmp_path, "--train.steps", "2")
     latents, labels = torch.randn(3, 8, 4, 4), torch.tensor([0, 1, 2])
     with torch.no_grad():
-        plain = trainer.objective(latents, class_labels=labels)["loss"]
-        penalised = trainer.objective(latents, class_labels=labels, latent_norm_weight=0.5)["loss"]
-        _, _, outputs = trainer.flow(latents, labels, return_block_outputs=True)
+        plain = trainer.task.objective(latents, class_labels=labels)["loss"]
+        penalised = trainer.task.objective(latents, class_labels=labels, latent_norm_weight=0.5)["loss"]
+        _, _, outputs = trainer.task.objective.flow(latents, labels, return_block_outputs=True)
     torch.testing.assert_close(penalised - plain, 0.5 * outputs[0].pow(2).mean())
 
 
@@ -313,9 +314,9 @@ def test_schedule():
 def test_latents_are_draws_or_means_of_the_posterior(tmp_path, sampled):
     options = ["--vae.sample_posterior", str(sampled).lower(), "--train.noise_std", "0", "--train.steps", "1"]
     trainer, _ = train(tmp_path, *options)
-    parts = trainer.parts
+    parts = trainer.task.parts
     batch = collate([parts.train[i] for i in range(4)])
-    latents = trainer.inputs.training(batch, 0, range(4))["latents"]
+    latents = trainer.task.inputs.training(batch, 0, range(4))["latents"]
     means = parts.codec.encode(to_model(batch["image"].to(latents.device)))
     difference = (latents - means).std()
     assert 0.005 < difference < 0.2 if sampled else difference < 1e-6
@@ -330,10 +331,10 @@ def test_actnorms_are_set_by_latents_when_a_run_starts(tmp_path, monkeypatch):
     options = ["--train.steps", "2", "--log.checkpoint_every", "1", "--optim.lr", "1e-9"]
     trainer, _ = train(tmp_path / "run", *options, flow=flow)
     assert calls == [256]
-    batch = collate([trainer.parts.train[i] for i in range(64)])
-    latents = trainer.inputs.training(batch, 0, range(64))["latents"]
-    tokens, _ = trainer.flow.patchify(latents)
-    z, _ = trainer.flow.blocks[0].actnorm(tokens)
+    batch = collate([trainer.task.parts.train[i] for i in range(64)])
+    latents = trainer.task.inputs.training(batch, 0, range(64))["latents"]
+    tokens, _ = trainer.task.objective.flow.patchify(latents)
+    z, _ = trainer.task.objective.flow.blocks[0].actnorm(tokens)
     assert z.mean((0, 1)).abs().max() < 0.3
     assert (z.std((0, 1)) - 1).abs().max() < 0.3
     resume = ["--resume", str(tmp_path / "run" / "checkpoints" / "step_00000001")]

@@ -42,7 +42,7 @@ class HeldOutPictures:
     def report(self, vae: AutoencoderKL, folder: Path, step: int) -> dict[str, Any]:
         """Measures of `evaluate` by name and source; writes a grid ``NAME_STEP.png`` of each."""
         folder.mkdir(parents=True, exist_ok=True)
-        metrics = {}
+        metrics: dict[str, Any] = {}
         for name, images in self.sources.items():
             measured, rows = evaluate(vae, images, self.config.batch_size, self.config.eval_noise_std, self.config.seed)
             metrics |= {f"{key}_{name}": value for key, value in measured.items()}

@@ -51,8 +51,8 @@ class InputMaker:
         more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, dropped)}
         if is_joint(self.config):
             arguments = self.parts.flow_arguments
-            shape = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
-            noise = draw_noise(train.seed, step, sample_ids, shape, self.device, "noise")
+            size: tuple[int, ...] = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
+            noise = draw_noise(train.seed, step, sample_ids, size, self.device, "noise")
             return {"images": to_model(self.chosen(batch, "image", flipped)), "noise": noise, **more}
         with self.autocast():
             mean, std = self.posterior(batch, flipped)

@@ -43,6 +43,8 @@ class JointObjective(FlowObjective):
         moments: running mean and mean square per channel of the scaled means, (2, C).
     """
 
+    moments: Tensor
+
     def __init__(self, flow: TARFlowModel, text_encoder: nn.Module | None, codec: LatentCodec, config: JointConfig):
         super().__init__(flow, text_encoder)
         check(
@@ -54,7 +56,7 @@ class JointObjective(FlowObjective):
         mean, std = torch.tensor(codec.latents_mean), torch.tensor(codec.latents_std)
         self.register_buffer("moments", torch.stack([mean, std.square() + mean.square()]))
 
-    def forward(
+    def forward(  # type: ignore[override]  # pictures in the place of latents
         self,
         latents: Tensor | None = None,
         images: Tensor | None = None,
@@ -73,8 +75,10 @@ class JointObjective(FlowObjective):
             its ``loss``, ``nats_per_dim`` and ``z``; of pictures also ``decoded`` (B, 3, H, W), and ``moments``, those
             of this batch's means. Of the loss's gradient ``nll_weight`` times that reaches the encoder.
         """
-        if images is None:
+        if latents is not None:
             return super().forward(latents, **conditions)
+        if images is None or noise is None:
+            raise ValueError("give latents, or images and noise")
         means = self.scaled(self.vae.encode(images).latent_dist.mean)
         latents = self.normalise(means) + self.config.posterior_std * noise
         output = super().forward(scale_gradient(latents, self.config.nll_weight), **conditions)

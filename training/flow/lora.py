@@ -75,7 +75,7 @@ def prepare_adapters(config: RunConfig, parts: Parts, start: Start | None) -> di
     Returns:
         what must be the same when training goes on, see `adapter_invariants`; None for a run that trains weights.
     """
-    if not config.lora.rank:
+    if not config.lora.rank or start is None:  # an adapter is of a pipeline
         return None
     check_base(config, start.pipeline, parts.flow_arguments, parts.train.class_names)
     invariants = adapter_invariants(config, parts.flow)
@@ -138,7 +138,7 @@ def save_adapters(pipe: TARFlowPipeline, config: RunConfig, folder: Path, step: 
     """
     encoder = pipe.text_encoder if config.lora.text_encoder else None
     pipe.save_lora_weights(folder, pipe.flow, encoder, adapter_name=NAME)
-    names = {"name": config.init_from, "folder": str(folder)}
+    names = {"name": str(config.init_from), "folder": str(folder)}
     file = folder / "README.md"
     if not file.exists() or is_unchanged(file.read_bytes(), names):
         write_text(file, README.format(**names, rank=config.lora.rank, steps=step))

@@ -79,5 +79,7 @@ class SampleMetric:
             elif kind != "none":
                 conditions = {"class_labels": read_batch(self.held_out, places)["label"].tolist()}
             generators = [torch.Generator().manual_seed(10_000_019 + number) for number in numbers]
-            images = pipe(**conditions, generator=generators, decoding="sequential", output_type="np").images
+            images, *_ = pipe(
+                **conditions, generator=generators, decoding="sequential", output_type="np", return_dict=False
+            )
             yield torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)

@@ -62,7 +62,7 @@ class FlowObjective(nn.Module):
         device = latents.device.type
         cast = self.training and torch.is_autocast_enabled(device)
         with torch.autocast(device, torch.get_autocast_dtype(device), enabled=cast):
-            if input_ids is not None:
+            if input_ids is not None and attention_mask is not None:
                 cond = self.encoded(input_ids, attention_mask)
             if score_target is not None:
                 cond = None if cond is None else cond.detach()  # the text encoder learns from the flow alone
@@ -90,7 +90,7 @@ class FlowObjective(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> None:
         """Set the flow's actnorms by a batch of the arguments of `forward`, see `TARFlowModel.initialize_actnorm`."""
-        if input_ids is not None:
+        if input_ids is not None and attention_mask is not None:
             cond = self.encoded(input_ids, attention_mask)
         self.flow.initialize_actnorm(latents, class_labels, cond)
 

@@ -81,7 +81,8 @@ def build_pipeline(weights: dict[str, Tensor], parts: Parts, config: RunConfig) 
         text_encoder.load_state_dict(part_of(weights, "text_encoder."))
     vae = parts.load_vae()
     if is_joint(config):
-        vae = trained_autoencoder(part_of(weights, "vae."), vae, parts.codec.latents_std, noise_std(config))
+        deviations = parts.codec.latents_std or ()
+        vae = trained_autoencoder(part_of(weights, "vae."), vae, deviations, noise_std(config))
     names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
     return TARFlowPipeline(
         flow=flow.eval(),
@@ -131,12 +132,13 @@ def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
     for denoise, suffix in ((False, "_raw"), (True, "")) if pipe.config.denoise else ((False, ""),):
-        images = pipe(
+        images, *_ = pipe(
             **grid_conditions(parts, config),
             denoise=denoise,
             decoding="sequential",  # the same at every step and on every machine
             generator=[torch.Generator().manual_seed(1000 + i) for i in range(config.log.sample_images)],
-        ).images
+            return_dict=False,
+        )
         make_grid(images).save(folder / f"samples_{step:08d}{suffix}.png")
 
 

@@ -21,7 +21,7 @@ from tarflow.training.autoencoder.model import new_autoencoder
 from tarflow.training.flow.config import RunConfig, VaeConfig, is_joint
 from tarflow.training.flow.start import Start, model_for_size
 from tarflow.training.flow.text import load_text, settings_difference
-from tarflow.training.loop.batches import fixed_batches, read_batch
+from tarflow.training.loop.batches import Items, fixed_batches, read_batch
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
 #: Larger vocabularies are kept as a hash.
@@ -74,18 +74,18 @@ def make_parts(
     train, validation = open_split(config, "train"), open_split(config, "validation")
     conditioning = config.flow.get("conditioning", "none")
     check_conditions(config, train, conditioning)
-    cached = isinstance(train, CachedLatents)
-    if cached:
-        check_cache(config, train)
-    vae = None if cached else open_autoencoder(config)
+    cache = train if isinstance(train, CachedLatents) else None
+    if cache is not None:
+        check_cache(config, cache)
+    vae = None if cache is not None else open_autoencoder(config)
     if vae is not None:
         vae.to(device)
-    if not cached and config.data.image_size % (factor := LatentCodec(vae).factor):
+    if cache is None and config.data.image_size % (factor := LatentCodec(vae).factor):
         raise ValueError(
             f"data.image_size ({config.data.image_size}) must be a multiple of {factor}, the autoencoder's"
         )
     if start is not None:
-        start.check_autoencoder(train.manifest["autoencoder"]["hash"] if cached else vae)
+        start.check_autoencoder(vae if cache is None else cache.manifest["autoencoder"]["hash"])
         statistics = start.statistics
     normalised = config.vae.measure_images > 0 if start is None else statistics is not None
     codec = make_codec(config.vae, train, vae, statistics, device) if normalised else LatentCodec(vae)
@@ -95,7 +95,7 @@ def make_parts(
     captions: Any = ()
     if config.text.kind == "small":
         captions = (train.caption(i) for i in range(min(config.text.vocab_captions, len(train))))
-    null_cond = train.null_cond if cached and config.text.kind == "pretrained" else None
+    null_cond = cache.null_cond if cache is not None and config.text.kind == "pretrained" else None
     text_encoder = tokenizer = None
     if null_cond is None:
         text_encoder, tokenizer = load_text(config.text, captions) if start is None else start.text(config.text)
@@ -104,6 +104,30 @@ def make_parts(
         derived["num_classes"] = len(train.class_names or ())
     if conditioning == "prefix":
         derived["cond_dim"] = embedding_width(text_encoder) if null_cond is None else null_cond.shape[1]
+    arguments = flow_arguments(config, derived, start)
+    if cache is not None and len(cache.shapes) > 1:
+        check_shapes(arguments)
+    flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
+    if start is not None:
+        arguments = flow.arguments
+    loaded = (lambda: vae) if cache is None else (lambda: load_autoencoder(str(cache.path / "vae")))
+    anew = null_cond is not None or config.text.shard  # there is no encoder, or none that is whole
+    text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
+    held_out = validation if len(validation) else None
+    return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
+
+
+def flow_arguments(config: RunConfig, derived: dict[str, Any], start: Start | None) -> dict[str, Any]:
+    """The complete arguments of ``flow``.
+
+    Args:
+        config: of the run.
+        derived: those that follow from data and encoders.
+        start: the pipeline that training starts from.
+
+    Raises:
+        ValueError: if others are given than follow.
+    """
     arguments = dict(config.flow)
     for key, value in derived.items():
         if arguments.setdefault(key, value) != value:
@@ -111,16 +135,13 @@ def make_parts(
             if start is not None:
                 whose, remedy = f" of the pipeline {start.name!r}", "fine-tuning cannot change it"
             raise ValueError(f"flow.{key}{whose} is {arguments[key]}, but data and encoders give {value}; {remedy}")
-    if cached and len(train.shapes) > 1 and (arguments.get("learned_prior") or arguments.get("positions") == "learned"):
+    return arguments
+
+
+def check_shapes(arguments: dict[str, Any]) -> None:
+    """An error if a flow of these arguments has one shape, as the data has several."""
+    if arguments.get("learned_prior") or arguments.get("positions") == "learned":
         raise ValueError("the cache has pictures of several shapes, which learned positions and priors do not fit")
-    flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
-    if start is not None:
-        arguments = flow.arguments
-    loaded = (lambda: load_autoencoder(str(train.path / "vae"))) if cached else (lambda: vae)
-    anew = null_cond is not None or config.text.shard  # there is no encoder, or none that is whole
-    text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
-    held_out = validation if len(validation) else None
-    return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
 
 
 def meaning(parts: Parts) -> dict[str, Any]:
@@ -155,7 +176,7 @@ def open_autoencoder(config: RunConfig) -> Any:
 
 def open_split(config: RunConfig, split: str) -> Images | CachedLatents:
     if config.data.source == "latents":
-        return CachedLatents(config.data.path, split, flip=config.data.flip and split == "train")
+        return CachedLatents(str(config.data.path), split, flip=config.data.flip and split == "train")
     return Images(config.data, split)
 
 
@@ -180,7 +201,7 @@ def as_cached(config: RunConfig, resolved: str) -> tuple[RunConfig, str]:
     Raises:
         ValueError: if other values are set than the cache was made with.
     """
-    manifest = read_manifest(Path(config.data.path).expanduser())
+    manifest = read_manifest(Path(str(config.data.path)).expanduser())
     if manifest is None:
         return config, resolved  # opening the cache says so
     name, side = manifest["autoencoder"]["name"], manifest["image_size"]
@@ -217,7 +238,7 @@ def make_codec(
     return LatentCodec(vae, *statistics)
 
 
-def measure(vae: Any, images: Images, count: int, device: torch.device) -> tuple[list[float], list[float]]:
+def measure(vae: Any, images: Items, count: int, device: torch.device) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of the scaled latents of some pictures, see `measure_latents`."""
     batches = (read_batch(images, indices) for indices in fixed_batches(images, count, 64))
     return measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))

@@ -64,7 +64,7 @@ class Start:
                 f"text.kind is 'small', but the pipeline {self.name!r} has a pretrained {type(own).__name__}: set it to "
                 "'pretrained', and text.name"
             )
-        return self.pipeline.text_encoder.requires_grad_(True), self.pipeline.tokenizer
+        return own.requires_grad_(True), self.pipeline.tokenizer
 
     def flow_settings(self, given: dict[str, Any]) -> dict[str, Any]:
         """The flow section: the pipeline's settings, which given ones must equal; sizes follow from the data.

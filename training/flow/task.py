@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tarflow.common.progress import write_line
-from tarflow.data.images import Pictures
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
 from tarflow.training.flow.inputs import InputMaker
@@ -47,7 +46,6 @@ class FlowTask(Task):
     """
 
     parts: Parts
-    train: Pictures
     objective: FlowObjective
     inputs: InputMaker
 
@@ -60,7 +58,8 @@ class FlowTask(Task):
 
     def make_parts(self, state: State | None) -> None:
         config = self.config
-        self.parts = make_parts(config, state and state["statistics"], self.accelerator.device, self.start)
+        statistics = None if state is None else state["statistics"]
+        self.parts = make_parts(config, statistics, self.accelerator.device, self.start)
         self.train = self.parts.train
         self.text = text_invariants(config.text, self.parts.text_encoder)
         self.adapter = prepare_adapters(config, self.parts, self.start)
@@ -88,8 +87,9 @@ class FlowTask(Task):
         train, optim = config.train, config.optim
         inside = config.text.kind == "small" or (config.text.shard and accelerator.is_fsdp2)
         parts.flow.set_checkpointing(train.checkpointing, train.checkpointing_every)
-        if train.compile or (wanted := launcher_compilation()):
-            parts.flow.compile_repeated_blocks(**{"dynamic": False, **({} if train.compile else wanted)})
+        wanted = {} if train.compile else launcher_compilation()
+        if wanted is not None:
+            parts.flow.compile_repeated_blocks(**{"dynamic": False, **wanted})
         if parts.text_encoder is not None and not inside:
             parts.text_encoder.to(accelerator.device)
         if inside and config.text.shard:

@@ -34,7 +34,7 @@ def load_text(config: TextConfig, captions: Iterable[str]) -> tuple[Any, Any]:
     """
     if config.kind == "none":
         return None, None
-    if config.kind == "pretrained":
+    if config.kind == "pretrained" and config.name is not None:
         encoder, tokenizer = load_text_encoder(config.name, config.subfolder, config.tokenizer_subfolder)
         check_options(encoder, tokenizer, config.max_length, config.options)
         return encoder, tokenizer
@@ -63,7 +63,7 @@ def train_tokenizer(captions: Iterable[str], config: TextConfig) -> PreTrainedTo
     special = list(SPECIAL.values())
     if config.unit == "word":
         tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
-        trainer = trainers.WordLevelTrainer(vocab_size=config.vocab_size, special_tokens=special)
+        trainer: Any = trainers.WordLevelTrainer(vocab_size=config.vocab_size, special_tokens=special)
     else:
         tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
         trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special, show_progress=False)

@@ -80,7 +80,7 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
     )
     records = [record for part in gather_objects(records) for record in part]
     agreed(state, lambda: write_manifest(plan, encoder, folder, records) if state.is_main_process else None)
-    return read_manifest(folder)
+    return read_manifest(folder) or {}
 
 
 def open_plan(config: CacheConfig, folder: Path, device: torch.device) -> tuple[Encoder, Plan]:
@@ -188,7 +188,7 @@ def write_shards(
             header = {**plan.header(shard), **more}
             write_shard(folder / shard.file, tensors, header)
             records[shard.file] = make_record(folder / shard.file, header)
-    return [records[shard.file] for shard in mine]
+    return [record for record in records.values() if record is not None]
 
 
 def encode_shard(
@@ -259,7 +259,7 @@ def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dic
     text, cut = encoder.text, [record for record in records if record.get("cut")]
     if cut:
         count, total = sum(record["cut"] for record in cut), sum(plan.counts.values())
-        text = {**text, "cut": {"count": count, "of": f"{total} captions", "example": cut[0]["cut_example"]}}
+        text = {**(text or {}), "cut": {"count": count, "of": f"{total} captions", "example": cut[0]["cut_example"]}}
         write_line(cut_sentence(count, f"{total} captions", config.text.max_length, cut[0]["cut_example"]))
     kept = ("file", "split", "shape", "first", "count", "bytes", "sha256")
     manifest = {

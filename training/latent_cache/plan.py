@@ -175,7 +175,7 @@ def group_by_size(
             groups[sizes[nearest]] += waiting
             waiting = []
     groups[sizes[0]] += waiting
-    return groups
+    return dict(groups)
 
 
 class PictureSizes(Dataset):

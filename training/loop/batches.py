@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import active_children
 from threading import Timer
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -23,6 +23,14 @@ SHUFFLE_LIMIT = 2**30
 END = getattr(signal, "SIGUSR1", None)
 #: Seconds that it may take to end by itself.
 PATIENCE = 2.0
+
+
+class Items(Protocol):
+    """A data set: pictures, with what belongs to them, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class StepSampler(Sampler[list[int]]):
@@ -83,7 +91,8 @@ class StepSampler(Sampler[list[int]]):
 
     def _of_several_shapes(self, size: int) -> Iterator[list[int]]:
         counts = [-(-len(group) // size) for group in self.groups]
-        epoch, batches = -1, []
+        epoch = -1
+        batches: list[torch.Tensor] = []
         for step in range(self.start, self.total):
             if step // sum(counts) != epoch:
                 epoch = step // sum(counts)
@@ -100,16 +109,16 @@ class StepSampler(Sampler[list[int]]):
         return torch.randperm(length, generator=generator)
 
 
-def groups_of(images: Dataset) -> Sequence[range]:
+def groups_of(images: Items) -> Sequence[range]:
     """Indices of a data set's pictures of each shape; pictures that are not cached have one."""
     return getattr(images, "groups", [range(len(images))])
 
 
 def train_loader(
-    images: Dataset, batch_size: int, workers: int, sampler: StepSampler, pin_memory: bool = False
+    images: Items, batch_size: int, workers: int, sampler: StepSampler, pin_memory: bool = False
 ) -> DataLoader:
     return DataLoader(
-        images,
+        cast(Dataset[dict[str, Any]], images),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
@@ -186,12 +195,12 @@ class BatchReader:
 
     def _end(self) -> None:
         for process in self._readers:
-            if process.is_alive() and END is not None:
+            if process.is_alive() and END is not None and process.pid is not None:
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, END)
 
 
-def fixed_batches(images: Dataset, count: int, batch_size: int) -> list[list[int]]:
+def fixed_batches(images: Items, count: int, batch_size: int) -> list[list[int]]:
     """Indices of ``count`` pictures in batches of one shape, of each shape its share. They lie evenly in the data, since
     folders are sorted by class; of endless data they are the first."""
     batches, total = [], len(images)
@@ -203,6 +212,6 @@ def fixed_batches(images: Dataset, count: int, batch_size: int) -> list[list[int
     return batches
 
 
-def read_batch(images: Dataset, indices: Sequence[int]) -> dict[str, Any]:
+def read_batch(images: Items, indices: Sequence[int]) -> dict[str, Any]:
     """Some pictures as a batch."""
     return collate([images[index] for index in indices])

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from tarflow.data.images import Pictures
+from tarflow.training.loop.batches import Items
 from tarflow.training.loop.config import LogSettings
 
 #: A checkpoint's run.json.
@@ -47,7 +47,7 @@ class Task(ABC):
     """
 
     log: LogSettings
-    train: Pictures
+    train: Items
     learner: Learner
 
     @abstractmethod

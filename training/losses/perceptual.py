@@ -38,6 +38,9 @@ class PerceptualLoss(nn.Module):
         ValueError: for an unknown network or layer, weights that do not fit, or a missing package.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         network: str,
@@ -56,13 +59,13 @@ class PerceptualLoss(nn.Module):
             backbone = torchvision_backbone(network, weights, normalize)
             for module in backbone.network.modules():
                 if hasattr(module, "inplace"):  # it would change the features before they are compared
-                    module.inplace = False
+                    setattr(module, "inplace", False)  # noqa: B010 (which not all modules have)
             try:
                 self.features = create_feature_extractor(backbone.network.eval(), list(names))
             except ValueError as error:
                 raise ValueError(f"{network} has not all of the layers {list(names)}: {first_line(error)}") from error
-            self.register_buffer("mean", backbone.mean)
-            self.register_buffer("std", backbone.std)
+            for name in ("mean", "std"):
+                self.register_buffer(name, backbone.get_buffer(name))
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> PerceptualLoss:

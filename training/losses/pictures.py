@@ -146,7 +146,7 @@ class PictureLoss(nn.Module):
     def discriminator_loss(self, decoded: Tensor, images: Tensor, step: int) -> Tensor | None:
         """The discriminator's loss on pictures (B, 3, H, W), None if it takes no part in this step. No gradient reaches
         ``decoded``."""
-        if not self.is_adversarial(step):
+        if self.discriminator is None or not self.is_adversarial(step):
             return None
         # One pass for both: distributed training wants one for each backward pass.
         logits = self.discriminator(torch.cat([images, decoded.detach().to(images.dtype)]))
@@ -156,4 +156,5 @@ class PictureLoss(nn.Module):
     @property
     def plain_discriminator(self) -> PatchDiscriminator:
         """The discriminator as it is without what distributed training wraps around it."""
-        return extract_model_from_parallel(self.discriminator)
+        plain: PatchDiscriminator = extract_model_from_parallel(self.discriminator)
+        return plain

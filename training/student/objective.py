@@ -123,7 +123,7 @@ class StudentObjective:
             dropped = lone < config.unguided_share / 2
             if labels is not None:
                 labels = torch.where(dropped, pipe.flow.null_label, labels)
-            if cond is not None:
+            if cond is not None and self.null_cond is not None:
                 cond = torch.where(dropped[:, None, None], self.null_cond, cond)
         return Pictures(clean, noisy, labels, cond, weight)
 

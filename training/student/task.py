@@ -48,14 +48,15 @@ class StudentTask(NetworkTask):
     def make_parts(self, state: State | None) -> None:
         config = self.config
         self.pipe = self.folders.open(self.accelerator.device)
-        self.train, held_out = open_splits(config, self.pipe)
-        check_conditions(self.pipe, self.train)
+        train, held_out = open_splits(config, self.pipe)
+        check_conditions(self.pipe, train)
         for module in (self.pipe.flow, self.pipe.vae, self.pipe.text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
         hashes = flow_hashes(self.pipe.flow)
         self.network = StudentModel(**student_arguments(config, self.pipe), flow_hashes=hashes)
-        on_main(self.accelerator, lambda: self.prepare_held_out(held_out))
+        self.train = train
+        on_main(self.accelerator, lambda: self.prepare_held_out(held_out if len(held_out) else None, train))
 
     def prepare(self, fresh: bool) -> None:
         super().prepare(fresh)
@@ -66,11 +67,11 @@ class StudentTask(NetworkTask):
         self.accelerator.backward(losses["loss"])
         return {**losses, "loss": losses["loss"].detach()}
 
-    def prepare_held_out(self, held_out: Images) -> None:
-        """What the student is measured by."""
-        if len(held_out) and self.pipe.vae is not None:
+    def prepare_held_out(self, held_out: Images | None, train: Images) -> None:
+        """What the student is measured by: held-out pictures if there are any, and the flow's own samples."""
+        if held_out is not None and self.pipe.vae is not None:
             self.held_out = noisy_pictures(self.pipe, held_out, self.config.eval_images, self.config.batch_size)
-        self.prepare_samples(held_out if len(held_out) else self.train)
+        self.prepare_samples(train if held_out is None else held_out)
 
     @torch.no_grad()
     def prepare_samples(self, images: Images) -> None:
@@ -101,7 +102,7 @@ class StudentTask(NetworkTask):
         student = StudentModel.from_config(self.network.config).eval()
         student.load_state_dict(self.network.state_dict())
         student.to(self.accelerator.device)
-        metrics = {} if self.held_out is None else self.reconstruction(student)
+        metrics: dict[str, Any] = {} if self.held_out is None else self.reconstruction(student, self.held_out)
         exact = self.exact
         x, noisy = student_samples(student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
         errors = exact.errors(self.pipe.flow, noisy)
@@ -112,14 +113,14 @@ class StudentTask(NetworkTask):
             self.folders.add("student", student)
         return metrics
 
-    def reconstruction(self, student: StudentModel) -> dict[str, float]:
+    def reconstruction(self, student: StudentModel, held_out: NoisyPictures) -> dict[str, float]:
         """PSNR and SSIM of what the student makes of held-out pictures' noise, without guidance."""
         pictures = []
-        for latents, condition in zip(self.held_out.latents, self.held_out.conditions, strict=True):
+        for latents, condition in zip(held_out.latents, held_out.conditions, strict=True):
             z, _ = self.pipe.flow(latents, **condition)
             labels, cond = condition.get("class_labels"), condition.get("cond")
             pictures.append(self.decoded(student(z, labels, cond), labels, cond, self.config.target == "noisy"))
-        return self.held_out.quality(pictures)
+        return held_out.quality(pictures)
 
     def decoded(self, x: Tensor, labels: Tensor | None, cond: Tensor | None, noisy: bool) -> Tensor:
         """Pictures of latents, uint8 (B, 3, H, W), without the training noise if they have it."""
@@ -138,10 +139,11 @@ def check_conditions(pipe: Any, images: Images) -> None:
     kind = pipe.flow.config.conditioning
     check(kind != "prefix" or images.has_captions, "the model draws from captions, but the data has none")
     if kind.startswith("class"):
-        found, count = len(images.class_names or ()), pipe.flow.config.num_classes
+        names = images.class_names or ()
+        found, count = len(names), pipe.flow.config.num_classes
         check(found == count, f"the model has {count} classes, but the data has {found}")
         known = {name: int(number) for number, name in (pipe.config.id2label or {}).items()}
-        for number, name in enumerate(images.class_names):  # other names for the same classes are fine
+        for number, name in enumerate(names):  # other names for the same classes are fine
             check(
                 known.get(name, number) == number,
                 f"the class {name!r} is number {known.get(name)} of the model, but {number} of the data",
