@@ -18,7 +18,7 @@ from tarflow import configs
 from tarflow.benchmarks.gpu_checks import Task, require
 from tarflow.data.drawings import random_drawing, render
 from tarflow.training.flow.arguments import parse_config
-from tarflow.training.flow.trainer import Trainer
+from tarflow.training.flow.trainer import flow_trainer
 
 RUN = ["--config", configs.resolve("quickstart_class"), "--log.trackers", "[]", "--log.eval_images", "32"]
 SHARDED = str(configs.FOLDER / "accelerate" / "fsdp2.yaml")
@@ -51,7 +51,7 @@ def nats_after(steps: int, output: str, options: list[str]) -> float:
     """Held-out nats of so many steps of `RUN`. Of minutes there is no limit: it would lower the steps of a run that
     compiles first, whose likelihood is another then."""
     limits = ["--train.steps", str(steps), "--train.max_minutes", "null"]
-    trainer = Trainer(*parse_config([*RUN, "--output", output, *limits, *options]))
+    trainer = flow_trainer(*parse_config([*RUN, "--output", output, *limits, *options]))
     return trainer.run()["latent_nats_per_dim"]
 
 
