@@ -87,7 +87,7 @@ def check_emoji(task: Task) -> dict[str, Any]:
             "--log.trackers": "[]",
             **{f"--log.{name}_every": "0" for name in ("sample", "eval", "checkpoint")},
         }
-        trainer = Watched(*parse_config([part for pair in run.items() for part in pair]))
+        trainer = flow_trainer(*parse_config([part for pair in run.items() for part in pair]))
         trainer.run()
         require(bool(trainer.speed), {"speed": "nothing was logged"})
         results |= {"batch": batch, **trainer.speed}
@@ -108,21 +108,6 @@ def write_drawings(path: str, count: int) -> None:
                 {"file_name": f"{index}.png", "text": drawing.caption, "style": "drawn", "keywords": drawing.shape}
             )
         archive.writestr("metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-class Watched(Trainer):
-    """A trainer that remembers what it last said about its speed."""
-
-    speed: dict[str, float] = {}  # noqa: RUF012 (replaced, never changed)
-
-    def log(self, values: dict[str, Any], done: int, progress: Any) -> None:
-        super().log(values, done, progress)
-        stepper = self.stepper
-        self.speed = {
-            "images": float(self.step * self.images_per_step),
-            "images_per_second": done * self.images_per_step / stepper.seconds,
-            "waiting_for_data": stepper.waited / stepper.seconds,
-        }
 
 
 def check_sharded_training(task: Task) -> dict[str, Any]:

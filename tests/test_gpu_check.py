@@ -148,7 +148,7 @@ def test_short_trainings_have_no_limit_of_minutes(monkeypatch: pytest.MonkeyPatc
         def run(self) -> dict[str, float]:
             return {"latent_nats_per_dim": 1.0}
 
-    monkeypatch.setattr(gpu_runs, "Trainer", Ran)
+    monkeypatch.setattr(gpu_runs, "flow_trainer", Ran)
     assert nats_after(7, str(tmp_path / "run"), ["--train.compile", "true"]) == 1.0
     (config,) = seen
     assert config.train.max_minutes is None and config.train.steps == 7 and config.train.compile

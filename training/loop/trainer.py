@@ -45,6 +45,7 @@ class Trainer:
         step: steps done.
         total_steps: at which the run ends.
         saved: the last checkpoint, None if there is none.
+        speed: what was last logged of it: "images" so far, "images_per_second", and "waiting_for_data", a share.
 
     Raises:
         ValueError: if settings, data and weights do not fit each other, or the checkpoint to resume from.
@@ -64,6 +65,7 @@ class Trainer:
         self.stepper = Stepper(settings, accelerator, task, self.averages)
         self.longest = self.total_steps = settings.total_steps(accelerator.num_processes)
         self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
+        self.speed: dict[str, float] = {}
         if self.saved is not None and state is not None:
             self.load(self.saved, state)
         task.prepare_reports()
@@ -176,8 +178,8 @@ class Trainer:
         pictures = self.settings.images_per_step(self.accelerator.num_processes)
         seconds = self.stepper.seconds
         speed, waiting = done * pictures / seconds, self.stepper.waited / seconds
-        means |= {"images_per_second": speed, "images": self.step * pictures}
-        means |= {"lr": self.task.learner.optimizer.param_groups[0]["lr"], "waiting_for_data": waiting}
+        self.speed = {"images_per_second": speed, "images": self.step * pictures, "waiting_for_data": waiting}
+        means |= {**self.speed, "lr": self.task.learner.optimizer.param_groups[0]["lr"]}
         if self.settings.optim.skip_grad_norm is not None:
             means["skipped_steps"] = self.stepper.spikes
         self.accelerator.log({f"train/{key}": value for key, value in means.items()}, self.step)
