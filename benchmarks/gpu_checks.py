@@ -15,6 +15,7 @@ from tarflow.benchmarks.random_models import random_inputs, random_model, shape_
 from tarflow.benchmarks.sampling import Comparison, roofline
 from tarflow.benchmarks.training import (
     Run,
+    TrainingPlan,
     TrainingSpeed,
     best,
     compare_training,
@@ -141,7 +142,8 @@ def check_compiled_training(task: Task) -> dict[str, Any]:
     for variant in ("compiled",) if task.small else ("compiled", "compiled+layer", "compiled+block"):
         if losses and task.over:
             break
-        rows = compare_training(model, 4, 0, {"float32": 1e12}, ("eager", variant), ("float32",), repeats=1, steps=2)
+        plan = TrainingPlan(variants=("eager", variant), precisions=("float32",), repeats=1, steps=2)
+        rows = compare_training(model, 4, 0, {"float32": 1e12}, plan)
         losses[variant] = loss_differences(rows)["float32"]
     require(max(losses.values()) < 1e-4, losses)
     return losses
@@ -187,8 +189,10 @@ def check_training_speed(task: Task) -> dict[str, Any]:
             task.tell({**results, "speeds": [dataclasses.asdict(row) for row in (*earlier, *rows)]})
 
         variants = ("published", "eager") if task.small else ("published", "compiled", "eager", "compiled+layer")
-        options: dict[str, Any] = {"repeats": 2, "steps": 2, "deadline": task.deadline, "report": told}
-        speeds += compare_training(model, batch, 0, {"bfloat16": peak}, variants, ("bfloat16",), **options)
+        plan = TrainingPlan(
+            variants=variants, precisions=("bfloat16",), repeats=2, steps=2, deadline=task.deadline, report=told
+        )
+        speeds += compare_training(model, batch, 0, {"bfloat16": peak}, plan)
     fastest, differences = best(speeds), loss_differences(speeds)
     results |= {
         "loss_difference": differences.get("bfloat16"),

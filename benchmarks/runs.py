@@ -15,8 +15,8 @@ from tarflow.benchmarks import charts
 from tarflow.benchmarks.exactness import captions_of, exactness, exactness_table
 from tarflow.benchmarks.memory import MODES, memory_of, memory_table, training_memory
 from tarflow.benchmarks.random_models import random_model, shape_of
-from tarflow.benchmarks.sampling import PLAIN, Speed, compare, roofline
-from tarflow.benchmarks.training import best, compare_training, loss_differences
+from tarflow.benchmarks.sampling import PLAIN, SamplingPlan, Speed, compare, roofline
+from tarflow.benchmarks.training import TrainingPlan, best, compare_training, loss_differences
 from tarflow.common.files import write_json
 from tarflow.common.machine import machine, product_speed
 from tarflow.flows.layers.guidance import Guidance
@@ -64,7 +64,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
     methods = (*PLAIN, *graphs, *(("compiled", "compiled auto") if arguments.compile else ()))
     for batch in arguments.batches:
         cond, null = conditions(model, text, batch)
-        speeds = compare(model, batch, cond, null, guidance, arguments.repeats, methods)
+        speeds = compare(model, batch, cond, null, guidance, SamplingPlan(methods=methods, repeats=arguments.repeats))
         print(f"\nbatch {batch}        images/s  × published  ms/step  max residual  max difference  methods (sweeps)")
         for speed in speeds:
             methods = ", ".join(
@@ -132,17 +132,14 @@ def run_training(arguments: argparse.Namespace) -> None:
         for name in arguments.precisions
     }
     model, speeds = random_model(arguments.model, arguments.device, torch.float32), []
+    plan = TrainingPlan(
+        variants=tuple(arguments.variants),
+        precisions=tuple(arguments.precisions),
+        repeats=arguments.repeats,
+        steps=arguments.steps,
+    )
     for batch in arguments.batches:
-        found = compare_training(
-            model,
-            batch,
-            shape.prefix_length,
-            peaks,
-            tuple(arguments.variants),
-            tuple(arguments.precisions),
-            arguments.repeats,
-            arguments.steps,
-        )
+        found = compare_training(model, batch, shape.prefix_length, peaks, plan)
         if device.type == "cpu":
             found = [dataclasses.replace(row, peak_mb=counted(row, shape)) for row in found]
         print(f"\n{charts.training_table(found)}", flush=True)

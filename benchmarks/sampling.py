@@ -163,6 +163,24 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """What is measured.
+
+    Attributes:
+        methods: some of `METHODS`.
+        repeats: how often each is measured, in turns.
+        deadline: of `time.perf_counter`; after it only the published and the sequential method are measured, once, and
+            the others left out.
+        report: called with all rows so far after each measurement.
+    """
+
+    methods: Sequence[str] = PLAIN
+    repeats: int = 5
+    deadline: float = math.inf
+    report: Callable[[list[Speed]], None] = lambda rows: None
+
+
 @torch.no_grad()
 def compare(
     model: Any,
@@ -170,31 +188,26 @@ def compare(
     cond: Tensor | None,
     null: Tensor | None,
     guidance: Guidance | None,
-    repeats: int = 5,
-    methods: Sequence[str] = PLAIN,
-    deadline: float = math.inf,
-    report: Callable[[list[Speed]], None] = lambda rows: None,
+    plan: SamplingPlan | None = None,
 ) -> list[Speed]:
-    """Methods on the same noise, one after the other, ``repeats`` times.
+    """Methods on the same noise, one after the other.
 
     Args:
         model, cond, null, guidance: as of `Comparison`.
-        methods: some of `METHODS`.
-        deadline: of `time.perf_counter`; after it only the published and the sequential method are measured, once, and
-            the others left out.
-        report: called with all rows so far after each measurement.
+        plan: what is measured; None is a `SamplingPlan` as it is.
     """
+    plan = plan or SamplingPlan()
     comparison = Comparison(model, batch, cond, null, guidance)
-    for repeat in range(repeats):
-        for name in (name for name in METHODS if name in methods):
+    for repeat in range(plan.repeats):
+        for name in (name for name in METHODS if name in plan.methods):
             needed = repeat == 0 and name in ("published", "sequential")
-            if time.perf_counter() > deadline and not needed:
+            if time.perf_counter() > plan.deadline and not needed:
                 continue
             if repeat == 0:
                 comparison.ways[name] = comparison.prepare(name)
             if name in comparison.ways:
                 comparison.measure(name)
-                report(comparison.rows())
+                plan.report(comparison.rows())
     return comparison.rows()
 
 

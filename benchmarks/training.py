@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -137,33 +138,51 @@ def take_steps(run: Run, inputs: dict[str, Tensor], steps: int, learning_rate: f
         run.peak_mb = torch.cuda.max_memory_allocated() / 2**20
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What is measured.
+
+    Attributes:
+        variants, precisions: each of these with each of those.
+        repeats: how often each is measured, in turns.
+        steps: of a repeat, after one that does not count.
+        deadline: of `time.perf_counter`; no repeat begins after it, and variants without one are left out.
+        learning_rate: of these steps.
+        report: called with all rows so far after each repeat of a variant.
+    """
+
+    variants: tuple[str, ...] = VARIANTS
+    precisions: tuple[str, ...] = PRECISIONS
+    repeats: int = 5
+    steps: int = 3
+    deadline: float = math.inf
+    learning_rate: float = 1e-4
+    report: Callable[[list[TrainingSpeed]], None] = lambda rows: None
+
+
 def compare_training(
     model: Any,
     batch: int,
     prefix_length: int,
     peaks: dict[str, float],
-    variants: tuple[str, ...] = VARIANTS,
-    precisions: tuple[str, ...] = PRECISIONS,
-    repeats: int = 5,
-    steps: int = 3,
-    deadline: float | None = None,
-    learning_rate: float = 1e-4,
-    report: Callable[[list[TrainingSpeed]], None] = lambda rows: None,
+    plan: TrainingPlan | None = None,
 ) -> list[TrainingSpeed]:
-    """All variants in turn on the same batch and from the same weights, ``repeats`` times; the model is trained.
+    """Variants in turn on the same batch and from the same weights; the model is trained.
 
     Args:
         model: a `TARFlowModel` in float32.
         prefix_length: tokens of the condition, see `random_inputs`.
         peaks: FLOP/s of the machine for each precision.
-        deadline: of `time.perf_counter`; no repeat begins after it, and variants without one are left out.
-        report: called with all rows so far after each repeat of a variant.
+        plan: what is measured; None is a `TrainingPlan` as it is.
     """
+    plan = plan or TrainingPlan()
     torch.compiler.reset()  # graphs of other batch sizes would count against the limit of recompilations
     inputs = random_inputs(model, batch, prefix_length)
     weights = host_copies(list(model.parameters()))
     runs = [
-        Run(variant, precision, with_shared_weights(model, variant)) for precision in precisions for variant in variants
+        Run(variant, precision, with_shared_weights(model, variant))
+        for precision in plan.precisions
+        for variant in plan.variants
     ]
     tokens = (model.config.sample_size // model.config.patch_size) ** 2
     flops = step_flops(model, batch, prefix_length)
@@ -171,28 +190,28 @@ def compare_training(
 
     def rows() -> list[TrainingSpeed]:
         return [
-            summary(run, batch, tokens, flops / peaks[run.precision], steps + 1, baselines.get(run.precision, []))
+            summary(run, batch, tokens, flops / peaks[run.precision], plan.steps + 1, baselines.get(run.precision, []))
             for run in runs
             if run.seconds or run.error
         ]
 
-    for repeat in range(repeats):
+    for repeat in range(plan.repeats):
         for run in runs:
-            if run.error is not None or (deadline is not None and time.perf_counter() > deadline):
+            if run.error is not None or time.perf_counter() > plan.deadline:
                 continue
             if repeat == 0:
                 with torch.no_grad():
                     for parameter, start in zip(model.parameters(), weights, strict=True):
                         parameter.copy_(start, non_blocking=True)
             try:
-                take_steps(run, inputs, steps, learning_rate)
+                take_steps(run, inputs, plan.steps, plan.learning_rate)
             except torch.OutOfMemoryError:
                 run.error = "out of memory"
             model.zero_grad()
             gc.collect()
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-            report(rows())
+            plan.report(rows())
     return rows()
 
 

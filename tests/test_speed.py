@@ -14,9 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from tarflow.benchmarks.memory import MODES, TrainingMemory, training_memory
 from tarflow.benchmarks.published_training import loss_as_published
 from tarflow.benchmarks.random_models import random_inputs, random_model
-from tarflow.benchmarks.sampling import METHODS, compare
+from tarflow.benchmarks.sampling import METHODS, SamplingPlan, compare
 from tarflow.benchmarks.training import (
     Run,
+    TrainingPlan,
     compare_training,
     host_copies,
     loss_differences,
@@ -130,7 +131,7 @@ def test_the_variants_of_training_have_equal_losses() -> None:
     model = small_model(conditioning="class_prefix")
     peaks = {"float32": 1e12, "bfloat16": 1e12}
     variants = ("published", "eager", "layer", "block")
-    speeds = compare_training(model, 2, 0, peaks, variants, repeats=2, steps=1)
+    speeds = compare_training(model, 2, 0, peaks, TrainingPlan(variants=variants, repeats=2, steps=1))
     assert [(row.precision, row.variant) for row in speeds] == [(p, v) for p in peaks for v in variants]
     differences = loss_differences(speeds)
     assert differences["float32"] < 1e-4
@@ -157,7 +158,8 @@ def test_no_memory_is_said_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
         run.seconds.append(1.0)
 
     monkeypatch.setattr("tarflow.benchmarks.training.take_steps", fail)
-    eager, block = compare_training(small_model(), 2, 0, {"float32": 1e12}, ("eager", "block"), ("float32",))
+    plan = TrainingPlan(variants=("eager", "block"), precisions=("float32",))
+    eager, block = compare_training(small_model(), 2, 0, {"float32": 1e12}, plan)
     assert eager.error == "out of memory" and eager.step_ms is None
     assert block.error is None and block.step_ms == 1000
 
@@ -175,15 +177,16 @@ def test_model_flops_are_six_for_each_use_of_a_weight() -> None:
 
 def test_measurements_stop_at_their_deadline() -> None:
     over = time.perf_counter() - 1
-    assert compare_training(small_model(), 2, 0, {"float32": 1e12}, precisions=("float32",), deadline=over) == []
-    speeds = compare(small_model(), 1, None, None, None, repeats=3, methods=METHODS, deadline=over)
+    plan = TrainingPlan(precisions=("float32",), deadline=over)
+    assert compare_training(small_model(), 2, 0, {"float32": 1e12}, plan) == []
+    speeds = compare(small_model(), 1, None, None, None, SamplingPlan(methods=METHODS, repeats=3, deadline=over))
     assert [speed.method for speed in speeds] == ["published", "sequential"]
 
 
 def test_methods_are_reported_as_they_are_measured() -> None:
     model, reports = small_model(sample_size=8), []
     methods = ("published", "sequential", "graphs", "jacobi", "auto")
-    rows = compare(model, 2, None, None, None, repeats=2, methods=methods, report=reports.append)
+    rows = compare(model, 2, None, None, None, SamplingPlan(methods=methods, repeats=2, report=reports.append))
     names = [[row.method for row in report] for report in reports]
     assert names[:5] == [list(methods[:count]) for count in range(1, 6)]
     assert len(reports) == 10 and rows == reports[-1]
@@ -194,7 +197,7 @@ def test_methods_are_reported_as_they_are_measured() -> None:
 
 
 def test_methods_alone_have_no_ratio() -> None:
-    (row,) = compare(small_model(), 1, None, None, None, repeats=1, methods=("jacobi",))
+    (row,) = compare(small_model(), 1, None, None, None, SamplingPlan(methods=("jacobi",), repeats=1))
     assert row.ratio is None and row.difference is None and row.residual_max < 1e-3
 
 
