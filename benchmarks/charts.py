@@ -54,10 +54,10 @@ def training_chart(speeds: list[TrainingSpeed], title: str, path: Path) -> None:
         for axis, precision in zip(axes, precisions, strict=True):
             rows: dict[str, TrainingSpeed] = {}
             for speed in speeds:
-                old = rows.get(speed.variant)
                 if speed.precision == precision and speed.images_per_second is not None:
-                    better = old is None or speed.images_per_second > old.images_per_second
-                    rows[speed.variant] = speed if better else old
+                    old = rows.get(speed.variant)
+                    if old is None or speed.images_per_second > (old.images_per_second or 0.0):
+                        rows[speed.variant] = speed
             bars = axis.bar(list(rows), [row.images_per_second for row in rows.values()])
             labels = ["" if row.ratio is None else f"{row.ratio:.2f}×" for row in rows.values()]
             axis.bar_label(

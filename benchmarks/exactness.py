@@ -80,12 +80,16 @@ def exactness(
     exact = copy.deepcopy(model).double()
     for scale in scales:
         guidance = Guidance(scale - 1, method) if scale > 1 else None
-        precise = (part.double() if part is not None and part.is_floating_point() else part for part in (cond, null))
-        expected, _ = generate(exact, z.double(), *precise, guidance)
+        expected, _ = generate(exact, z.double(), as_double(cond), as_double(null), guidance)
         for plan, decoding in plans(model).items():
             x, _ = generate(model, z, cond, null, guidance, decoding=decoding)
             error = (x.double() - expected).abs().flatten(1).amax(1)
             yield Exactness(name, scale, plan, float(error.max()), float(error.median()))
+
+
+def as_double(condition: Tensor | None) -> Tensor | None:
+    """A condition of floats in float64; labels, and none, as they are."""
+    return condition.double() if condition is not None and condition.is_floating_point() else condition
 
 
 def exactness_table(rows: Sequence[Exactness]) -> str:

@@ -104,7 +104,7 @@ def check_against_cpu(task: Task) -> dict[str, Any]:
 def check_fast_steps(task: Task) -> dict[str, Any]:
     """Graphs and compiled steps give what eager ones give, log-determinants too."""
     model = random_model(NAME, task.device, torch.float32, **SMALL)
-    results = {}
+    results: dict[str, Any] = {}
     for backend in (None, "inductor"):
         steps = FastSteps(backend)
         for batch in (1,) if task.small and backend else (1, 4, 1):
@@ -153,7 +153,8 @@ def check_memory(task: Task) -> dict[str, Any]:
     """The counted peak of a step against the measured one, in megabytes; on a CPU, of fake tensors against real."""
     arguments = {**shape_of(NAME).arguments, **(SMALL if task.small else {})}
     model = random_model(NAME, task.device, torch.float32, **(SMALL if task.small else {}))
-    batch, results = 2 if task.small else 8, {}
+    batch = 2 if task.small else 8
+    results: dict[str, Any] = {}
     if task.device == "cuda" and not task.small:
         batch = max(1, min(batch, largest_batch("none", memory_gib(task.device))))
     for mode in ("none", "layer", "block"):
@@ -164,7 +165,7 @@ def check_memory(task: Task) -> dict[str, Any]:
             run = Run("eager", "bfloat16", with_shared_weights(model, "eager" if mode == "none" else mode))
             take_steps(run, random_inputs(model, batch, 0), 1, 1e-4)
             model.zero_grad()
-            measured = run.peak_mb
+            measured = run.peak_mb or float("nan")
         else:
             measured = training_memory(arguments, batch, mode=mode, device=task.device, fake=False).peak / 2**20
         results[mode] = {"counted_mb": counted, "measured_mb": measured, "ratio": counted / measured}

@@ -30,7 +30,9 @@ EMOJI_TARGET = 15_000
 
 def check_training(task: Task) -> dict[str, Any]:
     """A hundred steps of the class quick start: the likelihood improves, compiled and checkpointed as well."""
-    count, results, nats = 4 if task.small else 100, {}, []
+    count = 4 if task.small else 100
+    results: dict[str, Any] = {}
+    nats: list[float] = []
     runs: dict[str, tuple[int, list[str]]] = {"1 step": (1, []), f"{count} steps": (count, [])}
     runs[f"{count} steps, checkpointed"] = (count, ["--train.checkpointing", "both"])
     if not task.small:  # compiling alone takes longer than a small check should; "compiled-training" does it too
@@ -140,8 +142,10 @@ def check_tests(task: Task) -> dict[str, Any]:
 def quietly(command: list[str], deadline: float, **environment: str) -> str:
     """What a command prints; a failure is an error with the end of that."""
     environment = {**os.environ, "TQDM_DISABLE": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=pipe, stderr=pipe, text=True
+    ) as process:
         try:
             output, errors = process.communicate(timeout=max(1, deadline - time.perf_counter()))
         except BaseException:

@@ -98,6 +98,7 @@ class StorageCounter(TorchDispatchMode):
 
     def found_gradient(self, parameter: Tensor) -> None:
         """What the backward pass has left in ``parameter.grad`` is no activation; a hook of the parameter."""
+        assert parameter.grad is not None  # it has just been made
         storage = parameter.grad.untyped_storage()
         kind = self.kinds[storage._cdata]
         if kind != "gradients":

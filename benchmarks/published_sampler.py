@@ -26,7 +26,7 @@ class PublishedCache:
     def __init__(self, block: Any, rows: int, slots: int, dtype: torch.dtype):
         shape = (2, rows, block.config.transformer.num_kv_heads, slots, block.config.transformer.head_dim)
         grows = block.config.positions == "learned"
-        self.layers = [
+        self.layers: list[Any] = [  # (2, R, K, S, d), or a tuple of two of (R, K, S, d)
             None if grows else torch.zeros(shape, dtype=dtype, device=block.proj_in.weight.device) for _ in block.layers
         ]
         self.length = [0] * len(block.layers)

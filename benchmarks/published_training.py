@@ -38,7 +38,7 @@ def is_tarflow(block: Any) -> bool:
     return block.config.positions == "learned"
 
 
-def normed(norm: nn.Module, x: Tensor, tarflow: bool) -> Tensor:
+def normed(norm: Any, x: Tensor, tarflow: bool) -> Tensor:
     """A norm of (…, D); its own forward is float32 and casts back."""
     if tarflow or not hasattr(norm, "bias"):
         return norm(x)
@@ -94,6 +94,8 @@ def embedded(block: Any, x: Tensor, cond: Tensor | None) -> Tensor:
         hidden = hidden + reorder(block.pos_embed, block.config.order, dim=0)
     if block.class_embed is not None:
         mean = block.class_embed.mean(dim=0)
+        if cond is None:
+            raise ValueError("the published models have class labels for each sample")
         missing = cond == block.config.num_classes
         if missing.any():
             missing = missing.to(mean.dtype).view(-1, 1, 1)
@@ -111,13 +113,13 @@ def transformed(block: Any, x: Tensor, grid: tuple[int, int], cond: Tensor | Non
     prefix = None if block.proj_cond is None else block.proj_cond(cond)
     length = 0 if prefix is None else prefix.shape[1]
     angles = mask = None
-    options = {"device": x.device, "dtype": at_least_float32(x).dtype}
+    dtype = at_least_float32(x).dtype
     if config.positions == "rotary":
         angles = rotary_angles(
-            grid, config.transformer.head_dim, config.position_length, length, config.text_axis, **options
+            grid, config.transformer.head_dim, config.position_length, length, config.text_axis, x.device, dtype
         )
     elif config.positions == "rotary_1d":
-        angles = rotary_angles_1d(length + x.shape[1], config.transformer.head_dim, **options)
+        angles = rotary_angles_1d(length + x.shape[1], config.transformer.head_dim, x.device, dtype)
     if angles is not None:
         angles = angles.repeat_interleave(2, dim=-1)
     if tarflow:

@@ -127,14 +127,15 @@ def starflow_values(model: TARFlowModel, expected: dict[str, Tensor]) -> dict[st
     suffixes = {key.removeprefix("x") for key in expected if re.fullmatch(r"x(_\d+x\d+)?", key)}
     for suffix in sorted(suffixes):
 
-        def value(name: str, suffix: str = suffix) -> Tensor | None:
-            return expected.get(name + suffix, expected.get(name))
+        def value(name: str, suffix: str = suffix) -> Tensor:
+            return expected[name + suffix if name + suffix in expected else name]
 
-        x, condition, null = value("x"), {}, {}
+        x = value("x")
+        condition: dict[str, Tensor] = {}
+        null: dict[str, Tensor] = {}
         if model.config.conditioning == "class_prefix":
-            one_hot = value("cond")
-            labels = value("class_labels")
-            condition = {"class_labels": one_hot[:, 0].argmax(-1) if labels is None else labels}
+            named = "class_labels" in expected or f"class_labels{suffix}" in expected
+            condition = {"class_labels": value("class_labels") if named else value("cond")[:, 0].argmax(-1)}
         elif model.config.conditioning == "prefix":
             condition, null = {"cond": value("cond")}, {"null_cond": value("null_cond")}
         z, log_det = model(x, **condition)

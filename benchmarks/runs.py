@@ -67,13 +67,13 @@ def run_sampling(arguments: argparse.Namespace) -> None:
         speeds = compare(model, batch, cond, null, guidance, SamplingPlan(methods=methods, repeats=arguments.repeats))
         print(f"\nbatch {batch}        images/s  × published  ms/step  max residual  max difference  methods (sweeps)")
         for speed in speeds:
-            methods = ", ".join(
+            told = ", ".join(
                 name if count is None else f"{name} ({count})"
                 for name, count in zip(speed.methods, speed.sweeps, strict=True)
             )
             print(
                 f"  {speed.method:<13} {speed.images_per_second:9.2f} {speed.ratio:12.2f} {speed.step_ms:8.3f} "
-                f"{speed.residual_max:13.1e} {speed.difference:15.1e}  {methods}"
+                f"{speed.residual_max:13.1e} {speed.difference:15.1e}  {told}"
             )
         rows = roofline(model, batch, cond, null, guidance)
         for row in rows:
@@ -95,8 +95,8 @@ def run_exactness(arguments: argparse.Namespace) -> None:
             rows.append(row)
             print(f"{row.pipeline:<16} guidance {row.guidance_scale:<5g} {row.largest:9.1e}  {row.method}", flush=True)
     print(f"\n{exactness_table(rows)}")
-    rows = [dataclasses.asdict(row) for row in rows]
-    write(arguments, header(arguments, samples=arguments.samples, rows=rows))
+    kept = [dataclasses.asdict(row) for row in rows]
+    write(arguments, header(arguments, samples=arguments.samples, rows=kept))
 
 
 def load(arguments: argparse.Namespace) -> tuple[TARFlowModel, Any]:

@@ -16,7 +16,7 @@ from tarflow.benchmarks.published_sampler import generate_as_published
 from tarflow.common.clock import clock
 from tarflow.common.machine import copy_bandwidth, product_speed
 from tarflow.flows.decoding.calibration import calibrate, decodings
-from tarflow.flows.decoding.fast_step import FastSteps
+from tarflow.flows.decoding.fast_step import FastStep, FastSteps
 from tarflow.flows.decoding.jacobi import decode_jacobi
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, InversionState, residual
 from tarflow.flows.decoding.sampling import generate
@@ -100,7 +100,8 @@ class Comparison:
     def prepare(self, name: str) -> Way:
         """A method's way: calibrated where it is to be, compiled and captured before the clock starts."""
         model, z, blocks = self.model, self.z, len(self.model.blocks)
-        plan, sweeps, steps = [Decoding()] * blocks, [None] * blocks, None
+        plan, steps = [Decoding()] * blocks, None
+        sweeps: list[int | None] = [None] * blocks
         if name in ("compiled", "compiled auto"):
             steps = self.compiled = self.compiled or FastSteps()
         elif name == "graphs":
@@ -145,7 +146,9 @@ class Comparison:
         seconds, exact = statistics.median(way.seconds), self.ways.get("sequential")
         published = self.ways["published"].seconds if "published" in self.ways else []
         ratios = [slow / ours for slow, ours in zip(published, way.seconds, strict=False)]
-        known = exact is not None and exact.sample is not None
+        difference = None
+        if exact is not None and exact.sample is not None and way.sample is not None:
+            difference = float((way.sample - exact.sample).abs().max())
         return Speed(
             name,
             self.batch,
@@ -156,7 +159,7 @@ class Comparison:
             [f"{one.method} {one.segment}" if one.segment else one.method for one in way.plan],
             way.sweeps,
             *way.residual,
-            float((way.sample - exact.sample).abs().max()) if known else None,
+            difference,
             self.cache_mb,
             way.peak_mb,
             max(way.seconds) - min(way.seconds),
@@ -302,6 +305,8 @@ def roofline(
 def graphed_step_ms(run: InversionState, middle: int, steps: int) -> float:
     """Milliseconds of a token as a CUDA graph, of several around the middle of the cache, one right after the other."""
     fast, times = FastSteps(None).get(run, torch.float32), []
+    if not isinstance(fast, FastStep) or fast.graph is None:
+        raise ValueError("this block's steps go through its modules, which are no graph")
     for _ in range(3):
         fast.position.fill_(middle - steps // 2)
         start = clock(fast.position.device)

@@ -251,7 +251,7 @@ def summary(run: Run, batch: int, tokens: int, ideal: float, steps: int, baselin
 def best(speeds: list[TrainingSpeed]) -> TrainingSpeed | None:
     """Ours with the most images per second."""
     ours = [speed for speed in speeds if speed.images_per_second is not None and speed.variant != "published"]
-    return max(ours, key=lambda speed: speed.images_per_second, default=None)
+    return max(ours, key=lambda speed: speed.images_per_second or 0.0, default=None)
 
 
 def loss_differences(speeds: list[TrainingSpeed]) -> dict[str, float]:
@@ -261,7 +261,8 @@ def loss_differences(speeds: list[TrainingSpeed]) -> dict[str, float]:
     for batch in sorted({speed.batch for speed in speeds}):
         rows = [speed for speed in speeds if speed.batch == batch and speed.loss is not None]
         rows.sort(key=lambda row: (row.precision != "float32", row.variant != "published"))
-        for row in rows:
-            difference = abs(row.loss - rows[0].loss)
-            differences[row.precision] = max(differences.get(row.precision, 0.0), difference)
+        losses = [(row.precision, row.loss) for row in rows if row.loss is not None]
+        for precision, loss in losses:
+            difference = abs(loss - losses[0][1])
+            differences[precision] = max(differences.get(precision, 0.0), difference)
     return differences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def best_of(function: Callable[[], Any], device: torch.device, repeats: int = 5)
     return min(times[1:])
 
 
-def timed(ways: dict[str, Callable[[], Any]], batch: int, repeats: int, device: torch.device) -> dict[str, float]:
+def timed(ways: Mapping[str, Callable[[], Any]], batch: int, repeats: int, device: torch.device) -> dict[str, float]:
     """Measure two ways in turns of at least `TURN` seconds, after one warm-up call each. Returns the medians of images
     per second, and the median "ratio" of the second's speed to the first's."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -65,7 +65,7 @@ def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]
     extractor = config.load_extractor(pipe.flow.device)
     images = Images(config.data, config.split)
     held_out = noisy_pictures(pipe, images, config.pictures, config.batch_size, config.seed)
-    rows = [{"method": method} for method in methods]
+    rows: list[dict[str, Any]] = [{"method": method} for method in methods]
     reconstructions = {"original": held_out.originals}
     for row in rows:
         reconstructions[row["method"]] = held_out.decoded(pipe, row["method"])
@@ -190,7 +190,7 @@ def write_tables(
 ) -> None:
     """Write ``comparison.json``, with all that the numbers depend on, and ``comparison.md``."""
     warning = None if extractor is None else bias_warning(config.num, extractor.dims)
-    report = {
+    report: dict[str, Any] = {
         "rows": rows,
         "noise_std": pipe.config.noise_std,
         "distance": None if extractor is None else extractor.metric_name,
@@ -202,7 +202,7 @@ def write_tables(
     }
     write_json(out / "comparison.json", report, nan_as_null=True)
     names = [name for name in COLUMNS if extractor is not None or name != "distance"]
-    titles = [COLUMNS[name] or extractor.metric_name for name in names]
+    titles = [COLUMNS[name] or report["distance"] for name in names]
     lines = [
         markdown_table(titles, [[row[name] for name in names] for row in rows]),
         "",

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tarflow.common.files import write_picture
+from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, to_uint8
 from tarflow.data.subset import Subset, spread
 from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_chart
@@ -138,8 +139,9 @@ def swap(config: ExactFlowConfig, pipe: Any) -> Rows:
 
 
 def temperature(config: ExactFlowConfig, pipe: Any) -> Rows:
-    batch, rows = read_batch(config, pipe), {}
-    counts = batch.conditions or {"num_images": config.num}
+    batch = read_batch(config, pipe)
+    rows: Rows = {}
+    counts: dict[str, Any] = {**batch.conditions} or {"num_images": config.num}
     for factor in (0.4, 0.7, 0.9, 1.0, 1.2):
         images = pipe(**counts, temperature=factor, generator=generator_of(config), output_type="pt").images
         rows[f"T = {factor:g}"] = bytes_of(images)
@@ -155,7 +157,14 @@ def best_of(config: ExactFlowConfig, pipe: Any) -> Rows:
     return {"likeliest": bytes_of(out.images[:shown]), "unlikeliest": bytes_of(out.images[-shown:])}
 
 
+def name_of(data: DataConfig) -> str:
+    """Of pictures in titles: of their folder, or of their source."""
+    return data.source if data.path is None else Path(data.path).stem
+
+
 def out_of_distribution(config: ExactFlowConfig, pipe: Any) -> None:
+    if config.outside is None:
+        raise ValueError("the tool 'ood' needs outside, the pictures to tell from those of data")
     images, outside = Images(config.data, config.split), Images(config.outside, config.split)
     inside = spread(images, config.num)
     train = Images(config.data, "train")
@@ -165,9 +174,9 @@ def out_of_distribution(config: ExactFlowConfig, pipe: Any) -> None:
         counts = f"{len(one.inside)} inside, {len(one.outside)} outside"
         means = f"mean {one.inside.mean():.3f} inside, {one.outside.mean():.3f} outside"
         print(f"{one.name}: AUC {one.auc:.4f} ({counts}; {means})")
-    names = tuple(part.source if part.path is None else Path(part.path).stem for part in (config.data, config.outside))
-    title = f"{config.pipeline}: {names[0]} (its own kind) and {names[1]}"
-    detection_chart(detections, names, title, Path(config.out))
+    own_name, other_name = name_of(config.data), name_of(config.outside)
+    title = f"{config.pipeline}: {own_name} (its own kind) and {other_name}"
+    detection_chart(detections, (own_name, other_name), title, Path(config.out))
 
 
 TOOLS: dict[str, Callable[[ExactFlowConfig, Any], Rows]] = {

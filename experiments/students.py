@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     for batch in config.batch_sizes:
         for name, options in TIMED.items():
             ways = {
-                "flow": lambda batch=batch, options=options: call(batch, config.decoding, **options),
-                "student": lambda batch=batch, options=options: call(batch, STUDENT, **options),
+                "flow": partial(call, batch, config.decoding, **options),
+                "student": partial(call, batch, STUDENT, **options),
             }
             speed.append({"batch": batch, "timed": name, **timed(ways, batch, config.repeats, pipe.flow.device)})
     arguments, method = conditions.arguments(range(config.num)), pipe.student.config.guidance_method

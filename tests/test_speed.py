@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from tarflow.benchmarks.memory import MODES, TrainingMemory, training_memory
 from tarflow.benchmarks.published_training import loss_as_published
 from tarflow.benchmarks.random_models import random_inputs, random_model
-from tarflow.benchmarks.sampling import METHODS, SamplingPlan, compare
+from tarflow.benchmarks.sampling import METHODS, SamplingPlan, Speed, compare
 from tarflow.benchmarks.training import (
     Run,
     TrainingPlan,
@@ -24,6 +25,7 @@ from tarflow.benchmarks.training import (
     step_flops,
     with_shared_weights,
 )
+from tarflow.cli import benchmark
 from tarflow.common.machine import copy_size, product_size
 from tarflow.flows.likelihood import flow_loss
 from tarflow.flows.model import TARFlowModel
@@ -199,6 +201,21 @@ def test_methods_are_reported_as_they_are_measured() -> None:
 def test_methods_alone_have_no_ratio() -> None:
     (row,) = compare(small_model(), 1, None, None, None, SamplingPlan(methods=("jacobi",), repeats=1))
     assert row.ratio is None and row.difference is None and row.residual_max < 1e-3
+
+
+def test_every_batch_size_is_measured_by_the_same_methods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def compare(model: Any, batch: int, cond: Any, null: Any, guidance: Any, plan: SamplingPlan) -> list[Speed]:
+        asked.append((batch, plan.methods))
+        return [Speed("sequential", batch, 1.0, 1.0, 1.0, 1.0, ["sequential"], [None], 0.0, 0.0, 0.0, 1.0, None)]
+
+    monkeypatch.setattr("tarflow.benchmarks.runs.compare", compare)
+    monkeypatch.setattr("tarflow.benchmarks.runs.roofline", lambda *arguments: [])
+    sizes = ["--batches", "1", "2", "--device", "cpu", "--output", str(tmp_path)]
+    benchmark.main(["sampling", "--model", "quickstart_class", *sizes])
+    assert [batch for batch, _ in asked] == [1, 2]
+    assert asked[0][1] == asked[1][1] and "sequential" in asked[1][1]
 
 
 def test_copies_of_weights_are_kept_apart() -> None:

@@ -37,6 +37,16 @@ class Samples:
     held_out_labels: Tensor | None = None
     codec: Any = None
 
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Those of training and of held-out data.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if self.train_labels is None or self.held_out_labels is None:
+            raise ValueError("these data have no labels")
+        return self.train_labels, self.held_out_labels
+
 
 def points(name: str, count: int, seed: int) -> Tensor:
     """Draws from a density of `PLANES`, (count, 1, 1, 2): two noisy spiral arms, or the dark squares of a board of 4 × 4

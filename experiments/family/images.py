@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,11 +53,12 @@ BATCH, LEARNING_RATE, DROP_RATE, SAMPLES = 64, 4e-3, 0.1, 500
 
 def labelled_batches(samples: Samples, null_label: int, add_noise: Callable[[Tensor, torch.Generator], Tensor]) -> Any:
     """Batches of noisy data with labels, of which a tenth is replaced by "no class"."""
+    train_labels, _ = samples.labels()
 
     def batches(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
         indices = torch.randint(len(samples.train), (size,), generator=generator)
         dropped = torch.rand(size, generator=generator) < DROP_RATE
-        labels = samples.train_labels[indices].masked_fill(dropped, null_label)
+        labels = train_labels[indices].masked_fill(dropped, null_label)
         return add_noise(samples.train[indices], generator), labels
 
     return batches
@@ -103,7 +105,7 @@ class DigitReader:
     def __init__(self, samples: Samples):
         from sklearn.svm import SVC
 
-        self.classifier = SVC(gamma=0.001).fit(samples.train.flatten(1).numpy(), samples.train_labels.numpy())
+        self.classifier = SVC(gamma=0.001).fit(samples.train.flatten(1).numpy(), samples.labels()[0].numpy())
 
     def accuracy(self, pixels: Tensor, labels: Tensor) -> float:
         """Share of pictures (N, 1, 8, 8) with values 0 … 16 that are read as their labels."""
@@ -124,7 +126,7 @@ def digit_results(runs: Runs, steps: int, seed: int = 0, left_out: tuple[str, ..
     the names of `DRAWINGS`."""
     samples = digit_samples()
     reader = DigitReader(samples)
-    print(f"held-out digits read rightly: {reader.accuracy(samples.held_out, samples.held_out_labels):.1%}")
+    print(f"held-out digits read rightly: {reader.accuracy(samples.held_out, samples.labels()[1]):.1%}")
     results: dict[str, Result] = {}
     ablations = {name: ablation for name, ablation in ABLATIONS.items() if name not in left_out}
     for name, flow in {**FAMILY, DISTILLED: FAMILY["IAF"], **ablations}.items():
@@ -138,9 +140,7 @@ def digit_results(runs: Runs, steps: int, seed: int = 0, left_out: tuple[str, ..
         results[name] = runs.get(
             "digits_" + file_name(name),
             {**settings, "seed": seed, "batch": BATCH, "lr": LEARNING_RATE},
-            lambda arguments=arguments, noise=noise, teacher=teacher: digit_run(
-                arguments, noise, samples, reader, steps, seed, teacher
-            ),
+            partial(digit_run, arguments, noise, samples, reader, steps, seed, teacher),
         )
     return results
 
@@ -156,11 +156,11 @@ def digit_run(
 ) -> Result:
     """One flow of digits; see `digit_results`."""
     generator = torch.Generator().manual_seed(seed + 1)
-    add_noise = uniform
+    add_noise = uniform if noise is None else gaussian(noise)
     if noise is not None:
-        scaled = [part / (LEVELS - 1) * 2 - 1 for part in (samples.train, samples.held_out)]
-        samples, add_noise = Samples(*scaled, samples.train_labels, samples.held_out_labels), gaussian(noise)
-    held_out = add_noise(samples.held_out, generator), samples.held_out_labels
+        train, held_out_pictures = (part / (LEVELS - 1) * 2 - 1 for part in (samples.train, samples.held_out))
+        samples = Samples(train, held_out_pictures, *samples.labels())
+    held_out = add_noise(samples.held_out, generator), samples.labels()[1]
     batches = labelled_batches(samples, arguments["num_classes"], add_noise)
     numbers, model = labelled_run(arguments, batches, held_out, steps, seed, teacher)
     labels = torch.arange(SAMPLES) % model.null_label

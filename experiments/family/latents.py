@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,9 +54,16 @@ def latent_results(runs: Runs, steps: int, pictures: int, seed: int = 0) -> dict
         results[name] = runs.get(
             "latents_" + file_name(name),
             {**settings, "seed": seed, "batch": BATCH, "lr": LEARNING_RATE, "pictures": pictures},
-            lambda arguments=arguments, teacher=teacher: latent_run(arguments, samples(), steps, seed, teacher),
+            partial(latent_run_of, samples, arguments, steps, seed, teacher),
         )
     return results
+
+
+def latent_run_of(
+    samples: Callable[[], Samples], arguments: dict[str, Any], steps: int, seed: int, teacher: TARFlowModel | None
+) -> Result:
+    """`latent_run` of pictures that are read only if they are needed."""
+    return latent_run(arguments, samples(), steps, seed, teacher)
 
 
 def latent_run(
@@ -62,7 +71,7 @@ def latent_run(
 ) -> Result:
     """One flow of latents; see `latent_results`."""
     add_noise, generator = gaussian(NOISE), torch.Generator().manual_seed(seed + 1)
-    held_out = add_noise(samples.held_out, generator), samples.held_out_labels
+    held_out = add_noise(samples.held_out, generator), samples.labels()[1]
     batches = labelled_batches(samples, arguments["num_classes"], add_noise)
     numbers, model = labelled_run(arguments, batches, held_out, steps, seed, teacher)
     labels = torch.arange(ROUNDS * model.null_label) % model.null_label

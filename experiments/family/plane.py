@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,11 +55,10 @@ def plane_results(runs: Runs, steps: int, seed: int = 0) -> dict[str, dict[str, 
         results[density] = {}
         for name in [*names, *(ABLATIONS if density == ABLATED else ())]:
             settings = {"shape": SHAPE, "flow": {**FAMILY, **ABLATIONS}.get(name, name), "steps": steps, "seed": seed}
-            run = outside_run if name in OUTSIDE else plane_run
             results[density][name] = runs.get(
                 f"plane_{density}_{file_name(name)}",
                 {**settings, "batch": BATCH, "lr": LEARNING_RATE},
-                lambda run=run, name=name, samples=samples: run(name, samples, steps, seed),
+                partial(any_run, name, samples, steps, seed),
             )
     return results
 
@@ -82,6 +82,11 @@ def batches_of(samples: Samples) -> Any:
         return samples.train[torch.randint(len(samples.train), (size,), generator=generator)], None
 
     return batches
+
+
+def any_run(name: str, samples: Samples, steps: int, seed: int) -> Result:
+    """Train one of ours or of another library, and look at it."""
+    return (outside_run if name in OUTSIDE else plane_run)(name, samples, steps, seed)
 
 
 def plane_run(name: str, samples: Samples, steps: int, seed: int) -> Result:
@@ -108,7 +113,7 @@ def outside_run(name: str, samples: Samples, steps: int, seed: int) -> Result:
     kind = zuko.flows.NSF if name.startswith("NSF") else zuko.flows.MAF
     flow = kind(2, transforms=4, hidden_features=(128, 128))
 
-    def loss(model: Any, x: Tensor, labels: None) -> Tensor:
+    def loss(model: Any, x: Tensor, labels: Tensor | None) -> Tensor:
         return -model().log_prob(x.flatten(1)).mean() / 2
 
     numbers = fit(flow, batches_of(samples), steps, BATCH, LEARNING_RATE, loss, seed)
