@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,21 @@ class TestTraining:
             train(tmp_path / "other", *settings, "--resume", "latest", latent_channels=4)
         with pytest.raises(ValueError, match="has checkpoints of an earlier run, up to step_00000007"):
             train(tmp_path / "whole", *settings)
+
+    @on_cpu
+    def test_checkpoints_from_before_rates_and_spikes_were_kept_go_on(self, tmp_path: Path) -> None:
+        settings = [*ADVERSARIAL, "--steps", "4", "--checkpoint_every", "2"]
+        train(tmp_path / "whole", *settings)
+        step_2 = tmp_path / "whole_run" / "checkpoints" / "step_00000002"
+        old = shutil.copytree(step_2, tmp_path / "elsewhere" / "step_00000002")
+        state = json.loads((old / "run.json").read_text())
+        del state["spikes"]
+        (old / "run.json").write_text(json.dumps(state))
+        optimizer = torch.load(old / "optimizer.bin", weights_only=True)
+        del optimizer["param_groups"][0]["peak_lr"]
+        torch.save(optimizer, old / "optimizer.bin")
+        train(tmp_path / "other", *settings, "--resume", str(old))
+        assert_same_run(tmp_path / "whole", tmp_path / "other")
 
     def test_discriminator_starts_late(self, tmp_path: Path) -> None:
         for name, steps in (("before", "2"), ("after", "3")):

@@ -12,16 +12,30 @@ LPIPS = "lpips"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureLossConfig:
-    """Weights of a loss's parts; 0 leaves a part out.
+class PerceptualConfig:
+    """A perceptual loss, see `PerceptualLoss`.
 
     Attributes:
-        l1, l2: of the mean absolute and mean squared difference of pixels in [−1, 1].
-        perceptual: of `PerceptualLoss`.
+        perceptual: its weight; 0 leaves it out.
         perceptual_network: a classifier of Torchvision, or "lpips" where that package is installed.
         perceptual_weights: file of the classifier's state dict, ``.safetensors`` or ``.pth``.
         perceptual_normalize: of pixels, as the classifier's weights want it: "imagenet", or "half" for [−1, 1].
         perceptual_layers: names of the classifier's modules that are compared; None takes one of each resolution.
+    """
+
+    perceptual: NotNegative = 0.0
+    perceptual_network: str = "mobilenet_v2"
+    perceptual_weights: str | None = None
+    perceptual_normalize: Literal["imagenet", "half"] = "imagenet"
+    perceptual_layers: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureLossConfig(PerceptualConfig):
+    """Weights of a loss's parts; 0 leaves a part out.
+
+    Attributes:
+        l1, l2: of the mean absolute and mean squared difference of pixels in [−1, 1].
         adversarial: of the discriminator's opinion.
         adversarial_start: the step from which it counts, and from which the discriminator learns.
         adaptive: multiply ``adversarial`` by `adaptive_weight`.
@@ -30,11 +44,6 @@ class PictureLossConfig:
 
     l1: NotNegative = 1.0
     l2: NotNegative = 1.0
-    perceptual: NotNegative = 0.0
-    perceptual_network: str = "mobilenet_v2"
-    perceptual_weights: str | None = None
-    perceptual_normalize: Literal["imagenet", "half"] = "imagenet"
-    perceptual_layers: list[str] | None = None
     adversarial: NotNegative = 0.0
     adversarial_start: Count = 0
     adaptive: bool = True

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tarflow.evaluation.features.backbones import first_line, torchvision_backbone
 from tarflow.evaluation.features.names import Normalize
-from tarflow.training.losses.config import LPIPS
+from tarflow.training.losses.config import LPIPS, PerceptualConfig
 
 #: Where a Torchvision network's features are taken if not said otherwise: the last ones of each resolution.
 LAYERS: dict[str, tuple[str, ...]] = {
@@ -100,9 +99,8 @@ class PerceptualLoss(nn.Module):
             ) from error
 
 
-def make_perceptual(config: Any) -> PerceptualLoss | None:
-    """The loss that settings by the names perceptual_network, perceptual_weights, perceptual_normalize and
-    perceptual_layers describe, None if its weight ``perceptual`` is 0."""
+def make_perceptual(config: PerceptualConfig) -> PerceptualLoss | None:
+    """The loss, None if its weight is 0."""
     if config.perceptual == 0:
         return None
     return PerceptualLoss(

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from tarflow.common.checks import AtLeastOne, Fraction, Interval, NotNegative, at_least, check
-from tarflow.evaluation.features.names import Normalize
 from tarflow.training.loop.component_config import ComponentConfig
+from tarflow.training.losses.config import LPIPS, PerceptualConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig(ComponentConfig):
+class StudentConfig(ComponentConfig, PerceptualConfig):
     """Everything about training a student of a pipeline's flow.
 
     Attributes, besides those of `ComponentConfig`:
@@ -32,8 +32,6 @@ class StudentConfig(ComponentConfig):
             student learns where it will be used.
         own_after: see there.
         perceptual: weight of a perceptual loss of ``perceptual_pictures`` decoded pictures of each pass; 0 is off.
-            ``perceptual_network``, ``perceptual_weights``, ``perceptual_normalize``, ``perceptual_layers``: see
-            `PerceptualLoss`.
     """
 
     kind: ClassVar[str] = "student"
@@ -50,11 +48,6 @@ class StudentConfig(ComponentConfig):
     unguided_share: Fraction = 0.25
     own_share: Fraction = 0.0
     own_after: Fraction = 0.5
-    perceptual: NotNegative = 0.0
-    perceptual_network: str = "mobilenet_v2"
-    perceptual_weights: str | None = None
-    perceptual_normalize: Normalize = "imagenet"
-    perceptual_layers: list[str] | None = None
     perceptual_pictures: AtLeastOne = 8
     steps: AtLeastOne = 10000
     batch_size: AtLeastOne = 64
@@ -66,7 +59,7 @@ class StudentConfig(ComponentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
-            self.perceptual == 0 or self.perceptual_network == "lpips" or self.perceptual_weights is not None,
+            self.perceptual == 0 or self.perceptual_network == LPIPS or self.perceptual_weights is not None,
             "perceptual is on, so perceptual_weights must name the weights' file of its network",
         )
         check(self.data.source != "latents", "a student learns from pictures: data.source cannot be 'latents'")
