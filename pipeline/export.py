@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from tarflow.common.files import check_writable, write_json
-from tarflow.pipeline.loading.folder import own_folder, written_into
-from tarflow.pipeline.loading.place import INDEX
+from tarflow.pipeline.loading.folder import HELD_OUT, own_folder, written_into
+from tarflow.pipeline.loading.place import INDEX, locate
 from tarflow.pipeline.opening import open_pipeline
 
 
@@ -35,6 +36,9 @@ def export(pipeline: str, output: str, dtype: torch.dtype, denoiser: bool = True
     with written_into(target) as temporary:
         pipe.save_pretrained(temporary)
         forget_paths(temporary)
+        means = Path(locate(pipeline), HELD_OUT)
+        if means.is_file():
+            shutil.copyfile(means, temporary / HELD_OUT)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 

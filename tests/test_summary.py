@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from helpers import ROOT
 from PIL import Image
+from test_training import CLASS_FLOW, TEXT_FLOW, train
 
 from tarflow.cli import generate
+from tarflow.cli.main import main
 from tarflow.common.words import count_in_words, duration_in_words
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
-from tarflow.training.flow.report import own_captions
-from tarflow.training.flow.summary import drawing_line, ending, write_held_out
+from tarflow.training.flow.report import own_captions, write_held_out
 from tarflow.training.loop.schedule import TIMED_STEPS
-from tarflow.training.loop.summary import TimeEstimate, beginning, number_of_pictures
+from tarflow.training.loop.summary import (
+    TimeEstimate,
+    beginning,
+    drawing_line,
+    number_of_pictures,
+    pictures_in_words,
+)
 
 
 def captioned(folder: Path, count: int, captions: int) -> Path:
@@ -45,15 +54,17 @@ def test_a_run_says_what_it_trains_on(tmp_path: Path) -> None:
     train, held_out = Images(config), Images(config, "validation")
     pictures, others = number_of_pictures(train), number_of_pictures(held_out)
     assert pictures + others == 40 and len(train) == 3 * pictures and others > 0
-    first, second = beginning(train, held_out, 7_900_000, 90, len(train), tmp_path / "run")
-    assert first == f"training on {pictures} pictures, {others} others are held out; 7.9 million parameters learn"
+    told = pictures_in_words(train, held_out)
+    assert told == f"{pictures} pictures, {others} others are held out"
+    assert pictures_in_words(train, None) == f"{pictures} pictures, none is held out"
+    first, second = beginning(told, len(train), 7_900_000, 90, len(train), tmp_path / "run")
+    assert first == f"training on {told}; 7.9 million parameters learn"
     assert (
         second
         == f"90 steps of {len(train)} pictures, each is seen about 90 times; all is written to {tmp_path / 'run'}"
     )
-    first, second = beginning(train, None, 10, 1, 2, tmp_path, first=1)
-    assert "none is held out" in first
-    assert second == f"1 steps of 2 pictures, most are seen once at most from step 1 on; all is written to {tmp_path}"
+    _, second = beginning(told, len(train), 10, 3, 2, tmp_path, first=1)
+    assert second == f"3 steps of 2 pictures, most are seen once at most, from step 1 on; all is written to {tmp_path}"
 
 
 def test_captions_made_of_columns_are_no_further_pictures(tmp_path: Path) -> None:
@@ -70,8 +81,8 @@ def test_captions_made_of_columns_are_no_further_pictures(tmp_path: Path) -> Non
 
 def test_endless_drawings_are_no_number_of_pictures() -> None:
     drawings = Images(DataConfig(source="drawings", image_size=8))
-    first, second = beginning(drawings, drawings, 5, 1000, 16, Path("runs/a"))
-    assert first == "training on drawings, each made for its place in a batch; 5 parameters learn"
+    assert pictures_in_words(drawings, drawings) == "drawings, each made for its place in a batch"
+    _, second = beginning("drawings", len(drawings), 5, 1000, 16, Path("runs/a"))
     assert second == "1,000 steps of 16 pictures; all is written to runs/a"
 
 
@@ -117,8 +128,7 @@ def test_the_line_that_draws_is_a_command(arguments: dict, words: list[str]) -> 
         "drawing.png",
     ]
     generate.check(generate.parser().parse_intermixed_args(shlex.split(line)[2:]))
-    assert ending("pipeline", "my runs/pipeline", line).endswith(f"draw from it:\n  {line}")
-    assert "--lora runs/a/lora" in drawing_line("emoji", adapter=Path("runs/a/lora"), **arguments)
+    assert " --lora runs/a/lora --out" in drawing_line("emoji", options=("--lora", "runs/a/lora"), **arguments)
 
 
 def test_means_of_held_out_pictures_go_with_the_pipeline(tmp_path: Path) -> None:
@@ -126,3 +136,49 @@ def test_means_of_held_out_pictures_go_with_the_pipeline(tmp_path: Path) -> None
     assert json.loads((tmp_path / "held_out.json").read_text()) == {"images": 271, "latent_nats_per_dim": 0.5}
     write_held_out(tmp_path / "none", {}, 0)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["classes", "captions", "adapter"])
+def test_a_run_says_where_it_is_and_how_to_draw(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options, flow = [], CLASS_FLOW
+    if kind != "classes":
+        flow = TEXT_FLOW
+        options = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
+    folder = tmp_path / "run"
+    train(folder, *options, "--train.steps", "2", "--log.log_every", "1", flow=flow)
+    if kind == "adapter":
+        folder, base = tmp_path / "adapter", str(folder / "pipeline")
+        capsys.readouterr()
+        train(folder, *options, "--init_from", base, "--lora.rank", "2", "--train.steps", "2", flow="{}")
+    out = capsys.readouterr().out
+    assert "training on drawings" in out and "parameters learn" in out
+    assert f"2 steps of 8 pictures; all is written to {folder}" in out
+    line = out.splitlines()[-1].strip()
+    words = shlex.split(line)
+    assert words[:2] == ["tarflow", "generate"]
+    words[words.index("--out") + 1] = str(tmp_path / "drawing.png")
+    main([*words[1:], "--device", "cpu"])
+    assert (tmp_path / "drawing.png").is_file()
+    if kind != "adapter":
+        metrics = json.loads((folder / "pipeline" / "held_out.json").read_text())
+        assert f"held-out latent_nats_per_dim {metrics['latent_nats_per_dim']:.4f}" in out and metrics["images"] == 8
+
+
+def test_the_bar_shows_what_the_held_out_line_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr("tqdm.std.tqdm.set_postfix", lambda bar, values, **_: shown.append(dict(values)))
+    logged = []
+    trainer_log = Accelerator.log
+    monkeypatch.setattr(
+        Accelerator, "log", lambda self, values, step: logged.append(values) or trainer_log(self, values, step)
+    )
+    train(tmp_path, "--train.steps", "2", "--log.log_every", "1")
+    assert len(shown) == 2 and all("loss" not in values for values in shown)
+    steps = [values for values in logged if "train/nats_per_dim" in values]
+    assert [float(values["nats_per_dim"]) for values in shown] == pytest.approx(
+        [values["train/nats_per_dim"] for values in steps], abs=1e-4
+    )
+    for values in steps:  # the loss lacks the constant
+        assert values["train/nats_per_dim"] - values["train/loss"] == pytest.approx(
+            0.5 * math.log(2 * math.pi), abs=1e-4
+        )

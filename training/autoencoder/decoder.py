@@ -14,7 +14,7 @@ from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_picture
 from tarflow.training.autoencoder.decoder_config import DecoderConfig
 from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.agreement import on_main
-from tarflow.training.loop.component import ComponentFolders, noisy_latents, open_splits, write_rows
+from tarflow.training.loop.component import ComponentFolders, example_line, noisy_latents, open_splits, write_rows
 from tarflow.training.loop.draws import draw_chances
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.loop.trainer import Trainer
@@ -56,7 +56,12 @@ class DecoderTask(PictureTask):
         self.network = LatentDecoder.from_autoencoder(self.pipe.vae).train().requires_grad_(True)
         self.pipe.vae.to(accelerator.device)
         if len(held_out):
+            self.validation = held_out
             on_main(accelerator, lambda: self.prepare_held_out(held_out))
+
+    def ending(self) -> str:
+        line = example_line(self.folders.target, self.train, self.pipe.flow.config.conditioning)
+        return f"to draw with it:\n  {line}"
 
     def prepare_held_out(self, images: Images) -> None:
         """Noisy held-out latents, and how they are decoded without the new decoder."""

@@ -23,6 +23,7 @@ from tarflow.training.autoencoder.model import (
 from tarflow.training.autoencoder.report import HeldOutPictures
 from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.draws import draw_noise
+from tarflow.training.loop.summary import ENDLESS, number_of_pictures
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.loop.trainer import Trainer
 from tarflow.training.losses.task import PictureTask
@@ -37,6 +38,7 @@ class AutoencoderTask(PictureTask):
     """
 
     config: TrainVaeConfig
+    train: Mixture
     network: Reconstruction
 
     def __init__(self, config: TrainVaeConfig, accelerator: Accelerator):
@@ -51,6 +53,18 @@ class AutoencoderTask(PictureTask):
         self.network = Reconstruction(vae, config.constant_std)
         side = config.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_shape = (vae.config.latent_channels, side, side)
+
+    def about(self) -> str:
+        named = zip(self.config.sources, self.train.sources, strict=True)
+        counts = {name: number_of_pictures(images) for name, images in named}
+        return " and ".join(
+            f"{name} ({count:,} pictures)" if count < ENDLESS else name for name, count in counts.items()
+        )
+
+    def ending(self) -> str:
+        return (
+            f"the autoencoder is {self.config.output}; to train a flow on its latents: --vae.name {self.config.output}"
+        )
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from tarflow.common.files import write_json
 from tarflow.data.subset import evenly
 from tarflow.flows.likelihood import bits_per_dim
 from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.loading.folder import HELD_OUT
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.flow.config import RunConfig, is_joint, noise_std
 from tarflow.training.flow.inputs import InputMaker
@@ -21,7 +24,7 @@ from tarflow.training.flow.joint import trained_autoencoder
 from tarflow.training.flow.lora import add_adapters
 from tarflow.training.flow.setup import Parts
 from tarflow.training.loop.batches import fixed_batches, read_batch
-from tarflow.training.loop.summary import ENDLESS
+from tarflow.training.loop.summary import ENDLESS, drawing_line
 
 
 class HeldOut:
@@ -117,6 +120,20 @@ def grid_conditions(parts: Parts, config: RunConfig) -> dict[str, Any]:
     if classes := parts.flow_arguments.get("num_classes"):
         return {"class_labels": [i % classes for i in range(count)]}
     return {"num_images": count}
+
+
+def write_held_out(folder: Path, metrics: Mapping[str, float], images: int) -> None:
+    """Write means of held-out pictures into a pipeline's folder; nothing without any."""
+    if metrics and images:
+        write_json(folder / HELD_OUT, {"images": images, **{name: float(value) for name, value in metrics.items()}})
+
+
+def drawing_line_of(parts: Parts, config: RunConfig, pipeline: str | Path, options: Sequence[str] = ()) -> str:
+    """The command that draws from the run's pipeline, with a caption or class of its grids."""
+    shown = grid_conditions(parts, config)
+    names = parts.train.class_names or ()
+    classes = [names[i] if names else str(i) for i in shown.get("class_labels", ())[:1]]
+    return drawing_line(pipeline, shown.get("prompt", ()), classes, options)
 
 
 def own_captions(data: Any, count: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,14 @@ from tarflow.training.flow.config import RunConfig, has_denoiser
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.lora import folder_name, prepare_adapters, save_adapters
 from tarflow.training.flow.objective import FlowObjective, parameter_groups, score_target
-from tarflow.training.flow.report import HeldOut, build_pipeline, metrics_of, write_grids
+from tarflow.training.flow.report import (
+    HeldOut,
+    build_pipeline,
+    drawing_line_of,
+    metrics_of,
+    write_grids,
+    write_held_out,
+)
 from tarflow.training.flow.resume import check_state
 from tarflow.training.flow.setup import Parts, make_parts, meaning
 from tarflow.training.flow.start import Start
@@ -60,7 +67,7 @@ class FlowTask(Task):
         config = self.config
         statistics = None if state is None else state["statistics"]
         self.parts = make_parts(config, statistics, self.accelerator.device, self.start)
-        self.train = self.parts.train
+        self.train, self.validation = self.parts.train, self.parts.validation
         self.text = text_invariants(config.text, self.parts.text_encoder)
         self.adapter = prepare_adapters(config, self.parts, self.start)
         if state is None and config.data.verify:
@@ -167,14 +174,14 @@ class FlowTask(Task):
         log, decay = self.config.log, self.config.train.ema_decays[average]
         if average:  # at the end, of averages beside the one that is the run's
             metrics = self.evaluate(step, f"held_out_ema_{decay}")
-            self.show(step, f"pipeline_ema_{decay}")
+            self.show(step, f"pipeline_ema_{decay}", held_out=metrics)
             return metrics
         if last:
             metrics = self.evaluate(step)
-            return metrics | self.show(step, "pipeline", log.sample_every > 0, self.config.metric.every > 0)
+            return metrics | self.show(step, "pipeline", log.sample_every > 0, self.config.metric.every > 0, metrics)
         metrics = self.evaluate(step) if is_due(step, log.eval_every) else {}
         saved = f"pipeline_{step:08d}" if is_due(step, log.save_pipeline_every) else None
-        self.show(step, saved, is_due(step, log.sample_every), is_due(step, self.config.metric.every))
+        self.show(step, saved, is_due(step, log.sample_every), is_due(step, self.config.metric.every), metrics)
         return metrics
 
     def evaluate(self, step: int, name: str = "held_out") -> dict[str, float]:
@@ -193,12 +200,19 @@ class FlowTask(Task):
         """By name, of the weights as they are; every process calls this."""
         return metrics_of(held_out.nats_per_dim(self.learner.model, self.inputs, self.accelerator), self.config)
 
-    def show(self, step: int, save_as: str | None, draw: bool = False, measure: bool = False) -> dict[str, float]:
-        """A pipeline folder, grids and the metric of the weights as they are, if wanted; the main process makes them
-        and returns the metric."""
+    def show(
+        self,
+        step: int,
+        save_as: str | None,
+        draw: bool = False,
+        measure: bool = False,
+        held_out: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """A pipeline folder, with the ``held_out`` metrics of its weights, grids and the metric of samples, if wanted; the
+        main process makes them and returns the metric."""
         if not draw and save_as is None and not measure:
             return {}
-        weights = full_weights(self.accelerator, self.learner.model)
+        weights, log = full_weights(self.accelerator, self.learner.model), self.config.log
 
         def work() -> dict[str, float]:
             metrics: dict[str, float] = {}
@@ -207,6 +221,8 @@ class FlowTask(Task):
                 save_adapters(pipe, self.config, self.folder / folder_name(save_as), step)
             elif save_as is not None:
                 pipe.save_pretrained(self.folder / save_as)
+                count = 0 if self.validation is None else min(log.eval_images, len(self.validation))
+                write_held_out(self.folder / save_as, held_out or {}, count)
             if draw or measure:
                 pipe.to(self.accelerator.device)
             if draw:
@@ -219,6 +235,15 @@ class FlowTask(Task):
             return metrics
 
         return on_main(self.accelerator, work) or {}
+
+    def ending(self) -> str:
+        base = self.config.init_from
+        if self.adapter and base is not None:
+            adapter = self.folder / folder_name("pipeline")
+            line = drawing_line_of(self.parts, self.config, base, ("--lora", str(adapter)))
+            return f"the adapter is {adapter}; to draw with it:\n  {line}"
+        pipeline = self.folder / "pipeline"
+        return f"the pipeline is {pipeline}; to draw from it:\n  {drawing_line_of(self.parts, self.config, pipeline)}"
 
     def state(self) -> State:
         mean, std = self.parts.codec.latents_mean, self.parts.codec.latents_std

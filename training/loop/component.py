@@ -18,6 +18,7 @@ from tarflow.pipeline.opening import locate, open_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.component_config import ComponentConfig
 from tarflow.training.loop.draws import draw_noise
+from tarflow.training.loop.summary import drawing_line
 
 
 class ComponentFolders:
@@ -62,6 +63,14 @@ def open_splits(config: ComponentConfig, pipe: Any) -> tuple[Images, Images]:
     )
     check(len(train) > 0, "the data's training split is empty")
     return train, held_out
+
+
+def example_line(pipeline: Path, images: Images, conditioning: str, *options: str) -> str:
+    """The command that draws from a pipeline, with a caption or class of its training pictures."""
+    caption = images.caption(0) if images.has_captions else None
+    prompts = [caption or "a caption"] if conditioning == "prefix" else []
+    classes = list(images.class_names or ["0"])[:1] if conditioning.startswith("class") else []
+    return drawing_line(pipeline, prompts, classes, options)
 
 
 @torch.no_grad()

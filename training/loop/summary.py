@@ -1,7 +1,9 @@
-"""What a run says of itself before the first step: what it trains on, how much of it, how long, and where it writes."""
+"""What a run says of itself: what it trains on, how much of it, how long, where it writes, and how to use the result."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from tarflow.common.words import count_in_words, duration_in_words
@@ -20,38 +22,63 @@ def number_of_pictures(data: Pictures) -> int:
     source = getattr(data, "source", None)
     if isinstance(source, ImageFolder):
         return len({row.name for row in source.rows})
-    return len(data) // getattr(source, "variants", 1)
+    return len(data) // int(getattr(source, "variants", 1))
+
+
+def pictures_in_words(data: Pictures, held_out: Pictures | None) -> str:
+    """What is trained on, and how much is held out."""
+    if len(data) >= ENDLESS:
+        return "drawings, each made for its place in a batch"
+    count = 0 if held_out is None else number_of_pictures(held_out)
+    others = f"{count:,} others are held out" if count else "none is held out"
+    return f"{number_of_pictures(data):,} pictures, {others}"
 
 
 def beginning(
-    data: Pictures, held_out: Pictures | None, parameters: int, steps: int, batch: int, folder: Path, first: int = 0
+    pictures: str, items: int, parameters: int, steps: int, batch: int, folder: Path, first: int = 0
 ) -> list[str]:
     """Sentences, a line each.
 
     Args:
-        data: the training pictures.
-        held_out: the pictures that the run is measured on.
+        pictures: what is trained on, see `pictures_in_words`.
+        items: of the training data.
         parameters: numbers that are trained.
         steps: of the whole run.
         batch: pictures of a step.
         folder: of the run.
         first: steps that are done already.
     """
-    endless = len(data) >= ENDLESS
-    pictures = "drawings, each made for its place in a batch" if endless else f"{number_of_pictures(data):,} pictures"
-    others = ""
-    if not endless:
-        count = 0 if held_out is None else number_of_pictures(held_out)
-        others = f", {count:,} others are held out" if count else ", none is held out"
     length = f"{steps:,} steps of {batch:,} pictures"
-    if not endless:
-        times = steps * batch / len(data)
+    if items < ENDLESS:
+        times = steps * batch / items
         length += f", each is seen about {times:,.0f} times" if times >= 1.5 else ", most are seen once at most"
-    going_on = f" from step {first:,} on" if first else ""
+    going_on = f", from step {first:,} on" if first else ""
     return [
-        f"training on {pictures}{others}; {count_in_words(parameters)} parameters learn",
+        f"training on {pictures}; {count_in_words(parameters)} parameters learn",
         f"{length}{going_on}; all is written to {folder}",
     ]
+
+
+def drawing_line(
+    pipeline: str | Path,
+    prompts: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> str:
+    """The command that draws from a pipeline, as a shell takes it.
+
+    Args:
+        pipeline: its folder or name.
+        prompts: captions that it was shown, if it draws from captions.
+        classes: names of its classes, if it draws classes.
+        options: further words.
+    """
+    words = ["tarflow", "generate"]
+    if prompts:
+        words.append(prompts[0])
+    elif classes:
+        words += ["--class", classes[0]]
+    return shlex.join([*words, "--pipeline", str(pipeline), *options, "--out", "drawing.png"])
 
 
 class TimeEstimate:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tarflow.training.loop.batches import Items
 from tarflow.training.loop.config import LogSettings
+from tarflow.training.loop.summary import pictures_in_words
 
 #: A checkpoint's run.json.
 State = dict[str, Any]
@@ -43,6 +44,7 @@ class Task(ABC):
     Attributes:
         log: what is written while training.
         train: the training pictures; after `make_parts`.
+        validation: the pictures that reports measure, None if there are none; after `make_parts`.
         learner: what is trained; after `prepare`.
     """
 
@@ -86,6 +88,14 @@ class Task(ABC):
 
     def begin(self, fresh: bool) -> None:  # noqa: B027
         """Write or say what stands at the beginning of a run; the main process calls this."""
+
+    def about(self) -> str:
+        """What is trained on, in words."""
+        return pictures_in_words(self.train, self.validation)
+
+    def ending(self) -> str | None:
+        """What stands at the end of a run: where the result is, and the line that uses it."""
+        return None
 
     def learners(self, step: int) -> list[Learner]:
         """All networks that learn in a step, ``learner`` first."""

@@ -24,12 +24,13 @@ from tarflow.training.loop.reading import reading
 from tarflow.training.loop.schedule import TimeLimit
 from tarflow.training.loop.step import Stepper
 from tarflow.training.loop.stopping import Stopped, StopRequest
+from tarflow.training.loop.summary import TimeEstimate, beginning
 from tarflow.training.loop.task import Batch, State, Task, is_due
 
 #: What a resumed run takes from its own settings.
 OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
-#: Parts of the loss that the progress bar shows, where there are such.
-SHOWN = ("loss", "kl", "l1")
+#: What the progress bar shows of a step, where there is such: a flow's likelihood, the same quantity as the held-out one.
+SHOWN = ("nats_per_dim", "loss", "kl", "l1")
 
 
 class Trainer:
@@ -75,6 +76,12 @@ class Trainer:
         """Write the settings, and start the trackers."""
         write_text(self.folder / "config.yaml", resolved)
         self.task.begin(fresh)
+        processes, model = self.accelerator.num_processes, self.task.learner.model
+        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        batch = self.settings.images_per_step(processes)
+        items, total = len(self.task.train), self.total_steps
+        for line in beginning(self.task.about(), items, parameters, total, batch, self.folder, self.step):
+            write_line(line)
         if self.settings.log.trackers:
             self.accelerator.init_trackers("logs")
 
@@ -131,6 +138,7 @@ class Trainer:
         )
         if self.settings.train.max_minutes is not None and not self.lowered:
             limit = TimeLimit(self.settings.train.max_minutes)
+        estimate = TimeEstimate(f"--{self.settings.name('train', 'max_minutes')}")
         with closing(progress):
             while self.step < self.total_steps and not name:
                 values = self.train_step(batches)
@@ -142,6 +150,9 @@ class Trainer:
                     limit.agree(done, left)
                     self.total_steps = progress.total = self.step + left
                     self.lowered = True
+                told = estimate.after(done, self.total_steps - self.step, self.stepper.seconds)
+                if told and accelerator.is_main_process:
+                    write_line(told)
                 if self.step % self.settings.log.log_every == 0:
                     self.log(values, done, progress)
                 name = stop.agreed(accelerator)
@@ -184,6 +195,8 @@ class Trainer:
             means["skipped_steps"] = self.stepper.spikes
         self.accelerator.log({f"train/{key}": value for key, value in means.items()}, self.step)
         shown = {name: f"{means[name]:.4f}" for name in SHOWN if name in means}
+        if "nats_per_dim" in shown:
+            shown.pop("loss")  # the same without a constant, or with parts that the held-out line does not have
         progress.set_postfix({**shown, "images/s": f"{speed:.0f}", "waiting": f"{waiting:.1%}"})
 
     def at_intervals(self, stop: StopRequest) -> None:
@@ -215,6 +228,9 @@ class Trainer:
         if spikes and self.accelerator.is_main_process:
             limit = self.settings.optim.skip_grad_norm
             write_line(f"{spikes} steps with a gradient norm above {limit} were left out")
+        told = self.task.ending()
+        if told and self.accelerator.is_main_process:
+            write_line(told)
         self.accelerator.end_training()
         return {**metrics, "steps": self.step}
 

@@ -17,7 +17,7 @@ from tarflow.flows.student import StudentModel
 from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
 from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.agreement import on_main
-from tarflow.training.loop.component import ComponentFolders, open_splits, write_rows
+from tarflow.training.loop.component import ComponentFolders, example_line, open_splits, write_rows
 from tarflow.training.loop.network_task import NetworkTask
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.loop.trainer import Trainer
@@ -55,7 +55,7 @@ class StudentTask(NetworkTask):
                 module.eval().requires_grad_(False)
         hashes = flow_hashes(self.pipe.flow)
         self.network = StudentModel(**student_arguments(config, self.pipe), flow_hashes=hashes)
-        self.train = train
+        self.train, self.validation = train, held_out if len(held_out) else None
         on_main(self.accelerator, lambda: self.prepare_held_out(held_out if len(held_out) else None, train))
 
     def prepare(self, fresh: bool) -> None:
@@ -87,6 +87,12 @@ class StudentTask(NetworkTask):
         method = self.network.config.guidance_method
         self.exact = exact_samples(pipe, arguments, count, scale, method, self.config.seed)
         self.shown = self.decoded(self.exact.states[0], self.exact.class_labels, self.exact.cond, noisy=True)
+
+    def ending(self) -> str:
+        line = example_line(
+            self.folders.target, self.train, self.pipe.flow.config.conditioning, "--decoding", "student"
+        )
+        return f"to draw with it:\n  {line}"
 
     def network_invariants(self) -> dict[str, Any]:
         settings = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
