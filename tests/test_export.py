@@ -37,6 +37,12 @@ def test_weights_take_half_and_cards_stay(pipeline: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
 
 
+def test_means_of_held_out_pictures_go_along(pipeline: Path, tmp_path: Path) -> None:
+    (pipeline / "held_out.json").write_text('{"images": 3}')
+    main(["--pipeline", str(pipeline), "--output", str(tmp_path / "copy")])
+    assert (tmp_path / "copy" / "held_out.json").read_text() == '{"images": 3}'
+
+
 def test_a_learned_denoiser_is_left_out(tmp_path: Path) -> None:
     torch.manual_seed(0)
     flow = TARFlowModel(sample_size=8, layers_per_block=[1], width=32, head_dim=16, learned_denoiser="unconditional")

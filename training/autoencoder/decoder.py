@@ -35,6 +35,7 @@ class DecoderTask(PictureTask):
     """
 
     config: DecoderConfig
+    train: Images
     network: LatentDecoder
 
     def __init__(self, config: DecoderConfig, accelerator: Accelerator):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 from tarflow.common.words import count_in_words, duration_in_words
 from tarflow.data.folder import ImageFolder
-from tarflow.data.images import Pictures
 from tarflow.training.loop.schedule import TIMED_STEPS
 
 #: Data sets of more pictures are made as they come.
@@ -17,7 +16,7 @@ ENDLESS = 2**31 - 1
 SHORT = 120.0
 
 
-def number_of_pictures(data: Pictures) -> int:
+def number_of_pictures(data: Sized) -> int:
     """How many different pictures a data set has; there may be an item for each caption of a picture."""
     source = getattr(data, "source", None)
     if isinstance(source, ImageFolder):
@@ -25,7 +24,7 @@ def number_of_pictures(data: Pictures) -> int:
     return len(data) // int(getattr(source, "variants", 1))
 
 
-def pictures_in_words(data: Pictures, held_out: Pictures | None) -> str:
+def pictures_in_words(data: Sized, held_out: Sized | None) -> str:
     """What is trained on, and how much is held out."""
     if len(data) >= ENDLESS:
         return "drawings, each made for its place in a batch"

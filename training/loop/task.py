@@ -50,6 +50,7 @@ class Task(ABC):
 
     log: LogSettings
     train: Items
+    validation: Items | None = None
     learner: Learner
 
     @abstractmethod

@@ -37,6 +37,7 @@ class StudentTask(NetworkTask):
     """
 
     config: StudentConfig
+    train: Images
     network: StudentModel
     betas = (0.9, 0.95)
 
