@@ -1,11 +1,11 @@
 """An autoencoder and a flow as one model: pictures to noisy latents, their likelihood, and what they are decoded to.
 
-The encoder gives means only, and the noise has one constant σ, so the evidence lower bound is, up to a constant, the
-loss of decoded pictures and the flow's negative log-likelihood of the same latents (SimFlow, arXiv 2512.04084). Trained
-without more ado, the encoder would make the second small by making all means alike. What holds it back is that no
-gradient reaches the means' scale, as behind a batch normalisation (between autoencoder and generator in REPA-E, arXiv
-2504.10483), of which this is the form with running statistics (batch renormalisation, arXiv 1702.03275), as single
-batches may be small; and a small weight of the likelihood for the encoder.
+The encoder gives means only, and the noise has one constant σ. So the evidence lower bound is, up to a constant, the loss
+of decoded pictures plus the flow's negative log-likelihood of the same latents (SimFlow, arXiv 2512.04084). By itself the
+likelihood would collapse the means: all alike, it is highest. Two things prevent that. No gradient reaches the means'
+scale, as with batch normalisation (between autoencoder and generator in REPA-E, arXiv 2504.10483); here with running
+statistics (batch renormalisation, arXiv 1702.03275), as single batches may be small. And the likelihood has a small weight
+for the encoder.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class StepSettings:
     """How long a training is, and what its steps are made of.
 
     Attributes:
-        steps: optimizer steps; ``max_minutes`` lowers them, from the measured speed, so that the training takes about
-            as long (the schedule then ends there; resuming keeps the checkpoint's number).
+        steps: optimizer steps. ``max_minutes`` caps them, by the measured speed, so that training takes about this long;
+            the schedule then ends there, and resuming keeps the checkpoint's number.
         batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
         mixed_precision: "no", "bf16" or "fp16".
         ema_decay: of the averaged weights, which are evaluated and saved.
