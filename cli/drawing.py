@@ -17,8 +17,8 @@ from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
 from tarflow.cli.subjects import subjects_of
 from tarflow.common.seeds import image_seed
-from tarflow.pipeline.call.aspect import aspect_size
 from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count
+from tarflow.pipeline.call.settings import resolve_size
 from tarflow.pipeline.loading.place import Facts
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.training.flow.report import make_grid
@@ -101,12 +101,9 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def picture_size(pipe: Any, args: argparse.Namespace) -> tuple[int, int]:
     """Width and height in pixels; an error if the model cannot draw them."""
-    factor, config = pipe.codec.factor, pipe.flow.config
     width, height = args.size or (None, None)
-    if args.aspect_ratio is not None:
-        height, width = aspect_size(args.aspect_ratio, config.sample_size * factor, factor * config.patch_size)
-    _, rows, columns = pipe.latent_shape(height, width)
-    return columns * factor, rows * factor
+    (_, rows, columns), _ = resolve_size(pipe, height, width, args.aspect_ratio)
+    return columns * pipe.codec.factor, rows * pipe.codec.factor
 
 
 def check_grid(target: Target, total: int, columns: int, width: int, height: int) -> None:

@@ -23,13 +23,14 @@ from tarflow.pipeline.call.settings import Sampling, Subjects, resolve_decoding,
         ("auto", None, None, Decoding("auto", DEFAULT_TOLERANCE)),
         ("fast", None, None, Decoding("auto", FAST_TOLERANCE)),
         ("jacobi", 0.5, None, Decoding("jacobi", 0.5)),
-        ("gs_jacobi", None, 4, Decoding("gs_jacobi", DEFAULT_TOLERANCE, 4)),
+        ("gs_jacobi", None, None, Decoding("gs_jacobi", DEFAULT_TOLERANCE, 4)),
+        ("gs_jacobi", None, 5, Decoding("gs_jacobi", DEFAULT_TOLERANCE, 5)),
         ([Decoding(), Decoding("jacobi")], None, None, [Decoding(), Decoding("jacobi")]),
         ("student", None, None, None),
     ],
 )
 def test_decodings_by_name(asked: Any, tolerance: float | None, segment: int | None, found: Any) -> None:
-    assert resolve_decoding(asked, tolerance, segment) == found
+    assert resolve_decoding(asked, tolerance, segment, 16) == found
 
 
 def test_sizes() -> None:

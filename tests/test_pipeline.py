@@ -189,7 +189,7 @@ GENERATORS = [torch.Generator().manual_seed(0)] * 3
         ("class_prefix", {}, "give class_labels, 0 to 2"),
         ("class_prefix", {"class_labels": 3}, "class labels must be 0 to 2, got 3"),
         ("class_prefix", {"class_labels": "cat"}, "unknown class name 'cat'; known are tench, church, gas pump"),
-        ("class_prefix", {"prompt": "a"}, "takes neither prompt nor"),
+        ("class_prefix", {"prompt": "a"}, "takes no prompt"),
         ("none", {"class_labels": 1}, "takes no class_labels"),
         ("none", {"height": 30}, "height must be a positive multiple of 8, got 30"),
         ("none", {"latents": torch.zeros(1, 8, 3, 4)}, "latents must have the shape"),

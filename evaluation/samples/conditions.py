@@ -17,6 +17,7 @@ from tarflow.data.folder import ImageFolder
 from tarflow.data.images import Images
 from tarflow.data.named import NamedDataset
 from tarflow.evaluation.samples.match import all_captions
+from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 #: Labels of so many drawings are counted, as there is no end of them.
@@ -61,10 +62,7 @@ def make_conditions(
         ValueError: for conditions that the model does not take, lacks or cannot find.
     """
     kind = pipe.flow.config.conditioning
-    if kind != "prefix" and captions is not None:
-        raise ValueError(f"this model has the conditioning {kind!r} and takes no captions")
-    if not kind.startswith("class") and (labels is not None or label_counts is not None):
-        raise ValueError(f"this model has the conditioning {kind!r} and takes no labels")
+    check_kind(kind, {"captions": captions}, {"labels": labels, "label_counts": label_counts})
     if kind == "prefix":
         if captions is None:
             raise ValueError("this model draws from captions: give a file of them, 'drawings', or 'data' with data")

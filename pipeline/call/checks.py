@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -12,6 +13,21 @@ from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, Decoding
 
 #: Ways to decode, by a call's name, that take a tolerance.
 WITH_TOLERANCE = ("auto", "jacobi", "gs_jacobi")
+
+
+def check_kind(kind: str, captions: Mapping[str, Any], classes: Mapping[str, Any]) -> None:
+    """Whether what is given of captions, and of classes, is for a flow with the conditioning ``kind``.
+
+    Args:
+        captions, classes: by name; None was not given.
+
+    Raises:
+        ValueError: that names the first one that is not.
+    """
+    for wanted, given in (("prefix", captions), ("class", classes)):
+        for name, value in given.items():
+            if value is not None and not kind.startswith(wanted):
+                raise ValueError(f"this model has the conditioning {kind!r} and takes no {name}")
 
 
 def check_counts(kind: str, num_images: int | None, num_images_per_prompt: int) -> None:
@@ -32,8 +48,7 @@ def check_negative(
     kind: str, negative_prompt: str | list[str] | None, negative_embeds: Tensor | None, scale: float, callback: bool
 ) -> None:
     """Whether what guidance leads away from can have an effect; ``callback`` if one may turn guidance on."""
-    if negative_embeds is not None and kind != "prefix":
-        raise ValueError(f"this model has the conditioning {kind!r} and takes no negative_prompt_embeds")
+    check_kind(kind, {"negative_prompt_embeds": negative_embeds}, {})
     if negative_prompt is not None and negative_embeds is not None:
         raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
     texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt]
@@ -48,8 +63,7 @@ def check_caption_options(kind: str, max_sequence_length: int | None) -> None:
     """Whether options of captions are given to a model that has captions."""
     if max_sequence_length is None:
         return
-    if kind != "prefix":
-        raise ValueError(f"this model has the conditioning {kind!r} and takes no max_sequence_length")
+    check_kind(kind, {"max_sequence_length": max_sequence_length}, {})
     if max_sequence_length < 1:
         raise ValueError(f"max_sequence_length must be at least 1, got {max_sequence_length}")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.choices import DECODERS, DENOISE
 from tarflow.pipeline.call.labels import label_of
 
@@ -29,10 +30,8 @@ def check_inputs(
         raise ValueError("give either prompt or prompt_embeds, not both")
     if kind == "prefix" and prompt is None and prompt_embeds is None:
         raise ValueError("this model draws from captions: give prompt (or prompt_embeds)")
-    if kind != "prefix" and not (prompt is None and negative_prompt is None and prompt_embeds is None):
-        raise ValueError(f"this model has the conditioning {kind!r} and takes neither prompt nor negative_prompt")
-    if kind in ("none", "prefix") and class_labels is not None:
-        raise ValueError(f"this model has the conditioning {kind!r} and takes no class_labels")
+    captions = {"prompt": prompt, "negative_prompt": negative_prompt, "prompt_embeds": prompt_embeds}
+    check_kind(kind, captions, {"class_labels": class_labels})
     if kind.startswith("class") and class_labels is None:
         raise ValueError(f"this model draws classes: give class_labels, 0 to {config.num_classes - 1}")
     if prompt is not None and not (

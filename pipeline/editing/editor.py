@@ -11,7 +11,7 @@ from torch import Tensor
 from tarflow.flows import editing
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.likelihood import dequantize, log_prob
-from tarflow.pipeline.call.checks import check_generator
+from tarflow.pipeline.call.checks import check_generator, check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.editing.inputs import Pictures, as_many, read_images
@@ -42,13 +42,9 @@ class FlowEditor:
     ) -> dict[str, Tensor]:
         """The flow's keyword arguments for a batch; "no condition" if none is given."""
         kind, device = self.flow.config.conditioning, self.pipe._execution_device
-        given = [name for name, value in (("prompt", prompt), ("prompt_embeds", embeds)) if value is not None]
-        if len(given) == 2:
+        if prompt is not None and embeds is not None:
             raise ValueError("give either prompt or prompt_embeds, not both")
-        if given and kind != "prefix":
-            raise ValueError(f"this model has the conditioning {kind!r} and takes no {given[0]}")
-        if class_labels is not None and kind in ("none", "prefix"):
-            raise ValueError(f"this model has the conditioning {kind!r} and takes no class labels")
+        check_kind(kind, {"prompt": prompt, "prompt_embeds": embeds}, {"class labels": class_labels})
         if kind == "prefix":
             if embeds is None:
                 captions = as_many("" if prompt is None else prompt, batch, "prompt")
