@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
@@ -12,6 +12,9 @@ from tarflow.training.flow.objective import FlowObjective
 from tarflow.training.flow.report import HeldOut
 from tarflow.training.flow.setup import Parts
 from tarflow.training.loop.batches import fixed_batches, read_batch
+
+if TYPE_CHECKING:
+    from tarflow.training.flow.metric import SampleMetric
 
 #: Training pictures by which actnorms are set before the first step.
 ACTNORM_IMAGES = 256
@@ -33,7 +36,7 @@ def open_held_out(config: RunConfig, parts: Parts, accelerator: Accelerator) -> 
     return HeldOut(parts.validation, count, size, accelerator.process_index, accelerator.num_processes)
 
 
-def open_metric(config: RunConfig, parts: Parts, accelerator: Accelerator) -> Any:
+def open_metric(config: RunConfig, parts: Parts, accelerator: Accelerator) -> SampleMetric | None:
     """What measures samples, on the main process.
 
     Raises:

@@ -136,7 +136,7 @@ def scale_gradient(values: Tensor, factor: float) -> Tensor:
 
 def trained_autoencoder(
     weights: dict[str, Tensor], vae: AutoencoderKL, latents_std: Sequence[float], std: float
-) -> Any:
+) -> AutoencoderKL:
     """The autoencoder as a pipeline gets it, in the host's memory, with a posterior of constant σ.
 
     Args:

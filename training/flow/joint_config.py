@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tarflow.common.checks import NotNegative, Positive, check, check_ranges
 from tarflow.training.losses.config import PictureLossConfig
+
+if TYPE_CHECKING:
+    from tarflow.training.flow.config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class JointConfig:
         check_ranges(self, "joint")
 
 
-def check_joint(config: Any) -> None:
+def check_joint(config: RunConfig) -> None:
     """Errors of a `RunConfig` whose other settings do not fit ``vae.train`` and the section ``joint``."""
     vae, train, joint = config.vae, config.train, config.joint
     new = vae.name == "new"

@@ -12,6 +12,7 @@ from torch import nn
 
 from tarflow.common.files import write_text
 from tarflow.flows.adapters.adapters import FlowAdapters
+from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.flow.config import RunConfig
 from tarflow.training.flow.lora_config import TEXT_TARGETS, LoraConfig
@@ -39,7 +40,7 @@ or `tarflow generate … --pipeline {name} --lora {folder}`.
 """
 
 
-def add_adapters(config: LoraConfig, flow: Any, text_encoder: nn.Module | None, seed: int) -> None:
+def add_adapters(config: LoraConfig, flow: TARFlowModel, text_encoder: nn.Module | None, seed: int) -> None:
     """Freeze flow and text encoder, and add new adapters to them, which change nothing yet.
 
     Args:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tarflow.common.checks import BelowOne, OffOrPositive, Positive, check, check_ranges
 from tarflow.flows.adapters.targets import LORA_TARGETS
+
+if TYPE_CHECKING:
+    from tarflow.training.flow.config import RunConfig
 
 #: Layers of the small text encoder, a T5, that get an adapter: those of attention.
 TEXT_TARGETS = ("q", "k", "v", "o")
@@ -38,7 +41,7 @@ class LoraConfig:
             check(self.rank > 0 or value == default, f"lora.{name} is {value}, but lora.rank is 0, which is off")
 
 
-def check_lora(config: Any) -> None:
+def check_lora(config: RunConfig) -> None:
     """Whether a run's settings allow an adapter; ``config`` is a `RunConfig`."""
     if config.lora.rank == 0:
         return

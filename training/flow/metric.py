@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow.data.images import to_uint8
+from tarflow.data.images import Images, to_uint8
 from tarflow.data.latents import CachedLatents
 from tarflow.evaluation.features.extractors import load_extractor
 from tarflow.evaluation.features.frechet import frechet_distance
@@ -34,7 +34,7 @@ class SampleMetric:
         ValueError: if the extractor cannot be loaded.
     """
 
-    def __init__(self, config: MetricConfig, held_out: Any, device: torch.device):
+    def __init__(self, config: MetricConfig, held_out: Images | CachedLatents, device: torch.device):
         self.config, self.held_out = config, held_out
         self.extractor = load_extractor(config.extractor, config.weights, device, config.normalize)
         self.reference: Moments | None = None

@@ -109,7 +109,7 @@ def score_target(gradient: Tensor, noise_std: float, loss_scale: float) -> Tenso
     return noise_std * gradient.numel() / loss_scale * gradient
 
 
-def trained_parameters(objective: nn.Module) -> list[Any]:
+def trained_parameters(objective: nn.Module) -> list[nn.Parameter]:
     """Parameters that the optimizer changes."""
     return [parameter for parameter in objective.parameters() if parameter.requires_grad]
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from tarflow.common.files import write_json
+from tarflow.data.images import Images
+from tarflow.data.latents import CachedLatents
 from tarflow.data.subset import evenly
 from tarflow.flows.likelihood import bits_per_dim
 from tarflow.flows.model import TARFlowModel
@@ -23,7 +25,7 @@ from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.joint import trained_autoencoder
 from tarflow.training.flow.lora import add_adapters
 from tarflow.training.flow.setup import Parts
-from tarflow.training.loop.batches import fixed_batches, read_batch
+from tarflow.training.loop.batches import Items, fixed_batches, read_batch
 from tarflow.training.loop.summary import ENDLESS, drawing_line
 
 
@@ -37,7 +39,7 @@ class HeldOut:
         process, processes: this process and how many there are.
     """
 
-    def __init__(self, images: Any, count: int, batch_size: int, process: int, processes: int):
+    def __init__(self, images: Items, count: int, batch_size: int, process: int, processes: int):
         self.batches: list[tuple[dict[str, Any], list[int], int]] = []
         for indices in fixed_batches(images, count, batch_size * processes):
             mine = indices[process * batch_size : (process + 1) * batch_size]
@@ -136,11 +138,12 @@ def drawing_line_of(parts: Parts, config: RunConfig, pipeline: str | Path, optio
     return drawing_line(pipeline, shown.get("prompt", ()), classes, options)
 
 
-def own_captions(data: Any, count: int) -> list[str]:
+def own_captions(data: Images | CachedLatents, count: int) -> list[str]:
     """At most ``count`` captions that lie evenly in a data set, as neighbours are often alike; of endless drawings, which
     are not, the first ones."""
     count = min(count, len(data))
-    return [data.caption(i) for i in (range(count) if len(data) >= ENDLESS else evenly(len(data), count))]
+    indices = range(count) if len(data) >= ENDLESS else evenly(len(data), count)
+    return [data.caption(i) or "" for i in indices]
 
 
 def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> None:

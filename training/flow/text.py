@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from tarflow.data.latents import CachedLatents
 from tarflow.pipeline.text.encoding import check_options, cut_captions
 from tarflow.pipeline.text.loading import load_text_encoder
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.config import TextConfig
 from tarflow.vae.codec import tensors_hash
+
+if TYPE_CHECKING:
+    from tarflow.training.flow.setup import Parts
 
 #: So many captions are looked at for ones that are too long, and so many letters of an example shown.
 LOOKED_AT, SHOWN = 4096, 300
@@ -139,14 +143,14 @@ def check_text(path: Path, there: dict[str, Any] | None, here: dict[str, Any] | 
             )
 
 
-def cut_captions_of(parts: Any, config: TextConfig) -> str | None:
+def cut_captions_of(parts: Parts, config: TextConfig) -> str | None:
     """A sentence on a run's training captions that are too long; None if all fit, or there are none.
 
     Args:
         parts: `Parts` of the run. Of captions that were encoded when they were cached the cache knows.
         config: the text section.
     """
-    if parts.null_cond is not None:
+    if parts.null_cond is not None and isinstance(parts.train, CachedLatents):
         found = parts.train.manifest["text"].get("cut")
         return found and cut_sentence(found["count"], found["of"], config.max_length, found["example"])
     return None if parts.tokenizer is None else cut_report(parts.tokenizer, parts.train, config)

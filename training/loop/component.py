@@ -37,9 +37,9 @@ class ComponentFolders:
         self.source = Path(place) if Path(place).is_dir() else Path(TARFlowPipeline.download(place))
         self.dtype = config.dtype
 
-    def open(self, device: Any) -> TARFlowPipeline:
+    def open(self, device: torch.device | str) -> TARFlowPipeline:
         """The pipeline, see `open_pipeline`."""
-        return open_pipeline(str(self.source), device)
+        return open_pipeline(str(self.source), str(device))
 
     def add(self, name: str, component: nn.Module, **settings: Any) -> None:
         """Write the pipeline with a component of this name, see `add_component`."""
@@ -49,7 +49,7 @@ class ComponentFolders:
         print(f"the {name.replace('_', ' ')} is in {self.target}")
 
 
-def open_splits(config: ComponentConfig, pipe: Any) -> tuple[Images, Images]:
+def open_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[Images, Images]:
     """Training and held-out pictures.
 
     Raises:
@@ -75,7 +75,7 @@ def example_line(pipeline: Path, images: Images, conditioning: str, *options: st
 
 @torch.no_grad()
 def noisy_latents(
-    pipe: Any,
+    pipe: TARFlowPipeline,
     config: ComponentConfig,
     accelerator: Accelerator,
     batch: dict[str, Any],

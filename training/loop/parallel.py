@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -59,7 +58,7 @@ def layer_classes(text_encoder: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def verify_caches(accelerator: Accelerator, *splits: Any) -> None:
+def verify_caches(accelerator: Accelerator, *splits: object) -> None:
     """Each process reads its share of the cached latents' files and compares checksums.
 
     Raises:

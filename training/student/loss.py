@@ -6,17 +6,22 @@ Shapes: B batch, C channels, H × W size of the latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tarflow.flows.decoding.method import guided_states
 from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.model import TARFlowModel
 
 
 def teacher_states(
-    flow: Any, x: Tensor, condition: Tensor | None, null_condition: Tensor | None, weight: Tensor | None, method: str
+    flow: TARFlowModel,
+    x: Tensor,
+    condition: Tensor | None,
+    null_condition: Tensor | None,
+    weight: Tensor | None,
+    method: str,
 ) -> list[Tensor]:
     """Where the flow takes data, from the noise to the data: z, the outputs of the blocks before, and ``x`` itself,
     (B, C, H, W) each. One parallel pass; nothing is drawn.

@@ -15,6 +15,7 @@ from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_picture
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.component import ComponentFolders, example_line, open_splits, write_rows
@@ -137,7 +138,7 @@ class StudentTask(NetworkTask):
         return to_uint8(pipe.decode_latents(x)).cpu()
 
 
-def check_conditions(pipe: Any, images: Images) -> None:
+def check_conditions(pipe: TARFlowPipeline, images: Images) -> None:
     """Whether pictures have what the pipeline draws from.
 
     Raises:
