@@ -18,7 +18,7 @@ from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.loop.batches import StepSampler
 from tarflow.training.loop.component import noisy_latents
-from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise, sample_seed
+from tarflow.training.loop.draws import Purpose, counted_noise, draw_chances, draw_noise, sample_seed
 from tarflow.training.student.objective import StudentObjective
 
 COUNT, CPU = 20_000, torch.device("cpu")
@@ -90,6 +90,29 @@ def test_numbers_of_places_and_steps_are_independent() -> None:
     assert_independent(noise=steps[:-1], chances=chances[:-1], **later)
     other = torch.stack([draw_noise(1, step, range(4), (8,), CPU, "noise") for step in range(-1, 5000)])
     assert_independent(noise=steps, other_seed=other)
+
+
+def test_numbers_that_are_made_at_once_are_independent_too() -> None:
+    """As on CUDA devices, here on the CPU."""
+    places, keys = range(COUNT), {name: sample_seed(0, 7, -1, name) for name in get_args(Purpose)}
+    normal = {name: counted_noise(key, places, (16,), CPU) for name, key in keys.items()}
+    for values in normal.values():
+        assert_normal(values)
+    uniform = counted_noise(keys["noise"], places, (3,), CPU, uniform=True)
+    assert float(uniform.min()) >= 0 and float(uniform.max()) < 1
+    assert float(uniform.mean()) == pytest.approx(0.5, abs=LIMIT / (12 * uniform.numel()) ** 0.5)
+    assert float(uniform.std()) == pytest.approx(12**-0.5, abs=0.01)
+    assert_independent(**normal)
+    steps = torch.stack([counted_noise(sample_seed(0, step, -1, "noise"), range(4), (8,), CPU) for step in range(5000)])
+    assert_normal(steps)
+    assert_independent(noise=steps[:-1], later=steps[1:])
+
+
+def test_numbers_that_are_made_at_once_depend_on_places_alone() -> None:
+    whole = counted_noise(5, range(8), (3, 5), CPU)
+    assert whole.shape == (8, 3, 5) and whole.dtype == torch.float32
+    assert torch.equal(counted_noise(5, [6, 2], (3, 5), CPU), whole[[6, 2]])
+    assert not torch.equal(counted_noise(6, range(8), (3, 5), CPU), whole)
 
 
 def test_draws_are_functions_of_their_arguments() -> None:

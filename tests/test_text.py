@@ -26,6 +26,7 @@ from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.flow.objective import FlowObjective
 from tarflow.training.flow.text import check_text
+from tarflow.training.flow.tokens import CaptionTokens
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.parallel import layer_classes
@@ -511,3 +512,27 @@ def test_cached_captions_are_encoded_as_the_options_say(tmp_path: Path, small_va
     embeds, null = pipe.encode_prompt(prompt=captions[0], negative_prompt=None, device=torch.device("cpu"))
     torch.testing.assert_close(embeds[0], expected[0])
     torch.testing.assert_close(null[0], expected[8])
+
+
+def test_captions_are_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    asked: list[str] = []
+    whole = token_ids
+
+    def counting(tokenizer: Any, captions: list[str], *rest: Any) -> Any:
+        asked.extend(captions)
+        return whole(tokenizer, captions, *rest)
+
+    monkeypatch.setattr("tarflow.training.flow.tokens.token_ids", counting)
+    tokens = CaptionTokens(tokenizer, 8)
+    texts = [f"caption {number} of many" for number in range(150)]
+    for captions in (texts[:3] + texts[:2], ["", texts[1], texts[5]], texts, texts[::-1]):
+        found = tokens(captions)
+        for ours, expected in zip(found, whole(tokenizer, captions, 8), strict=True):
+            assert torch.equal(ours, expected) and ours.dtype == expected.dtype
+    assert sorted(asked) == sorted(["", *texts])
+    few = CaptionTokens(tokenizer, 8, most_bytes=5 * 8 * 2)
+    for captions in (texts[:2], texts[2:5], texts[:2]):
+        for ours, expected in zip(few(captions), whole(tokenizer, captions, 8), strict=True):
+            assert torch.equal(ours, expected)
+    assert len(few.places) == 2

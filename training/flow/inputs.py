@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tarflow.data.images import to_model
 from tarflow.flows.likelihood import dequantize
-from tarflow.pipeline.text.encoding import encode_captions, token_ids
+from tarflow.pipeline.text.encoding import encode_captions
 from tarflow.training.flow.config import RunConfig, is_joint, noise_std
 from tarflow.training.flow.setup import Parts
+from tarflow.training.flow.tokens import CaptionTokens
 from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise
 
 
@@ -37,7 +38,9 @@ class InputMaker:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.config, self.parts, self.device = config, parts, device
-        self.token_ids, self.autocast = token_ids, autocast
+        self.autocast = autocast
+        text = config.text
+        self.tokens = CaptionTokens(parts.tokenizer, text.max_length, text.options) if token_ids else None
 
     @torch.no_grad()
     def training(self, batch: dict[str, Any], step: int, sample_ids: Sequence[int]) -> dict[str, Any]:
@@ -47,7 +50,8 @@ class InputMaker:
         flipped = None
         if self.config.data.flip:
             flipped = draw_chances(train.seed, step, sample_ids, self.device, "flip") < 0.5
-        dropped = draw_chances(train.seed, step, sample_ids, self.device, "drop") < train.drop_rate
+        # On the CPU, where captions are chosen by it: reading it from an accelerator would wait for all its work.
+        dropped = draw_chances(train.seed, step, sample_ids, torch.device("cpu"), "drop") < train.drop_rate
         more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, dropped)}
         if is_joint(self.config):
             arguments = self.parts.flow_arguments
@@ -66,7 +70,7 @@ class InputMaker:
     def evaluation(self, batch: dict[str, Any], sample_ids: Sequence[int]) -> dict[str, Any]:
         """A held-out batch: posterior modes with noise that is the same at every call."""
         mean, _ = self.posterior(batch)
-        kept = torch.zeros(len(mean), dtype=torch.bool, device=self.device)
+        kept = torch.zeros(len(mean), dtype=torch.bool)
         return {
             "latents": self.noisy(mean, self.noise(-1, sample_ids, mean, "held out")),
             **self.conditions(batch, kept),
@@ -106,19 +110,19 @@ class InputMaker:
         return self.parts.codec.normalise(latents) + noise_std(self.config) * noise
 
     def conditions(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
-        """Labels, token ids or encoded captions; "none" where ``dropped`` (B,)."""
+        """Labels, token ids or encoded captions; "none" where ``dropped`` (B,), on the CPU."""
         parts, text = self.parts, self.config.text
         if classes := parts.flow_arguments.get("num_classes"):
             labels = self.moved(batch["label"])
-            return {"class_labels": torch.where(dropped, torch.full_like(labels, classes), labels)}
+            return {"class_labels": torch.where(self.moved(dropped), torch.full_like(labels, classes), labels)}
         if text.kind == "none":
             return {}
         if parts.null_cond is not None:  # captions were encoded when the latents were cached
             cond = self.moved(batch["cond"])
-            return {"cond": torch.where(dropped[:, None, None], parts.null_cond.to(self.device), cond)}
+            return {"cond": torch.where(self.moved(dropped)[:, None, None], parts.null_cond.to(self.device), cond)}
         pairs = zip(batch["caption"], dropped.tolist(), strict=True)
         captions = ["" if drop else caption for caption, drop in pairs]
-        if self.token_ids:
-            ids, mask = token_ids(parts.tokenizer, captions, text.max_length, text.options)
+        if self.tokens is not None:
+            ids, mask = self.tokens(captions)
             return {"input_ids": self.moved(ids), "attention_mask": self.moved(mask)}
         return {"cond": encode_captions(parts.text_encoder, parts.tokenizer, captions, text.max_length, text.options)}

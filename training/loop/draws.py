@@ -4,6 +4,7 @@ processes, and after any interruption, the same picture gets the same noise."""
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from typing import Literal
@@ -27,6 +28,10 @@ Purpose = Literal[
 ]
 
 
+#: 2⁶⁴ over the golden ratio, as an int64: steps of splitmix64's counter.
+GOLDEN = -0x61C8864680B583EB
+
+
 def draw_chances(seed: int, step: int, sample_ids: Sequence[int], device: torch.device, purpose: Purpose) -> Tensor:
     """A number in [0, 1) for each of some pictures of a step's batch, (B,), the same on every device; see `draw_noise` for
     the arguments."""
@@ -46,6 +51,9 @@ def draw_noise(
 ) -> Tensor:
     """Normal numbers, or uniform ones in [0, 1), for some pictures of a step's batch: (B, *shape).
 
+    Each picture has a generator of its own; on a CUDA device, where that would be some launches for each picture, the
+    numbers of all are made at once, see `counted_noise`.
+
     Args:
         seed: of the run.
         step: the optimizer step; −1 is for evaluation.
@@ -55,6 +63,8 @@ def draw_noise(
         purpose: what they are for; numbers of different purposes are independent.
         uniform: uniform instead of normal.
     """
+    if device.type == "cuda":
+        return counted_noise(sample_seed(seed, step, -1, purpose), sample_ids, shape, device, uniform)
     generator, values = torch.Generator(device), torch.empty(len(sample_ids), *shape, device=device)
     for row, sample_id in enumerate(sample_ids):
         generator.manual_seed(sample_seed(seed, step, sample_id, purpose))
@@ -72,3 +82,38 @@ def sample_seed(seed: int, step: int, sample_id: int, purpose: Purpose) -> int:
         struct.pack("<qqq", seed, step, sample_id), digest_size=8, person=purpose.encode()
     ).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def counted_noise(
+    key: int, sample_ids: Sequence[int], shape: tuple[int, ...], device: torch.device, uniform: bool = False
+) -> Tensor:
+    """Numbers as of `draw_noise`, each a function of a key, its picture's number and its own index there, so that some
+    dozens of operations make those of all pictures: (B, *shape) float32.
+
+    The counter goes through the finaliser of splitmix64 (two multiplications between shifted copies of itself), keyed by
+    what the picture's number gives in the same way; normal numbers come of two uniform ones (Box and Muller).
+    """
+    count = math.prod(shape)
+    index = torch.arange(2 * ((count + 1) // 2), device=device)  # an even number, for pairs
+    rows = torch.tensor(list(sample_ids), device=device)
+    keys = mixed(mixed(rows * GOLDEN + key) + key)
+    bits = mixed(keys[:, None] + (index + 1)[None] * GOLDEN)
+    numbers = ((bits >> 40) & (2**24 - 1)).float() / 2**24  # 24 bits are what a float32 in [0, 1) has
+    if not uniform:
+        first, second = numbers.chunk(2, dim=1)
+        radius = (-2 * torch.log1p(-first)).sqrt()  # 1 − first is above 0
+        angle = 2 * math.pi * second
+        numbers = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return numbers[:, :count].reshape(len(sample_ids), *shape)
+
+
+def mixed(bits: Tensor) -> Tensor:
+    """The finaliser of splitmix64, of int64 numbers as bits."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        bits = (bits ^ shifted(bits, shift)) * factor
+    return bits ^ shifted(bits, 31)
+
+
+def shifted(bits: Tensor, by: int) -> Tensor:
+    """Shifted to the right, zeros coming in from the left."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
