@@ -164,30 +164,33 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 "16:9" (see `ASPECT_RATIOS`), keeps the training size's area.
             num_images_per_prompt: images of each caption or label; ``num_images``: of an unconditional model.
             guidance_scale: 1 is off; the pipeline's own default if not given.
-            guidance_method: "gaussian" (STARFlow) or "linear" (TARFlow); the pipeline's own default if not given. For
-                ``guidance_parts`` ("ab", "a" or "b"), ``guidance_annealed`` and ``attention_temperature`` see `Guidance`.
+            guidance_method: "gaussian" (STARFlow) or "linear" (TARFlow); the pipeline's own default if not given.
+            guidance_parts, guidance_annealed, attention_temperature: see `Guidance`; parts are "ab", "a" or "b".
             generator: one, or a list with one for each image, which then does not depend on the others.
             latents: the prior noise (B, C, h, w) instead of a draw.
             prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts.
             denoise: how to remove the training noise before decoding: True or "score" by one score step, "learned" by
-                the model's learned denoiser, False or "none" not at all. None is the score step with the autoencoder's decoder
-                (nothing if the pipeline's setting ``denoise`` is False) and nothing with the finetuned one, which
-                removes the noise itself.
+                the model's learned denoiser, False or "none" not at all. None is the score step with the
+                autoencoder's decoder (nothing if the pipeline's setting ``denoise`` is False), and nothing with the
+                finetuned one, which removes the noise itself.
             decoder: "vae", the autoencoder's, or "finetuned" (see ``tarflow finetune-decoder``), which goes with no
                 other removal of noise. None is the autoencoder's if ``denoise`` names a step, else the pipeline's own
                 default.
             output_type: "pil", "np", "pt" or "latent"; latents for the finetuned decoder still have their noise.
-            callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}); the dictionary
-                that it returns may replace the latents. It may set ``_guidance_scale`` of the pipeline for the blocks to
-                come, or ``_interrupt`` to end the call: pictures are then what the latents are at that moment, with no
-                noise removed. See `CallState`.
-            decoding: "student", one pass of the pipeline's student instead of the flow's inverse; or how blocks are
-                inverted: "auto" (the fastest on this device, found by a short calibration at the first call with a batch
-                size, see `calibrations`; sequential where weights are fetched for each use), "sequential" (exact to
-                rounding), "jacobi", "gs_jacobi" with ``segment`` tokens (a quarter of all), or "fast" ("auto" with a
-                tolerance of `FAST_TOLERANCE`); or a `Decoding` for all blocks, or one for each. With the default ``tolerance`` latents, which are of about
-                unit size, agree with exact ones to 1e-3 up to a guidance scale of 3, with "fast" to 0.1 up to 6; stronger
-                guidance magnifies errors and is warned of; ``return_residual`` tells.
+            callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}). The dictionary
+                that it returns may replace the latents. It may set the pipeline's ``_guidance_scale`` for the blocks
+                to come, or ``_interrupt`` to end the call: pictures are then what the latents are at that moment, with
+                no noise removed. See `CallState`.
+            callback_on_step_end_tensor_inputs: names of the tensors that it wants; "latents" is the only one.
+            max_sequence_length: tokens of a caption; the pipeline's own if not given.
+            decoding: "student" is one pass of the pipeline's student instead of the flow's inverse. Or how blocks are
+                inverted: "auto", the fastest on this device, found by a short calibration at the first call with a
+                batch size (see `calibrations`; sequential where weights are fetched for each use); "sequential", exact
+                to rounding; "jacobi"; "gs_jacobi", with ``segment`` tokens (a quarter of all); "fast", which is "auto"
+                with a tolerance of `FAST_TOLERANCE`; a `Decoding` for all blocks, or one for each.
+            tolerance: of "auto", "jacobi" and "gs_jacobi". With the default latents, which are of about unit size,
+                agree with exact ones to 1e-3 up to a guidance scale of 3, with "fast" to 0.1 up to 6. Stronger guidance
+                magnifies errors and is warned of; ``return_residual`` tells them.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
             temperature: factor on the prior noise; below 1 pictures are likelier and less varied.
 

@@ -1,5 +1,5 @@
-"""What the configuration of a published checkpoint says: a JSON of the model class's arguments, or STARFlow's YAML of script
-arguments."""
+"""What the configuration of a published checkpoint says: a JSON of the model class's arguments, or STARFlow's YAML of
+script arguments."""
 
 from __future__ import annotations
 

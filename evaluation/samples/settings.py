@@ -44,7 +44,7 @@ class SampleSettings(SampleSubjects):
     """How samples are drawn.
 
     Attributes:
-        denoise: how the training noise is removed before decoding, see `TARFlowPipeline`; None is the pipeline's own way.
+        denoise: how the training noise is removed before decoding, see `TARFlowPipeline`; None is the pipeline's way.
         decoder: what decodes, which may remove the noise itself; None is the pipeline's own.
         noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
         decoding: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding; "student" is one

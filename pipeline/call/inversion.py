@@ -32,7 +32,7 @@ FlowState = tuple[TARFlowModel, list[int], bytes, list[tuple]]
 
 
 class BlockInversion(PipelineParts):
-    """`TARFlowPipeline`'s choice of a decoding for each block, its fast steps, and whether its student is of its flow."""
+    """A pipeline's choice of a decoding for each block, its fast steps, and whether its student is of its flow."""
 
     _fast_student: tuple[StudentModel, Callable[..., Any]] | None = None
     _calibration_store: CalibrationStore | None = None

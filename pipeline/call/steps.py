@@ -141,7 +141,8 @@ def residuals(pipe: FlowPipeline, drawn: Drawn, noise: Tensor) -> tuple[Tensor, 
 
 
 def pictures(pipe: FlowPipeline, call: Sampling, conditions: Conditions, drawn: Drawn, output_type: str) -> Any:
-    """Samples without their noise, or as they are if a callback has ended the call; decoded unless latents are wanted."""
+    """Samples without their noise, or as they are if a callback has ended the call; decoded, unless latents are asked
+    for."""
     latents = drawn.latents
     if not drawn.stopped:
         latents = pipe.remove_noise(latents, call.denoise, conditions.class_labels, conditions.cond)
