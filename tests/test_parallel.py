@@ -103,6 +103,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, dict[str, Any]], kind: str) -> None:
     arguments = [*ARGUMENTS, *SMALL_TEXT, "--train.batch_size", "4", "--train.steps", "6"]
     runs = {"whole": [*arguments, "--output", str(tmp_path / "whole"), "--log.sample_every", "3"]}
+    muon = [*arguments, "--optim.name", "muon", "--train.steps", "3", "--log.checkpoint_every", "0"]
+    runs["muon"] = [*muon, "--output", str(tmp_path / "muon")]
     if kind == "ddp":  # a checkpoint of one process goes on with two
         resume = ["--resume", str(one_process[0] / "checkpoints" / "step_00000004")]
         runs["resumed"] = [*arguments, "--output", str(tmp_path / "resumed"), *resume]
@@ -118,6 +120,9 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
     assert sorted(path.name for path in (tmp_path / "whole" / "samples").iterdir()) == [
         f"samples_0000000{step}{suffix}.png" for step in (3, 6) for suffix in ("", "_raw")
     ]
+
+    logged = run_logged(tmp_path / "muon_one", *muon, "--train.accumulation", "2")
+    assert losses(results["muon"]) == pytest.approx(losses(logged), abs=1e-4)
 
     if kind == "ddp":  # an autoencoder that is trained along
         logged = run_logged(tmp_path / "joint_one", *arguments, *JOINT, "--train.accumulation", "2")

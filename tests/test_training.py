@@ -59,10 +59,11 @@ def test_loss_falls_and_pipeline_works(tmp_path):
     assert pipe(class_labels=["red circle", 3]).images[1].size == (32, 32)
 
 
-@pytest.mark.parametrize("kind", ["text", "folder"])
+@pytest.mark.parametrize("kind", ["text", "folder", "muon"])
 def test_resume_is_bit_identical(tmp_path, kind):
-    if kind == "text":  # a trained text encoder, gradient accumulation
+    if kind in ("text", "muon"):  # a trained text encoder, gradient accumulation
         options = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1", "--train.accumulation", "2"]
+        options += ["--optim.name", "muon", "--optim.muon_lr", "2e-3"] if kind == "muon" else []
         flow = TEXT_FLOW
     else:  # a shuffled folder, stopped in the middle of its second epoch
         images = tmp_path / "images"

@@ -54,6 +54,11 @@ def check_lora(config: RunConfig) -> None:
         "lora.rank and vae.train 'joint' do not go together: an adapter leaves all else as it is",
     )
     check(
+        config.optim.name == "adamw",
+        f"optim.name is {config.optim.name!r}, which is for whole matrices, but lora.rank {config.lora.rank} trains an "
+        "adapter: set optim.name to adamw",
+    )
+    check(
         config.train.checkpointing != "reversible" or config.lora.dropout == 0,
         "lora.dropout cannot be drawn again as train.checkpointing 'reversible' would have to: set one of them to 0 or 'none'",
     )

@@ -31,6 +31,7 @@ from tarflow.training.flow.text import check_text, cut_captions_of, text_invaria
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.draws import sample_seed
 from tarflow.training.loop.launcher import launcher_compilation
+from tarflow.training.loop.optimizer import make_optimizer
 from tarflow.training.loop.parallel import full_weights, shard_layers, verify_caches
 from tarflow.training.loop.task import Batch, Learner, State, Task, is_due
 
@@ -105,12 +106,8 @@ class FlowTask(Task):
         self.inputs = InputMaker(config, parts, accelerator.device, inside, accelerator.autocast)
         if fresh and self.start is None:
             initialize_actnorm(self.objective, self.inputs, parts)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.objective, optim.lr, optim.denoiser_lr, config.joint.lr),
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        groups = parameter_groups(self.objective, optim.lr, optim.denoiser_lr, config.joint.lr)
+        optimizer = make_optimizer(groups, optim, self.objective)
         self.learner = Learner(*accelerator.prepare(self.objective, optimizer))
 
     def make_objective(self, text_encoder: torch.nn.Module | None) -> FlowObjective:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,12 +51,17 @@ class RateSettings:
         lr: the peak, after ``warmup_steps``.
         weight_decay: of AdamW.
         max_grad_norm: gradients of a larger norm, a discriminator's too, are scaled down to it.
+        muon_lr, muon_weight_decay: of Muon's matrices; None takes ``lr`` and ``weight_decay``.
+        muon_momentum: of Muon.
     """
 
     lr: Positive = 1e-3
     warmup_steps: Count = 100
     weight_decay: NotNegative = 1e-4
     max_grad_norm: Positive = 1.0
+    muon_lr: Positive | None = None
+    muon_weight_decay: NotNegative | None = None
+    muon_momentum: BelowOne = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +85,10 @@ class LogSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(RateSettings):
-    """AdamW with linear warm-up and then a schedule; gradients clipped by their norm.
+    """AdamW or Muon, with linear warm-up and then a schedule; gradients clipped by their norm.
 
     Attributes:
+        name: "adamw", or "muon" for the matrices of hidden layers with AdamW for all else, see `make_optimizer`.
         lr: the peak; ``denoiser_lr`` is that of a learned denoiser, an optimizer group of its own, clipped by itself.
         lr_scaling: what both are multiplied by: "none", 1; "linear", the pictures of one step over
             ``reference_batch``; "sqrt", its square root.
@@ -92,6 +98,7 @@ class OptimConfig(RateSettings):
         skip_grad_norm: steps with a larger norm are left out, counted and logged; None leaves none out.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     denoiser_lr: Positive = 1e-4
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     reference_batch: AtLeastOne = 256
@@ -103,6 +110,21 @@ class OptimConfig(RateSettings):
 
     def __post_init__(self) -> None:
         check_ranges(self, "optim")
+        check_muon(self, self.name, "optim.")
+
+
+def check_muon(settings: RateSettings, name: str, begin: str = "") -> None:
+    """An error of settings of Muon that are given without it.
+
+    Args:
+        settings: of a step.
+        name: of the optimizer.
+        begin: what the settings' names begin with.
+    """
+    for own in fields(RateSettings) if name != "muon" else ():
+        value = getattr(settings, own.name)
+        if own.name.startswith("muon_") and value != own.default:
+            raise ValueError(f"{begin}{own.name} is {value}, but the optimizer is {name!r}: it is for 'muon' alone")
 
 
 @dataclass(frozen=True, kw_only=True)

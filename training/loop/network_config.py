@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tarflow.common.checks import AtLeastOne, BelowOne, Interval, check_ranges
-from tarflow.training.loop.config import LogSettings, LoopSettings, OptimConfig, RateSettings, StepSettings
+from tarflow.training.loop.config import LogSettings, LoopSettings, OptimConfig, RateSettings, StepSettings, check_muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class NetworkConfig(StepSettings, RateSettings, LogSettings):
             the end.
         checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay; 0 is off.
         log_every: steps between logged losses, by ``trackers`` of Accelerate.
+        optimizer: "adamw", or "muon" for the matrices of hidden layers with AdamW for all else.
         dtype: of the saved weights.
         resume: "latest", a checkpoint folder, "auto" (the latest if there is one), or None to start anew.
     """
@@ -32,11 +33,13 @@ class NetworkConfig(StepSettings, RateSettings, LogSettings):
     eval_images: AtLeastOne = 256
     checkpoint_every: Interval = 500
     keep_checkpoints: AtLeastOne = 2
+    optimizer: Literal["adamw", "muon"] = "adamw"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     resume: str | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_muon(self, self.optimizer)
 
     def loop(self, folder: Path) -> LoopSettings:
         """What the loop goes by, of a run in ``folder``."""
@@ -45,7 +48,7 @@ class NetworkConfig(StepSettings, RateSettings, LogSettings):
             folder=folder,
             resume=self.resume,
             train=self,
-            optim=OptimConfig(**rates, min_lr_ratio=0.0),
+            optim=OptimConfig(name=self.optimizer, **rates, min_lr_ratio=0.0),
             log=self,
             ema_decays=(self.ema_decay,),
             sections=False,

@@ -7,7 +7,6 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -16,6 +15,7 @@ from tarflow.common.progress import write_line
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.checkpoint import check_invariants
 from tarflow.training.loop.network_config import NetworkConfig
+from tarflow.training.loop.optimizer import make_optimizer
 from tarflow.training.loop.task import Learner, State, Task
 
 
@@ -69,12 +69,8 @@ class NetworkTask(Task):
 
     def prepare(self, fresh: bool) -> None:
         config = self.config
-        optimizer = torch.optim.AdamW(
-            [{"params": list(self.network.parameters()), "peak_lr": config.lr}],
-            config.lr,
-            betas=self.betas,
-            weight_decay=config.weight_decay,
-        )
+        groups = [{"params": list(self.network.parameters()), "peak_lr": config.lr}]
+        optimizer = make_optimizer(groups, config.loop(self.folder).optim, self.network, self.betas, fused=False)
         self.learner = Learner(*self.accelerator.prepare(self.network, optimizer))
 
     def begin(self, fresh: bool) -> None:

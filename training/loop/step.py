@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tarflow.training.loop.averages import WeightAverages
@@ -87,13 +87,15 @@ class Stepper:
                 group["lr"] = group["peak_lr"] * factor if learner.lr is None else learner.lr
 
     def clip_gradients(self, learner: Learner) -> Tensor:
-        """Clip each optimizer group by itself; returns the largest norm."""
-        limit, groups = self.settings.optim.max_grad_norm, learner.optimizer.param_groups
-        if len(groups) == 1:
+        """Clip each optimizer group by itself, but together those that were one group; returns the largest norm."""
+        limit, clipped = self.settings.optim.max_grad_norm, defaultdict[int, list[nn.Parameter]](list)
+        for number, group in enumerate(learner.optimizer.param_groups):
+            clipped[group.get("clip_with", number)] += group["params"]
+        if len(clipped) == 1:
             norms = [self.accelerator.clip_grad_norm_(learner.model.parameters(), limit)]
         else:  # Accelerate would unscale gradients of fp16 for each group
             self.accelerator.unscale_gradients()
-            norms = [torch.nn.utils.clip_grad_norm_(group["params"], limit) for group in groups]
+            norms = [torch.nn.utils.clip_grad_norm_(parameters, limit) for parameters in clipped.values()]
         return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).max()
 
     def update(self, learners: list[Learner], norms: list[Tensor], loss: Tensor, step: int) -> None:

@@ -28,7 +28,7 @@ from tarflow.training.loop.summary import TimeEstimate, beginning
 from tarflow.training.loop.task import Batch, State, Task, is_due
 
 #: What a resumed run takes from its own settings.
-OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas")
+OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas", "momentum")
 #: What the progress bar shows of a step, where there is such: a flow's likelihood, the same quantity as the held-out one.
 SHOWN = ("nats_per_dim", "loss", "kl", "l1")
 
@@ -60,6 +60,7 @@ class Trainer:
         task.make_parts(state)
         if self.saved is not None and state is not None:
             task.check_resume(self.saved, state)
+            self.check_optimizer(self.saved, state)
         task.prepare(fresh=state is None)
         trained = [parameter for parameter in task.learner.model.parameters() if parameter.requires_grad]
         self.averages = WeightAverages(trained, settings.ema_decays)
@@ -71,6 +72,16 @@ class Trainer:
             self.load(self.saved, state)
         task.prepare_reports()
         on_main(accelerator, lambda: self.begin(resolved, fresh=state is None))
+
+    def check_optimizer(self, checkpoint: Path, state: State) -> None:
+        """An error if a checkpoint is of the other optimizer; those from before there were two are of AdamW."""
+        there, here = state.get("optimizer", "adamw"), self.settings.optim.name
+        if there != here:
+            name = "optim.name" if self.settings.sections else "optimizer"
+            raise ValueError(
+                f"the checkpoint {str(checkpoint)!r} was trained with {name} {there!r}, not {here!r}: set it to that, or "
+                "start anew from the pipeline"
+            )
 
     def begin(self, resolved: str, fresh: bool) -> None:
         """Write the settings, and start the trackers."""
@@ -88,7 +99,7 @@ class Trainer:
     def load(self, checkpoint: Path, state: State) -> None:
         """Go on from a checkpoint."""
         groups = self.task.learner.optimizer
-        wanted = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in groups.param_groups]
+        wanted = [{name: group[name] for name in OPTIMIZER_SETTINGS if name in group} for group in groups.param_groups]
         with reading(checkpoint):
             self.accelerator.load_state(str(checkpoint))
         for group, own in zip(groups.param_groups, wanted, strict=True):
@@ -107,6 +118,7 @@ class Trainer:
             "lowered": self.lowered,
             "spikes": self.stepper.spikes,
             "ema_steps": self.averages.steps,
+            "optimizer": self.settings.optim.name,
             **self.task.state(),
         }
         keep = self.settings.log.keep_checkpoints
