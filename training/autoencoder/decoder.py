@@ -92,8 +92,9 @@ class DecoderTask(PictureTask):
 
     @torch.no_grad()
     def measure(self, step: int, last: bool) -> dict[str, float]:
-        """PSNR and SSIM of noisy held-out latents by the autoencoder's decoder, after the score step and by the new
-        decoder, and their grid, a row each below the originals. The last one saves the decoder."""
+        """Measure how noisy held-out latents are decoded: by the autoencoder's decoder, after the score step, and by
+        the new decoder, in PSNR and SSIM. Write a grid with a row for each below the originals. The last call saves
+        the decoder."""
         metrics: dict[str, float] = {}
         # A copy: Accelerate makes the network itself compute with mixed precision.
         decoder = LatentDecoder.from_config(self.network.config).eval()

@@ -136,8 +136,8 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fix_posterior(vae: AutoencoderKL, std: float | Sequence[float]) -> None:
-    """Make the posterior's σ ``std`` for all pictures, one number or one for each channel: what the encoder's last
-    convolution gives as log σ² becomes a bias alone."""
+    """Fix the posterior's σ at ``std`` for all pictures, one number or one for each channel: the encoder's last
+    convolution then gives log σ² as a bias alone."""
     last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
     rows = slice(vae.config.latent_channels, None)  # the means come first
     last.weight[rows] = 0.0
@@ -152,8 +152,8 @@ def copy_for_use(vae: AutoencoderKL, posterior_std: float | None) -> Autoencoder
 def with_weights(
     vae: AutoencoderKL, weights: dict[str, Tensor], posterior_std: float | Sequence[float] | None
 ) -> AutoencoderKL:
-    """An autoencoder with the settings of ``vae`` and other weights, in the host's memory, as it is evaluated and saved:
-    with its posterior fixed to a σ, see `fix_posterior`, unless that is None."""
+    """A copy of ``vae`` with other weights, in the host's memory, for evaluation and saving. Its posterior is fixed to
+    a σ (see `fix_posterior`) unless that is None."""
     copy = AutoencoderKL(**{key: vae.config[key] for key in argument_defaults()})
     copy.load_state_dict(weights)
     if posterior_std is not None:

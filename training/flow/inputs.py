@@ -44,8 +44,9 @@ class InputMaker:
 
     @torch.no_grad()
     def training(self, batch: dict[str, Any], step: int, sample_ids: Sequence[int]) -> dict[str, Any]:
-        """A training batch: flipped at random, conditions dropped at random, the autoencoder's posterior drawn from if
-        the settings have it. Of an autoencoder that is trained along, the pictures and the noise."""
+        """A training batch: pictures are flipped and conditions dropped at random, and the autoencoder's posterior is
+        sampled if the settings say so. If the autoencoder is trained along, the batch has the pictures and the noise
+        instead of latents."""
         train = self.config.train
         flipped = None
         if self.config.data.flip:
@@ -77,8 +78,8 @@ class InputMaker:
         }
 
     def posterior(self, batch: dict[str, Any], flipped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Mean and standard deviation of the scaled latents, (B, C, h, w) each, of the pictures or, where ``flipped``
-        (B,), of their mirror images. Pixels that get uniform noise stay 8-bit numbers."""
+        """Mean and standard deviation of the scaled latents of the pictures, (B, C, h, w) each; of mirrored ones where
+        ``flipped`` (B,). Pixels that get uniform noise stay 8-bit numbers."""
         if "latent_mean" in batch:
             return self.chosen(batch, "latent_mean", flipped), self.chosen(batch, "latent_std", flipped)
         images = self.chosen(batch, "image", flipped)

@@ -17,8 +17,8 @@ from tarflow.training.losses.pictures import Decoded, PictureLoss
 
 
 class JointTask(FlowTask):
-    """What is trained, see `FlowTask`: the flow and its autoencoder, as a `JointObjective`; its pictures' loss may have
-    a discriminator, which learns beside."""
+    """Trains a flow and its autoencoder as a `JointObjective`; see `FlowTask`. With an adversarial loss, a
+    discriminator is trained beside them."""
 
     objective: JointObjective
     loss: PictureLoss

@@ -117,8 +117,8 @@ def trained_parameters(objective: nn.Module) -> list[nn.Parameter]:
 def parameter_groups(
     objective: FlowObjective, lr: float, denoiser_lr: float, vae_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for the optimizer with their peak learning rates: everything but the learned denoiser and the autoencoder
-    of a `JointObjective`, and each of them that there is."""
+    """Optimizer groups with their peak learning rates: one for the learned denoiser, one for the autoencoder of a
+    `JointObjective`, where there are such, and one for everything else."""
     parts = [(objective.flow.denoiser, denoiser_lr), (getattr(objective, "vae", None), vae_lr)]
     groups = [(list(module.parameters()), rate) for module, rate in parts if module is not None]
     if adapter_layers(objective.flow):  # of which nothing else learns

@@ -147,8 +147,8 @@ def own_captions(data: Images | CachedLatents, count: int) -> list[str]:
 
 
 def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> None:
-    """Grids from fixed noise, before and after the denoising step: samples_STEP_raw.png and samples_STEP.png; only the
-    second, without the step, if the pipeline takes none."""
+    """Write grids from fixed noise: samples_STEP_raw.png before the score step and samples_STEP.png after it. Pipelines
+    that take no such step get the second only."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
     for denoise, suffix in ((False, "_raw"), (True, "")) if pipe.config.denoise else ((False, ""),):

@@ -145,8 +145,8 @@ def check_shapes(arguments: dict[str, Any]) -> None:
 
 
 def meaning(parts: Parts) -> dict[str, Any]:
-    """What the numbers of classes and of tokens mean, for checkpoints: "classes", their names or None; "tokens", those of
-    a tokenizer made for the run, or a hash of a larger one's, or None."""
+    """The meaning of class and token numbers, for checkpoints: "classes", their names or None; "tokens", those of a
+    tokenizer made for the run, a hash for larger ones, or None."""
     names = parts.train.class_names if parts.flow_arguments.get("num_classes") else None
     tokens: Any = None
     if parts.tokenizer is not None:

@@ -205,8 +205,8 @@ class FlowTask(Task):
         measure: bool = False,
         held_out: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """A pipeline folder, with the ``held_out`` metrics of its weights, grids and the metric of samples, if wanted; the
-        main process makes them and returns the metric."""
+        """Save a pipeline folder with the ``held_out`` metrics, draw grids and measure samples, of the weights as they
+        are, each if wanted. The main process does it and returns the samples' metric."""
         if not draw and save_as is None and not measure:
             return {}
         weights, log = full_weights(self.accelerator, self.learner.model), self.config.log

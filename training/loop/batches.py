@@ -138,8 +138,8 @@ def follow_trainer(worker: int) -> None:
 
 
 class BatchReader:
-    """A process's batches. As a context it ends the reading processes with it, also after an error: they ignore the
-    SIGTERM by which Python ends them at its own exit, and waits.
+    """The batches of a process. As a context manager it ends the reading processes, also after an error: they ignore
+    the SIGTERM by which Python would end them at exit, and Python would wait for them.
 
     Args:
         loader: of `train_loader`.
@@ -201,8 +201,8 @@ class BatchReader:
 
 
 def fixed_batches(images: Items, count: int, batch_size: int) -> list[list[int]]:
-    """Indices of ``count`` pictures in batches of one shape, of each shape its share. They lie evenly in the data, since
-    folders are sorted by class; of endless data they are the first."""
+    """Indices of ``count`` pictures in batches of one shape, with each shape's share. They are spread evenly over the
+    data, as folders are sorted by class; of endless data the first are taken."""
     batches, total = [], len(images)
     for group in groups_of(images):
         share = -(-min(count, total) * len(group) // total)

@@ -1,5 +1,5 @@
-"""Everything random about one picture in one step, as a function of its number and of what it is for: on any number of
-processes, and after any interruption, the same picture gets the same noise."""
+"""All random numbers for a picture in a step. They depend only on the picture's number in the step and on their
+purpose, so a picture gets the same noise on any number of processes and after any interruption."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Settings of Accelerate's launcher, its configuration file and its environment variables, which a run obeys or refuses:
-none of them changes a run without a word."""
+"""Settings of Accelerate's launcher, from its configuration file and environment variables. A run obeys or refuses
+them; none changes a run silently."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ TIMEOUT = timedelta(hours=2)
 
 
 def processes_on_cpus() -> bool:
-    """Whether a launcher started this process on a machine without an accelerator. Accelerate must be told: it would
-    take each of several processes for the only one."""
+    """Whether a launcher started this process on a machine without an accelerator. Accelerate must be told, or each of
+    several processes would run alone."""
     return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
 
 
 def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
-    """FSDP2 as the launcher's settings have it, with this project's precision: the network's weights are cast, while
-    gradients are summed, and latents, affine maps and losses stay, in float32."""
+    """FSDP2 with the launcher's settings and this project's precision: the network's weights are cast; gradients are
+    summed in float32, and latents, affine maps and losses stay float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     # Inputs and outputs are cast by the network itself, which knows what stays in float32.

@@ -29,8 +29,8 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Notices SIGTERM, which cluster schedulers send before they end a job, some to a process and its launcher, so
-    that it comes twice, and SIGINT. A SIGINT some seconds after the first is a KeyboardInterrupt.
+    """Notices SIGTERM and SIGINT. Cluster schedulers send SIGTERM before they end a job, some to a process and its
+    launcher, so that it arrives twice. A second SIGINT, some seconds after the first, raises KeyboardInterrupt.
 
     Attributes:
         received: the first signal's name, "" if there was none.

@@ -193,8 +193,8 @@ class Trainer:
         return self.stepper.take(batches, self.step, self.total_steps)
 
     def log(self, values: dict[str, Tensor], done: int, progress: tqdm) -> None:
-        """Write means over all processes, and of this process's steps so far, without evaluation and the like, the
-        speed and the share of the time that they waited for data."""
+        """Log means over all processes; and of this process's steps so far, evaluation and the like not counted, the
+        speed and the share of time spent waiting for data."""
         names = sorted(values)
         stacked = torch.stack([values[name].detach().float().to(self.accelerator.device) for name in names])
         means = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
@@ -220,8 +220,8 @@ class Trainer:
             self.save_checkpoint()
 
     def report(self, stop: StopRequest, at_once: bool, average: int = 0, last: bool = False) -> dict[str, Any]:
-        """The task's report of averaged weights. A signal ends it ``at_once`` or not at all, but never while the weights
-        are changed and put back: a checkpoint must not have those of the average."""
+        """The task's report on averaged weights. A signal ends it ``at_once`` or not at all, but never while weights
+        are swapped: a checkpoint must not contain the average."""
         with self.averages.applied(average), stop.at_once(at_once):
             return self.task.report(self.step, average, last)
 

@@ -23,8 +23,8 @@ def teacher_states(
     weight: Tensor | None,
     method: str,
 ) -> list[Tensor]:
-    """Where the flow takes data, from the noise to the data: z, the outputs of the blocks before, and ``x`` itself,
-    (B, C, H, W) each. One parallel pass; nothing is drawn.
+    """The flow's states from noise to data: z, the outputs of the blocks before it, and ``x`` itself, (B, C, H, W)
+    each. It takes one parallel pass; nothing is drawn.
 
     Args:
         flow: the trained `TARFlowModel`.

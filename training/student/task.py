@@ -103,8 +103,8 @@ class StudentTask(NetworkTask):
 
     @torch.no_grad()
     def measure(self, step: int, last: bool) -> dict[str, Any]:
-        """PSNR and SSIM of held-out pictures, from their noise back to pictures; how far the flow takes the student's
-        samples from where it should; and a grid, the flow's samples above the student's. The last one saves the
+        """Measure the student: PSNR and SSIM of held-out pictures rebuilt from their noise, and how far its samples are
+        from the flow's states. Write a grid, the flow's samples above the student's. The last call saves the
         student."""
         # A copy: Accelerate makes the network itself compute with mixed precision.
         student = StudentModel.from_config(self.network.config).eval()
