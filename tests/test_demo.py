@@ -32,6 +32,7 @@ from tarflow.flows.decoding.calibration import calibrate
 from tarflow.models import shipped
 from tarflow.pipeline.call import inversion
 from tarflow.pipeline.call.choices import DECODINGS, STUDENT
+from tarflow.pipeline.loading import place
 from tarflow.pipeline.opening import open_pipeline
 
 REQUEST = Request(prompt="a red ring", guidance_scale=2.0, decoding="sequential", seed=7, count=2)
@@ -311,21 +312,21 @@ def test_starting_it_fails_in_one_sentence(tmp_path, monkeypatch, capsys) -> Non
         return message
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page, "shipped", tuple)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "gradio", None)
         assert "pip install 'tarflow[demo]'" in refused()
     pytest.importorskip("gradio")
+    monkeypatch.setattr(place, "shipped", tuple)
     assert "make quickstart" in refused()
     assert "no pipeline 'nowhere'" in refused("--pipeline", "nowhere", "--port", str(screenshot.free_port()))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = str(other.getsockname()[1])
-        assert f"cannot listen at port {taken}" in refused("--pipeline", "nowhere", "--port", taken)
+        assert f"cannot listen at port {taken}" in refused("--pipeline", "owner/nowhere", "--port", taken)
     assert "--port must be 1 to 65535" in refused("--pipeline", "nowhere", "--port", "70000")
-    monkeypatch.setattr(page, "shipped", lambda: ("emoji",))
-    assert page.default_pipeline() == "emoji"
+    monkeypatch.setattr(place, "shipped", lambda: ("emoji",))
+    assert place.default_pipeline() == "emoji"
 
 
 def test_actions_turn_errors_into_sentences_and_go_on() -> None:
