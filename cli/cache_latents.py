@@ -10,6 +10,8 @@ pictures of mixed sizes near their own shape. On several devices: accelerate lau
 
 from __future__ import annotations
 
+from typing import Any
+
 from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
             print(report(config.output, manifest))
 
 
-def report(output: str, manifest: dict) -> str:
+def report(output: str, manifest: dict[str, Any]) -> str:
     """What the cache holds, in words."""
     counts, size = manifest["pictures"], sum(shard["bytes"] for shard in manifest["shards"])
     return (

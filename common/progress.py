@@ -54,7 +54,7 @@ class LineProgress(plain_tqdm):
         return write
 
 
-def progress_bar(iterable: Iterable | None = None, **options: Any) -> plain_tqdm:
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> plain_tqdm:
     """A progress bar, as `tqdm` on terminals and in notebooks; elsewhere `LineProgress`.
 
     Args:

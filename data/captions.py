@@ -64,7 +64,7 @@ def forms(name: str) -> tuple[str, str]:
     return name, unicodedata.normalize("NFC", name)
 
 
-def keep(record: dict, config: DataConfig) -> bool:
+def keep(record: dict[str, Any], config: DataConfig) -> bool:
     """Whether a row has one of the wanted values in every column of ``where``."""
     for column, values in (config.where or {}).items():
         if column not in record:
@@ -74,7 +74,7 @@ def keep(record: dict, config: DataConfig) -> bool:
     return True
 
 
-def make_captions(record: dict, config: DataConfig, name: str) -> list[str]:
+def make_captions(record: dict[str, Any], config: DataConfig, name: str) -> list[str]:
     """The captions of one row: by template or column ("text" if neither is given), then others of further templates."""
     column = config.caption_column or "text"
     captions = [fill(config.caption_template or "{" + column + "}", record, name)]
@@ -97,7 +97,7 @@ def columns_of(template: str) -> list[str]:
         raise ValueError(f"the caption template {template!r} is wrong: {error}") from error
 
 
-def fill(template: str, record: dict, name: str) -> str:
+def fill(template: str, record: dict[str, Any], name: str) -> str:
     """A template with the values of a row; lists are joined by commas."""
     texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
     whole = template[1:-1] in texts  # a column alone, of whatever name

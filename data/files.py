@@ -101,7 +101,7 @@ class Files:
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
         return self._archive[1]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_archive": None}
         state.pop("_pictures", None)
         return state

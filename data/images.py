@@ -56,7 +56,7 @@ class Pictures(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-class Images(Dataset):
+class Images(Dataset[dict[str, Any]]):
     """Items ``{"image": uint8 (3, S, S), "caption": str, "label": int, "skipped": [messages]}`` of one split.
 
     Args:

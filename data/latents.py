@@ -28,7 +28,7 @@ FORMAT = "tarflow latents 1"
 REMEDY = "run tarflow cache-latents again: it rewrites only what is missing"
 
 
-class CachedLatents(Dataset):
+class CachedLatents(Dataset[dict[str, Any]]):
     """One split of a cache, picture by picture.
 
     Items are ``{"latent_mean": (C, h, w), "latent_std": (C, h, w), "caption": str, "label": int, "cond": (L, E),
@@ -162,7 +162,7 @@ class CachedLatents(Dataset):
         padded[: len(cond)] = cond
         return padded
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}  # a spawned process maps the shards anew
 
 

@@ -92,7 +92,7 @@ def card(pipe: Any) -> str:
 def with_pictures(paragraph: str, folder: Path) -> str:
     """A paragraph with its pictures inside the text; "" if it has one that is not in the folder."""
 
-    def inside(found: re.Match) -> str:
+    def inside(found: re.Match[str]) -> str:
         file = (folder / found[2]).resolve()
         own = file.is_relative_to(folder.resolve()) and file.suffix.lower() in PICTURES and file.is_file()
         if not own or file.stat().st_size > LARGEST_PICTURE:

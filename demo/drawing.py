@@ -200,7 +200,7 @@ def draw(pipe: Any, request: Request, lock: threading.Lock) -> Iterator[Progress
         stopped.set()
 
 
-def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue, stopped: threading.Event) -> None:
+def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue[Any], stopped: threading.Event) -> None:
     """What the thread does: one run, its stages and its end into ``events``."""
     with lock:
         try:
@@ -211,7 +211,7 @@ def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue,
             events.put(error)
 
 
-def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Event) -> None:
+def run(pipe: Any, request: Request, events: queue.Queue[Any], stopped: threading.Event) -> None:
     """Draw, and put a `Progress` for each stage."""
     blocks = 1 if request.decoding == STUDENT else len(pipe.flow.blocks)
     stages: list[Stage] = []
@@ -227,7 +227,7 @@ def run(pipe: Any, request: Request, events: queue.Queue, stopped: threading.Eve
         events.put(Progress(list(stages), (len(stages) - 1) / (blocks + 1) if counted else None, message))
         shown_for += clock(pipe.flow.device) - began
 
-    def after_block(_: Any, index: int, __: int, tensors: dict[str, Tensor]) -> dict:
+    def after_block(_: Any, index: int, __: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         done = index + 1
         name = f"block {done}" if done < blocks else f"block {done}, raw"
         name = STUDENT if request.decoding == STUDENT else name

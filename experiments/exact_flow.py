@@ -33,7 +33,7 @@ class Batch:
     """Pictures (N, 3, H, W) of 8 bits, and their conditions: "prompt" or "class_labels" by name, or nothing."""
 
     images: Tensor
-    conditions: dict[str, list]
+    conditions: dict[str, list[Any]]
 
 
 def read_batch(config: ExactFlowConfig, pipe: Any) -> Batch:

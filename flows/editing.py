@@ -161,7 +161,7 @@ class HeldFlow:
         step = decode_step(block, run.context, run.cache)
         hole, known = reorder(self.hole, order).unbind(1), reorder(reference, order).unbind(1)
         made, log_scales = [], []
-        previous = None if run.first else run.before_first(len(z), z.dtype)
+        previous = z[:, 0] if run.first else run.before_first(len(z), z.dtype)  # without a start token it is not read
         with fitting_threads(len(z), z.device):
             for token, target in enumerate(at_least_float32(reorder(z, order)).unbind(1)):
                 if token < run.first:  # without a start token, token 0 passes unchanged

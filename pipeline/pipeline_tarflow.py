@@ -153,7 +153,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         return_residual: bool = False,
         decoder: str | None = None,
         temperature: float = 1.0,
-    ) -> TARFlowPipelineOutput | tuple:
+    ) -> TARFlowPipelineOutput | tuple[Any, ...]:
         """Draw images; one step is the inversion of one flow block.
 
         Args:

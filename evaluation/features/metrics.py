@@ -130,7 +130,7 @@ def kept_features(statistics: Statistics, least: int) -> Tensor:
     return features
 
 
-class Rows(Dataset):
+class Rows(Dataset[Tensor]):
     """Rows of a tensor (N, D), one by one."""
 
     def __init__(self, rows: Tensor):

@@ -54,7 +54,7 @@ class ImageSet(abc.ABC):
             ValueError: that names a picture which cannot be read.
         """
         self.conversions = Counter()
-        waiting: list[list[Future]] = []
+        waiting: list[list[Future[Any]]] = []
         with ThreadPoolExecutor(READERS) as pool:
             for first in range(process * batch_size, len(self), processes * batch_size):
                 indices = range(first, min(first + batch_size, len(self)))
@@ -64,7 +64,7 @@ class ImageSet(abc.ABC):
             for futures in waiting:
                 yield self._stack(futures)
 
-    def _stack(self, futures: list[Future]) -> Tensor:
+    def _stack(self, futures: list[Future[Any]]) -> Tensor:
         pictures = []
         for future in futures:
             picture, conversions = future.result()

@@ -36,7 +36,7 @@ class Conditions:
     """
 
     kind: str
-    values: Callable[[Sequence[int]], list]
+    values: Callable[[Sequence[int]], list[Any]]
     summary: dict[str, Any]
     fixed: bool = True
 

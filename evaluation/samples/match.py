@@ -26,10 +26,12 @@ def all_captions() -> list[str]:
     return captions
 
 
-def generate(pipe: FlowPipeline, conditions: dict[str, list], batch_size: int, seed: int = 0, **options: Any) -> list:
+def generate(
+    pipe: FlowPipeline, conditions: dict[str, list[Any]], batch_size: int, seed: int = 0, **options: Any
+) -> list[Any]:
     """Pictures for prompts or class labels, in batches; picture i depends on seed and i alone."""
     ((name, values),) = conditions.items()
-    images: list = []
+    images: list[Any] = []
     for first in range(0, len(values), batch_size):
         part = values[first : first + batch_size]
         generators = [torch.Generator().manual_seed(image_seed(seed, first + i)) for i in range(len(part))]

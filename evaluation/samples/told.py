@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from tarflow.common.files import read_json_lines
 from tarflow.common.processes import gather_objects, process_and_count
@@ -13,7 +14,7 @@ from tarflow.evaluation.images.sets import ImageSet
 CONDITIONS = "conditions.jsonl"
 
 
-def read_conditions(images: ImageSet, folder: str | Path) -> tuple[str, list]:
+def read_conditions(images: ImageSet, folder: str | Path) -> tuple[str, list[Any]]:
     """What each picture was drawn from, in the pictures' order.
 
     Args:
@@ -29,7 +30,7 @@ def read_conditions(images: ImageSet, folder: str | Path) -> tuple[str, list]:
     path = Path(folder).expanduser() / CONDITIONS
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} has no {CONDITIONS}, so it is not known what its pictures were to show")
-    rows: dict[int, dict] = {}
+    rows: dict[int, dict[str, Any]] = {}
     for number, row in read_json_lines(path):
         if not isinstance(row, dict) or not isinstance(row.get("index"), int):
             raise ValueError(f"line {number} of {str(path)!r} is no JSON object with an index")
@@ -43,7 +44,7 @@ def read_conditions(images: ImageSet, folder: str | Path) -> tuple[str, list]:
     raise ValueError(f"{str(path)!r} has neither a caption nor a label for every picture")
 
 
-def matching_shares(images: ImageSet, kind: str, values: list, batch_size: int = 256) -> dict[str, float]:
+def matching_shares(images: ImageSet, kind: str, values: list[Any], batch_size: int = 256) -> dict[str, float]:
     """Shares of drawings that are what their caption (shape, colour, background) or class (shape, colour) says.
 
     Args:

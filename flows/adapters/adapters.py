@@ -27,7 +27,7 @@ from tarflow.flows.adapters.files import adapter_of, write_adapters
 from tarflow.flows.adapters.targets import LORA_TARGETS
 
 
-def adapters_state(model: nn.Module) -> list[tuple]:
+def adapters_state(model: nn.Module) -> list[tuple[Any, ...]]:
     """Which adapters act on a model's layers, and which are in their weights: what differs when others do."""
     return [
         (name, tuple(layer.merged_adapters), layer.disable_adapters, tuple(layer.active_adapters))

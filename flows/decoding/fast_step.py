@@ -148,7 +148,7 @@ class FastSteps:
     def __init__(self, backend: str | None = "inductor"):
         self.backend = backend
         self.pool: Any = None
-        self.steps: dict[tuple, tuple[tuple, FastStep]] = {}
+        self.steps: dict[tuple[Any, ...], tuple[tuple[Any, ...], FastStep]] = {}
 
     def get(self, run: InversionState, dtype: torch.dtype) -> FastStep | DecodeStep | ModuleStep:
         """The step of a run's block and shape, and of tokens of a dtype, ready for its sequence.

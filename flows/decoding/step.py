@@ -31,25 +31,30 @@ from tarflow.flows.layers.transformer import LayerNorm, RMSNorm
 ROWS_FOR_LAYOUT = 8
 
 
+Norm = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """What a step needs of one layer; matrices are transposed, as `torch.addmm` takes them."""
 
-    attention_norm: Any
+    attention_norm: Norm
     qkv: tuple[Tensor, Tensor]
-    query_norm: Any
-    key_norm: Any
+    query_norm: Norm | None
+    key_norm: Norm | None
     proj: tuple[Tensor, Tensor]
-    attention_post_norm: Any
-    mlp_norm: Any
+    attention_post_norm: Norm | None
+    mlp_norm: Norm
     up: tuple[Tensor, Tensor]
     gated: bool
     down: tuple[Tensor, Tensor]
-    mlp_post_norm: Any
+    mlp_post_norm: Norm | None
     keys_values: Tensor  # of the cache: (R, 2, K, capacity, d)
 
 
-def decode_step(block: Block, context: BlockContext, cache: KVCache, temperature: Tensor | None = None) -> Any:
+def decode_step(
+    block: Block, context: BlockContext, cache: KVCache, temperature: Tensor | None = None
+) -> DecodeStep | ModuleStep:
     """A `DecodeStep` if the block's weights are all that its layers are, else a `ModuleStep`."""
     return (DecodeStep if may_prepare(block) else ModuleStep)(block, context, cache, temperature)
 
@@ -251,7 +256,7 @@ class DecodeStep:
         weight, bias = layer.qkv
         qkv = torch.addmm(bias, layer.attention_norm(hidden), weight)
         qk = qkv.narrow(1, 0, self.rotated)
-        if layer.query_norm is not None:
+        if layer.query_norm is not None and layer.key_norm is not None:
             q, k = qk.view(rows, -1, head_dim).split([self.heads, self.kv_heads], dim=1)
             qk.copy_(torch.cat([layer.query_norm(q), layer.key_norm(k)], dim=1).view(rows, -1))
         if self.turns is not None:  # the pairs (x₀, x₁) as x₀ + i·x₁, in one operation

@@ -8,9 +8,9 @@ for plain layers, and for LoRA adapters, whose effect is known: W + scaling·B·
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +20,9 @@ from torch.nn.modules import module as torch_module
 from tarflow.flows.layers.actnorm import ActNorm
 from tarflow.flows.layers.mixing import ChannelMixing
 from tarflow.flows.layers.transformer import MLP, Attention, LayerNorm, OutputLinear, RMSNorm, TransformerLayer
+
+if TYPE_CHECKING:
+    from tarflow.flows.layers.network import TokenNetwork  # which itself imports this
 
 #: Classes whose arithmetic the shortcuts repeat, and their own `forward`, so that a replaced one is noticed.
 KNOWN: dict[type, Any] = {
@@ -97,7 +100,7 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def may_prepare(block: Any) -> bool:
+def may_prepare(block: TokenNetwork) -> bool:
     """Whether a block's decode steps may be made from its weights; else they must go through its modules."""
     parts = [block.proj_in, block.proj_out, block.layers, *([] if block.final_norm is None else [block.final_norm])]
     return not globally_hooked() and is_plain(nn.ModuleList(parts))
@@ -112,12 +115,13 @@ def plain_linear(linear: Any) -> tuple[Tensor, Tensor | None]:
     return weight, None if bias is None else bias.detach()
 
 
-def state_of(block: Any) -> tuple:
+def state_of(block: nn.Module) -> tuple[Any, ...]:
     """What prepared weights of a plain block were made for: where its tensors lie, and which adapters act how."""
     tensors = tuple(parameter.data_ptr() for parameter in block.parameters())
+    parts: Iterable[Any] = block.modules()
     adapters = tuple(
         (name, part.scaling.get(name))
-        for part in block.modules()
+        for part in parts
         if is_lora(part)
         for name in [str(part.merged), *active_adapters(part)]
     )

@@ -58,7 +58,7 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         default = self.config.decoder, self.config.denoise
         return inputs.resolve_denoising(config, denoise, decoder, default, pixels, finetuned)
 
-    def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> Any:
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """A bar with the options of ``set_progress_bar_config``, see `tarflow.common.progress.progress_bar`.
 
         Raises:

@@ -28,7 +28,7 @@ from tarflow.pipeline.call.student_sampling import NO_STUDENT, check_flow
 logger: Any = logging.get_logger(__name__)
 
 #: What tells a flow from another, or from itself with other weights; see `BlockInversion.flow_state`.
-FlowState = tuple[TARFlowModel, list[int], bytes, list[tuple]]
+FlowState = tuple[TARFlowModel, list[int], bytes, list[tuple[Any, ...]]]
 
 
 class BlockInversion(PipelineParts):

@@ -26,7 +26,7 @@ FAR = 1.5
 #: Segments of "gs_jacobi", unless a call says how long they are.
 SEGMENTS = 4
 #: A user's function of pipeline, step, step and tensors by name; its tensors, if any, take the place of those.
-Callback = Callable[[Any, int, int, dict], dict]
+Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -121,7 +121,7 @@ class FlowEditor:
         return EditingOutput(images=images, latents=latents, log_prob=values)
 
     def composed(
-        self, x: Tensor, known: tuple[Tensor, Tensor], hidden: Tensor, hole: Tensor, condition: dict
+        self, x: Tensor, known: tuple[Tensor, Tensor], hidden: Tensor, hole: Tensor, condition: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The picture and latents of a filled hole.
 

@@ -135,8 +135,8 @@ class LoraLoading(LoraBaseMixin):
         weight_name: str | None = None,
         save_function: Callable[..., Any] | None = None,
         safe_serialization: bool = True,
-        flow_lora_adapter_metadata: dict | None = None,
-        text_encoder_lora_adapter_metadata: dict | None = None,
+        flow_lora_adapter_metadata: dict[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
         adapter_name: str | None = None,
     ) -> None:
         """Write adapters to a file of a folder, ``pytorch_lora_weights.safetensors``, with their settings.
@@ -224,7 +224,9 @@ def refuse_changes(pipe: DiffusionPipeline) -> None:
             refuse_offloading_to_files(model)
 
 
-def with_prefixes(state: dict[str, Tensor], metadata: dict[str, Any] | None) -> tuple[dict, dict | None]:
+def with_prefixes(
+    state: dict[str, Tensor], metadata: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Names of a file that all begin with a part's; those of a flow's own file get them.
 
     Raises:

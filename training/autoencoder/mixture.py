@@ -16,7 +16,7 @@ LENGTH = 2**40
 STREAM = 2
 
 
-class Mixture(Dataset):
+class Mixture(Dataset[dict[str, Any]]):
     """Pictures of several sources; item i is a pure function of the seed and i.
 
     Args:

@@ -35,7 +35,7 @@ class InputMaker:
         parts: Parts,
         device: torch.device,
         token_ids: bool = False,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.config, self.parts, self.device = config, parts, device
         self.autocast = autocast

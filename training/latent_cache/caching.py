@@ -150,7 +150,7 @@ class Encoder:
         return cut_captions(self.tokenizer, captions, self.config.text.max_length, self.config.text.options)
 
 
-class SizedImages(Dataset):
+class SizedImages(Dataset[dict[str, Any]]):
     """Pictures by number in the source, height and width."""
 
     def __init__(self, images: dict[str, Images]):

@@ -178,7 +178,7 @@ def group_by_size(
     return dict(groups)
 
 
-class PictureSizes(Dataset):
+class PictureSizes(Dataset[tuple[int, int] | None]):
     """Height and width of each picture, None for those that cannot be read and are to be skipped."""
 
     def __init__(self, images: Images, count: int):

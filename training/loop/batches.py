@@ -116,7 +116,7 @@ def groups_of(images: Items) -> Sequence[range]:
 
 def train_loader(
     images: Items, batch_size: int, workers: int, sampler: StepSampler, pin_memory: bool = False
-) -> DataLoader:
+) -> DataLoader[Any]:
     return DataLoader(
         cast(Dataset[dict[str, Any]], images),
         batch_sampler=sampler,
@@ -145,7 +145,7 @@ class BatchReader:
         loader: of `train_loader`.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader[Any]):
         before = set(active_children())
         self._batches = iter(loader)
         self._readers = [process for process in active_children() if process not in before]
