@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -18,7 +19,10 @@ from tarflow.cli.main import main
 from tarflow.common.words import count_in_words, duration_in_words
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
+from tarflow.training.autoencoder.mixture import Mixture
+from tarflow.training.autoencoder.task import AutoencoderTask
 from tarflow.training.flow.report import own_captions, write_held_out
+from tarflow.training.loop.component import example_line
 from tarflow.training.loop.schedule import TIMED_STEPS
 from tarflow.training.loop.summary import (
     TimeEstimate,
@@ -129,6 +133,24 @@ def test_the_line_that_draws_is_a_command(arguments: dict, words: list[str]) -> 
     ]
     generate.check(generate.parser().parse_intermixed_args(shlex.split(line)[2:]))
     assert " --lora runs/a/lora --out" in drawing_line("emoji", options=("--lora", "runs/a/lora"), **arguments)
+
+
+def test_further_components_say_how_to_draw_with_them(tmp_path: Path) -> None:
+    drawings = Images(DataConfig(source="drawings", image_size=8))
+    line = shlex.split(example_line(tmp_path, drawings, "prefix", "--decoding", "student"))
+    assert line[2] == drawings.caption(0) and line[-4:-2] == ["--decoding", "student"]
+    assert shlex.split(example_line(tmp_path, drawings, "class_prefix"))[2:4] == ["--class", drawings.class_names[0]]
+    assert shlex.split(example_line(tmp_path, drawings, "none"))[2] == "--pipeline"
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    plain = Images(DataConfig(source="folder", path=str(tmp_path), validation_fraction=0))
+    assert shlex.split(example_line(tmp_path, plain, "prefix"))[2] == "a caption"
+
+
+def test_autoencoders_say_their_sources(tmp_path: Path) -> None:
+    config = DataConfig(source="folder", path=str(captioned(tmp_path / "a", 6, 2)), validation_fraction=0)
+    sources = [Images(config), Images(DataConfig(source="drawings", image_size=8))]
+    task = SimpleNamespace(config=SimpleNamespace(sources=["emoji", "drawings"]), train=Mixture(sources, [1, 1], 0))
+    assert AutoencoderTask.about(task) == "emoji (6 pictures) and drawings"
 
 
 def test_means_of_held_out_pictures_go_with_the_pipeline(tmp_path: Path) -> None:
