@@ -179,6 +179,18 @@ def test_norms_of_steps_convert_little(norm: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, module(x).detach(), rtol=2 * rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_attention_temperature_in_16_bits(fast: bool) -> None:
+    """Queries became float32, and attention with keys in bfloat16 an error."""
+    model = small_model(conditioning="class_prefix", sample_size=8)
+    cond, null = model.condition(torch.tensor([0, 1]), None, 2), model.condition(None, None, 2)
+    noise, how = random_images(model, 2), Guidance(1.0, "linear", temperature=1.7)
+    expected, _ = generate(model, noise, cond, null, how)
+    model.to(torch.bfloat16)
+    found, _ = generate(model, noise, cond, null, how, fast=FastSteps(None) if fast else None)
+    assert float((found - expected).square().mean().sqrt()) < 0.1
+
+
 def test_any_number_of_batch_sizes_is_compiled() -> None:
     """The compiler's limit is eight for one piece of code."""
     torch.compiler.reset()

@@ -266,7 +266,7 @@ class DecodeStep:
             qk.mul_(self.row(self.cos, position)).addcmul_(swapped, self.row(self.sin, position))
         q = qkv.narrow(1, 0, self.heads * head_dim)
         if self.inverse_temperature is not None:
-            q = q * self.inverse_temperature
+            q = (q * self.inverse_temperature).to(self.dtype)
         new = qkv.narrow(1, self.heads * head_dim, 2 * self.kv_heads * head_dim)
         return self.attend_cache(q, layer.keys_values, new.view(rows, 2, self.kv_heads, head_dim), position)
 
