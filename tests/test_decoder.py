@@ -141,7 +141,7 @@ def test_folders_without_the_component_load(tmp_path) -> None:
         ),
         ({"decoder": "finetuned", "denoise": "learned"}, "leave denoise='learned' out"),
         ({"decoder": "other"}, "decoder must be None, 'vae' or 'finetuned', got 'other'"),
-        ({"denoise": "other"}, "denoise must be None, True, False, 'score' or 'learned', got 'other'"),
+        ({"denoise": "other"}, "denoise must be None, True, False, 'none', 'score' or 'learned', got 'other'"),
     ],
 )
 def test_modes_that_do_not_fit(options, message) -> None:
