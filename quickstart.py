@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from tarflow import TARFlowPipeline
+from tarflow.cli.quiet import hush_libraries
 from tarflow.common.command import ending
 from tarflow.common.files import write_picture
 from tarflow.data.drawings import CLASS_NAMES
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     if "--config" not in argv and not any(argument.startswith("--config=") for argument in argv):
         argv = ["--config", "configs/quickstart_text.yaml", *argv]
+    hush_libraries()
     with ending():
         config, resolved = parse_config(["--resume", "auto", *argv], __doc__)
         metrics = flow_trainer(config, resolved).run()

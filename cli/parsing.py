@@ -111,9 +111,12 @@ def check_places(settings: Any) -> None:
 
 
 def loading() -> None:
-    """Tell a person at a terminal what the next seconds are for; the next line takes its place."""
+    """Load the libraries, which takes seconds: a person at a terminal is told, and the next line takes that one's place."""
     if sys.stderr.isatty():
         print("loading libraries …", end="\r", file=sys.stderr, flush=True)
+    from tarflow.cli.quiet import hush_libraries
+
+    hush_libraries()
 
 
 def with_config_file(argv: list[str] | None) -> list[str]:

@@ -132,8 +132,8 @@ def readable_names(classes: list[str], names: dict[str, Any] | list[Any] | None)
         if missing := [name for name in classes if name not in names]:
             known = ", ".join(repr(name) for name in list(names)[:10])
             raise ValueError(
-                f"data.class_names lacks the classes {', '.join(missing[:10])}; it has {known}. In YAML, put names such "
-                "as 01, no or 1e3 in quotes"
+                f"data.class_names lacks the classes {', '.join(missing[:10])}; it has {known}. Give --data.class_names null for the "
+                "folders' own names; in YAML, put names such as 01, no or 1e3 in quotes"
             )
         found = tuple(names[name] for name in classes)
     elif len(names) != len(classes):

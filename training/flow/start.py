@@ -9,11 +9,12 @@ from transformers import T5EncoderModel
 
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.resize import resized_model
+from tarflow.models import AUTOENCODERS
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.config import TextConfig
 from tarflow.training.flow.text import load_text
-from tarflow.vae.codec import autoencoder_hash, weights_hash
+from tarflow.vae.codec import autoencoder_hash, load_autoencoder, weights_hash
 
 
 @dataclass
@@ -38,7 +39,18 @@ class Start:
         """An error if the run's autoencoder (or its hash; None for pixels) is not the pipeline's."""
         own = None if self.pipeline.vae is None else autoencoder_hash(self.pipeline.vae)
         if own != (other if other is None or isinstance(other, str) else autoencoder_hash(other)):
-            raise ValueError(f"the pipeline {self.name!r} has another autoencoder than vae.name and the data give")
+            raise ValueError(
+                f"the pipeline {self.name!r} has another autoencoder than vae.name and the data give: {self.vae_options()}"
+            )
+
+    def vae_options(self) -> str:
+        """What to give so that a run has the pipeline's own autoencoder."""
+        if self.pipeline.vae is None:
+            return "give --vae.name none, as it models pixels"
+        hashes = {autoencoder_hash(load_autoencoder(name)): name for name in AUTOENCODERS}
+        if (shipped := hashes.get(autoencoder_hash(self.pipeline.vae))) is not None:
+            return f"give --vae.name {shipped}"
+        return f"give --vae.name {self.name} --vae.subfolder vae, and of cached latents those of that autoencoder"
 
     def text(self, config: TextConfig) -> tuple[Any, Any]:
         """Text encoder and tokenizer: a small encoder is the pipeline's, a pretrained one is loaded anew."""
@@ -76,7 +88,10 @@ class Start:
         for key, value in given.items():
             found = list(own[key]) if isinstance(own[key], tuple) else own[key]
             if key != "sample_size" and found != value:
-                raise ValueError(f"flow.{key} is {value}, but the pipeline {self.name!r} has {found}; leave it out")
+                raise ValueError(
+                    f"flow.{key} is {value}, but the pipeline {self.name!r} has {found}: give --flow.{key} {found}, or take "
+                    "it out of the configuration"
+                )
         sizes = {"sample_size": given["sample_size"]} if "sample_size" in given else {}
         return {key: value for key, value in own.items() if key != "sample_size"} | sizes
 
