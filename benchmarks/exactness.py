@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from tarflow.common.charts import markdown_table
 from tarflow.flows.decoding.method import FAST_TOLERANCE, Decoding
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.layers.guidance import Guidance
+from tarflow.pipeline.loading.examples import example_captions
 
 
 @dataclass(frozen=True)
@@ -103,12 +102,10 @@ def exactness_table(rows: Sequence[Exactness]) -> str:
     return markdown_table(["pipeline", "method", *(f"{scale:g}" for scale in scales)], lines, ".1e")
 
 
-def captions_of(folder: Any, count: int) -> list[str]:
+def captions_of(pipe: Any, count: int) -> list[str]:
     """Captions for a pipeline: of its folder's ``examples.json`` in turn, or of drawings."""
-    path = Path(folder) / "examples.json" if folder else None
-    if path is not None and path.is_file():
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    else:
+    captions = example_captions(pipe)
+    if not captions:
         shapes = ("circle", "square", "triangle", "star", "ring", "cross")
         captions = [f"a {('small', 'large')[i % 2]} red {shape} on a dark background" for i, shape in enumerate(shapes)]
     return [captions[i % len(captions)] for i in range(count)]

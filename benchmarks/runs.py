@@ -113,7 +113,7 @@ def conditions(model: TARFlowModel, text: Any, batch: int) -> tuple[Any, Any]:
     """Different conditions for each sample, and the null condition, as the blocks take them."""
     if model.config.conditioning == "prefix":
         if text is not None:
-            prompts = captions_of(text.config.get("_name_or_path"), batch)
+            prompts = captions_of(text, batch)
             cond, null = text.encode_prompt(prompts, model.device)
         else:
             shape = (batch, 128, model.config.cond_dim)

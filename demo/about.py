@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.common.words import count_in_words
+from tarflow.pipeline.loading.examples import example_captions, folder_of
 from tarflow.pipeline.loading.folder import HELD_OUT
 
 CONDITIONS = {"prefix": "captions", "none": "none", "class_vectors": "classes", "class_prefix": "classes"}
@@ -23,12 +24,6 @@ PICTURES = {
     ".gif": "image/gif",
 }
 LARGEST_PICTURE = 4_000_000
-
-
-def folder_of(pipe: Any) -> Path | None:
-    """The folder that a pipeline was loaded from, if there is one."""
-    path = Path(pipe.config.get("_name_or_path") or "")
-    return path if (path / "model_index.json").is_file() else None
 
 
 def name_of(pipe: Any) -> str:
@@ -135,11 +130,5 @@ def held_out_in_words(pipe: Any) -> str:
 
 
 def examples(pipe: Any) -> list[str]:
-    """Prompts of the folder's ``examples.json``, a list of texts; none without such a file."""
-    folder = folder_of(pipe)
-    try:
-        prompts = json.loads((folder / "examples.json").read_text(encoding="utf-8")) if folder else []
-    except (OSError, ValueError):
-        return []
-    listed = prompts if isinstance(prompts, list) else []
-    return [prompt for prompt in listed if isinstance(prompt, str) and prompt.strip()][:MOST_EXAMPLES]
+    """The first prompts of the folder's ``examples.json``; none without such a file."""
+    return example_captions(pipe)[:MOST_EXAMPLES]

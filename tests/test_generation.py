@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_pipeline import CAPTIONS, make_pipeline
 
+from tarflow import TARFlowPipeline
 from tarflow.common.seeds import image_seed
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.images import store as image_store
@@ -21,6 +22,7 @@ from tarflow.evaluation.samples.conditions import make_conditions, read_captions
 from tarflow.evaluation.samples.generation import generate_images
 from tarflow.evaluation.samples.match import all_captions
 from tarflow.evaluation.samples.settings import GenerationConfig
+from tarflow.pipeline.loading.examples import write_examples
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +256,7 @@ def test_numbers_out_of_range(tmp_path, options, message) -> None:
         ("none", {"labels": "balanced"}, "conditioning 'none' and takes no labels"),
         ("none", {"captions": "drawings"}, "takes no captions"),
         ("none", {"denoise": "learned"}, "no learned denoiser"),
-        ("prefix", {}, "draws from captions: give a file"),
+        ("prefix", {}, "has no examples.json: give --captions FILE"),
         ("prefix", {"captions": "absent.txt"}, "cannot read the captions file 'absent.txt'"),
         ("prefix", {"captions": "data"}, "no data is given"),
         ("class_prefix", {"labels": 3}, "class labels must be 0 to 2, got 3"),
@@ -277,3 +279,16 @@ def test_bad_caption_files(tmp_path) -> None:
         read_captions(str(tmp_path / "empty.txt"))
     with pytest.raises(ValueError, match=r"line 2 of .*bad\.jsonl' is no JSON object with a text"):
         read_captions(str(tmp_path / "bad.jsonl"))
+
+
+def test_captions_are_the_pipelines_own_examples_unless_told(tmp_path) -> None:
+    make_pipeline("prefix").save_pretrained(tmp_path / "pipeline")
+    write_examples(tmp_path / "pipeline", ["a red ring", "a blue star", "a red ring"])
+    write_examples(tmp_path / "pipeline", ["another"])  # what is there stays
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    conditions = make_conditions(pipe)
+    assert conditions.values(range(3)) == ["a red ring", "a blue star", "a red ring"]
+    assert conditions.summary["count"] == 2 and conditions.fixed
+    of_data = make_conditions(pipe, data=DataConfig(image_size=16))
+    assert of_data.summary == make_conditions(pipe, captions="data", data=DataConfig(image_size=16)).summary
+    assert not set(of_data.values(range(3))) & {"a blue star"}

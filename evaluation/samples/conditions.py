@@ -19,6 +19,7 @@ from tarflow.data.named import NamedDataset
 from tarflow.evaluation.samples.match import all_captions
 from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
+from tarflow.pipeline.loading.examples import example_captions
 
 #: Labels of so many drawings are counted, as there is no end of them.
 COUNTED_DRAWINGS = 10_000
@@ -65,15 +66,35 @@ def make_conditions(
     check_kind(kind, {"captions": captions}, {"labels": labels, "label_counts": label_counts})
     if kind == "prefix":
         if captions is None:
-            raise ValueError("this model draws from captions: give a file of them, 'drawings', or 'data' with data")
+            captions, examples = default_captions(pipe, data)
+            return caption_conditions(captions, data, split, examples)
         return caption_conditions(captions, data, split)
     if kind == "none":
         return Conditions("none", lambda indices: [], {"kind": "none"})
     return label_conditions(pipe, seed, labels, label_counts, data, split)
 
 
-def caption_conditions(captions: str, data: DataConfig | None, split: str) -> Conditions:
-    """Image i has caption i, and after the last one the first again."""
+def default_captions(pipe: FlowPipeline, data: DataConfig | None) -> tuple[str, list[str]]:
+    """Where captions come from if nobody says so: the data, if some is given, or else the pipeline's own examples.
+
+    Returns:
+        what `GenerationConfig` calls the captions, or "examples"; and these.
+
+    Raises:
+        ValueError: that names the options, if there is neither.
+    """
+    if data is not None:
+        return "data", []
+    if examples := example_captions(pipe):
+        return "examples", examples
+    raise ValueError(
+        "this model draws from captions, and its folder has no examples.json: give --captions FILE, with one per line, or "
+        "--captions data with --data.source folder --data.path PATH, or of a model of drawings --captions drawings"
+    )
+
+
+def caption_conditions(captions: str, data: DataConfig | None, split: str, examples: Sequence[str] = ()) -> Conditions:
+    """Image i has caption i, and after the last one the first again; ``examples`` take the place of captions."""
     if captions == "data":
         if data is None:
             raise ValueError("captions are to be the data's, but no data is given")
@@ -83,7 +104,7 @@ def caption_conditions(captions: str, data: DataConfig | None, split: str) -> Co
         texts: Any = images.caption
         count, digest = len(images), repr((data, split))
     else:
-        lines = all_captions() if captions == "drawings" else read_captions(captions)
+        lines = list(examples) or (all_captions() if captions == "drawings" else read_captions(captions))
         texts, count, digest = lines.__getitem__, len(lines), "\n".join(lines)
     summary = {"kind": "caption", "count": count, "sha256": hashlib.sha256(digest.encode()).hexdigest()}
     fixed = captions != "data" or (data is not None and data.source == "drawings")

@@ -22,7 +22,8 @@ class SampleSubjects:
     Attributes:
         pipeline: folder, shipped name or hub id.
         captions: of models that take captions: a file with one per line, or ``.jsonl`` with "text" in each; "drawings"
-            (one for each of their 108 combinations), or "data". With too few the first ones come again.
+            (one for each of their 108 combinations), or "data". With too few the first ones come again. None takes the
+            data's, if some is given, or else the examples in the pipeline's folder.
         labels: of class-conditional models: "balanced" (all classes in turn; also None), "data" (drawn by
             frequency), or one label for all by index or name.
         guidance_scale: 1 is off; None is the pipeline's own.

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tarflow.common.progress import write_line
+from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
 from tarflow.training.flow.inputs import InputMaker
@@ -21,6 +22,7 @@ from tarflow.training.flow.report import (
     build_pipeline,
     drawing_line_of,
     metrics_of,
+    own_captions,
     write_grids,
     write_held_out,
 )
@@ -37,6 +39,9 @@ from tarflow.training.loop.task import Batch, Learner, State, Task, is_due
 
 if TYPE_CHECKING:
     from tarflow.training.flow.metric import SampleMetric
+
+#: So many captions of the data are kept in the pipeline's folder, as examples of what it draws.
+EXAMPLE_CAPTIONS = 128
 
 
 class FlowTask(Task):
@@ -220,6 +225,9 @@ class FlowTask(Task):
                 pipe.save_pretrained(self.folder / save_as)
                 count = 0 if self.validation is None else min(log.eval_images, len(self.validation))
                 write_held_out(self.folder / save_as, held_out or {}, count)
+                if self.config.text.kind != "none":
+                    captions = own_captions(self.parts.validation or self.parts.train, EXAMPLE_CAPTIONS)
+                    write_examples(self.folder / save_as, captions)
             if draw or measure:
                 pipe.to(self.accelerator.device)
             if draw:
