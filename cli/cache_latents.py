@@ -20,8 +20,13 @@ from tarflow.training.latent_cache.config import CacheConfig
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(CacheConfig, argv, __doc__, "tarflow cache-latents")
-        check_writable(config.output, folder=True)
+        config, _ = read_settings(
+            CacheConfig,
+            argv,
+            __doc__,
+            "tarflow cache-latents",
+            lambda config: check_writable(config.output, folder=True),
+        )
         from accelerate import PartialState
 
         from tarflow.training.latent_cache.caching import cache_latents

@@ -20,8 +20,13 @@ from tarflow.experiments.settings import ComparisonConfig
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(ComparisonConfig, argv, __doc__, "tarflow compare-decoding")
-        check_writable(config.out, folder=True)
+        config, _ = read_settings(
+            ComparisonConfig,
+            argv,
+            __doc__,
+            "tarflow compare-decoding",
+            lambda config: check_writable(config.out, folder=True),
+        )
         from tarflow.experiments.decoding import compare_decoding
         from tarflow.pipeline.opening import open_pipeline
 

@@ -18,8 +18,13 @@ from tarflow.experiments.family.settings import FlowComparison
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(FlowComparison, argv, __doc__, "tarflow compare-flows")
-        check_writable(config.output, folder=True)
+        config, _ = read_settings(
+            FlowComparison,
+            argv,
+            __doc__,
+            "tarflow compare-flows",
+            lambda config: check_writable(config.output, folder=True),
+        )
         from tarflow.experiments.family.comparison import compare_flows
 
         path = compare_flows(config)

@@ -18,8 +18,13 @@ from tarflow.experiments.settings import StudentComparisonConfig
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(StudentComparisonConfig, argv, __doc__, "tarflow compare-student")
-        check_writable(config.out, folder=True)
+        config, _ = read_settings(
+            StudentComparisonConfig,
+            argv,
+            __doc__,
+            "tarflow compare-student",
+            lambda config: check_writable(config.out, folder=True),
+        )
         from tarflow.experiments.students import compare_student
         from tarflow.pipeline.opening import open_pipeline
 

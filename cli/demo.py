@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from tarflow.cli.parsing import PIPELINE_HELP, CommandParser, loading
 from tarflow.pipeline.loading.place import default_pipeline, locate
 
@@ -30,6 +32,8 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if not 0 < args.port < 2**16:
         raise ValueError(f"--port must be 1 to 65535, got {args.port}")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the page needs Gradio: pip install 'tarflow[demo]'")
     locate(args.pipeline or default_pipeline())
     loading()
     # Imported here: it takes seconds, for which wrong options need not wait.

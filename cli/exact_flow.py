@@ -22,8 +22,7 @@ from tarflow.experiments.settings import ExactFlowConfig
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(ExactFlowConfig, argv, __doc__, "tarflow exact-flow")
-        check_place(config)
+        config, _ = read_settings(ExactFlowConfig, argv, __doc__, "tarflow exact-flow", check_place)
         from tarflow.experiments.exact_flow import draw_tool
 
         draw_tool(config)

@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None, prog: str = "tarflow evaluate fid", desc
         if not argv or argv[0] not in COMMANDS:
             raise ValueError(f"expected a command of {', '.join(COMMANDS)} first, got {argv[0] if argv else 'nothing'}")
         check_data_is_given_once(argv)
-        config, _ = read_settings(COMMANDS[argv[0]], argv[1:], description, f"{prog} {argv[0]}")
-        check_paths(config)
+        config, _ = read_settings(COMMANDS[argv[0]], argv[1:], description, f"{prog} {argv[0]}", check_paths)
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
 

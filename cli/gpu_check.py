@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tarflow.benchmarks.choices import GPU_CHECKS, GPU_PARTS
-from tarflow.cli.parsing import CommandParser
+from tarflow.cli.parsing import CommandParser, loading
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"there is no file {arguments.emoji!r}: --emoji takes a zip archive with metadata.jsonl")
         folder = Path(arguments.output).expanduser()
         check_writable(folder, folder=True)
+        loading()
         from tarflow.pipeline.loading.device import best_device  # imported here, as what measures: it takes seconds
 
         device = best_device()

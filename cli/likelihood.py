@@ -59,9 +59,7 @@ def main(
         prog, description: how the help calls this, and what it says of it.
     """
     with ending():
-        config, _ = read_settings(LikelihoodConfig, argv, description, prog)
-        if config.output is not None:
-            check_writable(config.output)
+        config, _ = read_settings(LikelihoodConfig, argv, description, prog, check_place)
         from tarflow.data.images import Images
         from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
         from tarflow.pipeline.opening import open_pipeline
@@ -86,6 +84,16 @@ def main(
         print(report(result, pipe.config.noise_std), flush=True)  # first: what is printed is not lost
         if config.output is not None:
             write_json(config.output, dataclasses.asdict(result), nan_as_null=True)
+
+
+def check_place(config: LikelihoodConfig) -> None:
+    """Whether the result can be written.
+
+    Raises:
+        ValueError: if not.
+    """
+    if config.output is not None:
+        check_writable(config.output)
 
 
 def report(result: Any, noise_std: float) -> str:

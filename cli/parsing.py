@@ -8,7 +8,7 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from tarflow import configs
@@ -73,19 +73,24 @@ def dispatch(prog: str, commands: Sequence[str], argv: list[str], help_text: str
     importlib.import_module(f"tarflow.cli.{argv[0].replace('-', '_')}").main(argv[1:])
 
 
-def read_settings(kind: type, argv: list[str] | None, description: str | None, prog: str) -> tuple[Any, str]:
+def read_settings(
+    kind: type, argv: list[str] | None, description: str | None, prog: str, check: Callable[[Any], None] | None = None
+) -> tuple[Any, str]:
     """A command's settings, and their resolved YAML; what can be said of them at once is said before libraries are loaded.
 
     Args:
         kind: the dataclass.
         argv: the arguments; None takes those of the command line.
         description, prog: what the help says the command does, and how it calls it.
+        check: refuses settings by what is quickly known.
 
     Raises:
         ValueError: with one sentence, also for a pipeline or data that is not there.
     """
     settings, resolved = parse_dataclass(kind, with_config_file(argv), description, prog)
     check_places(settings)
+    if check is not None:
+        check(settings)
     loading()
     return settings, resolved
 

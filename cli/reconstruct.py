@@ -17,8 +17,13 @@ from tarflow.evaluation.reconstruction.settings import ReconstructConfig
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(ReconstructConfig, argv, __doc__, "tarflow reconstruct")
-        check_writable(config.out, folder=True)
+        config, _ = read_settings(
+            ReconstructConfig,
+            argv,
+            __doc__,
+            "tarflow reconstruct",
+            lambda config: check_writable(config.out, folder=True),
+        )
         from tarflow.evaluation.reconstruction.floor import reconstruct
 
         count, ratio = reconstruct(config)

@@ -16,8 +16,9 @@ from tarflow.evaluation.reports.settings import ReportConfig
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(ReportConfig, argv, __doc__, "tarflow report")
-        check_writable(config.out)
+        config, _ = read_settings(
+            ReportConfig, argv, __doc__, "tarflow report", lambda config: check_writable(config.out)
+        )
         from tarflow.evaluation.reports.html import write_report
         from tarflow.pipeline.loading.device import best_device
 

@@ -22,9 +22,7 @@ from tarflow.evaluation.reports.settings import SweepConfig
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(SweepConfig, argv, __doc__, "tarflow sweep")
-        check_writable(config.gen.out, folder=True)
-        check_matplotlib()
+        config, _ = read_settings(SweepConfig, argv, __doc__, "tarflow sweep", check_place)
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
 
@@ -35,3 +33,13 @@ def main(argv: list[str] | None = None) -> None:
         run_sweep(config, None, state.process_index, state.num_processes, state.device, state.wait_for_everyone)
     if state.is_main_process:
         print((Path(config.gen.out).expanduser() / "sweep.md").read_text(encoding="utf-8"))
+
+
+def check_place(config: SweepConfig) -> None:
+    """Whether tables and plots can be written.
+
+    Raises:
+        ValueError: if not.
+    """
+    check_writable(config.gen.out, folder=True)
+    check_matplotlib()

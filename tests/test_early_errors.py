@@ -59,6 +59,9 @@ WRONG = [
     ("benchmark memory --model nothing", "there is no configuration 'nothing'"),
     ("benchmark training --batches 0", "--batches must be at least 1"),
     ("convert --checkpoint nowhere --config x --output y", "--checkpoint: there is no file 'nowhere'"),
+    ("gpu-check --minutes 0", "--minutes must be above 0"),
+    ("sweep --gen.pipeline emoji --gen.out /dev/null/x --match true", "cannot write '/dev/null/x'"),
+    ("evaluate fid gen --pipeline emoji --out /dev/null/x", "cannot write '/dev/null/x'"),
     ("check-reference nowhere", "there is no folder 'nowhere'"),
     ("export --pipeline nowhere --output x", "there is no pipeline 'nowhere'"),
 ]
