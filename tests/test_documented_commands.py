@@ -154,9 +154,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def stop() -> None:
         raise CheckedError
 
-    monkeypatch.setattr(parsing, "loading", stop)
-    for name in COMMANDS:
-        module = importlib.import_module(f"tarflow.cli.{name.replace('-', '_')}")
+    # All are imported first: one that is imported later would keep what stands there now.
+    modules = [importlib.import_module(f"tarflow.cli.{name.replace('-', '_')}") for name in COMMANDS]
+    for module in (parsing, *modules):
         if hasattr(module, "loading"):
             monkeypatch.setattr(module, "loading", stop)
     make_files(["--pipeline", "runs/quickstart/pipeline"], tmp_path)  # which configs/fid_example.yaml names
