@@ -255,14 +255,14 @@ def best(speeds: list[TrainingSpeed]) -> TrainingSpeed | None:
 
 
 def loss_differences(speeds: list[TrainingSpeed]) -> dict[str, float]:
-    """For each precision, the largest difference of a loss to the published float32 one of the same batch (or, without
-    it, to the batch's first row)."""
+    """For each precision, the largest difference of a loss, relative if it is above 1, to the published float32 one of the same batch (or,
+    without it, to the batch's first row)."""
     differences: dict[str, float] = {}
     for batch in sorted({speed.batch for speed in speeds}):
         rows = [speed for speed in speeds if speed.batch == batch and speed.loss is not None]
         rows.sort(key=lambda row: (row.precision != "float32", row.variant != "published"))
         losses = [(row.precision, row.loss) for row in rows if row.loss is not None]
         for precision, loss in losses:
-            difference = abs(loss - losses[0][1])
+            difference = abs(loss - losses[0][1]) / max(1.0, abs(losses[0][1]))  # losses may be near 0
             differences[precision] = max(differences.get(precision, 0.0), difference)
     return differences
