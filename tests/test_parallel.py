@@ -103,7 +103,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, dict[str, Any]], kind: str) -> None:
     arguments = [*ARGUMENTS, *SMALL_TEXT, "--train.batch_size", "4", "--train.steps", "6"]
     runs = {"whole": [*arguments, "--output", str(tmp_path / "whole"), "--log.sample_every", "3"]}
-    muon = [*arguments, "--optim.name", "muon", "--train.steps", "3", "--log.checkpoint_every", "0"]
+    muon = [*arguments, "--optim.name", "muon", "--train.steps", "3", "--log.checkpoint_every", "2"]
     runs["muon"] = [*muon, "--output", str(tmp_path / "muon")]
     if kind == "ddp":  # a checkpoint of one process goes on with two
         resume = ["--resume", str(one_process[0] / "checkpoints" / "step_00000004")]
@@ -141,7 +141,11 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
         folders = ["resumed", "more"]
     else:
         runs = {"resumed": [*arguments, "--output", str(tmp_path / "resumed"), "--train.batch_size", "8", *resume]}
-        result = launch(kind, 1, runs, tmp_path)["resumed"]
+        resume = ["--resume", str(tmp_path / "muon" / "checkpoints" / "step_00000002")]
+        runs["muon"] = [*muon, "--output", str(tmp_path / "muon_resumed"), "--train.batch_size", "8", *resume]
+        results = launch(kind, 1, runs, tmp_path)
+        result = results["resumed"]
+        assert losses(results["muon"])[3] == pytest.approx(losses(logged)[3], abs=1e-4)
         assert result["processes"] == 1
         assert losses(result) == pytest.approx({step: expected[step] for step in (5, 6)}, abs=1e-5)
         resumed, folders = held_out(result), ["resumed"]

@@ -382,7 +382,7 @@ class TestTraining:
         [
             (["--data.image_size", "32"], r"has pictures of 16 pixels, but data\.image_size is 32"),
             (["--num_layers", "2"], "num_layers must be at least 3, one more than the states of the flow"),
-            (["--perceptual", "1"], "perceptual_weights must name the weights' file"),
+            (["--perceptual", "1"], "perceptual needs weights of mobilenet_v2: set perceptual_weights"),
             (["--unguided_share", "2"], r"unguided_share must be in \[0, 1\], got 2"),
             (["--guidance_scale", "0.5"], r"guidance_scale must be at least 1 \(off\), got 0\.5"),
         ],

@@ -83,6 +83,22 @@ def test_resume_is_bit_identical(tmp_path, kind):
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+def test_other_passes_from_an_odd_step_on_are_the_same_training(tmp_path):
+    options = ["--train.steps", "6", "--train.accumulation", "1"]
+    train(tmp_path / "whole", *options)
+    train(tmp_path / "parts", *options, "--log.checkpoint_every", "3")
+    resume = ["--resume", str(tmp_path / "parts" / "checkpoints" / "step_00000003")]
+    train(tmp_path / "again", *options, "--train.batch_size", "4", "--train.accumulation", "2", *resume)
+    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert all(torch.allclose(whole[key], again[key], atol=1e-5) for key in whole)
+
+
+def test_a_limit_in_minutes_that_is_new_ends_nothing(tmp_path):
+    train(tmp_path, "--train.steps", "2", "--log.checkpoint_every", "2")
+    trainer, _ = train(tmp_path, "--train.steps", "4", "--train.max_minutes", "5", "--resume", "latest")
+    assert trainer.step == 4
+
+
 PIXEL_FLOW = (
     '{"layers_per_block": [1, 1], "width": 64, "head_dim": 32, "patch_size": 4, "patch_layout": "channel_first", '
     '"start_token": false, "scale": "exp", "soft_clip": 0, "positions": "learned", "final_norm": false, '

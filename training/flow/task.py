@@ -76,6 +76,7 @@ class FlowTask(Task):
         self.train, self.validation = self.parts.train, self.parts.validation
         self.text = text_invariants(config.text, self.parts.text_encoder)
         self.adapter = prepare_adapters(config, self.parts, self.start)
+        self.begins_anew, self.start = self.start is None, None  # of a pipeline only the parts are kept
         if state is None and config.data.verify:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
 
@@ -109,7 +110,7 @@ class FlowTask(Task):
             shard_layers(accelerator, parts.text_encoder)
         self.objective = self.make_objective(parts.text_encoder if inside else None)
         self.inputs = InputMaker(config, parts, accelerator.device, inside, accelerator.autocast)
-        if fresh and self.start is None:
+        if fresh and self.begins_anew:
             initialize_actnorm(self.objective, self.inputs, parts)
         groups = parameter_groups(self.objective, optim.lr, optim.denoiser_lr, config.joint.lr)
         optimizer = make_optimizer(groups, optim, self.objective)

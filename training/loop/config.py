@@ -51,7 +51,8 @@ class RateSettings:
         lr: the peak, after ``warmup_steps``.
         weight_decay: of AdamW.
         max_grad_norm: gradients of a larger norm, a discriminator's too, are scaled down to it.
-        muon_lr, muon_weight_decay: of Muon's matrices; None takes ``lr`` and ``weight_decay``.
+        muon_lr, muon_weight_decay: of Muon's matrices; None takes ``lr`` and ``weight_decay``. Parts with a rate of their
+            own, a learned denoiser or an autoencoder that is trained along, have it times ``muon_lr / lr`` there.
         muon_momentum: of Muon.
     """
 

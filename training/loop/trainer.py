@@ -100,14 +100,19 @@ class Trainer:
         """Go on from a checkpoint."""
         groups = self.task.learner.optimizer
         wanted = [{name: group[name] for name in OPTIMIZER_SETTINGS if name in group} for group in groups.param_groups]
+        accelerator = self.accelerator
+        if accelerator.scaler is not None:  # FSDP steps the optimizer while it loads, before a scale would be made
+            accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
         with reading(checkpoint):
-            self.accelerator.load_state(str(checkpoint))
+            accelerator.load_state(str(checkpoint))
+        # Passes are counted within a step: a checkpoint of other numbers of them would shift the gradients' exchange.
+        accelerator.step = 0
         for group, own in zip(groups.param_groups, wanted, strict=True):
             group.update(own)  # this run's, not the checkpoint's
         self.averages.load(checkpoint / "averages", state["ema_steps"])
         self.step, self.lowered = state["step"], state["lowered"]
         self.stepper.spikes = state.get("spikes", 0)
-        if self.settings.train.max_minutes is not None:
+        if self.settings.train.max_minutes is not None and self.lowered:
             self.total_steps = state["total_steps"]
 
     def save_checkpoint(self) -> None:

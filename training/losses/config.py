@@ -29,6 +29,23 @@ class PerceptualConfig:
     perceptual_normalize: Literal["imagenet", "half"] = "imagenet"
     perceptual_layers: list[str] | None = None
 
+    def check_perceptual(self, begin: str = "") -> None:
+        """Errors of settings that do not fit each other.
+
+        Args:
+            begin: what their names begin with for the user.
+        """
+        check(self.perceptual_layers != [], f"{begin}perceptual_layers is empty: name at least one, or null")
+        if self.perceptual > 0 and self.perceptual_network == LPIPS:
+            for name in ("perceptual_weights", "perceptual_layers"):
+                check(getattr(self, name) is None, f"{begin}{name} is for classifiers of Torchvision, not for lpips")
+        elif self.perceptual > 0:
+            check(
+                self.perceptual_weights is not None,
+                f"{begin}perceptual needs weights of {self.perceptual_network}: set {begin}perceptual_weights to their "
+                "file",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureLossConfig(PerceptualConfig):
@@ -57,15 +74,7 @@ class PictureLossConfig(PerceptualConfig):
             self.l1 + self.l2 + self.perceptual > 0,
             "loss.l1, loss.l2 and loss.perceptual are all 0: nothing makes pictures like their originals",
         )
-        check(self.perceptual_layers != [], "loss.perceptual_layers is empty: name at least one, or null")
-        if self.perceptual > 0 and self.perceptual_network == LPIPS:
-            for name in ("perceptual_weights", "perceptual_layers"):
-                check(getattr(self, name) is None, f"loss.{name} is for classifiers of Torchvision, not for lpips")
-        elif self.perceptual > 0:
-            check(
-                self.perceptual_weights is not None,
-                f"loss.perceptual needs weights of {self.perceptual_network}: set loss.perceptual_weights to their file",
-            )
+        self.check_perceptual("loss.")
 
     @property
     def discriminator_shape(self) -> list[int] | None:

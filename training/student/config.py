@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tarflow.common.checks import AtLeastOne, Fraction, Interval, NotNegative, at_least, check
 from tarflow.training.loop.component_config import ComponentConfig
-from tarflow.training.losses.config import LPIPS, PerceptualConfig
+from tarflow.training.losses.config import PerceptualConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,5 @@ class StudentConfig(ComponentConfig, PerceptualConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.perceptual == 0 or self.perceptual_network == LPIPS or self.perceptual_weights is not None,
-            "perceptual is on, so perceptual_weights must name the weights' file of its network",
-        )
+        self.check_perceptual()
         check(self.data.source != "latents", "a student learns from pictures: data.source cannot be 'latents'")
