@@ -450,7 +450,7 @@ def test_numbers_as_class_names(tmp_path: Path) -> None:
     settings.write_text("output: out\ndata: {class_names: {cat: no}}\n")
     with pytest.raises(ValueError, match=r"data\.class_names"):
         parse_config(["--config", str(settings)])
-    with pytest.raises(ValueError, match=r"lacks the classes 02; it has '1', '2'\. In YAML, put names .* in quotes"):
+    with pytest.raises(ValueError, match=r"lacks the classes 02; it has '1', '2'\..* in YAML, put names .* in quotes"):
         readable_names(["1", "02"], {"1": "one", "2": "two"})
     with pytest.raises(ValueError, match="1 names stand for several classes, first 'crane'"):
         readable_names(["bird", "machine"], ["crane", "crane"])
