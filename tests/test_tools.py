@@ -25,7 +25,7 @@ def recipe(target: str) -> list[str]:
 def test_all_tests_come_after_every_fast_check() -> None:
     fast, whole = recipe("check"), recipe("test")
     assert fast[:-1] == whole[:-1] == ["ruff check .", "ruff format --check .", "mypy"]
-    assert whole[-1] == "pytest"
+    assert whole[-1] == "pytest -n 2 --dist loadfile"
     names = re.search(r"^FAST_TESTS = ((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
     assert names is not None
     files = names[1].replace("\\", "").split()
