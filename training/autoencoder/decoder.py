@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from tarflow.data.images import Images
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.training.autoencoder.decoder_config import DecoderConfig
-from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.component import ComponentFolders, example_line, noisy_latents, open_splits, write_rows
 from tarflow.training.loop.draws import draw_chances
+from tarflow.training.loop.network_trainer import network_trainer
 from tarflow.training.loop.task import Batch, State
-from tarflow.training.loop.trainer import Trainer
 from tarflow.training.losses.task import PictureTask
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder
@@ -112,13 +111,6 @@ class DecoderTask(PictureTask):
         return metrics
 
 
-def decoder_trainer(config: DecoderConfig, resolved: str) -> Trainer:
-    """One run, see `finetune_decoder`."""
-    settings = config.loop(config.folder)
-    accelerator = make_accelerator(settings)
-    return Trainer(settings, resolved, accelerator, DecoderTask(config, accelerator))
-
-
 def finetune_decoder(config: DecoderConfig, resolved: str) -> dict[str, Any]:
     """Train, and save the decoder; returns the last metrics.
 
@@ -130,4 +122,4 @@ def finetune_decoder(config: DecoderConfig, resolved: str) -> dict[str, Any]:
         ValueError: if settings, pipeline, data or checkpoint do not fit.
         OSError: if a file cannot be written.
     """
-    return decoder_trainer(config, resolved).run()
+    return network_trainer(DecoderTask, config, resolved).run()

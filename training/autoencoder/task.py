@@ -21,8 +21,8 @@ from tarflow.training.autoencoder.model import (
     save_autoencoder,
 )
 from tarflow.training.autoencoder.report import HeldOutPictures
-from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.draws import draw_noise
+from tarflow.training.loop.network_trainer import network_trainer
 from tarflow.training.loop.summary import ENDLESS, number_of_pictures
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.loop.trainer import Trainer
@@ -101,6 +101,4 @@ def autoencoder_trainer(config: TrainVaeConfig, resolved: str) -> Trainer:
     Raises:
         ValueError: if the settings do not fit the data, the weights or the checkpoint to resume from.
     """
-    settings = config.loop(config.folder)
-    accelerator = make_accelerator(settings)
-    return Trainer(settings, resolved, accelerator, AutoencoderTask(config, accelerator))
+    return network_trainer(AutoencoderTask, config, resolved)

@@ -41,14 +41,24 @@ class NetworkConfig(StepSettings, RateSettings, LogSettings):
         check_ranges(self)
         check_muon(self, self.optimizer)
 
+    @property
+    def folder(self) -> Path:
+        """Of the run; subclasses say which."""
+        raise NotImplementedError(f"{type(self).__name__} lacks `folder`")
+
+    @property
+    def optim(self) -> OptimConfig:
+        """The optimizer's settings: the rates, and a cosine down to 0."""
+        rates = {field.name: getattr(self, field.name) for field in fields(RateSettings)}
+        return OptimConfig(name=self.optimizer, **rates, min_lr_ratio=0.0)
+
     def loop(self, folder: Path) -> LoopSettings:
         """What the loop goes by, of a run in ``folder``."""
-        rates = {field.name: getattr(self, field.name) for field in fields(RateSettings)}
         return LoopSettings(
             folder=folder,
             resume=self.resume,
             train=self,
-            optim=OptimConfig(name=self.optimizer, **rates, min_lr_ratio=0.0),
+            optim=self.optim,
             log=self,
             ema_decays=(self.ema_decay,),
             sections=False,

@@ -70,7 +70,7 @@ class NetworkTask(Task):
     def prepare(self, fresh: bool) -> None:
         config = self.config
         groups = [{"params": list(self.network.parameters()), "peak_lr": config.lr}]
-        optimizer = make_optimizer(groups, config.loop(self.folder).optim, self.network, self.betas, fused=False)
+        optimizer = make_optimizer(groups, config.optim, self.network, self.betas, fused=False)
         self.learner = Learner(*self.accelerator.prepare(self.network, optimizer))
 
     def begin(self, fresh: bool) -> None:

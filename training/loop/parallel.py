@@ -8,9 +8,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    FullyShardedDataParallelPlugin,
-)
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 
 from tarflow.data.latents import CachedLatents
@@ -36,8 +34,7 @@ def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES.get(mixed_precision), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
-    return plugin
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def shard_layers(accelerator: Accelerator, text_encoder: nn.Module) -> None:

@@ -16,12 +16,11 @@ from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.component import ComponentFolders, example_line, open_splits, write_rows
 from tarflow.training.loop.network_task import NetworkTask
+from tarflow.training.loop.network_trainer import network_trainer
 from tarflow.training.loop.task import Batch, State
-from tarflow.training.loop.trainer import Trainer
 from tarflow.training.student.config import StudentConfig
 from tarflow.training.student.objective import StudentObjective
 
@@ -195,13 +194,6 @@ def student_arguments(config: StudentConfig, pipe: Any) -> dict[str, Any]:
     }
 
 
-def student_trainer(config: StudentConfig, resolved: str) -> Trainer:
-    """One run, see `train_student`."""
-    settings = config.loop(config.folder)
-    accelerator = make_accelerator(settings)
-    return Trainer(settings, resolved, accelerator, StudentTask(config, accelerator))
-
-
 def train_student(config: StudentConfig, resolved: str) -> dict[str, Any]:
     """Train, and save the student; returns the last metrics.
 
@@ -213,4 +205,4 @@ def train_student(config: StudentConfig, resolved: str) -> dict[str, Any]:
         ValueError: if settings, pipeline, data or checkpoint do not fit.
         OSError: if a file cannot be written.
     """
-    return student_trainer(config, resolved).run()
+    return network_trainer(StudentTask, config, resolved).run()
