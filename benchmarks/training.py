@@ -19,7 +19,7 @@ from tarflow.benchmarks.published_training import optimizer_as_published, step_a
 from tarflow.benchmarks.random_models import random_inputs
 from tarflow.common.clock import clock
 from tarflow.flows.likelihood import flow_loss
-from tarflow.flows.model import CHECKPOINTED
+from tarflow.flows.token_model import CHECKPOINTED
 
 
 @dataclass(frozen=True)

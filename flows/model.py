@@ -5,8 +5,6 @@ Shapes: B batch, C channels, H × W size of the latents, p patch size, T = H/p �
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -18,17 +16,13 @@ from tarflow.flows.blocks.reversible import through_blocks
 from tarflow.flows.build import check_model, make_blocks, make_denoiser
 from tarflow.flows.decoding import sampling
 from tarflow.flows.habits import FlowOutput, NetworkHabits
-from tarflow.flows.layers.condition import as_condition
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.layers.network import recomputed
-from tarflow.flows.layers.order import patchify, unpatchify
-from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype, weights_move
-
-#: What `TARFlowModel.set_checkpointing` takes.
-CHECKPOINTED = ("none", "block", "layer", "both", "reversible")
+from tarflow.flows.layers.network import TokenNetwork
+from tarflow.flows.layers.prepared import at_hand
+from tarflow.flows.token_model import TokenModel
 
 
-class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
+class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMixin):
     """Flow blocks, listed from the data to the noise.
 
     Args:
@@ -133,51 +127,12 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         self.register_buffer("prior_variance", torch.ones(numbers) if learned_prior else None)
         self.checkpoint_blocks = self.reversible = False
         # Blocks have parameters of their own, so a block is the smallest part that `device_map` may put elsewhere.
-        networks = [*self.blocks, *([] if self.denoiser is None else [self.denoiser])]
-        self._no_split_modules = [*sorted({type(network).__name__ for network in networks}), "TransformerLayer"]
-
-    def set_checkpointing(self, unit: str, every: int = 1) -> None:
-        """Which activations the backward pass computes again instead of keeping them, to save memory.
-
-        Args:
-            unit: "none"; "block", of which only the input tokens stay, (B, T, C) for each block; "layer", of which only
-                the input (B, T, D) stays (of "inverse_autoregressive" blocks as "block"); "both", layers while a block
-                is computed again; "reversible", for coupling blocks, nothing but the last output: inputs are rebuilt
-                from it.
-            every: with "layer" and "both", of every so many layers only; of the others all activations stay.
-
-        Raises:
-            ValueError: for another unit, "reversible" with blocks of another kind, or ``every`` below 1.
-        """
-        if unit not in CHECKPOINTED:
-            raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTED)}, got {unit!r}")
-        if every < 1:
-            raise ValueError(f"checkpointing needs a layer distance of at least 1, got {every}")
-        if unit == "reversible" and self.config.block != "coupling":
-            raise ValueError(f"checkpointing 'reversible' is for block 'coupling', not {self.config.block!r}")
-        self.checkpoint_blocks, self.reversible = unit in ("block", "both"), unit == "reversible"
-        for network in [*self.blocks, *([] if self.denoiser is None else [self.denoiser])]:
-            network.checkpoint_every = every if unit in ("layer", "both") else 0
-            network._gradient_checkpointing_func = recomputed
+        self._no_split_modules = [*sorted({type(network).__name__ for network in self.networks}), "TransformerLayer"]
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether the backward pass computes any activations again."""
-        return self.checkpoint_blocks or self.reversible or super().is_gradient_checkpointing
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keep all activations for the backward pass, also where `set_checkpointing` said otherwise."""
-        self.set_checkpointing("none")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What the constructor was called with, defaults included."""
-        return {key: value for key, value in self.config.items() if not key.startswith("_")}
-
-    @property
-    def null_label(self) -> int:
-        """The class label that means "no class"."""
-        return self.config.num_classes
+    def networks(self) -> list[TokenNetwork]:
+        """The blocks, and the learned denoiser."""
+        return [*self.blocks, *([] if self.denoiser is None else [self.denoiser])]
 
     def forward(
         self,
@@ -208,18 +163,8 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
             tokens, log_det = through_blocks(self.blocks, tokens, grid, condition)
             z = self.unpatchify(tokens, grid)
             return FlowOutput(z, log_det) if return_dict else (z, log_det)
-        log_dets: list[Tensor] = []
-        outputs: list[Tensor] = []
-        for block in self.blocks:
-            again = self.checkpoint_blocks or (block.caches_with_gradients and block.gradient_checkpointing)
-            if torch.is_grad_enabled() and (again or weights_move(block)):
-                tokens, block_log_det = recomputed(block, tokens, grid, condition)
-            else:
-                tokens, block_log_det = block(tokens, grid, condition)
-            log_dets.append(block_log_det)
-            if return_block_outputs:
-                outputs.append(tokens)
-        z, log_det = self.unpatchify(tokens, grid), sum(log_dets[1:], log_dets[0])
+        tokens, log_det, outputs = self.run_blocks(tokens, grid, condition, return_block_outputs)
+        z = self.unpatchify(tokens, grid)
         made = [self.unpatchify(output, grid) for output in outputs] if return_block_outputs else None
         if return_dict:
             return FlowOutput(z, log_det, made)
@@ -280,33 +225,6 @@ class TARFlowModel(FlowAdapters, NetworkHabits, ModelMixin, ConfigMixin):
         condition = self.condition(class_labels, cond, y.shape[0])
         tokens, grid = self.patchify(y)
         return self.unpatchify(self.denoiser(tokens, grid, condition), grid)
-
-    def condition(self, class_labels: Tensor | None, cond: Tensor | None, batch: int) -> Tensor | None:
-        """Labels or prefix as the blocks take them: labels (B,), prefix (B, L, E), or None.
-
-        Raises:
-            ValueError: if the condition is of the wrong kind or shape, or a label is out of range.
-        """
-        last = self.blocks[-1]
-        like = torch.empty(0, device=compute_device(last.proj_in, last), dtype=compute_dtype(last.proj_in))
-        return as_condition(self.config, class_labels, cond, batch, like)
-
-    def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, C, H, W) → row-major tokens (B, T, C·p·p) and the grid (H/p, W/p).
-
-        Raises:
-            ValueError: if the channels are not the model's, or H or W is no multiple of the patch size.
-        """
-        p = self.config.patch_size
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"expected (B, {self.config.in_channels}, H, W), got {tuple(x.shape)}")
-        if x.shape[2] % p or x.shape[3] % p:
-            raise ValueError(f"height and width must be multiples of the patch size {p}, got {tuple(x.shape[2:])}")
-        return patchify(x, p, self.config.patch_layout), (x.shape[2] // p, x.shape[3] // p)
-
-    def unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, T, C·p·p) → (B, C, H, W)."""
-        return unpatchify(tokens, self.config.patch_size, self.config.patch_layout, grid)
 
     def held_prior_variance(self) -> Tensor | None:
         """A copy of the learned prior variance (T, C·p·p) on the device that computes, or None for the unit prior."""
