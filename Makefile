@@ -1,4 +1,4 @@
-# make quickstart: train on the project's own drawings, draw some, and print how many are right
+# make quickstart: train on the project's own drawings, draw some, and print how many are right; MINUTES is how long it trains
 # make demo:       a web page that draws, on this machine; PIPELINE names a folder or a shipped pipeline, HOST and PORT the
 #                  address
 # make check:      what a change must pass first, in about a minute: linter, formatter check, types, some fast tests
@@ -10,6 +10,7 @@ PYTHON ?= python3
 INSTALLED = .venv/installed
 # Without a name the page shows the shipped pipeline of emoji or, without that, the quick start's.
 PIPELINE ?=
+MINUTES ?=
 HOST ?= 127.0.0.1
 PORT ?= 7860
 
@@ -20,7 +21,7 @@ FAST_TESTS = tests/test_imports.py tests/test_configs.py tests/test_tools.py tes
 .PHONY: quickstart demo check format test .venv
 
 quickstart: $(INSTALLED)
-	.venv/bin/python quickstart.py
+	.venv/bin/python quickstart.py $(if $(MINUTES),--train.max_minutes '$(MINUTES)')
 
 demo: $(INSTALLED)
 	.venv/bin/tarflow demo $(if $(PIPELINE),--pipeline '$(PIPELINE)') --host '$(HOST)' --port '$(PORT)'

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from tarflow.common.files import write_json
+from tarflow.common.files import write_json, write_picture
 from tarflow.data.images import Images
 from tarflow.data.latents import CachedLatents
 from tarflow.data.subset import evenly
@@ -146,9 +146,9 @@ def own_captions(data: Images | CachedLatents, count: int) -> list[str]:
     return [data.caption(i) or "" for i in indices]
 
 
-def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> None:
+def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> Path:
     """Write grids from fixed noise: samples_STEP_raw.png before the score step and samples_STEP.png after it. Pipelines
-    that take no such step get the second only."""
+    that take no such step get the second only. Returns the second's path."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
     for denoise, suffix in ((False, "_raw"), (True, "")) if pipe.config.denoise else ((False, ""),):
@@ -159,7 +159,9 @@ def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: 
             generator=[torch.Generator().manual_seed(1000 + i) for i in range(config.log.sample_images)],
             return_dict=False,
         )
-        make_grid(images).save(folder / f"samples_{step:08d}{suffix}.png")
+        path = folder / f"samples_{step:08d}{suffix}.png"
+        write_picture(path, make_grid(images))
+    return path
 
 
 def make_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:

@@ -232,7 +232,8 @@ class FlowTask(Task):
             if draw or measure:
                 pipe.to(self.accelerator.device)
             if draw:
-                write_grids(pipe, self.parts, self.config, self.folder / "samples", step)
+                grid = write_grids(pipe, self.parts, self.config, self.folder / "samples", step)
+                write_line(f"step {step}: samples in {grid}")
             if measure and self.metric is not None:
                 pipe.set_progress_bar_config(disable=True)
                 metrics = self.metric.measure(pipe)
