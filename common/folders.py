@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from tarflow.common.files import check_writable, replaced
 
@@ -85,76 +85,49 @@ def open_url(url: str) -> tuple[Any, str]:
         raise ValueError(f"cannot open the URL {url!r}: {' '.join(str(error).split())}") from error
 
 
-class Folder(Protocol):
-    """A folder's files by name; every file is written whole or not at all.
+class LocalFolder:
+    """A folder on this machine: its files by name, each written whole or not at all.
 
     Attributes:
         name: as the user gave it.
-        local: its path on this machine; None at a URL.
+        local: its path; None of a folder at a URL.
     """
-
-    name: str
-    local: Path | None
-
-    def place(self, name: str) -> str:
-        """Path or URL of a file, for messages."""
-
-    def read(self, name: str) -> bytes | None:
-        """A file's content; None if it is not there. Of a file that cannot be read, an `OSError`."""
-
-    def open(self, name: str) -> IO[bytes]:
-        """A file, for reading parts of it."""
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-
-    def names(self) -> list[str]:
-        """Of all files and folders in it; none if it is not there."""
-
-    def writing(self, name: str) -> Any:
-        """As a context, a local path for what becomes the file when the context ends without an error."""
-
-    def put_folder(self, source: Path, name: str) -> None:
-        """A local folder with its files, as a folder in this one."""
-
-    def remove(self, name: str) -> None:
-        """A file, or a folder with what is in it; it need not be there."""
-
-    def fetch(self, name: str, target: Path) -> None:
-        """Copy a file to a local path."""
-
-
-class LocalFolder:
-    """A `Folder` on this machine."""
 
     def __init__(self, path: str | Path):
         self.name = str(path)
         self.local: Path = local_path(path) or Path(path)
 
     def place(self, name: str) -> str:
+        """Path or URL of a file, for messages."""
         return str(self.local / name)
 
     def read(self, name: str) -> bytes | None:
+        """A file's content; None if it is not there. Of a file that cannot be read, an `OSError`."""
         path = self.local / name
         return path.read_bytes() if path.is_file() else None
 
     def open(self, name: str) -> IO[bytes]:
+        """A file, for reading parts of it."""
         return (self.local / name).open("rb")
 
     def size(self, name: str) -> int:
+        """Bytes of a file."""
         return (self.local / name).stat().st_size
 
     def names(self) -> list[str]:
+        """Of all files and folders in it; none if it is not there."""
         return os.listdir(self.local) if self.local.is_dir() else []
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
+        """A local path for what becomes the file when the context ends without an error."""
         with replaced(self.local / name) as temporary:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
 
     def put_folder(self, source: Path, name: str) -> None:
+        """A local folder with its files, as a folder in this one."""
         temporary = self.local / f".{name}.{secrets.token_hex(4)}.tmp"
         try:
             shutil.copytree(source, temporary)
@@ -163,6 +136,7 @@ class LocalFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def remove(self, name: str) -> None:
+        """Take away a file, or a folder with what is in it; it need not be there."""
         path = self.local / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -170,11 +144,12 @@ class LocalFolder:
             path.unlink(missing_ok=True)
 
     def fetch(self, name: str, target: Path) -> None:
+        """Copy a file to a local path."""
         shutil.copyfile(self.local / name, target)
 
 
 class UrlFolder:
-    """A `Folder` at a URL. Files are sent under a temporary name and moved, which object stores do by themselves.
+    """A folder at a URL, with what `LocalFolder` has. A file is sent under a temporary name and then moved.
 
     Raises:
         ValueError: if it cannot be opened, see `open_url`.
@@ -288,7 +263,10 @@ class UrlFolder:
         return {**self.__dict__, "_opened": None}
 
 
-def open_folder(path: str | Path) -> LocalFolder | UrlFolder:
+Folder = LocalFolder | UrlFolder
+
+
+def open_folder(path: str | Path) -> Folder:
     """The folder of a path or URL.
 
     Raises:

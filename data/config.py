@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,8 +20,17 @@ class DataConfig:
             ``valid``, ``validation``, ``dev``, ``test``, ``testing``, ``eval`` or ``evaluation``, in small letters or
             capitals, they are splits: the first two for training, the others held out. Links are followed; what
             systems leave there (names that begin with a dot, ``__MACOSX``, ``@eaDir``) is none of the data. Of source
-            "latents", the cache: splits, columns, captions, names, background, ``on_error`` and ``seed`` were settled
-            when it was made and have no effect here.
+            "latents", the cache, in a folder or at a URL that fsspec knows (``s3://``, ``gs://``, ``hf://`` …), or
+            several as a list: splits, columns, captions, names, background and ``seed`` were settled when it was made
+            and have no effect here.
+        weights: of source "latents" with a list of caches, the share of each in what is trained on, (0.7, 0.3), whatever
+            their sizes are; None takes each picture as often as any other.
+        shuffle_shards: of source "latents", how many shards are mixed at a time, of each shape and each weighted cache:
+            a pass takes the shards in a shuffled order, so many at a time, and shuffles the pictures of these. 0 mixes
+            all pictures; None is 0 for caches on this machine and 16 for those at a URL.
+        cache_gb: of source "latents" at a URL, how many GB (10⁹ bytes) local copies of shards may take, those of other
+            caches included; those that were needed longest ago are removed. They lie in ``shards`` in the folder that
+            ``TARFLOW_CACHE`` names, or else in ``~/.cache/tarflow``.
         split_folders: what to do where some top folders have names of splits and others have not: "auto" refuses
             them, "only" takes the splits and leaves the others out, "none" takes all for classes, also where all have names
             of splits.
@@ -39,15 +49,20 @@ class DataConfig:
         class_names: readable names by class folder or text, or by position as a list; None takes their own names.
         background: what transparent pictures are put on: "white", "black", or "random" (another one per picture).
         verify: of source "latents", read all files when training starts, not when it is resumed, and compare their
-            checksums.
+            checksums; of caches at a URL, compare them whenever a file has arrived.
         flip: mirror half of the training pictures.
         on_error: "raise" at an unreadable picture, or "skip": take the next one, count and report it. Pictures of
-            formats that cannot be read here are refused at the start, or by "skip" left out, counted and reported.
+            formats that cannot be read here are refused at the start, or by "skip" left out, counted and reported. Of
+            source "latents" at a URL, what to do when a shard cannot be fetched, also not after three more tries with
+            waiting: stop, or take the pictures of the next shard for its own and report it.
         seed: which drawings are made, and the colours of random backgrounds.
     """
 
     source: Literal["drawings", "folder", "datasets", "latents"] = "drawings"
-    path: str | None = None
+    path: list[str] | str | None = None
+    weights: list[float] | None = None
+    shuffle_shards: int | None = None
+    cache_gb: float = 20.0
     split_folders: Literal["auto", "only", "none"] = "auto"
     name: str | None = None
     data_files: Any = None
@@ -75,6 +90,11 @@ class DataConfig:
             raise ValueError("data.source is 'folder', so data.path must name a folder or a zip archive")
         if self.source == "latents" and not self.path:
             raise ValueError("data.source is 'latents', so data.path must name a folder made by tarflow cache-latents")
+        if isinstance(self.path, list) and self.source != "latents":
+            raise ValueError(
+                f"data.path is a list, but data.source {self.source!r} takes one; only 'latents' takes several"
+            )
+        self._check_caches()
         if self.source == "datasets" and not self.name:
             raise ValueError("data.source is 'datasets', so data.name must name a data set")
         if self.more_caption_templates and not (self.caption_template or self.caption_column):
@@ -83,6 +103,18 @@ class DataConfig:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}")
+
+    def _check_caches(self) -> None:
+        if self.weights is not None:
+            count = len(self.path) if isinstance(self.path, list) else 1
+            if self.source != "latents" or len(self.weights) != count:
+                raise ValueError(f"data.weights has {len(self.weights)} numbers: give one for each cache in data.path")
+            if not all(0 < weight < math.inf for weight in self.weights):
+                raise ValueError(f"data.weights must be positive, got {self.weights}")
+        if self.shuffle_shards is not None and self.shuffle_shards < 0:
+            raise ValueError(f"data.shuffle_shards must be 0 (all) or positive, got {self.shuffle_shards}")
+        if not 0 < self.cache_gb < math.inf:
+            raise ValueError(f"data.cache_gb must be positive, got {self.cache_gb}")
 
 
 def as_texts(names: dict[Any, Any] | list[Any]) -> dict[str, str] | list[str]:

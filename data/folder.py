@@ -50,7 +50,7 @@ class ImageFolder:
     """
 
     def __init__(self, config: DataConfig, split: str = "train"):
-        self.files = Files(config.path or "")
+        self.files = Files(str(config.path or ""))
         images = usable_images(self.files, skip=config.on_error == "skip")
         places = place_pictures(images, str(config.path), config.split_folders)
         self.class_names: tuple[str, ...] | None = None

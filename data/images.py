@@ -127,8 +127,11 @@ def open_source(config: DataConfig, split: str) -> PictureSource:
     return NamedDataset(config, split)
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of `Images` or `CachedLatents`: tensors stacked, captions and skipped as lists, labels (B,) int64."""
+def collate(items: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """A batch of `Images` or `CachedLatents`: tensors stacked, captions and skipped as lists, labels (B,) int64. What is a
+    batch already stays as it is."""
+    if isinstance(items, dict):
+        return items
     batch: dict[str, Any] = {}
     for key, first in items[0].items():
         values = [item[key] for item in items]

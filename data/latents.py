@@ -1,78 +1,102 @@
-"""Reading a cache of latents: pictures that ``tarflow cache-latents`` encoded once.
-
-A cache is a folder of safetensors shards with a ``manifest.json``; the autoencoder that made it lies in ``vae``. What
-a shard has for its N pictures, all of one size: ``latent_mean`` and ``latent_std`` (N, C, h, w) of the autoencoder's
-posterior, the same with ``_flipped`` of the mirrored pictures, ``label`` (N,), captions as ``caption_bytes`` with
-``caption_offsets`` (N + 1,), and encoded captions as ``cond`` (rows, E) with ``cond_offsets`` (N + 1,), without the
-zeros of their padding. ``null_cond`` (rows, E) is the encoded empty caption.
-"""
+"""Reading caches of latents: pictures that ``tarflow cache-latents`` encoded once. `tarflow.data.shards` has the format."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tarflow.data.place import MANIFEST, check_cache
+from tarflow.data.config import DataConfig
+from tarflow.data.joining import check_alike, groups_of, pieces_of, pooled_statistics, streams_of
+from tarflow.data.latent_cache import LatentCache
+from tarflow.data.place import paths_of
+from tarflow.data.shard_store import MissingShardError
+from tarflow.data.subset import evenly
 
-#: What manifests and shards call themselves; changed whenever their layout is.
-FORMAT = "tarflow latents 1"
-REMEDY = "run tarflow cache-latents again: it rewrites only what is missing"
+#: Shards that are mixed at a time where nothing else is said, of caches at a URL.
+MIXED_SHARDS = 16
+#: Bytes of a GB.
+GB = 10**9
 
 
 class CachedLatents(Dataset[dict[str, Any]]):
-    """One split of a cache, picture by picture.
+    """One split of a cache, or of several, picture by picture or in batches.
 
     Items are ``{"latent_mean": (C, h, w), "latent_std": (C, h, w), "caption": str, "label": int, "cond": (L, E),
     "skipped": []}``, floats in float32; caption, label and cond are there if the cache has them, and with ``flip`` also
     ``latent_mean_flipped`` and ``latent_std_flipped``. Latents are scaled by the autoencoder's own factors but not
-    normalised per channel; a standard deviation of zeros is an autoencoder's that has no posterior.
+    normalised per channel; a standard deviation of zeros is an autoencoder's that has no posterior. "skipped" names
+    shards that could not be read, for which others stand.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder or URL, or several of caches by one autoencoder.
         split: "train" or "validation", which may be empty.
         flip: read the mirrored pictures too.
+        weights, shuffle_shards, cache_gb, verify, on_error: as `DataConfig` has them.
 
     Attributes:
-        manifest: everything that the cache tells about itself.
+        caches: each of them, opened.
+        manifest: everything that the (first) cache tells about itself.
         shapes: (h, w) of each group of latents of one shape.
         groups: the indices of each group's items, which are consecutive.
+        mixed: how many shards are mixed at a time, 0 for all.
+        streams: what is gone through in an order of its own.
         latents_mean, latents_std: per channel of the scaled latents of the training split.
         null_cond: the encoded empty caption (L, E), None if captions are not encoded.
 
     Raises:
-        ValueError: if there is no such cache, or a shard is missing, cut off or of another cache.
+        ValueError: if there is no such cache, a shard is missing, cut off or of another cache, the caches do not fit
+            together, or ``cache_gb`` is less than what is mixed and read ahead.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", flip: bool = False):
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        split: str = "train",
+        flip: bool = False,
+        weights: Sequence[float] | None = None,
+        shuffle_shards: int | None = None,
+        cache_gb: float = DataConfig.cache_gb,
+        verify: bool = True,
+        on_error: str = "raise",
+    ):
         if split not in ("train", "validation"):
             raise ValueError(f"the split must be 'train' or 'validation', got {split!r}")
-        self.path, self.split, self.flip = Path(path).expanduser(), split, flip
-        check_cache(path)
-        self.manifest = read_manifest(self.path) or {}
-        if flip and not self.manifest["flip"]:
-            raise ValueError(
-                f"the cache {str(path)!r} has no mirrored pictures: cache with --flip true, or do not flip"
-            )
-        self.shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
-        for shard in self.shards:
-            self._check(shard)
-        self._firsts = [shard["first"] for shard in self.shards]
-        self._length = self.manifest["pictures"][split]
-        self.shapes, self.groups = groups_of(self.shards)
-        self._opened: dict[int, dict[str, Tensor]] = {}
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        self.split, self.flip, self.weights = split, flip, weights
+        limit = int(cache_gb * GB)
+        self.caches = [LatentCache(one, split, limit, verify, on_error == "skip") for one in paths]
+        check_alike(self.caches)
+        for cache in self.caches:
+            if flip and not cache.manifest["flip"]:
+                raise ValueError(
+                    f"the cache {cache.name!r} has no mirrored pictures: cache with --flip true, or do not flip"
+                )
+        self.manifest = self.caches[0].manifest
+        self.remote = any(cache.store is not None for cache in self.caches)
+        self.mixed = (MIXED_SHARDS if self.remote else 0) if shuffle_shards is None else shuffle_shards
+        self._pieces = pieces_of(self.caches)
+        self._firsts = [0, *accumulate(piece.count for piece in self._pieces)]
+        self._length = self._firsts.pop()
+        self.shapes, self.groups = groups_of(self._pieces)
+        self.streams = streams_of(self._pieces, self._firsts, self.groups, weights)
+        if self.remote:
+            self._check_room(cache_gb)
+        for cache in self.caches:
+            cache.keep_open(self.mixed * max(1, len(self.streams)) or len(cache.shards))
+        self._announced: dict[int, None] = {}
+        self.latents_mean, self.latents_std = pooled_statistics(self.caches, weights)
         self.null_cond: Tensor | None = None
         if self.manifest["text"] is not None:
-            shard = (self.shards or self.manifest["shards"])[0]
-            self.null_cond = self._padded(map_tensors(self.path / shard["file"])["null_cond"])
+            shard = self._tensors(0)[0] if self._pieces else self.caches[0].any_shard()
+            self.null_cond = self._padded(shard["null_cond"])
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -88,73 +112,193 @@ class CachedLatents(Dataset[dict[str, Any]]):
         return self.manifest["image_size"]
 
     @property
-    def latents_mean(self) -> list[float]:
-        return self.manifest["latents_mean"]
+    def fingerprints(self) -> list[str]:
+        """Each cache's hash of what is in it."""
+        return [cache.manifest["fingerprint"] for cache in self.caches]
 
     @property
-    def latents_std(self) -> list[float]:
-        return self.manifest["latents_std"]
+    def order(self) -> dict[str, Any] | None:
+        """What decides the order of pictures beside the seed; None where all pictures of one cache are mixed."""
+        if not self.mixed and self.weights is None and len(self.caches) == 1:
+            return None
+        weights = None if self.weights is None else list(self.weights)
+        return {"caches": self.fingerprints, "weights": weights, "shuffle_shards": self.mixed}
+
+    def about(self) -> list[str]:
+        """A line for each of several caches: what it is, and its share of what is trained on."""
+        lines = []
+        for number, cache in enumerate(self.caches) if len(self.caches) > 1 else ():
+            count = sum(shard["count"] for shard in cache.shards)
+            share = count / max(1, self._length)
+            if self.weights is not None:
+                share = sum(s.share for s in self.streams if self._pieces[s.places[0]].cache == number)
+            lines.append(
+                f"cache {cache.name} ({self.fingerprints[number][:8]}): {count:,} pictures, {share:.1%} of each pass"
+            )
+        return lines
+
+    @property
+    def ahead(self) -> int:
+        """How many pictures before they are needed their shards are fetched; 0 for caches on this machine."""
+        if not self.remote or not self.mixed or not self._pieces:
+            return 0
+        # Not all of what is mixed next: batches that are being read are still of what was mixed before.
+        return 3 * self.mixed * len(self.streams) * self._length // (4 * len(self._pieces))
 
     def __len__(self) -> int:
         return self._length
 
     def caption(self, index: int) -> str | None:
         """The caption alone."""
-        return self._caption(*self._locate(index)) if self.has_captions else None
+        if not self.has_captions:
+            return None
+        place, row = self._locate(index)
+        tensors, _ = self._tensors(place)
+        return caption_of(tensors, row % len(tensors["latent_mean"]))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        tensors, row = self._locate(index)
-        item: dict[str, Any] = {}
-        for suffix in ("", "_flipped") if self.flip else ("",):
-            # Copies, so that changing an item does not change what is mapped.
-            mean = tensors[f"latent_mean{suffix}"][row].to(torch.float32, copy=True)
-            std = tensors.get(f"latent_std{suffix}")
-            std = torch.zeros_like(mean) if std is None else std[row].to(torch.float32, copy=True)
-            item |= {f"latent_mean{suffix}": mean, f"latent_std{suffix}": std}
-        if "caption_bytes" in tensors:
-            item["caption"] = self._caption(tensors, row)
-        if "label" in tensors:
-            item["label"] = int(tensors["label"][row])
-        if "cond" in tensors:
-            start, end = tensors["cond_offsets"][row : row + 2].tolist()
-            item["cond"] = self._padded(tensors["cond"][start:end])
-        return {**item, "skipped": []}
+        batch = self.__getitems__([index])
+        item = {key: value[0] for key, value in batch.items() if key != "skipped"}
+        if "label" in item:
+            item["label"] = int(item["label"])
+        return {**item, "skipped": batch["skipped"]}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """A batch, as `tarflow.data.images.collate` makes it of items of one shape."""
+        located = [self._locate(index) for index in indices]
+        by_shard: dict[int, list[int]] = {}  # positions in the batch
+        for position, (place, _) in enumerate(located):
+            by_shard.setdefault(place, []).append(position)
+        batch: dict[str, Any] = {}
+        skipped: list[str] = []
+        parts: dict[str, list[Tensor]] = {}
+        captions = np.empty(len(indices), dtype=object)
+        conds: Tensor | None = None
+        for place, positions in by_shard.items():
+            tensors, message = self._tensors(place)
+            if message:
+                skipped.append(message)
+            count = len(tensors["latent_mean"])
+            rows = [located[position][1] % count for position in positions]
+            numbers = torch.tensor(rows)
+            for key in self._latent_keys():
+                if key in tensors:
+                    parts.setdefault(key, []).append(tensors[key][numbers])
+            if "label" in tensors:
+                parts.setdefault("label", []).append(tensors["label"][numbers])
+            if "caption_bytes" in tensors:
+                for position, row in zip(positions, rows, strict=True):
+                    captions[position] = caption_of(tensors, row)
+            if "cond" in tensors:
+                conds = self._fill_conds(conds, len(indices), tensors, positions, rows)
+        order = torch.tensor([position for positions in by_shard.values() for position in positions]).argsort()
+        for key in self._latent_keys():
+            if key in parts:
+                batch[key] = torch.cat(parts[key])[order].float()
+            else:
+                batch[key] = torch.zeros_like(batch[key.replace("_std", "_mean")])
+        if captions[0] is not None:
+            batch["caption"] = captions.tolist()
+        if "label" in parts:
+            batch["label"] = torch.cat(parts["label"])[order].long()
+        if conds is not None:
+            batch["cond"] = conds
+        return {**batch, "skipped": skipped}
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Have the shards of items that come next fetched in the background."""
+        places = {bisect_right(self._firsts, index) - 1: None for index in indices}
+        for place in places:
+            if place in self._announced:
+                continue
+            self._announced[place] = None
+            piece = self._pieces[place]
+            cache = self.caches[piece.cache]
+            if cache.store is not None and piece.number not in cache.missing:
+                cache.store.prefetch([cache.shards[piece.number]])
+        # Those of the next pass are announced again.
+        while len(self._announced) > 2 * self.mixed * max(1, len(self.streams)):
+            self._announced.pop(next(iter(self._announced)))
+
+    def spread(self, group: range, count: int) -> list[int]:
+        """``count`` items of a group at equal distances; of caches at a URL, from no more shards than are mixed."""
+        first, last = (bisect_right(self._firsts, index) - 1 for index in (group.start, group.stop - 1))
+        if not self.remote or not self.mixed or last - first < self.mixed:
+            return [group[place] for place in evenly(len(group), count)]
+        chosen = [first + place for place in evenly(last - first + 1, self.mixed)]
+        items = [self._firsts[place] + row for place in chosen for row in range(self._pieces[place].count)]
+        return [items[place] for place in evenly(len(items), min(count, len(items)))]
 
     def verify(self, process: int = 0, processes: int = 1) -> None:
-        """Read this process's share of the shards whole and compare their checksums.
+        """Read this process's share of the shards on this machine whole and compare their checksums.
 
         Raises:
             ValueError: that names the first corrupt shard.
         """
-        for shard in self.shards[process::processes]:
-            path = self.path / shard["file"]
-            if file_hash(path) != shard["sha256"]:
-                raise ValueError(f"the shard {str(path)!r} is corrupt, its checksum is not the manifest's: {REMEDY}")
+        for cache in self.caches:
+            cache.verify(process, processes)
 
-    def _check(self, shard: dict[str, Any]) -> None:
-        path = self.path / shard["file"]
-        try:
-            metadata = read_header(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the shard {str(path)!r} cannot be used, {error}: {REMEDY}") from error
-        if metadata.get("fingerprint") != self.manifest["fingerprint"]:
-            raise ValueError(f"the shard {str(path)!r} belongs to another cache: {REMEDY}")
-        if path.stat().st_size != shard["bytes"] or metadata["count"] != shard["count"]:
-            raise ValueError(f"the shard {str(path)!r} is not the one that the manifest lists: {REMEDY}")
+    def autoencoder_folder(self) -> Path:
+        """The autoencoder's folder on this machine."""
+        return self.caches[0].autoencoder_folder()
 
-    def _locate(self, index: int) -> tuple[dict[str, Tensor], int]:
-        """The shard of an item, and its row there."""
+    def _check_room(self, cache_gb: float) -> None:
+        """Refuse room for copies that is less than what is mixed, and fetched to be mixed next."""
+        mixed, needed = self.mixed if self.split == "train" else 1, 0
+        for stream in self.streams:
+            pieces = [self._pieces[place] for place in stream.places]
+            caches = [self.caches[piece.cache] for piece in pieces]
+            sizes = [
+                cache.shards[piece.number]["bytes"]
+                for cache, piece in zip(caches, pieces, strict=True)
+                if cache.store is not None
+            ]
+            needed += sum(sorted(sizes, reverse=True)[: 2 * mixed or None])
+        if needed > cache_gb * GB:
+            raise ValueError(
+                f"data.cache_gb is {cache_gb:g}, but the shards that are mixed, and those fetched to be mixed next, take "
+                f"{needed / GB:.3g}: raise it, or lower data.shuffle_shards ({self.mixed}, 0 is all)"
+            )
+
+    def _latent_keys(self) -> list[str]:
+        return [f"latent_{kind}{suffix}" for suffix in ("", "_flipped")[: 1 + self.flip] for kind in ("mean", "std")]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The piece of an item, and its row there."""
         if not 0 <= index < self._length:
             raise IndexError(index)
-        number = bisect_right(self._firsts, index) - 1
-        if number not in self._opened:
-            self._opened[number] = map_tensors(self.path / self.shards[number]["file"])
-        return self._opened[number], index - self._firsts[number]
+        place = bisect_right(self._firsts, index) - 1
+        return place, index - self._firsts[place]
 
-    @staticmethod
-    def _caption(tensors: dict[str, Tensor], row: int) -> str:
-        start, end = tensors["caption_offsets"][row : row + 2].tolist()
-        return bytes(tensors["caption_bytes"][start:end].numpy()).decode("utf-8")
+    def _tensors(self, place: int) -> tuple[dict[str, Tensor], str]:
+        """The tensors of a piece, or of the next of its shape that can be read, and then why."""
+        piece = self._pieces[place]
+        try:
+            return self.caches[piece.cache].tensors(piece.number), ""
+        except MissingShardError as error:
+            if not self.caches[piece.cache].skip:
+                raise
+            reason = str(error)
+        alike = [other for other, found in enumerate(self._pieces) if found.shape == piece.shape]
+        start = alike.index(place)
+        for other in alike[start + 1 :] + alike[:start]:
+            piece = self._pieces[other]
+            try:
+                return self.caches[piece.cache].tensors(piece.number), f"{reason}; others stand for its pictures"
+            except MissingShardError:
+                continue
+        raise MissingShardError(reason)
+
+    def _fill_conds(
+        self, conds: Tensor | None, size: int, tensors: dict[str, Tensor], positions: list[int], rows: list[int]
+    ) -> Tensor:
+        offsets = tensors["cond_offsets"].numpy()
+        if conds is None:
+            conds = torch.zeros(size, self.manifest["text"]["max_length"], tensors["cond"].shape[1])
+        for position, row in zip(positions, rows, strict=True):
+            found = tensors["cond"][offsets[row] : offsets[row + 1]]
+            conds[position, : len(found)] = found
+        return conds
 
     def _padded(self, cond: Tensor) -> Tensor:
         """Encoded captions (rows, E) with the zeros that stand for padding: (L, E) float32."""
@@ -162,71 +306,26 @@ class CachedLatents(Dataset[dict[str, Any]]):
         padded[: len(cond)] = cond
         return padded
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}  # a spawned process maps the shards anew
 
-
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a shard. They are mapped: only what is looked at is read, none is held in memory."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-
-
-def groups_of(shards: list[dict[str, Any]]) -> tuple[list[tuple[int, int]], list[range]]:
-    """Latent shapes of consecutive shards, and the range of items of each."""
-    shapes: list[tuple[int, int]] = []
-    groups: list[range] = []
-    for shard in shards:
-        shape, end = tuple(shard["shape"]), shard["first"] + shard["count"]
-        if shapes and shapes[-1] == shape:
-            groups[-1] = range(groups[-1].start, end)
-        else:
-            shapes.append(shape)
-            groups.append(range(shard["first"], end))
-    return shapes, groups
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a cache; None if the folder has none.
+def open_latents(config: DataConfig, split: str) -> CachedLatents:
+    """The caches that a configuration names.
 
     Raises:
-        ValueError: if it is none of this format.
+        ValueError: see `CachedLatents`.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is no manifest of a latent cache") from error
-    if found != FORMAT:
-        raise ValueError(f"{str(path)!r} has the format {found!r}, expected {FORMAT!r}: make the cache anew")
-    return manifest
+    return CachedLatents(
+        paths_of(config),
+        split,
+        flip=config.flip and split == "train",
+        weights=config.weights,
+        shuffle_shards=config.shuffle_shards,
+        cache_gb=config.cache_gb,
+        verify=config.verify,
+        on_error=config.on_error,
+    )
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """What a shard tells about itself; {} for a safetensors file of something else.
-
-    Raises:
-        ValueError: if it is no whole safetensors file.
-        OSError: if it cannot be opened.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 2**27)))
-        # One key, as safetensors writes several in any order, and a shard made again is to be the same.
-        found = json.loads(header.pop("__metadata__", {}).get("cache", "{}"))
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError("it is no safetensors file") from error
-    if path.stat().st_size != 8 + length + end:
-        raise ValueError(f"it has {path.stat().st_size} bytes instead of {8 + length + end}")
-    return found
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def caption_of(tensors: dict[str, Tensor], row: int) -> str:
+    """A caption of a shard."""
+    start, end = tensors["caption_offsets"][row : row + 2].tolist()
+    return bytes(tensors["caption_bytes"][start:end].numpy()).decode("utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tarflow.common.folders import check_url, local_path
 from tarflow.data.config import DataConfig
 
 #: What a cache of latents holds, in its folder.
@@ -33,12 +34,25 @@ def check_data(config: DataConfig) -> None:
         ValueError: that names it.
     """
     if config.source == "folder":
-        status_of(config.path or "")
+        status_of(str(config.path or ""))
     if config.source == "latents":
-        check_cache(config.path or "")
+        for path in paths_of(config):
+            check_cache(path)
+
+
+def paths_of(config: DataConfig) -> list[str]:
+    """The places that a data path names, one or several."""
+    return list(config.path) if isinstance(config.path, list) else [config.path or ""]
 
 
 def check_cache(path: str | Path) -> None:
-    """Refuse a folder without a cache of latents."""
-    if not (Path(path).expanduser() / MANIFEST).is_file():
-        raise ValueError(f"there is no latent cache in {str(path)!r}: make one with tarflow cache-latents")
+    """Refuse a folder without a cache of latents; of a URL the scheme, as its place is asked when it is opened."""
+    local = local_path(path)
+    if local is None:
+        check_url(str(path))
+    elif not (local / MANIFEST).is_file():
+        raise no_cache(path)
+
+
+def no_cache(path: str | Path) -> ValueError:
+    return ValueError(f"there is no latent cache in {str(path)!r}: make one with tarflow cache-latents")

@@ -159,7 +159,7 @@ def best_of(config: ExactFlowConfig, pipe: Any) -> Rows:
 
 def name_of(data: DataConfig) -> str:
     """Of pictures in titles: of their folder, or of their source."""
-    return data.source if data.path is None else Path(data.path).stem
+    return data.source if data.path is None else Path(str(data.path)).stem
 
 
 def out_of_distribution(config: ExactFlowConfig, pipe: Any) -> None:

@@ -16,7 +16,7 @@ from tarflow.common.charts import check_matplotlib
 from tarflow.common.files import check_writable, read_json_lines, write_text
 from tarflow.common.processes import process_and_count
 from tarflow.common.progress import write_line
-from tarflow.data.latents import file_hash
+from tarflow.data.shards import file_hash
 from tarflow.evaluation.features.names import KEPT_FEATURES
 from tarflow.evaluation.features.statistics import MOMENTS
 from tarflow.evaluation.images.sets import open_images

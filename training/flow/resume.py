@@ -18,7 +18,8 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
         path, state: the checkpoint and its run.json.
         invariants: what must be the same in the run: the complete arguments of its model as "flow", "ema_decays",
             "images_per_step", whether it is "sharded", under FSDP, and by names of their own those of "joint", None if
-            the autoencoder is frozen, those of "lora", None if no adapter is trained; and what their numbers mean,
+            the autoencoder is frozen, those of "lora", None if no adapter is trained, and of the "order" of cached latents,
+            None if all of one cache are mixed; and what their numbers mean,
             "classes" and "tokens" (see `meaning`).
 
     Raises:
@@ -44,6 +45,7 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
             f"{invariants['images_per_step']}: set train.batch_size and train.accumulation to the same with these processes"
         )
     check_meaning(path, state, invariants)
+    check_order(path, state, invariants)
     here, there = invariants.get("joint") or {}, state.get("joint") or {}
     if bool(here) != bool(there):
         ways = "joint" if there else "frozen"
@@ -59,6 +61,29 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
         raise ValueError(
             f"the checkpoint {name!r} was written {ways}: resume it that way, or start from its pipeline folder "
             "with init_from"
+        )
+
+
+def check_order(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -> None:
+    """Whether cached latents come in the same order; checkpoints from before this was kept pass.
+
+    Raises:
+        ValueError: that names the first difference.
+    """
+    if "order" not in state:
+        return
+    usual = {"caches": None, "weights": None, "shuffle_shards": 0}
+    there, here = ({**usual, **(facts["order"] or {})} for facts in (state, invariants))
+    for key in ("weights", "shuffle_shards"):
+        if there[key] != here[key]:
+            raise ValueError(
+                f"the checkpoint {str(path)!r} was trained with data.{key} {there[key]!r}, but it is {here[key]!r} here, "
+                "which is another order of pictures: set it to that"
+            )
+    if None not in (there["caches"], here["caches"]) and there["caches"] != here["caches"]:
+        raise ValueError(
+            f"the checkpoint {str(path)!r} was trained on other caches than data.path names: they were made anew, or come in "
+            "another order; resume with the same, or start from its pipeline with init_from"
         )
 
 

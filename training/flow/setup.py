@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from diffusers import AutoencoderKL
 
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, to_model
-from tarflow.data.latents import CachedLatents, read_manifest
+from tarflow.data.latents import CachedLatents, open_latents
+from tarflow.data.place import paths_of
+from tarflow.data.shards import read_manifest
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text.encoding import embedding_width
 from tarflow.training.autoencoder.model import new_autoencoder
@@ -110,7 +111,7 @@ def make_parts(
     flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
     if start is not None:
         arguments = flow.arguments
-    loaded = (lambda: vae) if cache is None else (lambda: load_autoencoder(str(cache.path / "vae")))
+    loaded = (lambda: vae) if cache is None else (lambda: load_autoencoder(str(cache.autoencoder_folder())))
     anew = null_cond is not None or config.text.shard  # there is no encoder, or none that is whole
     text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
     held_out = validation if len(validation) else None
@@ -176,7 +177,7 @@ def open_autoencoder(config: RunConfig) -> Any:
 
 def open_split(config: RunConfig, split: str) -> Images | CachedLatents:
     if config.data.source == "latents":
-        return CachedLatents(str(config.data.path), split, flip=config.data.flip and split == "train")
+        return open_latents(config.data, split)
     return Images(config.data, split)
 
 
@@ -201,7 +202,7 @@ def as_cached(config: RunConfig, resolved: str) -> tuple[RunConfig, str]:
     Raises:
         ValueError: if other values are set than the cache was made with.
     """
-    manifest = read_manifest(Path(str(config.data.path)).expanduser())
+    manifest = read_manifest(paths_of(config.data)[0])
     if manifest is None:
         return config, resolved  # opening the cache says so
     name, side = manifest["autoencoder"]["name"], manifest["image_size"]

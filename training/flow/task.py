@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tarflow.common.progress import write_line
+from tarflow.data.latents import CachedLatents
 from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
@@ -89,6 +90,7 @@ class FlowTask(Task):
             "joint": None,
             "text": self.text,
             "lora": self.adapter,
+            "order": getattr(self.parts.train, "order", None),
             **meaning(self.parts),
         }
 
@@ -126,6 +128,8 @@ class FlowTask(Task):
         self.metric = on_main(accelerator, lambda: open_metric(config, parts, accelerator))
 
     def begin(self, fresh: bool) -> None:
+        for line in self.parts.train.about() if isinstance(self.parts.train, CachedLatents) else ():
+            write_line(line)
         if sentence := cut_captions_of(self.parts, self.config.text):
             write_line(sentence)
 

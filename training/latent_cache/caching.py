@@ -25,7 +25,7 @@ from tarflow.common.files import check_writable
 from tarflow.common.processes import gather_objects
 from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.images import Images, collate, to_model
-from tarflow.data.latents import FORMAT, read_manifest
+from tarflow.data.shards import FORMAT, read_manifest
 from tarflow.pipeline.text.encoding import cut_captions, encode_captions
 from tarflow.training.flow.text import cut_sentence, encoder_settings, load_text
 from tarflow.training.latent_cache.config import CacheConfig

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow.common.files import replaced, write_json
-from tarflow.data.latents import FORMAT, file_hash, read_header, read_manifest
 from tarflow.data.place import MANIFEST
+from tarflow.data.shards import FORMAT, file_hash, read_header, read_manifest
 from tarflow.training.latent_cache.plan import Plan, Shard, difference
 from tarflow.vae.codec import autoencoder_hash, load_autoencoder
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from tarflow.data.images import Images
-from tarflow.data.latents import FORMAT
+from tarflow.data.shards import FORMAT
 from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.batches import SHUFFLE_LIMIT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import active_children
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tarflow.common.command import sentence
 from tarflow.data.images import collate
 from tarflow.data.subset import evenly
+from tarflow.training.loop.order import Shards, shuffled, stream_batches
 
 #: Data sets longer than this are endless ones, gone through in their own order.
 SHUFFLE_LIMIT = 2**30
@@ -46,6 +48,8 @@ class StepSampler(Sampler[list[int]]):
         accumulation: passes in one step.
         seed: of the orders.
         start, total: steps already done, and at which to stop.
+        streams: what is gone through in an order of its own, see `stream_batches`; None mixes all pictures of a shape.
+        window: shards that are mixed at a time there, 0 for all.
     """
 
     def __init__(
@@ -58,7 +62,10 @@ class StepSampler(Sampler[list[int]]):
         seed: int,
         start: int,
         total: int,
+        streams: Sequence[Shards] | None = None,
+        window: int = 0,
     ):
+        self.streams, self.window = streams, window
         self.groups, self.batch_size, self.seed = [group for group in groups if len(group)], batch_size, seed
         self.process, self.processes, self.accumulation = process, processes, accumulation
         self.start, self.total = start, total
@@ -68,7 +75,10 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         size = self.batch_size * self.processes * self.accumulation
-        batches = self._of_one_shape(size) if len(self.groups) == 1 else self._of_several_shapes(size)
+        if self.streams is not None:
+            batches = stream_batches(self.streams, self.window, size, self.seed, self.start, self.total)
+        else:
+            batches = self._of_one_shape(size) if len(self.groups) == 1 else self._of_several_shapes(size)
         for batch in batches:
             for part in range(self.accumulation):
                 first = (part * self.processes + self.process) * self.batch_size
@@ -105,8 +115,48 @@ class StepSampler(Sampler[list[int]]):
             yield batches[int(places[step % sum(counts)])].tolist()
 
     def _shuffled(self, length: int, epoch: int, group: int = 0) -> torch.Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_009 + group)
-        return torch.randperm(length, generator=generator)
+        return shuffled(length, self.seed, epoch, group)
+
+
+class Announced(Sampler[list[int]]):
+    """Batches of a sampler, of which a data set hears some pictures before they are needed: it fetches them meanwhile.
+
+    Args:
+        sampler: gives the batches of one process.
+        images: what hears of them, by ``expect``.
+        ahead: how many batches before.
+    """
+
+    def __init__(self, sampler: Sampler[list[int]], images: Any, ahead: int):
+        self.sampler, self.images, self.ahead = sampler, images, ahead
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]  # a `StepSampler`
+
+    def __iter__(self) -> Iterator[list[int]]:
+        waiting: deque[list[int]] = deque()
+        for batch in self.sampler:
+            self.images.expect(batch)
+            waiting.append(batch)
+            if len(waiting) > self.ahead:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def step_sampler(
+    images: Items, batch_size: int, process: int, processes: int, accumulation: int, seed: int, start: int, total: int
+) -> Sampler[list[int]]:
+    """The batches of a process in a data set's own order, arguments as of `StepSampler`. Of data that is fetched from
+    elsewhere what comes next is announced."""
+    streams = getattr(images, "streams", None)
+    window = getattr(images, "mixed", 0)
+    if not window and getattr(images, "weights", None) is None:
+        streams = None
+    sampler = StepSampler(
+        groups_of(images), batch_size, process, processes, accumulation, seed, start, total, streams, window
+    )
+    ahead = getattr(images, "ahead", 0)
+    return Announced(sampler, images, ahead // (batch_size * processes)) if ahead else sampler
 
 
 def groups_of(images: Items) -> Sequence[range]:
@@ -115,7 +165,7 @@ def groups_of(images: Items) -> Sequence[range]:
 
 
 def train_loader(
-    images: Items, batch_size: int, workers: int, sampler: StepSampler, pin_memory: bool = False
+    images: Items, batch_size: int, workers: int, sampler: Sampler[list[int]], pin_memory: bool = False
 ) -> DataLoader[Any]:
     return DataLoader(
         cast(Dataset[dict[str, Any]], images),
@@ -202,16 +252,20 @@ class BatchReader:
 
 def fixed_batches(images: Items, count: int, batch_size: int) -> list[list[int]]:
     """Indices of ``count`` pictures in batches of one shape, with each shape's share. They are spread evenly over the
-    data, as folders are sorted by class; of endless data the first are taken."""
-    batches, total = [], len(images)
+    data, as folders are sorted by class; of endless data the first are taken. Data of many shards says itself where."""
+    batches, total, spread = [], len(images), getattr(images, "spread", None)
     for group in groups_of(images):
         share = -(-min(count, total) * len(group) // total)
-        chosen = range(share) if len(group) > SHUFFLE_LIMIT else evenly(len(group), share)
-        indices = [group[place] for place in chosen]
+        if spread is not None:
+            indices = spread(group, share)
+        else:
+            chosen = range(share) if len(group) > SHUFFLE_LIMIT else evenly(len(group), share)
+            indices = [group[place] for place in chosen]
         batches += [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     return batches
 
 
 def read_batch(images: Items, indices: Sequence[int]) -> dict[str, Any]:
     """Some pictures as a batch."""
-    return collate([images[index] for index in indices])
+    read = getattr(images, "__getitems__", None)
+    return collate([images[index] for index in indices] if read is None else read(indices))

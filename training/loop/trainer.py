@@ -17,7 +17,7 @@ from tarflow.common.files import write_text
 from tarflow.common.progress import progress_bar, write_line
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.averages import WeightAverages
-from tarflow.training.loop.batches import BatchReader, StepSampler, groups_of, train_loader
+from tarflow.training.loop.batches import BatchReader, step_sampler, train_loader
 from tarflow.training.loop.checkpoint import checkpoint_name, checkpoint_to_resume, read_state, save_checkpoint
 from tarflow.training.loop.config import LoopSettings
 from tarflow.training.loop.reading import reading
@@ -180,8 +180,8 @@ class Trainer:
     def batches(self) -> BatchReader:
         """This process's batches from the current step on, one for each forward pass."""
         train, accelerator, pictures = self.settings.train, self.accelerator, self.task.train
-        sampler = StepSampler(
-            groups_of(pictures),
+        sampler = step_sampler(
+            pictures,
             train.batch_size,
             accelerator.process_index,
             accelerator.num_processes,

@@ -1,0 +1,176 @@
+"""Local copies of the shards of a cache that lies at a URL: fetched when they are needed or before, at most so many bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+from zlib import crc32
+
+from filelock import FileLock
+from torch import Tensor
+
+from tarflow.common.cache import cache_folder
+from tarflow.common.folders import UrlFolder
+from tarflow.data.shards import file_hash, map_tensors
+
+#: Seconds before each further try to fetch a shard.
+WAITS = (1.0, 2.0, 4.0)
+#: Threads that fetch before shards are needed; locks, of which each is for many shards.
+FETCHERS, LOCKS = 4, 64
+#: A copy that is being made: its size, which counts before it has it. One that is so old (s) is of a killed process.
+ARRIVING, FORGOTTEN = re.compile(r"\..*\.(\d+)\.[0-9a-f]{8}\.tmp"), 3600.0
+
+
+class MissingShardError(ValueError):
+    """A shard that could not be fetched, also not after waiting."""
+
+
+class ShardStore:
+    """Copies of one cache's shards in this machine's cache folder, which all processes and runs share.
+
+    Where they would be more than ``limit`` bytes, of all caches together, those that were needed longest ago are
+    removed. On systems that let a file be removed while it is mapped, whoever reads it is not disturbed.
+
+    Args:
+        folder: of the cache.
+        fingerprint: of its manifest.
+        limit: bytes of all copies.
+        verify: compare checksums of what has arrived; its size is compared in any case.
+    """
+
+    def __init__(self, folder: UrlFolder, fingerprint: str, limit: int, verify: bool = True):
+        self.folder, self.limit, self.verify = folder, limit, verify
+        self.root = cache_folder() / "shards"
+        self.path = self.root / sha256(f"{folder.name}\n{fingerprint}".encode()).hexdigest()[:16]
+        self._queue: SimpleQueue[dict[str, Any]] | None = None
+        self._process = 0
+
+    def open(self, shard: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a shard, by its record in the manifest, mapped.
+
+        Raises:
+            MissingShardError: that names it, if it cannot be fetched after three more tries with waiting.
+        """
+        for _ in range(10):
+            path = self.fetched(shard, WAITS)
+            with suppress(FileNotFoundError):  # another process may remove it at this very instant
+                return map_tensors(path)
+        raise MissingShardError(
+            f"the copy of the shard {self.folder.place(shard['file'])!r} is removed as soon as it is there: several runs "
+            "share data.cache_gb; raise it, or give each a TARFLOW_CACHE of its own"
+        )
+
+    def fetched(self, shard: dict[str, Any], waits: tuple[float, ...] = ()) -> Path:
+        """The path of a shard's copy, which is made if it is not there.
+
+        Args:
+            shard: its record in the manifest.
+            waits: seconds before each further try.
+
+        Raises:
+            MissingShardError: if no try succeeds.
+        """
+        path = self.path / shard["file"]
+        if self._is_here(path, shard):
+            return path
+        self.path.mkdir(parents=True, exist_ok=True)
+        reason = ""
+        for wait in (0.0, *waits):
+            time.sleep(wait)
+            with FileLock(self.path / f".lock-{crc32(shard['file'].encode()) % LOCKS}"):
+                if self._is_here(path, shard):
+                    return path
+                try:
+                    self._fetch(shard, path)
+                    return path
+                except (OSError, ValueError) as error:
+                    reason = getattr(error, "strerror", None) or str(error)
+        tries = f" (tried {1 + len(waits)} times in {sum(waits):g} seconds)" if waits else ""
+        raise MissingShardError(
+            f"the shard {self.folder.place(shard['file'])!r} cannot be read, {reason}{tries}: mend the place, or go on "
+            "without it by data.on_error skip"
+        )
+
+    def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
+        """Have shards fetched in this order while other things are done; what fails is tried again when it is needed."""
+        if self._process != os.getpid():  # threads do not survive a fork
+            self._process, self._queue = os.getpid(), SimpleQueue()
+            for _ in range(FETCHERS):
+                Thread(target=self._work, args=(self._queue,), daemon=True).start()
+        assert self._queue is not None
+        for shard in shards:
+            self._queue.put(shard)
+
+    def _work(self, queue: SimpleQueue[dict[str, Any]]) -> None:
+        while True:
+            with suppress(MissingShardError):
+                self.fetched(queue.get())
+
+    def _is_here(self, path: Path, shard: dict[str, Any]) -> bool:
+        try:
+            if path.stat().st_size != shard["bytes"]:
+                return False
+            os.utime(path)  # those that were needed longest ago go first
+        except OSError:
+            return False
+        return True
+
+    def _fetch(self, shard: dict[str, Any], path: Path) -> None:
+        """Make a copy, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.{shard['bytes']}.{secrets.token_hex(4)}.tmp")
+        make_room(self.root, self.limit - shard["bytes"], temporary)
+        try:
+            self.folder.fetch(shard["file"], temporary)
+            size = temporary.stat().st_size
+            if size != shard["bytes"]:
+                raise ValueError(f"it has {size} bytes instead of {shard['bytes']}")
+            if self.verify and file_hash(temporary) != shard["sha256"]:
+                raise ValueError("its checksum is not the manifest's")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_queue": None, "_process": 0}
+
+
+def make_room(root: Path, limit: int, arriving: Path) -> None:
+    """Remove the copies that were needed longest ago until at most ``limit`` bytes are left, and note one that arrives.
+
+    Args:
+        root: folder of the folders of copies.
+        limit: bytes.
+        arriving: path of what arrives, with its size in its name.
+    """
+    with FileLock(root / ".lock"):
+        found: list[tuple[float, int, Path]] = []
+        total = 0
+        for path in root.glob("*/*"):
+            try:
+                about = path.stat()
+            except FileNotFoundError:
+                continue
+            part = ARRIVING.fullmatch(path.name)
+            if part and time.time() - about.st_mtime > FORGOTTEN:
+                path.unlink(missing_ok=True)
+            elif part:
+                total += int(part[1])
+            elif path.suffix == ".safetensors":
+                found.append((about.st_mtime, about.st_size, path))
+                total += about.st_size
+        for _, size, path in sorted(found):
+            if total <= limit:
+                break
+            with suppress(OSError):  # where a file that is read cannot be removed
+                path.unlink()
+                total -= size
+        arriving.touch()

@@ -1,0 +1,307 @@
+"""Caches of latents at URLs and joined ones: fetched before they are needed, at most so much at a time, in a known order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cache_folder import save_autoencoder
+from test_training import CLASS_FLOW, train
+from torch import Tensor
+
+from tarflow.common.cache import cache_folder
+from tarflow.data import shard_store
+from tarflow.data.config import DataConfig
+from tarflow.data.images import collate
+from tarflow.data.latents import CachedLatents
+from tarflow.data.shard_store import MissingShardError
+from tarflow.training.flow.config import VaeConfig
+from tarflow.training.latent_cache.caching import cache_latents
+from tarflow.training.latent_cache.config import CacheConfig
+from tarflow.training.loop import order as shard_order
+from tarflow.training.loop.batches import BatchReader, fixed_batches, step_sampler, train_loader
+
+COUNT, SHARD = 100, 10
+FLOW = CLASS_FLOW.replace('"width"', '"patch_size": 2, "width"')
+#: What one shard takes here, of which four are more than half of the copies' room below.
+BYTES = 1967
+ROOM = 5.5 * BYTES / 1e9
+
+
+@pytest.fixture(scope="module")
+def vae_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_autoencoder(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, vae_path: str) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    cache_latents(config_of(folder, vae_path))
+    return folder
+
+
+def config_of(output: Path | str, vae_path: str, **changes: Any) -> CacheConfig:
+    arguments: dict[str, Any] = {"data": DataConfig(image_size=8), "num_images": COUNT, "num_validation_images": 12}
+    arguments |= {"vae": VaeConfig(name=vae_path), "shard_size": SHARD}
+    return CacheConfig(output=str(output), **{**arguments, **changes})
+
+
+@pytest.fixture
+def url(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same cache in memory, with a folder of copies of its own."""
+    monkeypatch.setenv("TARFLOW_CACHE", str(tmp_path / "copies"))
+    monkeypatch.setattr(shard_store, "WAITS", (0.01, 0.02, 0.03))
+    fsspec.filesystem("memory").put(f"{local}/", f"/{tmp_path.name}/", recursive=True)
+    return f"memory://{tmp_path.name}"
+
+
+def remove(url: str, name: str) -> None:
+    fsspec.filesystem("memory").rm(f"/{url.removeprefix('memory://')}/{name}")
+
+
+def copies() -> int:
+    """Bytes of all copies."""
+    return sum(file.stat().st_size for file in (cache_folder() / "shards").rglob("*.safetensors"))
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    def equal(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) else a == b
+
+    return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+
+
+def order(latents: CachedLatents, size: int, processes: int = 1, start: int = 0, total: int = 25) -> list[list[int]]:
+    """The pictures of each step, of all processes."""
+    parts = [step_sampler(latents, size // processes, rank, processes, 1, 0, start, total) for rank in range(processes)]
+    return [[index for part in step for index in part] for step in zip(*parts, strict=True)]
+
+
+def test_a_cache_at_a_url_has_the_same_pictures(local: Path, url: str) -> None:
+    here, there = CachedLatents(local), CachedLatents(url)
+    assert len(there) == COUNT
+    assert there.groups == here.groups == [range(COUNT)]
+    indices = [3, 77, 4, 50, 3, 99]
+    assert same(there.__getitems__(indices), collate([here[index] for index in indices]))
+    assert there.caption(55) == here.caption(55)
+    assert (there.autoencoder_folder() / "config.json").is_file()
+    assert len(CachedLatents(url, "validation")) == 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_stay_within_their_room(url: str, workers: int) -> None:
+    latents = CachedLatents(url, shuffle_shards=2, cache_gb=ROOM)
+    assert latents.ahead == 15  # three quarters of what is mixed
+    expected, seen, most = order(latents, 4), [], 0
+    with BatchReader(train_loader(latents, 4, workers, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
+        for batch in batches:
+            most = max(most, copies())
+            seen.append(batch["caption"])
+    assert [[latents.caption(index) for index in step] for step in expected] == seen
+    assert Counter(index for step in expected for index in step) == Counter(range(COUNT))
+    assert 4 * BYTES <= most <= ROOM * 1e9
+    with pytest.raises(
+        ValueError, match=r"data\.cache_gb is 1\.0.*e-05, but the shards .* take 1\.19e-05: raise it, or lower"
+    ):
+        CachedLatents(url, shuffle_shards=3, cache_gb=ROOM)
+
+
+def test_the_order_is_a_function_of_the_step(url: str) -> None:
+    latents = CachedLatents(url, shuffle_shards=3)
+    whole = order(latents, 8, total=40)
+    assert order(latents, 8, processes=2, total=40) == order(latents, 8, processes=4, total=40) == whole
+    assert order(latents, 8, start=17, total=40) == whole[17:]
+    flat = [index for step in whole for index in step]
+    assert all(sorted(flat[start : start + COUNT]) == list(range(COUNT)) for start in (0, COUNT, 2 * COUNT))
+    assert flat[:COUNT] != flat[COUNT : 2 * COUNT]
+    assert len({index // SHARD for index in flat[: 3 * SHARD]}) == 3  # so many shards are mixed at a time
+    assert flat[: 3 * SHARD] != sorted(flat[: 3 * SHARD])
+
+
+def test_all_pictures_may_be_mixed(local: Path, url: str) -> None:
+    assert order(CachedLatents(url, shuffle_shards=0), 8) == order(CachedLatents(local), 8)
+
+
+def test_held_out_pictures_come_from_few_shards(url: str) -> None:
+    latents = CachedLatents(url, shuffle_shards=2)
+    (batch,) = fixed_batches(latents, 16, 16)
+    assert len({index // SHARD for index in batch}) == 2
+    assert sum(map(len, fixed_batches(latents, COUNT, 16))) <= COUNT
+    assert fixed_batches(CachedLatents(url, shuffle_shards=0), COUNT, COUNT) == [list(range(COUNT))]
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut off", "changed"])
+def test_a_shard_that_cannot_be_read(url: str, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, tries = CachedLatents(url), []
+    name = "train-00003.safetensors"
+    fetch = type(latents.caches[0].folder).fetch
+
+    def counting(self: Any, file: str, target: Path) -> None:
+        tries.append(file)
+        fetch(self, file, target)
+
+    monkeypatch.setattr(type(latents.caches[0].folder), "fetch", counting)
+    memory = fsspec.filesystem("memory")
+    path = f"/{url.removeprefix('memory://')}/{name}"
+    content = memory.cat_file(path)
+    memory.rm(path)
+    if harm != "missing":
+        memory.pipe_file(path, content[:-10] + (b"" if harm == "cut off" else b"0123456789"))
+    reasons = {"missing": "No such file", "cut off": r"it has \d+ bytes instead of", "changed": "its checksum is not"}
+    with pytest.raises(
+        MissingShardError, match=rf"{name}' cannot be read, {reasons[harm]}.*\(tried 4 times in .* seconds\)"
+    ):
+        latents[3 * SHARD]
+    assert tries.count(name) == 4
+    assert latents[2 * SHARD]["skipped"] == []
+    assert not list((cache_folder() / "shards").rglob("*.tmp"))
+    memory.pipe_file(path, content)  # it is mended
+    assert latents[3 * SHARD]["skipped"] == []
+    if harm == "missing":
+        remove(url, name)
+        with pytest.raises(ValueError, match=f"the shard '{url}/{name}' is not there: run tarflow cache-latents again"):
+            CachedLatents(url)
+
+
+def test_going_on_without_a_shard(url: str) -> None:
+    name = "train-00003.safetensors"
+    latents = CachedLatents(url, on_error="skip")
+    whole = latents.__getitems__([40, 41])
+    remove(url, name)
+    batch = latents.__getitems__([30, 40, 31])
+    assert torch.equal(batch["latent_mean"][[0, 1]], whole["latent_mean"][[0, 0]])
+    assert torch.equal(batch["latent_mean"][2], whole["latent_mean"][1])
+    assert len(batch["skipped"]) == 1
+    assert f"the shard '{url}/{name}' cannot be read" in batch["skipped"][0]
+    opened = CachedLatents(url, on_error="skip")  # known from the listing
+    assert "is not there" in opened[30]["skipped"][0]
+    assert same({**opened[30], "skipped": []}, opened[40])
+
+
+def joined(local: Path, tmp_path: Path, vae_path: str, **changes: Any) -> Path:
+    cache_latents(config_of(tmp_path / "other", vae_path, **{"data": DataConfig(image_size=8, seed=1), **changes}))
+    return tmp_path / "other"
+
+
+def test_caches_are_joined(local: Path, tmp_path: Path, vae_path: str) -> None:
+    other = joined(local, tmp_path, vae_path, num_images=25)
+    first, second, both = CachedLatents(local), CachedLatents(other), CachedLatents([local, other])
+    assert (len(both), both.groups, both.mixed) == (125, [range(125)], 0)
+    assert same(both[99], first[99])
+    assert same(both[100], second[0])
+    assert both.fingerprints == [first.manifest["fingerprint"], second.manifest["fingerprint"]]
+    assert Counter(index for step in order(both, 25, total=5) for index in step) == Counter(range(125))
+    latents = torch.cat([one.__getitems__(range(len(one)))["latent_mean"] for one in (first, second)]).double()
+    std, mean = torch.std_mean(latents, (0, 2, 3), correction=0)
+    assert both.latents_mean == pytest.approx(mean.tolist(), rel=1e-3)
+    assert both.latents_std == pytest.approx(std.tolist(), rel=1e-3)
+
+
+def test_caches_have_shares_by_weights(local: Path, tmp_path: Path, vae_path: str) -> None:
+    other = joined(local, tmp_path, vae_path, num_images=25)
+    both = CachedLatents([local, other], weights=[1, 3])
+    assert [stream.share for stream in both.streams] == [0.25, 0.75]
+    flat = [index for step in order(both, 50, total=400) for index in step]
+    counts = Counter(flat)
+    assert sum(counts[index] for index in range(100)) == 5_000  # of 20,000 pictures
+    assert {counts[index] for index in range(100, 125)} == {600}
+    assert max(counts[index] for index in range(100)) - min(counts[index] for index in range(100)) <= 1
+    assert order(both, 50, processes=2, start=350, total=400) == order(both, 50, total=400)[350:]
+    mean = [0.25 * a + 0.75 * b for a, b in zip(*(CachedLatents(x).latents_mean for x in (local, other)), strict=True)]
+    assert both.latents_mean == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "autoencoder",
+            r"are of different autoencoders, or of one with different scaling factors, .*; cache both with the same",
+        ),
+        ("size", "one is of pictures of 8 pixels, the other of pictures of 16 pixels"),
+    ],
+)
+def test_caches_that_do_not_fit_together(local: Path, tmp_path: Path, vae_path: str, change: str, message: str) -> None:
+    if change == "autoencoder":
+        other = joined(local, tmp_path, save_autoencoder(tmp_path / "vae", seed=1), num_images=4)
+    else:
+        other = joined(local, tmp_path, vae_path, num_images=4, data=DataConfig(image_size=16))
+    with pytest.raises(ValueError, match=f"the caches '{local}' and '{other}' do not fit together: .*{message}"):
+        CachedLatents([local, other])
+
+
+def test_several_shapes_and_caches_take_turns(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are of one shape, and of one cache where there are weights."""
+    wide = Path(shutil.copytree(local, tmp_path / "wide"))
+    manifest = json.loads((wide / "manifest.json").read_text())
+    for shard in manifest["shards"][5:10]:
+        shard["shape"] = [2, 8]
+    (wide / "manifest.json").write_text(json.dumps(manifest))
+    both = CachedLatents([local, wide], weights=[1, 1], shuffle_shards=2)
+    assert (both.shapes, [len(group) for group in both.groups]) == ([(4, 4), (2, 8)], [150, 50])
+    assert [stream.share for stream in both.streams] == [0.5, 0.25, 0.25]
+    kinds = Counter()
+    monkeypatch.setattr(shard_order, "PATTERN", 100)
+    for step in order(both, 10, total=200):
+        (kind,) = {next(n for n, s in enumerate(both.streams) if any(i in shard for shard in s.shards)) for i in step}
+        kinds[kind] += 1
+    assert kinds == {0: 100, 1: 50, 2: 50}
+    even = CachedLatents([local, wide], shuffle_shards=2)
+    assert [stream.share for stream in even.streams] == [0.75, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": ["a", "b"], "weights": [1.0]}, "data.weights has 1 numbers: give one for each cache"),
+        ({"path": ["a", "b"], "weights": [1.0, 0.0]}, "data.weights must be positive"),
+        ({"path": "a", "shuffle_shards": -1}, "data.shuffle_shards must be 0"),
+        ({"path": "a", "cache_gb": 0.0}, "data.cache_gb must be positive, got 0.0"),
+        ({"path": ["a"], "source": "folder"}, "data.path is a list, but data.source 'folder' takes one"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**{"source": "latents", **settings})
+
+
+def test_no_cache_at_a_url() -> None:
+    with pytest.raises(ValueError, match="there is no latent cache in 'memory://nowhere': make one with"):
+        CachedLatents("memory://nowhere")
+
+
+def test_training_goes_on_with_the_same_bits(local: Path, url: str, tmp_path: Path) -> None:
+    """From a URL as from the folder, also in the middle of a pass; in another order it does not go on."""
+
+    def run(name: str, path: str, *arguments: str, joined: bool = False) -> dict[str, Tensor]:
+        paths = json.dumps([path, path]) if joined else path
+        options = ["--data.source", "latents", "--data.path", paths, "--data.image_size", "8", "--train.steps", "4"]
+        train(tmp_path / name, *options, *arguments, flow=FLOW)
+        return load_file(tmp_path / name / "pipeline" / "flow" / "diffusion_pytorch_model.safetensors")
+
+    mixed = ("--data.shuffle_shards", "2", "--data.cache_gb", str(ROOM))
+    whole = run("whole", url, *mixed)
+    run("parts", url, *mixed, "--log.checkpoint_every", "2")
+    resume = ("--resume", str(tmp_path / "parts" / "checkpoints" / "step_00000002"))
+    shutil.rmtree(cache_folder() / "shards")
+    again = run("again", url, *mixed, *resume, "--train.num_workers", "1")
+    here = run("here", str(local), *mixed)
+    for other in (again, here):
+        assert all(torch.equal(whole[key], other[key]) for key in whole)
+    everything = run("everything", str(local))
+    assert not all(torch.equal(whole[key], everything[key]) for key in whole)
+    for arguments, message in (
+        (("--data.shuffle_shards", "3"), r"data\.shuffle_shards 2, but it is 3 here, which is another order"),
+        (("--data.shuffle_shards", "2", "--data.weights", "[1]"), r"data\.weights None, but it is \[1\.0\] here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("other", str(local), *arguments, *resume)
+    with pytest.raises(ValueError, match=r"was trained on other caches than data\.path names"):
+        run("other", str(local), "--data.shuffle_shards", "2", *resume, joined=True)
