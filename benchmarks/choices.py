@@ -15,6 +15,8 @@ GPU_CHECKS = {
     "training-speed": 110,
     "emoji": 100,
     "cards": 5,
+    "profile": 60,
+    "calibration": 60,
     "graphs": 55,
     "bfloat16": 10,
     "student": 20,
@@ -24,5 +26,9 @@ GPU_CHECKS = {
     "tests": 55,
     "sharded": 45,
 }
-#: The two calls of a run: of five minutes, and of seven.
-GPU_PARTS = {1: ("agreement", "sampling", "training-speed"), 2: tuple(list(GPU_CHECKS)[3:])}
+#: The calls of a run, of five to seven minutes.
+GPU_PARTS = {
+    1: ("agreement", "sampling", "training-speed"),
+    2: ("emoji", "cards", "profile", "calibration", "graphs", "bfloat16", "student"),
+    3: ("memory", "training", "compiled-training", "tests", "sharded"),
+}

@@ -12,7 +12,6 @@ import torch
 from tarflow.benchmarks.cards import largest_batch, training_batches, what_cards_can_do
 from tarflow.benchmarks.memory import training_memory
 from tarflow.benchmarks.random_models import random_inputs, random_model, shape_of
-from tarflow.benchmarks.sampling import Comparison, roofline
 from tarflow.benchmarks.training import (
     Run,
     TrainingPlan,
@@ -23,22 +22,21 @@ from tarflow.benchmarks.training import (
     take_steps,
     with_shared_weights,
 )
-from tarflow.common.machine import copy_bandwidth, product_speed, timed
+from tarflow.common.machine import copy_bandwidth, product_speed
 from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.decoding.method import Decoding, residual
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
-from tarflow.flows.student import StudentModel
 
 #: What small models, and checks that need no size, change of a configuration's model.
 SMALL = {"layers_per_block": [1, 2], "width": 128, "sample_size": 8}
 NAME = "starflow_imagenet256"
-#: A student of 133 million parameters, as the best published one has.
-STUDENT = {"num_layers": 18, "width": 768}
 #: What utilization is a share of: TFLOP/s of an H200 in bfloat16.
 PEAK_TFLOPS = 790
 TARGETS = {"utilization": 0.45, "ratio": 1.5}
+#: Timings of each way.
+REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +189,7 @@ def check_training_speed(task: Task) -> dict[str, Any]:
 
         variants = ("published", "eager") if task.small else ("published", "compiled", "eager", "compiled+layer")
         plan = TrainingPlan(
-            variants=variants, precisions=("bfloat16",), repeats=2, steps=2, deadline=task.deadline, report=told
+            variants=variants, precisions=("bfloat16",), repeats=REPEATS, steps=2, deadline=task.deadline, report=told
         )
         speeds += compare_training(model, batch, 0, {"bfloat16": peak}, plan)
     fastest, differences = best(speeds), loss_differences(speeds)
@@ -207,74 +205,10 @@ def check_training_speed(task: Task) -> dict[str, Any]:
     return results
 
 
-#: What is measured first needs neither compiling nor calibration; None is the roofline.
-SAMPLING = (
-    *((batch, name) for batch in (1, 16) for name in ("published", "sequential", "graphs")),
-    *((batch, None) for batch in (1, 16)),
-    *((batch, "compiled") for batch in (1, 16)),
-    *((batch, name) for batch in (1, 16) for name in ("fast", "compiled auto")),
-)
-
-
-@torch.no_grad()
-def check_sampling(task: Task) -> dict[str, Any]:
-    """The benchmark: class-conditional 1.4 B shape, 1,024 tokens, guidance, bf16; methods in turn, and again as long as
-    there is time."""
-    model = random_model(NAME, task.device, torch.bfloat16, **(SMALL if task.small else {}))
-    comparisons: dict[int, Comparison] = {}
-    results: dict[str, Any] = {}
-    for repeat in range(2):
-        for batch, name in SAMPLING:
-            if results and (task.over or (task.small and (batch > 1 or repeat or name in ("fast", "compiled auto")))):
-                continue
-            _, cond, null = noise_and_labels(model, batch)
-            if name is None:
-                if repeat == 0:
-                    rows = roofline(model, batch, cond, null, Guidance(1.0))
-                    results[f"roofline {batch}"] = [dataclasses.asdict(row) for row in rows]
-                continue
-            if batch not in comparisons:
-                comparisons[batch] = Comparison(model, batch, cond, null, Guidance(1.0))
-            if name not in comparisons[batch].ways:
-                comparisons[batch].ways[name] = comparisons[batch].prepare(name)
-            comparisons[batch].measure(name)
-            results[f"batch {batch}"] = [dataclasses.asdict(row) for row in comparisons[batch].rows()]
-            task.tell(results)
-    return results
-
-
 def check_cards(task: Task) -> dict[str, Any]:
     """What cards of some sizes can do with the 1.4 B shape, counted; and this one's memory."""
     results: dict[str, Any] = {"cards": what_cards_can_do()}
     if task.device == "cuda":
         memory = memory_gib(task.device)
         results |= {"memory_gib": memory, "training batches here": str(training_batches(memory))}
-    return results
-
-
-def check_student(task: Task) -> dict[str, Any]:
-    """Compare a student's pass in float32 on the device and on the CPU. Then, in bf16 and without a decoder, measure
-    how many times as many images per second it makes as guided sequential decoding of the 1.4 B shape."""
-    model = random_model(NAME, task.device, torch.bfloat16, **(SMALL if task.small else {}))
-    shared = {name: model.config[name] for name in ("in_channels", "sample_size", "patch_size", "num_classes")}
-    torch.manual_seed(0)
-    size = {"num_layers": 2, "width": 128} if task.small else STUDENT
-    student = StudentModel(**shared, **size, conditioning="class_prefix", max_guidance_scale=3.0).eval()
-    torch.nn.init.normal_(student.head[1].weight, std=0.02)
-    noise, cond, null = noise_and_labels(model, 1)
-    labels, guidance = torch.zeros(1, dtype=torch.long), Guidance(1.0)
-    with torch.no_grad():
-        expected = student(noise.cpu(), labels, guidance_weight=1.0)
-        student.to(task.device)
-        found = student(noise, labels.to(task.device), guidance_weight=1.0)
-        results: dict[str, Any] = {"difference": float((found.cpu() - expected).abs().max())}
-        require(results["difference"] < 1e-3, results)
-        student.to(torch.bfloat16)
-        steps = FastSteps(None) if task.device == "cuda" else None
-        ways = {
-            "flow": lambda: generate(model, noise, cond, null, guidance, fast=steps),
-            "student": lambda: student(noise.to(torch.bfloat16), labels.to(task.device), guidance_weight=1.0),
-        }
-        if not task.over:
-            results |= timed(ways, 1, 1, model.device)
     return results

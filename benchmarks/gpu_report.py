@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 
-from tarflow.benchmarks import gpu_checks, gpu_runs
+from tarflow.benchmarks import gpu_checks, gpu_runs, gpu_sampling
 from tarflow.benchmarks.gpu_checks import Task
 from tarflow.common.files import write_text
 
 CHECKS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "agreement": gpu_checks.check_against_cpu,
-    "sampling": gpu_checks.check_sampling,
+    "sampling": gpu_sampling.check_sampling,
     "training-speed": gpu_checks.check_training_speed,
     "emoji": gpu_runs.check_emoji,
     "cards": gpu_checks.check_cards,
+    "profile": gpu_sampling.check_profile,
+    "calibration": gpu_sampling.check_calibration,
     "graphs": gpu_checks.check_fast_steps,
     "bfloat16": gpu_checks.check_bfloat16,
-    "student": gpu_checks.check_student,
+    "student": gpu_sampling.check_student,
     "memory": gpu_checks.check_memory,
     "training": gpu_runs.check_training,
     "compiled-training": gpu_checks.check_compiled_training,
@@ -32,7 +34,7 @@ CHECKS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "sharded": gpu_runs.check_sharded_training,
 }
 #: Columns of a row that are too long for a table.
-LONG = ("methods", "sweeps")
+LONG = ("methods", "sweeps", "timings")
 #: The times are for a GPU; a small check on a busy CPU may take longer.
 SMALL_FACTOR = 4
 
@@ -114,7 +116,11 @@ def markdown(report: dict[str, Any]) -> str:
     for title, entry in report["checks"].items():
         results = {**({"error": entry["error"]} if "error" in entry else {}), **entry.get("results", {})}
         lines += ["", f"## {title}", ""] if results else []
-        lines += [f"- {name}: {cell(value)}" for name, value in results.items() if not isinstance(value, list)]
+        plain = {name: value for name, value in results.items() if not isinstance(value, list)}
+        screens = {name: value for name, value in plain.items() if isinstance(value, str) and "\n" in value}
+        lines += [f"- {name}: {cell(value)}" for name, value in plain.items() if name not in screens]
+        for name, text in screens.items():
+            lines += ["", f"{name}:", "", "```", text, "```"]
         for name, rows in results.items():
             if isinstance(rows, list) and rows:
                 columns = [key for key in rows[0] if key not in LONG]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tarflow.benchmarks.published_sampler import generate_as_published
 from tarflow.common.clock import clock
 from tarflow.common.machine import copy_bandwidth, product_speed
-from tarflow.flows.decoding.calibration import calibrate, decodings
+from tarflow.flows.decoding.calibration import BlockChoice, calibrate, decodings
 from tarflow.flows.decoding.fast_step import FastStep, FastSteps
 from tarflow.flows.decoding.jacobi import decode_jacobi
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding, InversionState, residual
@@ -25,8 +25,8 @@ from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
 
 #: In the order in which they are measured. "graphs" and "compiled" decode all blocks sequentially by `FastSteps`, replayed as
-#: CUDA graphs there; "auto", "fast" and "compiled auto" by what was calibrated, the last with compiled steps too.
-METHODS = ("published", "sequential", "graphs", "compiled", "jacobi", "auto", "fast", "compiled auto")
+#: CUDA graphs there; "auto", "fast", "graphs auto" and "compiled auto" by what was calibrated, the last two with such steps.
+METHODS = ("published", "sequential", "graphs", "compiled", "jacobi", "auto", "fast", "graphs auto", "compiled auto")
 PLAIN = ("published", "sequential", "jacobi", "auto", "fast")
 
 
@@ -44,7 +44,7 @@ class Speed:
         residual_max, residual_mean: |f(x) − z| over the batch.
         difference: the largest difference to sequential decoding; None without it.
         cache_mb: the largest block's keys and values; peak_mb: of the device's memory, CUDA only.
-        spread: seconds between the shortest and the longest repeat.
+        spread: seconds between the shortest and the longest repeat; timings: all of them.
     """
 
     method: str
@@ -61,6 +61,7 @@ class Speed:
     cache_mb: float
     peak_mb: float | None
     spread: float = 0.0
+    timings: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -84,10 +85,19 @@ class Comparison:
         batch: number of samples.
         cond, null: conditions as the blocks take them.
         guidance: None for none.
+        limit: seconds for each calibration.
     """
 
-    def __init__(self, model: Any, batch: int, cond: Tensor | None, null: Tensor | None, guidance: Guidance | None):
-        self.model, self.batch, self.conditions = model, batch, (cond, null, guidance)
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        cond: Tensor | None,
+        null: Tensor | None,
+        guidance: Guidance | None,
+        limit: float = math.inf,
+    ):
+        self.model, self.batch, self.conditions, self.limit = model, batch, (cond, null, guidance), limit
         size = model.config.sample_size
         noise = torch.randn(batch, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
         self.z = model.scale_noise(noise.to(model.device))
@@ -95,6 +105,8 @@ class Comparison:
         caches = (InversionState(block, batch, self.grid, *self.conditions).cache for block in model.blocks)
         self.cache_mb = max(cache.keys_values.nbytes for cache in caches) / 2**20
         self.compiled: FastSteps | None = None
+        self.graphs: FastSteps | None = None
+        self.choices: list[BlockChoice] = []  # of the last calibration
         self.ways: dict[str, Way] = {}
 
     def prepare(self, name: str) -> Way:
@@ -104,11 +116,11 @@ class Comparison:
         sweeps: list[int | None] = [None] * blocks
         if name in ("compiled", "compiled auto"):
             steps = self.compiled = self.compiled or FastSteps()
-        elif name == "graphs":
-            steps = FastSteps(None)
-        if name in ("auto", "fast", "compiled auto"):
+        elif name in ("graphs", "graphs auto"):
+            steps = self.graphs = self.graphs or FastSteps(None)
+        if name in ("auto", "fast", "graphs auto", "compiled auto"):
             tolerance = FAST_TOLERANCE if name == "fast" else DEFAULT_TOLERANCE
-            choices = calibrate(model, z, *self.conditions, tolerance, steps)
+            choices = self.choices = calibrate(model, z, *self.conditions, tolerance, steps, self.limit)
             plan, sweeps = decodings(choices, tolerance), [choice.sweeps for choice in choices]
         elif name == "jacobi":
             plan = [Decoding("jacobi")] * blocks
@@ -163,6 +175,7 @@ class Comparison:
             self.cache_mb,
             way.peak_mb,
             max(way.seconds) - min(way.seconds),
+            list(way.seconds),
         )
 
 

@@ -35,6 +35,7 @@ class TrainingSpeed:
         loss: of the last of ``steps`` steps from the same weights on the same batch; all variants take as many.
         peak_mb: of the device's memory, CUDA only.
         error: why there are no numbers: out of memory.
+        timings: milliseconds of a step in each repeat.
     """
 
     variant: str
@@ -49,6 +50,7 @@ class TrainingSpeed:
     steps: int | None = None
     peak_mb: float | None = None
     error: str | None = None
+    timings: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -245,6 +247,7 @@ def summary(run: Run, batch: int, tokens: int, ideal: float, steps: int, baselin
         run.loss,
         steps,
         run.peak_mb,
+        timings=[1e3 * one for one in run.seconds],
     )
 
 

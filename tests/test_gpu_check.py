@@ -14,9 +14,10 @@ import torch
 from tarflow.benchmarks import gpu_report, gpu_runs
 from tarflow.benchmarks.cards import TRAINING_GIB, largest_batch, training_batches, what_cards_can_do
 from tarflow.benchmarks.choices import GPU_CHECKS, GPU_PARTS
-from tarflow.benchmarks.gpu_checks import SAMPLING, Task, check_bfloat16, check_fast_steps, check_sampling, require
+from tarflow.benchmarks.gpu_checks import Task, check_bfloat16, check_fast_steps, require
 from tarflow.benchmarks.gpu_report import CHECKS, run_checks
 from tarflow.benchmarks.gpu_runs import RUN, nats_after, write_drawings
+from tarflow.benchmarks.gpu_sampling import SAMPLING, check_calibration, check_profile, check_sampling
 from tarflow.benchmarks.memory import training_memory
 from tarflow.benchmarks.random_models import shape_of
 from tarflow.cli.gpu_check import main
@@ -24,14 +25,15 @@ from tarflow.data.config import DataConfig
 from tarflow.data.folder import ImageFolder
 
 
-def test_two_calls_make_all_checks_in_five_and_seven_minutes() -> None:
+def test_three_calls_make_all_checks_in_their_minutes() -> None:
     assert CHECKS.keys() == GPU_CHECKS.keys()
-    assert [name for part in (1, 2) for name in GPU_PARTS[part]] == list(GPU_CHECKS)
+    assert [name for part in (1, 2, 3) for name in GPU_PARTS[part]] == list(GPU_CHECKS)
     assert list(GPU_CHECKS)[:4] == ["agreement", "sampling", "training-speed", "emoji"]
-    for part, minutes in ((1, 5), (2, 7)):
+    for part, minutes in ((1, 5), (2, 6), (3, 4)):
         assert sum(GPU_CHECKS[name] for name in GPU_PARTS[part]) <= 60 * minutes
     assert [name for _, name in SAMPLING[:3]] == ["published", "sequential", "graphs"]
-    assert "auto" in SAMPLING[-1][1]  # what must be calibrated comes last
+    for batch in (1, 16):  # what must be calibrated comes last
+        assert "auto" in [name for own, name in SAMPLING if own == batch][-1]
 
 
 def checks(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
@@ -113,8 +115,24 @@ def test_small_checks_of_sampling(tmp_path: Path) -> None:
     results = check_sampling(task)
     assert [row["method"] for row in results["batch 1"]] == ["published"]  # the time was up then
     assert check_bfloat16(task)["residual_mean"] < 0.05
+    row = check_profile(task)["deep, batch 1, graph"]
+    assert len(row["timings_us"]) == 3 and row["operations"] > 30
     assert max(check_fast_steps(task).values()) < 1e-3
-    assert len(told) == 2
+    assert len(told) == 3
+
+
+def test_a_calibration_of_its_own(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    results = check_calibration(Task("cpu", True, time.perf_counter() + 60, told.append))
+    assert [row["block"] for row in results["blocks 1"]] == [0, 1]
+    assert {row["method"]: len(row["timings"]) for row in results["batch 1"]} == {"graphs": 1, "graphs auto": 1}
+
+
+def test_a_screen_of_text_is_kept_as_it_is() -> None:
+    report = {"device": "cpu", "torch": "2", "checks": {}}
+    report["checks"]["profile"] = {"state": "passed", "seconds": 1.0, "results": {"table": "a  1\nb  2", "n": 3}}
+    text = gpu_report.markdown(report)
+    assert "- n: 3" in text and "```\na  1\nb  2\n```" in text and "- table" not in text
 
 
 def test_the_counted_memory_of_cards_is_what_is_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,17 +66,23 @@ def calibrate(
     guidance: Guidance | None,
     tolerance: float,
     fast: FastSteps | None = None,
+    limit: float = math.inf,
 ) -> list[BlockChoice]:
     """Try the methods on given noise, block after block from the deep one on; one choice for each of model.blocks.
 
-    Args, conditions: as of `generate`.
+    Args, conditions: as of `generate`, and besides
+        limit: seconds for all. A block that has used up its share is decoded sequentially if nothing has won by then;
+            what is under way is ended, but for the sequential decoding that gives the next block its input.
     """
     tokens, grid = model.patchify(z)
-    choices = []
+    choices: list[BlockChoice] = []
+    end = clock(z.device) + limit
     with torch.autocast(z.device.type, enabled=False):
         for block in reversed(model.blocks):
             ordered = at_least_float32(reorder(tokens, block.config.order))
-            trial = BlockTrial(block, ordered, grid, cond, null_cond, guidance, fast)
+            now = clock(z.device)
+            deadline = now + (end - now) / (len(model.blocks) - len(choices))
+            trial = BlockTrial(block, ordered, grid, cond, null_cond, guidance, fast, deadline)
             with at_hand(block):
                 choice, ordered = trial.one_pass() if block.one_pass else trial.choose(tolerance)
             choices.append(choice)
@@ -88,6 +95,7 @@ class BlockTrial:
 
     Args:
         z: tokens in the block's order (B, T, C), at least float32.
+        deadline: by `clock`, after which nothing is tried any more.
         others: as of `calibrate`.
     """
 
@@ -100,8 +108,9 @@ class BlockTrial:
         null_cond: Tensor | None,
         guidance: Guidance | None,
         fast: FastSteps | None,
+        deadline: float = math.inf,
     ):
-        self.block, self.z, self.grid, self.fast = block, z, grid, fast
+        self.block, self.z, self.grid, self.fast, self.deadline = block, z, grid, fast, deadline
         self.conditions = (cond, null_cond, guidance)
 
     def new_run(self) -> InversionState:
@@ -130,8 +139,11 @@ class BlockTrial:
         start = clock(self.z.device)
 
         def give_up() -> bool:
-            return 1e3 * (clock(self.z.device) - start) > most
+            now = clock(self.z.device)
+            return 1e3 * (now - start) > most or now > self.deadline
 
+        if start > self.deadline:
+            return None
         try:
             milliseconds, (_, _, sweeps) = self.timed(lambda: decode_jacobi(self.new_run(), self.z, decoding, give_up))
         except GaveUpError:
@@ -163,7 +175,7 @@ class BlockTrial:
         """The choice, and the block's inverse of ``z`` (B, T, C).
 
         Methods of sweeps are tried once each, no longer than sequential decoding would take; then the fastest and
-        sequential decoding take turns, and it must win each time.
+        sequential decoding take turns, and it must win each time, before the deadline.
         """
         step, sweep = self.probe()
         sequential = step * (self.z.shape[1] - self.new_run().first)
