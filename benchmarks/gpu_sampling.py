@@ -95,7 +95,8 @@ def check_profile(task: Task) -> dict[str, Any]:
     """What a token of the guided deep block, and of a shallow one, is made of: as a graph, and compiled. A table of each,
     for one screen."""
     model = random_model(NAME, task.device, torch.bfloat16, **(SMALL if task.small else {}))
-    side, results = model.config.sample_size // model.config.patch_size, {}
+    side = model.config.sample_size // model.config.patch_size
+    results: dict[str, Any] = {}
     for backend in (None,) if task.small else (None, "inductor"):
         for batch in (1,) if task.small else (1, 16):
             _, cond, null = noise_and_labels(model, batch)

@@ -104,6 +104,15 @@ def test_sweeps_are_given_up_when_they_take_longer_than_steps(monkeypatch: pytes
     assert machine.sweeps <= TURNS + 3  # the third is over 0.9 · 16 s
 
 
+@pytest.mark.parametrize(("limit", "chosen"), [(30.0, "sequential"), (1000.0, "jacobi")])
+def test_a_calibration_has_a_limit_of_time(monkeypatch: pytest.MonkeyPatch, limit: float, chosen: str) -> None:
+    """Sweeps would win, but probing took the time."""
+    model = small_model(sample_size=8, layers_per_block=(0, 1))
+    machine = Machine(monkeypatch, step=2.5, sweep=1.0)
+    found = calibrate(model, random_images(model, 2), None, None, None, 1e-4, limit=limit)
+    assert found[-1].method == chosen and (limit > 30 or machine.sweeps == TURNS)
+
+
 def pipeline_on(monkeypatch: pytest.MonkeyPatch, step: float, sweep: float) -> tuple[TARFlowPipeline, Machine]:
     return make_pipeline("none"), Machine(monkeypatch, step, sweep)
 
