@@ -3,8 +3,41 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
+
+from tarflow.common.checks import AtLeastOne, Fraction, Positive, check, check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSource:
+    """One of several streams that are read together, see ``mix``; what is not given is as the data section has it.
+
+    Attributes:
+        weight: how often a picture is taken from it, relative to the other streams.
+    """
+
+    weight: Positive = 1.0
+    source: Literal["datasets", "webdataset"] | None = None
+    path: str | None = None
+    validation_path: str | None = None
+    name: str | None = None
+    data_files: Any = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    label_column: str | None = None
+    key_column: str | None = None
+    caption_template: str | None = None
+    where: dict[str, list[Any]] | None = None
+
+
+#: Settings that other sources than streams have not.
+STREAM_SETTINGS = (
+    *("validation_path", "mix", "lanes", "key_column", "aspect_ratios"),
+    *("caption_weights", "choose_from_lists", "drop_caption_parts"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +55,8 @@ class DataConfig:
             systems leave there (names that begin with a dot, ``__MACOSX``, ``@eaDir``) is none of the data. Of source
             "latents", the cache, in a folder or at a URL that fsspec knows (``s3://``, ``gs://``, ``hf://`` …), or
             several as a list: splits, columns, captions, names, background and ``seed`` were settled when it was made
-            and have no effect here.
+            and have no effect here. Of source "webdataset", a path or URL of tar files, with braces or stars:
+            "s3://bucket/train-{00000..00099}.tar".
         weights: of source "latents" with a list of caches, the share of each in what is trained on, (0.7, 0.3), whatever
             their sizes are; None takes each picture as often as any other.
         shuffle_shards: of source "latents", how many shards are mixed at a time, of each shape and each weighted cache:
@@ -31,6 +65,22 @@ class DataConfig:
         cache_gb: of source "latents" at a URL, how many GB (10⁹ bytes) local copies of shards may take, those of other
             caches included; those that were needed longest ago are removed. They lie in ``shards`` in the folder that
             ``TARFLOW_CACHE`` names, or else in ``~/.cache/tarflow``.
+        validation_path: of source "webdataset", the tar files of held-out pictures; None holds out
+            ``validation_fraction`` of the rows.
+        streaming: read source "datasets" as a stream: nothing is listed, downloaded or stored.
+        mix: several streams by name, which are read together by their weights.
+        lanes: of a stream, how many readings of it are dealt out to the processes; None takes 8, or more if the processes
+            need them. Runs whose processes share the lanes evenly see the same pictures at each step.
+        shuffle_buffer: of a stream, how many rows of all lanes are shuffled among each other.
+        key_column: of a stream, the column whose hash decides whether a row is held out; None takes the key of a row in a
+            tar file, or else its place (shard and number).
+        aspect_ratios: of a stream, width:height of the sizes that pictures are brought to, each to the nearest, such as
+            ["1:1", "4:3", "3:4"], at about the area of the square; None makes squares.
+        caption_weights: of a stream, how often each way to say it is taken, ``caption_template`` or the column first, then
+            ``more_caption_templates``; None takes all equally often. A row has one caption, another one in each pass.
+        choose_from_lists: of a stream, take one of a column's texts where it holds a list, instead of joining them.
+        drop_caption_parts: of a stream, the share of a caption's parts, between commas, that are left out; the first part
+            never is, nor is any of a held-out picture.
         split_folders: what to do where some top folders have names of splits and others have not: "auto" refuses
             them, "only" takes the splits and leaves the others out, "none" takes all for classes, also where all have names
             of splits.
@@ -58,11 +108,21 @@ class DataConfig:
         seed: which drawings are made, and the colours of random backgrounds.
     """
 
-    source: Literal["drawings", "folder", "datasets", "latents"] = "drawings"
+    source: Literal["drawings", "folder", "datasets", "webdataset", "latents"] = "drawings"
     path: list[str] | str | None = None
     weights: list[float] | None = None
     shuffle_shards: int | None = None
     cache_gb: float = 20.0
+    validation_path: str | None = None
+    streaming: bool = False
+    mix: dict[str, MixedSource] | None = None
+    lanes: AtLeastOne | None = None
+    shuffle_buffer: AtLeastOne = 2048
+    key_column: str | None = None
+    aspect_ratios: list[str] | None = None
+    caption_weights: list[Positive] | None = None
+    choose_from_lists: bool = False
+    drop_caption_parts: Fraction = 0.0
     split_folders: Literal["auto", "only", "none"] = "auto"
     name: str | None = None
     data_files: Any = None
@@ -95,7 +155,7 @@ class DataConfig:
                 f"data.path is a list, but data.source {self.source!r} takes one; only 'latents' takes several"
             )
         self._check_caches()
-        if self.source == "datasets" and not self.name:
+        if self.source == "datasets" and not self.name and not self.mix:
             raise ValueError("data.source is 'datasets', so data.name must name a data set")
         if self.more_caption_templates and not (self.caption_template or self.caption_column):
             raise ValueError("data.more_caption_templates is set, but neither caption_template nor caption_column is")
@@ -103,6 +163,51 @@ class DataConfig:
             raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}")
+        check_ranges(self, "data")
+        self._check_stream()
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether rows are read as they come."""
+        return self.streaming or self.source == "webdataset"
+
+    @property
+    def parts(self) -> dict[str, tuple[float, DataConfig]]:
+        """The streams that are read together, by name, with their weights."""
+        if not self.mix:
+            return {str(self.path or self.name): (1.0, self)}
+        found = {}
+        for name, part in self.mix.items():
+            given = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "weight"}
+            given = {key: value for key, value in given.items() if value is not None} | {"streaming": True}
+            found[name] = part.weight, replace(self, mix=None, **given)
+        return found
+
+    def _check_stream(self) -> None:
+        check(
+            self.source != "webdataset" or bool(self.path or self.mix),
+            "data.source is 'webdataset', so data.path must name tar files, such as 'shards/{0000..0099}.tar'",
+        )
+        check(
+            not self.streaming or self.source in ("datasets", "webdataset"),
+            f"data.streaming is for data.source 'datasets', got {self.source!r}; tar files are data.source 'webdataset'",
+        )
+        if not self.is_stream:
+            for own in fields(DataConfig):
+                if own.name in STREAM_SETTINGS and getattr(self, own.name) != own.default:
+                    raise ValueError(
+                        f"data.{own.name} is for streams: data.source 'webdataset', or 'datasets' with data.streaming true"
+                    )
+            return
+        ways = 1 + len(self.more_caption_templates)
+        weights = self.caption_weights
+        check(
+            weights is None or len(weights) == ways,
+            f"data.caption_weights has {len(weights or ())} numbers, but there are {ways} ways to say a caption",
+        )
+        if self.mix:
+            for _, part in self.parts.values():
+                part._check_stream()
 
     def _check_caches(self) -> None:
         if self.weights is not None:

@@ -116,6 +116,11 @@ def open_source(config: DataConfig, split: str) -> PictureSource:
     """The pictures that a configuration names."""
     if config.source == "latents":
         raise ValueError("data.source is 'latents', but pictures are needed here: name what the cache was made of")
+    if config.is_stream:
+        raise ValueError(
+            "the data is a stream, of which only the next pictures are known, but pictures by number are needed here: name a "
+            "folder, an archive, a data set without data.streaming, or a cache"
+        )
     if split not in ("train", "validation"):
         raise ValueError(f"the split must be 'train' or 'validation', got {split!r}")
     if config.source == "drawings":

@@ -11,7 +11,7 @@ from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.objective import FlowObjective
 from tarflow.training.flow.report import HeldOut
 from tarflow.training.flow.setup import Parts
-from tarflow.training.loop.batches import fixed_batches, read_batch
+from tarflow.training.loop.batches import fixed_batches, read_batches
 
 if TYPE_CHECKING:
     from tarflow.training.flow.metric import SampleMetric
@@ -25,7 +25,9 @@ def initialize_actnorm(objective: FlowObjective, inputs: InputMaker, parts: Part
     if parts.flow.config.actnorm:
         places = fixed_batches(parts.train, ACTNORM_IMAGES, ACTNORM_IMAGES)[0]
         objective.to(inputs.device)
-        objective.initialize_actnorm(**inputs.evaluation(read_batch(parts.train, places), places))
+        batch, *_ = read_batches(parts.train, places)
+        count = len(batch["image"] if "image" in batch else batch["latent_mean"])
+        objective.initialize_actnorm(**inputs.evaluation(batch, places[:count]))
 
 
 def open_held_out(config: RunConfig, parts: Parts, accelerator: Accelerator) -> HeldOut | None:

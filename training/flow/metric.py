@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow.data.images import Images, to_uint8
+from tarflow.data.images import to_uint8
 from tarflow.data.latents import CachedLatents
 from tarflow.evaluation.features.extractors import load_extractor
 from tarflow.evaluation.features.frechet import frechet_distance
 from tarflow.evaluation.features.statistics import Moments
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.flow.config import MetricConfig
+from tarflow.training.flow.setup import Data
 from tarflow.training.loop.batches import fixed_batches, read_batch
 
 
@@ -34,7 +35,7 @@ class SampleMetric:
         ValueError: if the extractor cannot be loaded.
     """
 
-    def __init__(self, config: MetricConfig, held_out: Images | CachedLatents, device: torch.device):
+    def __init__(self, config: MetricConfig, held_out: Data, device: torch.device):
         self.config, self.held_out = config, held_out
         self.extractor = load_extractor(config.extractor, config.weights, device, config.normalize)
         self.reference: Moments | None = None

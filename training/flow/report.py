@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from tarflow.common.files import write_json, write_picture
-from tarflow.data.images import Images
-from tarflow.data.latents import CachedLatents
 from tarflow.data.subset import evenly
 from tarflow.flows.likelihood import bits_per_dim
 from tarflow.flows.model import TARFlowModel
@@ -24,7 +22,7 @@ from tarflow.training.flow.config import RunConfig, is_joint, noise_std
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.joint import trained_autoencoder
 from tarflow.training.flow.lora import add_adapters
-from tarflow.training.flow.setup import Parts
+from tarflow.training.flow.setup import Data, Parts
 from tarflow.training.loop.batches import Items, fixed_batches, read_batch
 from tarflow.training.loop.summary import ENDLESS, drawing_line
 
@@ -138,7 +136,7 @@ def drawing_line_of(parts: Parts, config: RunConfig, pipeline: str | Path, optio
     return drawing_line(pipeline, shown.get("prompt", ()), classes, options)
 
 
-def own_captions(data: Images | CachedLatents, count: int) -> list[str]:
+def own_captions(data: Data, count: int) -> list[str]:
     """At most ``count`` captions that lie evenly in a data set, as neighbours are often alike; of endless drawings, which
     are not, the first ones."""
     count = min(count, len(data))

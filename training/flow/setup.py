@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,15 +17,19 @@ from tarflow.data.images import Images, to_model
 from tarflow.data.latents import CachedLatents, open_latents
 from tarflow.data.place import paths_of
 from tarflow.data.shards import read_manifest
+from tarflow.data.stream.stream import HeldOutRows, Stream
 from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.pipeline.text.encoding import embedding_width
 from tarflow.training.autoencoder.model import new_autoencoder
 from tarflow.training.flow.config import RunConfig, VaeConfig, is_joint
 from tarflow.training.flow.start import Start, model_for_size
 from tarflow.training.flow.text import load_text, settings_difference
-from tarflow.training.loop.batches import Items, fixed_batches, read_batch
+from tarflow.training.loop.batches import Items, fixed_batches, read_batches
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
+#: What is trained on, or held out.
+Data = Images | CachedLatents | Stream | HeldOutRows
 #: Larger vocabularies are kept as a hash.
 LISTED_TOKENS = 10_000
 
@@ -34,7 +39,7 @@ class Parts:
     """Data, autoencoder, text encoder and flow of a run.
 
     Attributes:
-        train, validation: pictures or cached latents; no validation if nothing is held out.
+        train, validation: pictures, cached latents or a stream; no validation if nothing is held out.
         codec: without its autoencoder if latents are cached.
         load_vae: gives the autoencoder (None for pixels), which a saved pipeline needs.
         load_text: gives text encoder and tokenizer, which a saved pipeline needs.
@@ -43,8 +48,8 @@ class Parts:
         flow_arguments: the complete arguments of ``flow``.
     """
 
-    train: Images | CachedLatents
-    validation: Images | CachedLatents | None
+    train: Data
+    validation: Data | None
     codec: LatentCodec
     load_vae: Callable[[], Any]
     load_text: Callable[[], tuple[Any, Any]]
@@ -72,7 +77,7 @@ def make_parts(
     Raises:
         ValueError: if the parts do not fit together.
     """
-    train, validation = open_split(config, "train"), open_split(config, "validation")
+    train = open_split(config, "train")
     conditioning = config.flow.get("conditioning", "none")
     check_conditions(config, train, conditioning)
     cache = train if isinstance(train, CachedLatents) else None
@@ -85,6 +90,9 @@ def make_parts(
         raise ValueError(
             f"data.image_size ({config.data.image_size}) must be a multiple of {factor}, the autoencoder's"
         )
+    if isinstance(train, Stream):
+        train = sized(train, config, LatentCodec(vae).factor)
+    validation = held_out_of(train, config)
     if start is not None:
         start.check_autoencoder(vae if cache is None else cache.manifest["autoencoder"]["hash"])
         statistics = start.statistics
@@ -106,7 +114,7 @@ def make_parts(
     if conditioning == "prefix":
         derived["cond_dim"] = embedding_width(text_encoder) if null_cond is None else null_cond.shape[1]
     arguments = flow_arguments(config, derived, start)
-    if cache is not None and len(cache.shapes) > 1:
+    if (cache is not None and len(cache.shapes) > 1) or (isinstance(train, Stream) and len(train.sizes) > 1):
         check_shapes(arguments)
     flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
     if start is not None:
@@ -142,7 +150,7 @@ def flow_arguments(config: RunConfig, derived: dict[str, Any], start: Start | No
 def check_shapes(arguments: dict[str, Any]) -> None:
     """An error if a flow of these arguments has one shape, as the data has several."""
     if arguments.get("learned_prior") or arguments.get("positions") == "learned":
-        raise ValueError("the cache has pictures of several shapes, which learned positions and priors do not fit")
+        raise ValueError("the data has pictures of several shapes, which learned positions and priors do not fit")
 
 
 def meaning(parts: Parts) -> dict[str, Any]:
@@ -175,13 +183,44 @@ def open_autoencoder(config: RunConfig) -> Any:
     return vae
 
 
-def open_split(config: RunConfig, split: str) -> Images | CachedLatents:
+def sized(train: Stream, config: RunConfig, factor: int) -> Stream:
+    """A stream whose pictures are brought to the sizes of ``data.aspect_ratios``, which the flow's patches fit.
+
+    Args:
+        train: the stream.
+        config: of the run.
+        factor: of the autoencoder.
+
+    Raises:
+        ValueError: if the autoencoder is trained along, which takes squares.
+    """
+    ratios = config.data.aspect_ratios
+    if ratios is None:
+        return train
+    if is_joint(config):
+        raise ValueError("data.aspect_ratios is set, but vae.train is 'joint', which takes squares: leave it out")
+    patch = config.flow.get("patch_size", inspect.signature(TARFlowModel).parameters["patch_size"].default)
+    sizes = [bucket_size(ratio_of(name), config.data.image_size, factor * patch) for name in ratios]
+    return train.with_sizes(list(dict.fromkeys(sizes)))
+
+
+def held_out_of(train: Data, config: RunConfig) -> Data:
+    """The held-out pictures that belong to the training pictures; of a stream the first ones."""
+    if not isinstance(train, Stream):
+        return open_split(config, "validation")
+    count = max(config.log.eval_images, config.metric.images if config.metric.every else 0)
+    return HeldOutRows(Stream(config.data, "validation", config.train.seed, train.sizes), count)
+
+
+def open_split(config: RunConfig, split: str) -> Data:
     if config.data.source == "latents":
         return open_latents(config.data, split)
+    if config.data.is_stream:
+        return Stream(config.data, split, config.train.seed)
     return Images(config.data, split)
 
 
-def check_conditions(config: RunConfig, train: Images | CachedLatents, conditioning: str) -> None:
+def check_conditions(config: RunConfig, train: Data, conditioning: str) -> None:
     """Whether data, text encoder and flow agree on what pictures are drawn from."""
     if conditioning.startswith("class") and train.class_names is None:
         raise ValueError(
@@ -226,9 +265,7 @@ def check_cache(config: RunConfig, cache: CachedLatents) -> None:
         raise ValueError("text.shard is true, but the captions are cached in encoded form: no encoder is needed")
 
 
-def make_codec(
-    config: VaeConfig, train: Images | CachedLatents, vae: Any, statistics: Any, device: torch.device
-) -> LatentCodec:
+def make_codec(config: VaeConfig, train: Data, vae: Any, statistics: Any, device: torch.device) -> LatentCodec:
     """The codec with its statistics, measured if need be."""
     if statistics is None and isinstance(train, CachedLatents):
         statistics = train.latents_mean, train.latents_std
@@ -241,11 +278,11 @@ def make_codec(
 
 def measure(vae: Any, images: Items, count: int, device: torch.device) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of the scaled latents of some pictures, see `measure_latents`."""
-    batches = (read_batch(images, indices) for indices in fixed_batches(images, count, 64))
+    batches = (batch for indices in fixed_batches(images, count, 64) for batch in read_batches(images, indices))
     return measure_latents(vae, batches, lambda batch: to_model(batch["image"]).to(device))
 
 
-def latent_shape(config: RunConfig, train: Images | CachedLatents, codec: LatentCodec) -> tuple[int, int]:
+def latent_shape(config: RunConfig, train: Data, codec: LatentCodec) -> tuple[int, int]:
     """Channels and side of the latents of a square picture."""
     if isinstance(train, CachedLatents):
         return len(train.latents_mean), train.image_size // train.manifest["factor"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tarflow.common.progress import write_line
 from tarflow.data.latents import CachedLatents
+from tarflow.data.stream.stream import Stream
 from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
@@ -78,6 +79,8 @@ class FlowTask(Task):
         self.text = text_invariants(config.text, self.parts.text_encoder)
         self.adapter = prepare_adapters(config, self.parts, self.start)
         self.begins_anew, self.start = self.start is None, None  # of a pipeline only the parts are kept
+        if isinstance(self.parts.train, Stream):
+            self.parts.train.check_length(config.loop.images_per_step(self.accelerator.num_processes))
         if state is None and config.data.verify:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
 
@@ -126,6 +129,8 @@ class FlowTask(Task):
         config, parts, accelerator = self.config, self.parts, self.accelerator
         self.held_out = open_held_out(config, parts, accelerator)
         self.metric = on_main(accelerator, lambda: open_metric(config, parts, accelerator))
+        if isinstance(parts.train, Stream):
+            parts.train.forget()
 
     def begin(self, fresh: bool) -> None:
         for line in self.parts.train.about() if isinstance(self.parts.train, CachedLatents) else ():

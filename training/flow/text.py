@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tarflow.data.latents import CachedLatents
+from tarflow.data.stream.stream import Stream
 from tarflow.pipeline.text.encoding import check_options, cut_captions
 from tarflow.pipeline.text.loading import load_text_encoder
 from tarflow.pipeline.text.options import TextOptions
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: So many captions are looked at for ones that are too long, and so many letters of an example shown.
 LOOKED_AT, SHOWN = 4096, 300
+#: So many of a stream, whose rows have to be fetched for it.
+STREAMED = 256
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -163,8 +166,10 @@ def cut_report(tokenizer: Any, captions: Any, config: TextConfig) -> str | None:
         captions: what has ``len`` and a ``caption`` by index; of more than `LOOKED_AT` as many at equal distances are
             looked at.
     """
+    streamed = isinstance(captions, Stream)
     step = -(-len(captions) // LOOKED_AT)
-    texts = [captions.caption(index) for index in range(0, len(captions), step or 1)]
+    indices = range(STREAMED) if streamed else range(0, len(captions), step or 1)
+    texts = [captions.caption(index) for index in indices]
     cut = cut_captions(tokenizer, texts, config.max_length, config.options)
     share = f"{len(texts)} captions" + ("" if step <= 1 else " that were looked at")
     return cut_sentence(len(cut), share, config.max_length, cut[0]) if cut else None

@@ -267,5 +267,19 @@ def fixed_batches(images: Items, count: int, batch_size: int) -> list[list[int]]
 
 def read_batch(images: Items, indices: Sequence[int]) -> dict[str, Any]:
     """Some pictures as a batch."""
+    return collate(read_items(images, indices))
+
+
+def read_batches(images: Items, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Some pictures as batches of one size each, the largest first."""
+    sizes: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for item in read_items(images, indices):
+        sizes.setdefault(tuple(item["image" if "image" in item else "latent_mean"].shape), []).append(item)
+    return [collate(items) for items in sorted(sizes.values(), key=len, reverse=True)]
+
+
+def read_items(images: Items, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Some pictures, together where the data can."""
     read = getattr(images, "__getitems__", None)
-    return collate([images[index] for index in indices] if read is None else read(indices))
+    found: list[dict[str, Any]] = [images[index] for index in indices] if read is None else read(indices)
+    return found

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,15 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, folder: Path, state: dict[str, Any], averages: WeightAverages, keep: int
+    accelerator: Accelerator,
+    folder: Path,
+    state: dict[str, Any],
+    averages: WeightAverages,
+    keep: int,
+    more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Save everything a resume needs; ``state`` (with "step") goes into run.json. Every process calls this.
+    """Save everything a resume needs; ``state`` (with "step") goes into run.json, and ``more`` writes what each process has
+    of its own. Every process calls this.
 
     Raises:
         OSError: on all processes if one cannot write, for example on a full disk; no half-written checkpoint stays.
@@ -54,6 +61,7 @@ def save_checkpoint(
         begin if main else None,
         lambda: accelerator.save_state(str(temporary)),
         lambda: averages.save(temporary / "averages"),
+        None if more is None else partial(more, temporary),
         end if main else None,
     ]
     for stage in stages[:1] if saved else stages:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tarflow.common.words import count_in_words, duration_in_words
 from tarflow.data.folder import ImageFolder
+from tarflow.data.stream.stream import Stream
 from tarflow.training.loop.schedule import TIMED_STEPS
 
 #: Data sets of more pictures are made as they come.
@@ -26,6 +27,10 @@ def number_of_pictures(data: Sized) -> int:
 
 def pictures_in_words(data: Sized, held_out: Sized | None) -> str:
     """What is trained on, and how much is held out."""
+    if isinstance(data, Stream):
+        count = 0 if held_out is None else len(held_out)
+        shards, said = sum(len(one.names) for one in data.shards), f"{count:,} others are held out"
+        return f"a stream of {shards:,} shards, {said if count else 'none is held out'}"
     if len(data) >= ENDLESS:
         return "drawings, each made for its place in a batch"
     count = 0 if held_out is None else number_of_pictures(held_out)

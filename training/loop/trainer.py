@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tarflow.common.files import write_text
 from tarflow.common.progress import progress_bar, write_line
+from tarflow.data.stream.stream import Stream
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.averages import WeightAverages
 from tarflow.training.loop.batches import BatchReader, step_sampler, train_loader
@@ -24,6 +25,7 @@ from tarflow.training.loop.reading import reading
 from tarflow.training.loop.schedule import TimeLimit
 from tarflow.training.loop.step import Stepper
 from tarflow.training.loop.stopping import Stopped, StopRequest
+from tarflow.training.loop.streaming import Share, StreamReader, read_waiting
 from tarflow.training.loop.summary import TimeEstimate, beginning
 from tarflow.training.loop.task import Batch, State, Task, is_due
 
@@ -68,6 +70,8 @@ class Trainer:
         self.longest = self.total_steps = settings.total_steps(accelerator.num_processes)
         self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
         self.speed: dict[str, float] = {}
+        self.reader: BatchReader | StreamReader | None = None
+        self.stream: dict[str, Any] | None = None  # of the checkpoint, where the training pictures are a stream
         if self.saved is not None and state is not None:
             self.load(self.saved, state)
         task.prepare_reports()
@@ -112,6 +116,7 @@ class Trainer:
         self.averages.load(checkpoint / "averages", state["ema_steps"])
         self.step, self.lowered = state["step"], state["lowered"]
         self.stepper.spikes = state.get("spikes", 0)
+        self.stream = state.get("stream")
         if self.settings.train.max_minutes is not None and self.lowered:
             self.total_steps = state["total_steps"]
 
@@ -126,8 +131,11 @@ class Trainer:
             "optimizer": self.settings.optim.name,
             **self.task.state(),
         }
+        more = None
+        if isinstance(self.reader, StreamReader):
+            state["stream"], more = self.reader.state(), self.reader.write_waiting
         keep = self.settings.log.keep_checkpoints
-        self.saved = save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.averages, keep)
+        self.saved = save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.averages, keep, more)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then evaluate and save; returns the last metrics, with "steps".
@@ -147,7 +155,7 @@ class Trainer:
                     raise
                 return self.stop(stop.received)
 
-    def train(self, batches: BatchReader, stop: StopRequest) -> str:
+    def train(self, batches: BatchReader | StreamReader, stop: StopRequest) -> str:
         """Train to the last step; returns the name of a signal that is to stop the run before."""
         accelerator, name, first, limit = self.accelerator, "", self.step, None
         progress = progress_bar(
@@ -177,9 +185,15 @@ class Trainer:
                     self.at_intervals(stop)
         return name
 
-    def batches(self) -> BatchReader:
+    def batches(self) -> BatchReader | StreamReader:
         """This process's batches from the current step on, one for each forward pass."""
         train, accelerator, pictures = self.settings.train, self.accelerator, self.task.train
+        pinned = accelerator.device.type == "cuda"
+        if isinstance(pictures, Stream):
+            share = Share(train.batch_size, accelerator.process_index, accelerator.num_processes, train.accumulation)
+            waiting = [] if self.saved is None else read_waiting(self.saved)
+            self.reader = StreamReader(pictures, share, train.num_workers, self.step, self.stream, waiting, pinned)
+            return self.reader
         sampler = step_sampler(
             pictures,
             train.batch_size,
@@ -190,7 +204,6 @@ class Trainer:
             self.step,
             self.total_steps,
         )
-        pinned = accelerator.device.type == "cuda"
         return BatchReader(train_loader(pictures, train.batch_size, train.num_workers, sampler, pinned))
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:

@@ -1,0 +1,190 @@
+"""What a row of a stream is to training: whether it is wanted, its picture, its caption, its label."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tarflow.data.captions import columns_of, fill, keep, readable_names
+from tarflow.data.config import DataConfig
+from tarflow.data.folder import flattened, is_held_out, read_image
+from tarflow.data.images import background_colour, fit
+from tarflow.data.stream.shards import PICTURE, Shards, has_own_split
+from tarflow.data.stream.tar import KEY
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a stream.
+
+    Attributes:
+        values: by column.
+        source, shard, number: the stream among several, its shard, and the row's place in that.
+        turn: the pass over the data.
+        place: key and shard in words.
+    """
+
+    values: dict[str, Any]
+    source: int
+    shard: int
+    number: int
+    turn: int
+    place: str
+
+
+class Classes:
+    """How the values of a stream's label column stand for classes, which must be known before the last row is seen.
+
+    Args:
+        config: of the stream.
+        named: the classes that the data itself names.
+
+    Raises:
+        ValueError: if nobody names the classes.
+    """
+
+    def __init__(self, config: DataConfig, named: list[str] | None):
+        self.column, given = config.label_column, config.class_names
+        if named is None and given is None:
+            raise ValueError(
+                f"data.label_column is {self.column!r}, but a stream does not tell its classes before it is read to its "
+                "end: name them all by data.class_names"
+            )
+        numbered = isinstance(given, dict) and set(given) == {str(number) for number in range(len(given))}
+        if named is not None:
+            self.values = named
+        elif isinstance(given, dict):
+            self.values = sorted(given, key=int) if numbered else sorted(given)
+        else:
+            self.values = [str(name) for name in given or ()]
+        self.names = readable_names(self.values, given)
+        self.numbers = {value: number for number, value in enumerate(self.values)}
+        self.texts_only = isinstance(given, dict) and not numbered and named is None
+
+    def number(self, value: Any, place: str) -> int:
+        """The class of a row's value.
+
+        Raises:
+            ValueError: that names it, if it is none of the classes.
+        """
+        if isinstance(value, str) and value in self.numbers:
+            return self.numbers[value]
+        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
+        if whole and not self.texts_only and 0 <= value < len(self.values):
+            return int(value)
+        known = ", ".join(self.values[:10]) + (", …" if len(self.values) > 10 else "")
+        raise ValueError(
+            f"{place} has the label {value!r} in the column {self.column!r}, which is none of the {len(self.values)} "
+            f"classes ({known}): add it to data.class_names, or leave such rows out with data.where"
+        )
+
+
+class RowReader:
+    """Makes items of a stream's rows; each is a pure function of the row and the pass.
+
+    Args:
+        config: of the stream.
+        split: "train" or "validation".
+        shards: of the stream.
+        seed: of captions and backgrounds.
+        sizes: height and width of the pictures, of which the nearest is taken.
+
+    Raises:
+        ValueError: if its classes are not known.
+    """
+
+    def __init__(self, config: DataConfig, split: str, shards: Shards, seed: int, sizes: Sequence[tuple[int, int]]):
+        self.config, self.split, self.seed, self.sizes = config, split, seed, list(sizes)
+        self.classes = None if config.label_column is None else Classes(config, shards.classes)
+        self.by_hash = not has_own_split(config)
+        column = config.caption_column or "text"
+        self.has_captions = bool(config.caption_column or config.caption_template)
+        self.ways = [config.caption_template or "{" + column + "}", *config.more_caption_templates]
+        self.weights = np.array(config.caption_weights or [1.0] * len(self.ways))
+
+    def wanted(self, row: Row) -> bool:
+        """Whether a row is of this split, and what ``where`` asks for.
+
+        Raises:
+            ValueError: if a column is missing.
+        """
+        if self.config.where:
+            try:
+                if not keep(row.values, self.config):
+                    return False
+            except ValueError as error:
+                raise ValueError(f"{row.place}: {error}") from error
+        if not self.by_hash:
+            return True
+        return is_held_out(self._key(row), self.config.validation_fraction) == (self.split == "validation")
+
+    def item(self, row: Row) -> dict[str, Any]:
+        """``{"image": uint8 (3, H, W), "caption": str, "label": int, "key": str}``.
+
+        Raises:
+            ValueError: that names shard and key, if the picture cannot be read, or caption or label are missing.
+        """
+        content = row.values[PICTURE]
+        if content is None:
+            columns = ", ".join(sorted(name for name in row.values if not name.startswith("__")))
+            raise ValueError(f"{row.place} has no picture in the column {self.config.image_column!r}; it has {columns}")
+        index = zlib.crc32(repr((row.source, row.shard, row.number)).encode())
+        colour = background_colour(self.config.background, self.config.seed, index)
+        image = flattened(read_image(lambda: content, row.place), colour)
+        image = fit(image, *self.size_for(image.height, image.width))
+        item: dict[str, Any] = {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()}
+        if self.has_captions:
+            item["caption"] = self.caption(row)
+        if self.classes is not None:
+            item["label"] = self.classes.number(self._value(row, str(self.config.label_column)), row.place)
+        return {**item, "key": row.place, "skipped": []}
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """The size whose ratio is nearest to a picture's, on a logarithmic scale."""
+        ratio = math.log(width / height)
+        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - ratio))
+
+    def caption(self, row: Row) -> str:
+        """The caption that a row has in its pass; of held-out rows always the first."""
+        rng = np.random.default_rng((self.seed, row.source, row.shard, row.number, row.turn))
+        drawn = self.split == "train"
+        values = {name: value for name, value in row.values.items() if name != PICTURE}
+        if self.config.choose_from_lists:
+            for name, value in values.items():
+                if isinstance(value, list) and value:
+                    values[name] = value[int(rng.integers(len(value))) if drawn else 0]
+        way = self.ways[0]
+        if drawn and len(self.ways) > 1:
+            usable = [True, *(self._fits(way, values) for way in self.ways[1:])]
+            weights = self.weights * usable
+            way = self.ways[int(rng.choice(len(weights), p=weights / weights.sum()))]
+        for column in columns_of(way):
+            self._value(row, column)
+        caption = fill(way, values, row.place)
+        first, *others = caption.split(", ")
+        if drawn and self.config.drop_caption_parts:
+            others = [part for part in others if rng.random() >= self.config.drop_caption_parts]
+        return ", ".join([first, *others])
+
+    def _fits(self, way: str, values: dict[str, Any]) -> bool:
+        return all(values.get(column, "absent") not in ("", [], None) for column in columns_of(way))
+
+    def _key(self, row: Row) -> str:
+        column = self.config.key_column
+        if column is not None:
+            return str(self._value(row, column))
+        return str(row.values.get(KEY, f"shard {row.shard}, row {row.number}"))
+
+    def _value(self, row: Row, column: str) -> Any:
+        if column not in row.values:
+            columns = ", ".join(sorted(name for name in row.values if name != PICTURE))
+            raise ValueError(f"{row.place} has no column {column!r}; it has {columns}")
+        if row.values[column] is None:
+            raise ValueError(f"{row.place} has no value in the column {column!r}")
+        return row.values[column]

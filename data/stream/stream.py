@@ -1,0 +1,224 @@
+"""A stream of pictures as trainings take it: lanes to read from, and its first rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from copy import copy
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from tarflow.data.config import DataConfig
+from tarflow.data.files import hash_of
+from tarflow.data.folder import say_once
+from tarflow.data.images import MAX_SKIPS
+from tarflow.data.stream.reading import Lane, Source
+from tarflow.data.stream.rows import Row, RowReader
+from tarflow.data.stream.shards import open_shards
+
+#: As many items as an endless data set is said to have.
+LENGTH = 2**40
+#: Lanes of a stream that is read by one process alone.
+USUAL_LANES = 8
+
+
+class Stream(Dataset[dict[str, Any]]):
+    """One split of a stream. Its length is not known: it counts as endless, and items by number are its first ones, in the
+    order of training, from the beginning again after as many as it has.
+
+    Args:
+        config: the data section of a configuration.
+        split: "train" or "validation".
+        seed: of the orders of shards and rows, and of captions.
+        sizes: height and width that pictures are brought to; None is the square of ``data.image_size``.
+
+    Raises:
+        ValueError: if there are no shards, columns or rows as the settings name them.
+    """
+
+    def __init__(
+        self, config: DataConfig, split: str = "train", seed: int = 0, sizes: Sequence[tuple[int, int]] | None = None
+    ):
+        self.config, self.split, self.seed = config, split, seed
+        self.sizes = list(sizes or [(config.image_size, config.image_size)])
+        parts = config.parts
+        self.weights = [weight for weight, _ in parts.values()]
+        self.configs = [part for _, part in parts.values()]
+        self.shards = [open_shards(part, split) for part in self.configs]
+        pairs = zip(self.configs, self.shards, strict=True)
+        self.readers = [RowReader(part, split, shards, seed, self.sizes) for part, shards in pairs]
+        classes = {None if reader.classes is None else reader.classes.names for reader in self.readers}
+        if len(classes) > 1:
+            raise ValueError("the streams of data.mix have different classes: name them all by data.class_names")
+        self.class_names: tuple[str, ...] | None = classes.pop()
+        if len({reader.has_captions for reader in self.readers}) > 1:
+            raise ValueError("some streams of data.mix have captions and others have none: give each a caption_column")
+        self.has_captions = self.readers[0].has_captions
+        self._first: list[Row] = []
+        self._pass: Iterator[Row] | None = None
+
+    def with_sizes(self, sizes: Sequence[tuple[int, int]]) -> Stream:
+        """The same stream with pictures of other sizes."""
+        found = copy(self)
+        found.sizes = list(sizes)
+        found.readers = [
+            RowReader(part, self.split, shards, self.seed, sizes)
+            for part, shards in zip(self.configs, self.shards, strict=True)
+        ]
+        found._first, found._pass = [], None
+        return found
+
+    @property
+    def identity(self) -> str:
+        """A hash of what decides which rows a place means: shards and settings."""
+        names = [list(shards.names) for shards in self.shards]
+        about = [(part.where, part.validation_fraction, part.key_column) for part in self.configs]
+        return hash_of([self.split, self.seed, self.config.shuffle_buffer, self.weights, about, names])
+
+    def lane(
+        self, number: int, lanes: int, state: list[Any] | None = None, pool: Executor | None = None, ahead: int = 1
+    ) -> Lane:
+        """One of ``lanes`` lanes, from its beginning or from a `Lane.state`."""
+        return Lane(number, self.sources(lanes), self.weights, self.seed, state, pool, ahead)
+
+    def sources(self, lanes: int, shuffled: bool = True) -> list[Source]:
+        """The streams as ``lanes`` lanes read them."""
+        block, skip = -(-self.config.shuffle_buffer // lanes), self.config.on_error == "skip"
+        found = enumerate(zip(self.shards, self.readers, strict=True))
+        return [
+            Source(number, shards, reader, self.seed if shuffled else None, lanes, block, skip)
+            for number, (shards, reader) in found
+        ]
+
+    def one_pass(self, shuffled: bool = True) -> Iterator[Row | str]:
+        """Each row once, from all lanes in turn and from the streams by their weights; texts say what was left out."""
+        walks = [in_turn([source.first_pass(lane) for lane in range(source.lanes)]) for source in self._usual(shuffled)]
+        rng, left = np.random.default_rng(self.seed), np.array(self.weights)
+        while left.any():
+            source = int(rng.choice(len(walks), p=left / left.sum()))
+            row = next(walks[source], None)
+            if row is None:
+                left[source] = 0
+            else:
+                yield row
+
+    def _usual(self, shuffled: bool) -> list[Source]:
+        return self.sources(self.config.lanes or USUAL_LANES, shuffled)
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Item ``index`` of the first ones. With ``on_error: skip`` the next one stands for one that cannot be read."""
+        for step in range(MAX_SKIPS):
+            row = self._row(index + step)
+            try:
+                return self.readers[row.source].item(row)
+            except ValueError:
+                if self.config.on_error == "raise" or step == MAX_SKIPS - 1:
+                    raise
+        raise AssertionError
+
+    def caption(self, index: int) -> str | None:
+        """The caption of item ``index`` alone."""
+        row = self._row(index)
+        return self.readers[row.source].caption(row) if self.has_captions else None
+
+    def check_length(self, count: int) -> None:
+        """Refuse a stream of fewer rows.
+
+        Raises:
+            ValueError: that says how many it has.
+        """
+        self._fill(count)
+        if len(self._first) < count:
+            raise ValueError(
+                f"the stream {', '.join(self.config.parts)} has only {len(self._first)} training rows, fewer than the {count} "
+                "pictures of a step: lower train.batch_size or train.accumulation, or give more shards"
+            )
+
+    def forget(self, keep: int = 256) -> None:
+        """Let all but some of the first rows go; whoever asks for them again reads them again."""
+        if self._first[keep:]:
+            self._first, self._pass = self._first[:keep], None
+
+    def _row(self, index: int) -> Row:
+        self._fill(index + 1)
+        if not self._first:
+            raise ValueError(
+                f"no rows are left in the stream {', '.join(self.config.parts)} for the split {self.split!r} with "
+                f"where={self.config.where}"
+            )
+        return self._first[index % len(self._first)]
+
+    def _fill(self, count: int) -> None:
+        """Read so many first rows, or all if there are fewer."""
+        if len(self._first) >= count:
+            return
+        if self._pass is None:
+            rows = (row for row in self.one_pass() if isinstance(row, Row))
+            self._pass = islice(rows, len(self._first), None)
+        self._first += islice(self._pass, count - len(self._first))
+
+
+class HeldOutRows(Dataset[dict[str, Any]]):
+    """The first held-out pictures of a stream, read and decoded once, in groups of one size.
+
+    Args:
+        stream: of the split "validation".
+        count: how many at most. Where held-out rows lie among the others, the stream is read until so many are found.
+
+    Attributes:
+        groups: numbers of the pictures of each size.
+
+    Raises:
+        ValueError: that names shard and key of a row that cannot be read.
+    """
+
+    def __init__(self, stream: Stream, count: int):
+        self.config, self.split = stream.config, stream.split
+        self.class_names, self.has_captions = stream.class_names, stream.has_captions
+        items: list[dict[str, Any]] = []
+        skipped: list[str] = []
+        none = not any(reader.config.validation_fraction or not reader.by_hash for reader in stream.readers)
+        for row in () if none else stream.one_pass(shuffled=False):
+            if len(items) == count:
+                break
+            try:
+                items += [] if isinstance(row, str) else [stream.readers[row.source].item(row)]
+                skipped += [row] if isinstance(row, str) else []
+            except ValueError as error:
+                if self.config.on_error == "raise":
+                    raise
+                skipped.append(str(error))
+        if skipped:
+            say_once(f"{len(skipped)} held-out rows cannot be read and are left out, for example: {skipped[0]}")
+        self.items = sorted(items, key=lambda item: tuple(item["image"].shape))
+        shapes = [tuple(item["image"].shape) for item in self.items]
+        self.groups = [range(shapes.index(one), shapes.index(one) + shapes.count(one)) for one in sorted(set(shapes))]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.items[index])
+
+    def caption(self, index: int) -> str | None:
+        """The caption alone."""
+        found: str | None = self.items[index].get("caption")
+        return found
+
+
+def in_turn(walks: Sequence[Iterator[Row | str]]) -> Iterator[Row | str]:
+    """One value of each iterator after the other, until all are through."""
+    left = list(walks)
+    while left:
+        for walk in list(left):
+            row = next(walk, None)
+            if row is None:
+                left.remove(walk)
+            else:
+                yield row

@@ -1,0 +1,111 @@
+"""Rows of a tar file in the layout of WebDataset: files of one name before the first dot are one row.
+
+``a/0001.jpg``, ``a/0001.txt`` and ``a/0001.json`` are the row ``a/0001``. Its columns are ``__key__``, ``__folder__`` (the
+key's last folder, "a"), one of each file by its ending (pictures as bytes; ``txt`` and ``text`` as texts, ``cls`` as a
+number or text), and those of the object in ``json``.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from tarflow.data.formats import PICTURE_SUFFIXES, is_of_system
+from tarflow.data.stream.urls import opened, reason_of
+
+KEY, FOLDER = "__key__", "__folder__"
+TEXTS = ("txt", "text", "caption")
+#: How a tar file is compressed, by its ending; fsspec's names.
+COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+
+
+def tar_rows(url: str) -> Iterator[dict[str, Any]]:
+    """The rows of a tar file in its order; none is held longer than it takes.
+
+    Raises:
+        ValueError: that names the file, if it cannot be read to its end.
+    """
+    key, row = "", dict[str, Any]()
+    for name, content in tar_files(url):
+        stem, ending = key_of(name)
+        if stem != key and row:
+            yield row
+            row = {}
+        if not row:
+            key, row = stem, {KEY: stem, FOLDER: posixpath.basename(posixpath.dirname(stem))}
+        try:
+            row.update(columns_of_file(ending, content))
+        except ValueError as error:
+            raise ValueError(f"the file {name!r} in {url!r} cannot be read: {error}") from error
+    if row:
+        yield row
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """The key and the ending of a file's name: "a/0001" and "seg.png" of "a/0001.seg.png"."""
+    folder, base = posixpath.split(name.removeprefix("./"))
+    stem, _, ending = base.partition(".")
+    return posixpath.join(folder, stem), ending.lower()
+
+
+def columns_of_file(ending: str, content: bytes) -> dict[str, Any]:
+    """What a file adds to its row.
+
+    Raises:
+        ValueError: if it is not what its ending says.
+    """
+    if ending in TEXTS:
+        return {ending: content.decode("utf-8").strip()}
+    if ending == "cls":
+        text = content.decode("utf-8").strip()
+        return {ending: int(text) if text.lstrip("-").isdigit() else text}
+    if ending == "json":
+        found = json.loads(content)
+        return found if isinstance(found, dict) else {ending: found}
+    return {ending: content}
+
+
+def is_picture(ending: str) -> bool:
+    """Whether a column of a tar's row is a picture, by its ending."""
+    return f".{ending.rpartition('.')[2]}" in PICTURE_SUFFIXES
+
+
+def tar_files(url: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a tar file's files, in one pass from its beginning; other endings than a row uses are passed
+    over.
+
+    Raises:
+        ValueError: that names it, if it is no tar file, or cut off.
+    """
+    with opened(url, COMPRESSIONS.get(posixpath.splitext(url)[1])) as file:
+        watched = Watched(file)
+        try:
+            with tarfile.open(fileobj=watched, mode="r|") as archive:  # type: ignore[call-overload]  # it reads alone
+                for member in archive:
+                    ending = key_of(member.name)[1]
+                    known = is_picture(ending) or ending in (*TEXTS, "cls", "json")
+                    if member.isreg() and known and not is_of_system(posixpath.basename(member.name)):
+                        content = archive.extractfile(member)
+                        yield member.name, b"" if content is None else content.read()
+                    archive.members = []  # which would grow with the file
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"the shard {url!r} is cut off or damaged: {reason_of(error)}") from error
+        if not watched.ended:
+            raise ValueError(f"the shard {url!r} is cut off: it lacks the mark of a tar file's end")
+
+
+class Watched:
+    """A file that remembers whether what was last read ended in zeros, as a tar file does."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.ended = file, False
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.file.read(size)
+        if content:
+            self.ended = not any(content[-512:])
+        return content

@@ -1,0 +1,90 @@
+"""Shards by path or URL: listed by patterns, and opened to be read from the beginning to the end."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from tarflow.common.folders import open_url, scheme_of
+
+#: ``{00000..00099}`` counts; ``{a,b}`` lists.
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+
+
+def expanded(pattern: str) -> list[str]:
+    """The names that a pattern with braces stands for: ``{08..11}`` counts with as many digits, ``{a,b}`` lists.
+
+    Raises:
+        ValueError: if a range counts backwards.
+    """
+    parts: list[list[str]] = []
+    end = 0
+    for match in BRACES.finditer(pattern):
+        first, last, listed = match.groups()
+        if listed is None and int(first) > int(last):
+            raise ValueError(
+                f"the range {match.group()} in {pattern!r} counts backwards: write the smaller number first"
+            )
+        width = len(first or "") if (first or "").startswith("0") or len(first or "") == len(last or "") else 0
+        numbers = listed is None and [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+        parts += [[pattern[end : match.start()]], numbers or listed.split(",")]
+        end = match.end()
+    return ["".join(found) for found in itertools.product(*parts, [pattern[end:]])]
+
+
+def listed(pattern: str) -> list[str]:
+    """URLs of the files of a pattern with braces, stars or question marks, in the pattern's order; those with a star in
+    that of their names.
+
+    Raises:
+        ValueError: if the scheme cannot be read, or a star finds nothing.
+    """
+    found: list[str] = []
+    for url in expanded(os.path.expanduser(pattern)):
+        fs, path = open_url(url)
+        if not any(sign in path for sign in "*?["):
+            found.append(url)
+            continue
+        try:
+            names = sorted(fs.glob(path))
+        except Exception as error:
+            raise ValueError(f"cannot list {url!r}: {reason_of(error)}") from error
+        if not names:
+            raise ValueError(f"no file fits {url!r}")
+        found += [fs.unstrip_protocol(name) if scheme_of(url) else name for name in names]
+    return found
+
+
+@contextmanager
+def opened(url: str, compression: str | None = None) -> Iterator[IO[bytes]]:
+    """A file to be read from its beginning to its end.
+
+    Args:
+        url: of the file.
+        compression: which fsspec is to undo.
+
+    Raises:
+        ValueError: that names it, if it is not there or cannot be opened.
+    """
+    fs, path = open_url(os.path.expanduser(url))
+    try:
+        if fs.protocol == "memory" and compression is None:  # whose files have one position for all readers
+            file = io.BytesIO(fs.cat_file(path))
+        else:
+            file = fs.open(path, "rb", compression=compression)
+    except Exception as error:
+        raise ValueError(f"cannot open {url!r}: {reason_of(error)}") from error
+    with file:
+        yield file
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of a file system says, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

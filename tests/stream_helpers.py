@@ -1,0 +1,74 @@
+"""Small streams for tests: tar and parquet shards, of pictures whose colour is their number."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+
+def png(number: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    """A picture in one colour, which tells its number."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (number % 256, number // 256, 90)).save(file, "PNG")
+    return file.getvalue()
+
+
+def tar_bytes(rows: Sequence[Mapping[str, bytes]], first: int = 0, folder: str = "x") -> bytes:
+    """A tar file of rows, each with its files by ending."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for number, row in enumerate(rows, first):
+            for ending, content in row.items():
+                member = tarfile.TarInfo(f"{folder}/{number:05d}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def write(url: str, content: bytes) -> None:
+    with fsspec.open(url, "wb") as file:
+        file.write(content)
+
+
+def row(number: int, size: tuple[int, int] = (8, 8), **more: Any) -> dict[str, bytes]:
+    """A picture with a caption, a class and further columns."""
+    return {
+        "png": png(number, size),
+        "txt": f"picture {number}, red, round".encode(),
+        "cls": str(number % 2).encode(),
+        "json": json.dumps({"number": number, **more}).encode(),
+    }
+
+
+def tar_shards(base: str, counts: Sequence[int], size: tuple[int, int] = (8, 8)) -> str:
+    """Write tar files of so many rows each; returns the pattern of their URLs. Rows are numbered through."""
+    first = 0
+    for shard, count in enumerate(counts):
+        rows = [row(number, size) for number in range(first, first + count)]
+        write(f"{base}/{shard:03d}.tar", tar_bytes(rows, first))
+        first += count
+    return f"{base}/{{000..{len(counts) - 1:03d}}}.tar"
+
+
+def parquet_shards(base: str, counts: Sequence[int], lacking: int = -1) -> str:
+    """The same as parquet files with a column of pictures, ``text``, ``label`` and ``number``; one may lack ``text``."""
+    first = 0
+    for shard, count in enumerate(counts):
+        numbers = range(first, first + count)
+        columns: dict[str, Any] = {"image": [{"bytes": png(number), "path": None} for number in numbers]}
+        if shard != lacking:
+            columns["text"] = [f"picture {number}" for number in numbers]
+        columns |= {"label": [number % 2 for number in numbers], "number": list(numbers)}
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=5)
+        write(f"{base}/{shard:03d}.parquet", file.getvalue())
+        first += count
+    return f"{base}/*.parquet"
