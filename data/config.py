@@ -175,7 +175,7 @@ class DataConfig:
     def parts(self) -> dict[str, tuple[float, DataConfig]]:
         """The streams that are read together, by name, with their weights."""
         if not self.mix:
-            return {str(self.path or self.name): (1.0, self)}
+            return {str(self.path or self.data_files or self.name): (1.0, self)}
         found = {}
         for name, part in self.mix.items():
             given = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "weight"}
