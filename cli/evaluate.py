@@ -1,4 +1,4 @@
-"""`tarflow evaluate fid …` and `tarflow evaluate likelihood …`."""
+"""`tarflow evaluate fid …`, `tarflow evaluate likelihood …` and `tarflow evaluate captions …`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ How good a pipeline is.
 commands:
   fid          how near drawn pictures are to real ones: FID and its relatives, in the steps ref, gen, calc, or run for all
   likelihood   of held-out pictures: bits per dimension of models of pixels, nats per latent dimension of others
+  captions     whether pictures show what their captions say: the share whose own caption comes first among a hundred
 
 examples:
   tarflow evaluate fid ref --data pictures.zip --out stats
@@ -21,4 +22,4 @@ options:
 
 
 def main(argv: list[str]) -> None:
-    dispatch("tarflow evaluate", ("fid", "likelihood"), argv, HELP)
+    dispatch("tarflow evaluate", ("fid", "likelihood", "captions"), argv, HELP)

@@ -23,9 +23,10 @@ GROUPS = {
         "train-vae": "an autoencoder",
         "finetune-decoder": "a pipeline's decoder, to take away the training noise",
         "train-student": "a student of a model, which draws in one pass",
+        "train-captions": "a small model of pictures and captions, which measures samples of captions",
     },
     "measure": {
-        "evaluate": "fid: how near drawn pictures are to real ones; likelihood: of held-out pictures",
+        "evaluate": "fid: how near drawn pictures are to real ones; likelihood: of held-out pictures; captions: whether they fit",
         "sweep": "find how to draw best: guidance, denoising, decoding and more, in a table and plots",
         "report": "one HTML file about a pipeline: samples, nearest training pictures, likelihoods, curves",
         "reconstruct": "what a pipeline's autoencoder makes of pictures: the floor of distances",
@@ -33,6 +34,7 @@ GROUPS = {
         "gpu-check": "all that must be measured on a GPU, what is worth most first",
         "compare-decoding": "ways of removing the training noise, side by side",
         "compare-student": "a student beside its flow",
+        "compare-peers": "a flow and its student beside a DiT by flow matching, side by side",
         "compare-flows": "NICE, RealNVP, Glow, IAF, TARFlow and STARFlow, side by side",
     },
     "convert": {

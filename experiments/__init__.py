@@ -1,4 +1,4 @@
-"""Comparisons behind the docs' tables: decoding methods, students.
+"""Comparisons behind the docs' tables: decoding methods, students; in rooms of their own kinds of flows, and peers.
 
 May import: common, configs, models, data, flows.*, vae, pipeline.*, evaluation.*, benchmarks.
 """

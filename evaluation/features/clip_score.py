@@ -30,18 +30,36 @@ def clip_score(
     Args:
         images: the pictures.
         captions: one for each, in the pictures' order.
-        model: folder or hub id of a CLIP model of Transformers, with its tokenizer and image processor.
+        model: folder or hub id of a CLIP model of Transformers, or of what ``tarflow train-captions`` trained, with its
+            tokenizer and image processor.
         batch_size: pictures per pass and process.
         device: where to run.
 
     Raises:
         ValueError: if captions are missing or the model cannot be loaded.
     """
+    pictures, texts = embeddings(images, captions, model, batch_size, device)
+    values = cosines(pictures, texts).clamp(min=0).mul(100).tolist()
+    return math.fsum(values) / len(images)
+
+
+@torch.no_grad()
+def embeddings(
+    images: ImageSet,
+    captions: Sequence[str],
+    model: str,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """What a model of pictures and captions makes of each picture and its caption, (N, D) float32 each, on the CPU.
+
+    Arguments and errors are those of `clip_score`.
+    """
     if len(captions) != len(images):
         raise ValueError(f"there are {len(captions)} captions for {len(images)} pictures of {images.name!r}")
     clip, tokenizer, processor = load_clip(model, device)
     process, processes = process_and_count()
-    values: list[float] = []
+    parts: list[tuple[int, Tensor, Tensor]] = []
     for number, batch in enumerate(images.batches(batch_size, process, processes)):
         first = (process + number * processes) * batch_size
         texts = tokenizer(
@@ -53,9 +71,9 @@ def clip_score(
         ).to(device)
         pixels = processor(list(batch), return_tensors="pt")["pixel_values"].to(device)
         output = clip(pixel_values=pixels, input_ids=texts["input_ids"], attention_mask=texts["attention_mask"])
-        values += cosines(output.image_embeds, output.text_embeds).clamp(min=0).mul(100).tolist()
-    parts = gather_objects(values)
-    return math.fsum(value for part in parts for value in part) / len(images)  # exact, so in any order
+        parts.append((first, output.image_embeds.float().cpu(), output.text_embeds.float().cpu()))
+    found = sorted((part for gathered in gather_objects(parts) for part in gathered), key=lambda part: part[0])
+    return torch.cat([pictures for _, pictures, _ in found]), torch.cat([texts for _, _, texts in found])
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -64,17 +82,27 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def load_clip(model: str, device: str | torch.device) -> tuple[Any, Any, Any]:
-    """Model in float32, tokenizer and image processor.
+    """Model in float32, tokenizer and image processor: of CLIP, or of Transformers' VisionTextDualEncoder, which
+    ``tarflow train-captions`` trains.
 
     Raises:
         ValueError: if one of them is not there.
     """
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPModel,
+        VisionTextDualEncoderModel,
+    )
 
     path = local_or_hub(model)
     try:
-        clip, loading = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        tokenizer, processor = AutoTokenizer.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
+        dual = AutoConfig.from_pretrained(path).model_type == VisionTextDualEncoderModel.config_class.model_type
+        kind, reader = (VisionTextDualEncoderModel, AutoImageProcessor) if dual else (CLIPModel, CLIPImageProcessor)
+        clip, loading = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        tokenizer, processor = AutoTokenizer.from_pretrained(path), reader.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load a CLIP model of Transformers from {model!r}: {first_line(error)}") from error
     if loading["missing_keys"]:

@@ -23,6 +23,7 @@ Purpose = Literal[
     "guidance",  # the guidance weight that a student learns it with
     "student prior",  # the noise of a student's own sample
     "student noise",  # the training noise on it
+    "time",  # how far a diffusion model's picture is on its way to noise
     "held out",  # the noise on a held-out picture
     "dropout",  # what an adapter does not see; by process instead of by picture
 ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -71,6 +72,18 @@ def hidden_matrices(module: nn.Module) -> dict[int, int]:
             found[id(attention.qkv.weight)] = attention.heads + 2 * attention.kv_heads
             found[id(mlp.up.weight)] = 2 if mlp.gated else 1
             found[id(attention.proj.weight)] = found[id(mlp.down.weight)] = 1
+        elif isinstance(part, BasicTransformerBlock):
+            found |= matrices_of_diffusers(part)
         elif isinstance(part, ResnetBlock2D | Downsample2D | Upsample2D):
             found |= {id(layer.weight): 1 for layer in part.modules() if isinstance(layer, nn.Conv2d)}
+    return found
+
+
+def matrices_of_diffusers(block: BasicTransformerBlock) -> dict[int, int]:
+    """Those of a Transformer layer of Diffusers: attentions and MLP, without what makes its norms depend on time."""
+    found = {id(layer.weight): 1 for layer in block.ff.modules() if isinstance(layer, nn.Linear)}
+    for attention in (block.attn1, block.attn2):
+        if attention is not None:
+            found |= {id(layer.weight): attention.heads for layer in (attention.to_q, attention.to_k, attention.to_v)}
+            found[id(attention.to_out[0].weight)] = 1
     return found

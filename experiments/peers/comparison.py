@@ -1,0 +1,267 @@
+"""The comparison: train, draw, measure, time in turns, and write a table and grids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tarflow.common.charts import markdown_table
+from tarflow.common.clock import clock
+from tarflow.common.files import check_writable, read_json_lines, write_json, write_picture, write_text
+from tarflow.common.machine import machine
+from tarflow.data.drawing_checker import class_shares, match_shares
+from tarflow.data.drawings import CLASS_NAMES
+from tarflow.data.images import Images
+from tarflow.data.subset import evenly
+from tarflow.evaluation.features.caption_ranks import caption_score, without
+from tarflow.evaluation.features.metrics import calculate
+from tarflow.evaluation.images.sets import DataImages, FileImages
+from tarflow.evaluation.samples.match import all_captions, captioned_grid
+from tarflow.experiments.peers.drawing import DiffusionDrawer, Drawer, FlowDrawer
+from tarflow.experiments.peers.runs import Trainings
+from tarflow.experiments.peers.settings import PeersComparison
+from tarflow.pipeline.call.choices import STUDENT
+
+#: Samples in a grid; samples that are timed together; noises that go to latents and back; steps that are timed.
+SHOWN, TIMED, TRIPS, STEPS = 24, 8, 8, 5
+#: What decides the trainings: another value wants another folder.
+DECIDE = ("data", "condition", "recipe", "steps", "pictures", "held_out", "small", "seed")
+TITLES = {
+    "flow_muon": "flow, Muon",
+    "flow_adamw": "flow, AdamW",
+    "student": "student of the flow",
+    "dit_muon": "DiT, Muon",
+    "dit_adamw": "DiT, AdamW",
+}
+#: Columns of the table: names in the JSON file, and what they are called.
+COLUMNS = {
+    "title": "",
+    "guidance": "guidance",
+    "parameters": "parameters",
+    "step_seconds": "seconds a step",
+    "match_all": "right",
+    "match_error": "±",
+    "frechet_distance": "Fréchet distance",
+    "caption_first": "caption first of 100",
+    "caption_error": "±",
+    "nats": "held-out nats",
+    "picture_seconds": "seconds a picture",
+    "round_trip": "round trip",
+}
+
+
+@torch.no_grad()
+def compare_peers(config: PeersComparison) -> list[dict[str, Any]]:
+    """Train what is not trained yet, measure what is not measured, and write ``peers.md``, ``peers.json`` and grids.
+
+    Returns:
+        the rows of the table, by the names of `COLUMNS`.
+
+    Raises:
+        ValueError: if settings and data do not fit, or the folder has a comparison of other settings.
+    """
+    folder = Path(config.output).expanduser()
+    check_writable(folder, folder=True)
+    keep_settings(config, folder)
+    values = conditions(config)
+    check_scores(config, values)
+    trainings = Trainings(config)
+    trainings.make_cache()
+    rows: list[dict[str, Any]] = []
+    drawers: dict[str, Callable[[], Drawer]] = {}
+    for name in config.train:
+        with torch.enable_grad():
+            trained = trainings.train(name)
+        for key, about, open_drawer in ways(config, trainings, name):
+            drawers[key] = open_drawer
+            facts = {"key": key, "trained": name, **about, "parameters": trained["parameters"]}
+            facts["nats"] = trained.get("latent_nats_per_dim")
+            rows.append(measured_row(config, facts, open_drawer, values))
+            write_tables(config, rows)
+    pictures = picture_seconds({key: make() for key, make in drawers.items()}, values, config.repeats)
+    with torch.enable_grad():
+        steps = step_seconds(trainings, config.train, config.repeats)
+    for row in rows:
+        row |= {"picture_seconds": pictures[row["key"]], "step_seconds": steps[row["trained"]]}
+    write_tables(config, rows)
+    return rows
+
+
+def keep_settings(config: PeersComparison, folder: Path) -> None:
+    """Note what the trainings are made of, or refuse a folder of others."""
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps({name: dataclasses.asdict(config)[name] for name in DECIDE}))
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{str(folder)!r} has a comparison with {name} {found.get(name)!r}, not {value!r}: give another output"
+            )
+    write_json(path, settings)
+
+
+def conditions(config: PeersComparison) -> list[Any]:
+    """Captions or class labels of the samples: all of drawings in turn, else those of held-out pictures."""
+    if config.data.source == "drawings":
+        known: list[Any] = all_captions() if config.condition == "caption" else list(range(len(CLASS_NAMES)))
+        return list(islice(cycle(known), config.num))
+    held_out = Images(config.data, "validation")
+    if not len(held_out):
+        raise ValueError("nothing of the data is held out: set data.validation_fraction")
+    if config.condition == "caption":
+        if not held_out.has_captions:
+            raise ValueError("the condition is 'caption', but the data have no captions")
+        texts = [held_out.caption(index) or "" for index in evenly(len(held_out), min(config.num, len(held_out)))]
+        return list(islice(cycle(texts), config.num))
+    if not held_out.class_names:
+        raise ValueError("the condition is 'class', but the data have no classes")
+    return list(islice(cycle(range(len(held_out.class_names))), config.num))
+
+
+def check_scores(config: PeersComparison, values: list[Any]) -> None:
+    """Refuse, before anything is trained, scores that cannot be had."""
+    if config.caption_model is not None and len(set(without(values, config.remove))) < 100:
+        raise ValueError(
+            f"the caption score chooses among 100 captions, but there are {len(set(values))}: raise num, or leave caption_model out"
+        )
+
+
+def ways(
+    config: PeersComparison, trainings: Trainings, name: str
+) -> list[tuple[str, dict[str, Any], Callable[[], Drawer]]]:
+    """The rows of what was trained: key, facts, and what opens the drawer."""
+    folder, scale, title = trainings.folder / name / "pipeline", config.guidance_scale, TITLES[name]
+    if not name.startswith("dit"):
+        decoding = STUDENT if name == "student" else "sequential"
+        about = {"title": title, "guidance": scale}
+        return [(f"{name}_{scale:g}", about, lambda: FlowDrawer(folder, config.condition, scale, decoding))]
+    found: list[tuple[str, dict[str, Any], Callable[[], Drawer]]] = []
+    settings = trainings.diffusion(name)
+    for guidance in config.diffusion_guidance:
+        for steps in config.diffusion_steps:
+            about = {"title": f"{title}, {steps} steps", "guidance": guidance}
+
+            def opened(guidance: float = guidance, steps: int = steps) -> Drawer:
+                return DiffusionDrawer(settings, guidance, steps)
+
+            found.append((f"{name}_{steps}_{guidance:g}", about, opened))
+    return found
+
+
+def measured_row(
+    config: PeersComparison, facts: dict[str, Any], open_drawer: Callable[[], Drawer], values: list[Any]
+) -> dict[str, Any]:
+    """A row with its scores: what ``rows.jsonl`` has of the same settings, or else measured and written there."""
+    folder = Path(config.output).expanduser()
+    path, wanted = (
+        folder / "rows.jsonl",
+        {"num": config.num, "extractor": config.extractor, "caption_model": config.caption_model},
+    )
+    before = [row for _, row in read_json_lines(path)] if path.is_file() else []
+    for row in before:
+        if row["key"] == facts["key"] and row["scored"] == wanted:
+            return {**row}
+    drawer = open_drawer()
+    images = drawer.draw(values, config.seed)
+    row = {**facts, "scored": wanted, **scores(config, images, values, folder / "samples" / facts["key"])}
+    row["round_trip"] = drawer.round_trip(values[:TRIPS])
+    shown = (
+        images[:SHOWN],
+        [
+            CLASS_NAMES[value] if config.data.source == "drawings" and isinstance(value, int) else str(value)
+            for value in values[:SHOWN]
+        ],
+    )
+    write_picture(folder / f"{facts['key']}.png", captioned_grid(*shown))
+    kept = [row for row in before if row["key"] != facts["key"]]
+    write_text(path, "".join(f"{json.dumps(one)}\n" for one in [*kept, row]))
+    return row
+
+
+def scores(config: PeersComparison, images: list[Image.Image], values: list[Any], folder: Path) -> dict[str, Any]:
+    """Of drawings the share that is right; with an extractor the distance; with a caption model its score."""
+    found: dict[str, Any] = {}
+    if config.data.source == "drawings":
+        shares = match_shares(images, values) if config.condition == "caption" else class_shares(images, values)
+        found |= {f"match_{name}": share for name, share in shares.items()}
+        found["match_error"] = (shares["all"] * (1 - shares["all"]) / len(images)) ** 0.5
+    if config.extractor is None and config.caption_model is None:
+        return found
+    for number, image in enumerate(images):
+        write_picture(folder / f"{number:08d}.png", image)
+    drawn = FileImages(str(folder), num=len(images))
+    if (extractor := config.load_extractor("cpu")) is not None:
+        reference = DataImages(config.data, "validation", config.held_out)
+        found |= {"frechet_distance": next(iter(calculate(reference, drawn, extractor, ["frechet"]).values()))}
+    if config.caption_model is not None:
+        score = caption_score(drawn, without(values, config.remove), config.caption_model)
+        found |= {"caption_first": score.first, "caption_error": score.first_error}
+    return found
+
+
+def picture_seconds(drawers: Mapping[str, Drawer], values: list[Any], repeats: int) -> dict[str, float]:
+    """Median seconds a picture, the autoencoder included, of `TIMED` at once; all take turns, after one each."""
+    some = values[:TIMED]
+    return in_turns({key: partial(drawer.draw, some, 0) for key, drawer in drawers.items()}, repeats, len(some))
+
+
+def step_seconds(trainings: Trainings, names: list[str], repeats: int) -> dict[str, float]:
+    """Median seconds of a training step, all trainings in turns of `STEPS`, after one each."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        turns: dict[str, Callable[[], Any]] = {}
+        for name in names:
+            trainer = trainings.trainer(name, f"{folder}/{name}")
+            batches = cycle([next(iter(stack.enter_context(trainer.batches())))])
+
+            def turn(trainer: Any = trainer, batches: Any = batches) -> None:
+                for _ in range(STEPS):
+                    trainer.train_step(batches)
+
+            turns[name] = turn
+        return in_turns(turns, repeats, STEPS)
+
+
+def in_turns(turns: Mapping[str, Callable[[], Any]], repeats: int, parts: int) -> dict[str, float]:
+    """Median seconds of each, over ``parts``; the first turn of each does not count."""
+    spent: dict[str, list[float]] = {name: [] for name in turns}
+    for repeat in range(repeats + 1):
+        for name, turn in turns.items():
+            began = clock(torch.device("cpu"))
+            turn()
+            if repeat:
+                spent[name].append((clock(torch.device("cpu")) - began) / parts)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def write_tables(config: PeersComparison, rows: list[dict[str, Any]]) -> None:
+    """``peers.json`` and ``peers.md``; columns that no row has are left out."""
+    folder = Path(config.output).expanduser()
+    settings = dataclasses.asdict(config)
+    about = f"{machine(torch.device('cpu'))}; {config.steps} steps of each, {config.num} samples, seconds are medians of turns"
+    write_json(folder / "peers.json", {"rows": rows, "settings": settings, "machine": about}, nan_as_null=True)
+    names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    lines = [[shown(name, row.get(name)) for name in names] for row in rows]
+    text = [markdown_table([COLUMNS[name] for name in names], lines), "", f"{about}."]
+    write_text(folder / "peers.md", "\n".join(text) + "\n")
+
+
+def shown(name: str, value: Any) -> Any:
+    """A cell: shares in percent, parameters in millions."""
+    if value is None or isinstance(value, str):
+        return value
+    if name in ("match_all", "match_error", "caption_first", "caption_error"):
+        return f"{100 * value:.1f} %"
+    if name == "parameters":
+        return f"{value / 1e6:.2f} million"
+    return format(value, ".3g")

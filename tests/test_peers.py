@@ -1,0 +1,143 @@
+"""The comparison with Diffusers' DiT: its sampler, its training, and the whole in small."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tarflow.cli.main import main
+from tarflow.data.config import DataConfig
+from tarflow.experiments.peers import comparison
+from tarflow.experiments.peers.comparison import compare_peers, in_turns
+from tarflow.experiments.peers.diffusion import DiffusionModel, matched_layers, parameters_of, sample, to_noise
+from tarflow.experiments.peers.settings import TRAINED, DiffusionConfig, PeersComparison
+from tarflow.training.loop.optimizer import hidden_matrices
+
+SIZES: dict[str, Any] = {"cache": "c", "output": "o", "condition": "class", "width": 32, "head_dim": 16, "layers": 2}
+
+
+class Straight(nn.Module):
+    """Velocities of paths that are straight: what is drawn is ``data`` where there is a condition, else its negative."""
+
+    shape = (1, 2, 2)
+
+    def __init__(self, data: torch.Tensor, noise: torch.Tensor):
+        super().__init__()
+        self.data, self.noise = data, noise
+
+    def velocity(self, x: torch.Tensor, time: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        sign = condition["class_labels"][:, None, None, None].float()
+        assert time.shape == (len(x),) and 0 <= float(time.min()) <= float(time.max()) <= 1
+        return self.noise.repeat(len(x) // len(self.noise), 1, 1, 1) - sign * self.data.repeat(
+            len(x) // len(self.data), 1, 1, 1
+        )
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_straight_paths_are_followed_there_and_back(steps: int) -> None:
+    data, noise = torch.randn(2, 3, 1, 2, 2).unbind(0)
+    model: Any = Straight(data, noise)
+    condition, null = {"class_labels": torch.ones(3)}, {"class_labels": -torch.ones(3)}
+    drawn = sample(model, noise, condition, null, 1.0, steps)
+    torch.testing.assert_close(drawn, data, rtol=0, atol=1e-5)
+    torch.testing.assert_close(to_noise(model, drawn, condition, steps), noise, rtol=0, atol=1e-5)
+    # Guidance 2 goes as far beyond the condition as no condition is behind it.
+    torch.testing.assert_close(sample(model, noise, condition, null, 2.0, steps), 3 * data, rtol=0, atol=1e-5)
+
+
+def test_layers_bring_the_parameters_near() -> None:
+    config = DiffusionConfig(**SIZES)
+    three = DiffusionModel(dataclasses.replace(config, layers=3), 4, 4, 5)
+    assert matched_layers(config, 4, 4, 5, None, parameters_of(three.transformer)) == 3
+    assert matched_layers(config, 4, 4, 5, None, 1) == 1
+    with pytest.raises(ValueError, match="width must be a multiple of head_dim, got 32 and 20"):
+        DiffusionModel(dataclasses.replace(config, head_dim=20), 4, 4, 5)
+
+
+def test_muon_takes_the_matrices_of_its_layers() -> None:
+    model = DiffusionModel(DiffusionConfig(**SIZES), 4, 4, 5)
+    pieces = hidden_matrices(model)
+    names = {name: pieces[id(weight)] for name, weight in model.named_parameters() if id(weight) in pieces}
+    assert len(names) == len(pieces) == 2 * 6
+    assert names["transformer.transformer_blocks.0.attn1.to_q.weight"] == 2  # one for each head
+    assert names["transformer.transformer_blocks.1.ff.net.2.weight"] == 1
+
+
+def small(folder: Path, **changes: Any) -> PeersComparison:
+    given: dict[str, Any] = {"pictures": 12, "held_out": 4, "num": 4, "steps": 2, "repeats": 1, "diffusion_steps": [2]}
+    return PeersComparison(**{"output": str(folder), "small": True, **given, **changes})
+
+
+def test_a_small_comparison_and_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(tmp_path, train=["flow_muon", "student", "dit_muon"])
+    rows = compare_peers(config)
+    assert [row["title"] for row in rows] == ["flow, Muon", "student of the flow", "DiT, Muon, 2 steps"]
+    flow, student, dit = rows
+    assert flow["nats"] is not None and student["nats"] is dit["nats"] is None
+    assert flow["round_trip"] < 1e-4 < dit["round_trip"]
+    assert 0.5 < dit["parameters"] / flow["parameters"] < 2
+    assert all(row["picture_seconds"] > 0 and row["step_seconds"] > 0 and 0 <= row["match_all"] <= 1 for row in rows)
+    table = (tmp_path / "peers.md").read_text()
+    assert "held-out nats" in table and "Fréchet" not in table
+    assert Image.open(tmp_path / "dit_muon_2_2.png").width > 64
+    saved = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    assert [row["key"] for row in saved] == ["flow_muon_2", "student_2", "dit_muon_2_2"]
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("this is there already")
+
+    monkeypatch.setattr(comparison.Trainings, "trainer", never)
+    monkeypatch.setattr(comparison, "step_seconds", lambda *_: {name: 1.0 for name in TRAINED})
+    monkeypatch.setattr(comparison, "scores", never)
+    again = compare_peers(config)
+    assert [row["match_all"] for row in again] == [row["match_all"] for row in rows]
+    with pytest.raises(ValueError, match="has a comparison with steps 2, not 3: give another output"):
+        compare_peers(dataclasses.replace(config, steps=3))
+    with pytest.raises(AssertionError, match="there already"):  # other samples are drawn anew
+        compare_peers(dataclasses.replace(config, num=5))
+
+
+def test_by_class(tmp_path: Path) -> None:
+    rows = compare_peers(small(tmp_path, condition="class", train=["dit_adamw"], diffusion_guidance=[1.0, 2.0]))
+    assert [row["key"] for row in rows] == ["dit_adamw_2_1", "dit_adamw_2_2"]
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def test_all_take_turns() -> None:
+    called: list[str] = []
+    found = in_turns({name: lambda name=name: called.append(name) for name in "ab"}, 2, 4)  # type: ignore[misc]
+    assert called == list("ababab") and set(found) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": ["vae"]}, "train must list some of flow_muon"),
+        ({"train": []}, "train is empty"),
+        ({"train": ["student"]}, "'student' without 'flow_muon'"),
+        ({"diffusion_steps": [0]}, "diffusion_steps must list numbers of at least 1"),
+        ({"diffusion_guidance": [0.5]}, "diffusion_guidance must list scales of at least 1"),
+        ({"pictures": None}, "drawings have no end"),
+        ({"data": DataConfig(source="latents", path="x")}, "data.source cannot be 'latents'"),
+        ({"condition": "class", "caption_model": "m"}, "caption_model is for captions"),
+        ({"recipe": "nothing"}, "there is no configuration 'nothing'"),
+        ({"recipe": "drawings_class"}, "is not for the condition 'caption'"),
+        ({"caption_model": "m"}, "chooses among 100 captions, but there are 4"),
+    ],
+)
+def test_bad_settings_are_one_sentence(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_peers(small(tmp_path, **changes))
+
+
+def test_the_command_refuses_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare-peers", "--train", "[gan]"])
+    assert ended.value.code == 2 and "train must list some of" in capsys.readouterr().err

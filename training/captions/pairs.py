@@ -1,0 +1,105 @@
+"""Pictures with all their captions, split so that nothing that is held out is trained on in another style."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tarflow.data.captions import read_metadata
+from tarflow.data.folder import ImageFolder
+from tarflow.data.images import Images
+from tarflow.evaluation.features.caption_ranks import without
+from tarflow.training.captions.config import CaptionModelConfig
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures of one split: which of the data's items shows each, and its captions, the first of which names it.
+
+    Attributes:
+        images: the data.
+        indices: of the items.
+        captions: all of each picture, at least one.
+        left_out: pictures that show what another one shows that is held out.
+    """
+
+    images: Images
+    indices: list[int]
+    captions: list[list[str]]
+    left_out: int = 0
+
+    @property
+    def first(self) -> list[str]:
+        return [captions[0] for captions in self.captions]
+
+
+def open_pairs(config: CaptionModelConfig) -> tuple[Pairs, Pairs]:
+    """Training and held-out pictures.
+
+    Raises:
+        ValueError: without captions, without held-out pictures, or for a column that the data has not.
+    """
+    train, held_out = (Images(config.data, split) for split in ("train", "validation"))
+    for images in (train, held_out):
+        if not len(images):
+            raise ValueError(
+                f"the split {images.split!r} of the data is empty: set data.validation_fraction so that both have pictures"
+            )
+        if not images.has_captions:
+            raise ValueError(
+                "the data has no captions: a model of pictures and captions needs metadata.jsonl, or a caption_column"
+            )
+    held = grouped(held_out, config.remove)
+    every = grouped(train, config.remove)
+    columns = concept_columns([train, held_out], config.concept)
+    seen = {key for index, captions in held for key in keys(held_out, index, captions, columns)}
+    kept = [one for one in every if seen.isdisjoint(keys(train, *one, columns))]
+    if not kept:
+        raise ValueError("every training picture shows what is held out too: lower data.validation_fraction")
+    pairs = Pairs(train, [index for index, _ in kept], [captions for _, captions in kept], len(every) - len(kept))
+    return pairs, Pairs(held_out, [index for index, _ in held], [captions for _, captions in held])
+
+
+def grouped(images: Images, remove: str | None) -> list[tuple[int, list[str]]]:
+    """The first item of each picture, with the captions of all its items."""
+    source = images.source
+    captions = without([images.caption(index) or "" for index in range(len(images))], remove)
+    names = [row.name for row in source.rows] if isinstance(source, ImageFolder) else range(len(images))
+    found: dict[Any, tuple[int, list[str]]] = {}
+    for index, (name, caption) in enumerate(zip(names, captions, strict=True)):
+        found.setdefault(name, (index, []))[1].append(caption)
+    return [(index, list(dict.fromkeys(texts))) for index, texts in found.values()]
+
+
+def concept_columns(splits: Sequence[Images], columns: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """By a picture's file name, the wanted columns with their values; empty ones say nothing."""
+    if not columns:
+        return {}
+    sources = [images.source for images in splits]
+    rows: list[dict[str, Any]] = []
+    for source in sources:
+        if not isinstance(source, ImageFolder):
+            raise ValueError(
+                f"concept names the columns {', '.join(columns)} of metadata.jsonl, which only data.source 'folder' has"
+            )
+        if not rows:
+            images = [row.name for each in sources if isinstance(each, ImageFolder) for row in each.rows]
+            others = set(source.files.images()) - set(images)
+            left_out = [*others, *source.files.unreadable_images(), *source.files.other_images()]
+            rows = read_metadata(source.files, list(dict.fromkeys(images)), left_out)
+    known = set().union(*rows)
+    if unknown := [column for column in columns if column not in known]:
+        raise ValueError(f"concept names the column {unknown[0]!r}, but the data has {', '.join(sorted(known))}")
+    return {
+        row["file_name"]: [(column, str(row[column]).casefold()) for column in columns if row.get(column)]
+        for row in rows
+    }
+
+
+def keys(
+    images: Images, index: int, captions: list[str], columns: dict[str, list[tuple[str, str]]]
+) -> set[tuple[str, str]]:
+    """What says that two pictures show the same: the first caption, and the columns."""
+    name = images.source.rows[index].name if isinstance(images.source, ImageFolder) else ""
+    return {("", captions[0].casefold()), *columns.get(name, [])}

@@ -1,0 +1,167 @@
+"""The training: features of all pictures once, then captions and projections by a contrastive loss (CLIP, Radford et
+al., 2021, arXiv:2103.00020)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
+
+from tarflow.common.files import check_writable, replaced, write_json
+from tarflow.common.progress import progress_bar
+from tarflow.data.files import hash_of
+from tarflow.evaluation.features.caption_ranks import CaptionScore, check_among, score_of
+from tarflow.evaluation.features.extractors import hash_weights
+from tarflow.training.captions.config import CaptionModelConfig
+from tarflow.training.captions.model import load_vision, make_model, make_tokenizer, pooled_features
+from tarflow.training.captions.pairs import Pairs, open_pairs
+from tarflow.training.loop.config import OptimConfig
+from tarflow.training.loop.schedule import schedule_factor
+
+FEATURES, REPORT = "features.safetensors", "caption_model.json"
+#: The largest factor of cosines in the loss, which learns it, as of CLIP.
+MAX_LOGIT_SCALE = 100.0
+
+
+def train_captions(config: CaptionModelConfig) -> CaptionScore:
+    """Train, write the model's folder, and return how held-out pictures find their captions.
+
+    The folder has the model, its tokenizer and image processor in the forms of Transformers, the pictures' features,
+    and ``caption_model.json`` with the result and the settings.
+
+    Raises:
+        ValueError: if settings, data and vision model do not fit.
+    """
+    folder = Path(config.output).expanduser()
+    check_writable(folder, folder=True)
+    train, held_out = open_pairs(config)
+    check_among(2, len(set(held_out.first)))
+    torch.manual_seed(config.seed)
+    vision, processor = load_vision(config.vision, config.image_size)
+    tokenizer = make_tokenizer(
+        (text for texts in train.captions for text in texts), config.vocab_size, config.max_length
+    )
+    model = make_model(vision, config, len(tokenizer))
+    features = cached_features(folder / FEATURES, model.vision_model, processor, [train, held_out])
+    learn(model, tokenizer, features[0], train, config)
+    score = measure(model, tokenizer, features[1], held_out, config.among)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(folder)
+    about = {"pictures": len(train.indices), "left_out": train.left_out, "held_out": dataclasses.asdict(score)}
+    write_json(folder / REPORT, about | {"settings": dataclasses.asdict(config)}, nan_as_null=True)
+    return score
+
+
+def cached_features(path: Path, vision: PreTrainedModel, processor: Any, splits: list[Pairs]) -> list[Tensor]:
+    """Features (N, D) of the splits' pictures, from the file if it has those of the same pictures and weights."""
+    facts = [(pairs.images.facts(len(pairs.images)), pairs.indices) for pairs in splits]
+    made_of = hash_of([repr(facts), repr(splits[0].images.config), repr(processor.to_dict()), hash_weights(vision)])
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made_of") == made_of:
+                return [file.get_tensor(str(number)) for number in range(len(splits))]
+    vision.to(memory_format=torch.channels_last)  # twice as fast on CPUs
+    found = [features_of(pairs, vision, processor) for pairs in splits]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as temporary:
+        save_file({str(number): part for number, part in enumerate(found)}, temporary, {"made_of": made_of})
+    return found
+
+
+def features_of(pairs: Pairs, vision: PreTrainedModel, processor: Any, batch_size: int = 32) -> Tensor:
+    """Features (N, D) of the pictures, on the CPU."""
+    parts = []
+    for first in progress_bar(range(0, len(pairs.indices), batch_size), desc="features", unit="batch"):
+        pictures = [pairs.images[index]["image"] for index in pairs.indices[first : first + batch_size]]
+        parts.append(pooled_features(vision, processor, torch.stack(pictures)).cpu())
+    return torch.cat(parts)
+
+
+def learn(
+    model: VisionTextDualEncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Tensor,
+    pairs: Pairs,
+    config: CaptionModelConfig,
+) -> None:
+    """Train all but the vision model on the pictures' features (N, D)."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, config.lr, weight_decay=config.weight_decay)
+    schedule = OptimConfig(lr=config.lr, warmup_steps=config.warmup_steps, min_lr_ratio=0.0)
+    generator = torch.Generator().manual_seed(config.seed)
+    names = {name: number for number, name in enumerate(dict.fromkeys(pairs.first))}
+    concepts = torch.tensor([names[name] for name in pairs.first])
+    model.train()
+    model.vision_model.eval()
+    batch = min(config.batch_size, len(features))
+    for step in (bar := progress_bar(range(config.steps), desc="steps", unit="step")):
+        chosen = torch.randperm(len(features), generator=generator)[:batch]
+        which = torch.rand(batch, generator=generator).tolist()
+        texts = [
+            pairs.captions[i][int(w * len(pairs.captions[i]))] for i, w in zip(chosen.tolist(), which, strict=True)
+        ]
+        pictures = model.visual_projection(F.dropout(features[chosen], config.dropout))
+        loss = contrastive_loss(pictures, embed(model, tokenizer, texts), model.logit_scale.exp(), concepts[chosen])
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * schedule_factor(step, config.steps, config.warmup_steps, schedule)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=torch.tensor(MAX_LOGIT_SCALE).log())
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+def embed(model: VisionTextDualEncoderModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
+    """Embeddings (B, D) of captions."""
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    output: Tensor = model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+    return output
+
+
+def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, concepts: Tensor) -> Tensor:
+    """Cross-entropy of each picture's captions among all of the batch, and of each caption's pictures.
+
+    Args:
+        pictures, captions: (B, D).
+        scale: of cosines.
+        concepts: (B,) int64; pictures of one concept have each other's captions too, as in other styles.
+    """
+    logits = scale * F.normalize(pictures, dim=1) @ F.normalize(captions, dim=1).T  # (B, B)
+    same = (concepts[:, None] == concepts[None]).to(logits.dtype)
+    targets = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+@torch.no_grad()
+def measure(
+    model: VisionTextDualEncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Tensor,
+    pairs: Pairs,
+    among: int,
+) -> CaptionScore:
+    """How pictures with the features (N, D) find their first captions."""
+    distinct = list(dict.fromkeys(pairs.first))
+    place = {caption: number for number, caption in enumerate(distinct)}
+    own = torch.tensor([place[caption] for caption in pairs.first])
+    captions = torch.cat([embed(model, tokenizer, distinct[i : i + 256]) for i in range(0, len(distinct), 256)])
+    return score_of(model.visual_projection(features), captions, own, min(among, len(distinct)))
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """What `train_captions` wrote about a model."""
+    found: dict[str, Any] = json.loads((Path(folder).expanduser() / REPORT).read_text(encoding="utf-8"))
+    return found
