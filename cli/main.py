@@ -26,7 +26,7 @@ GROUPS = {
         "train-captions": "a small model of pictures and captions, which measures samples of captions",
     },
     "measure": {
-        "evaluate": "fid: how near drawn pictures are to real ones; likelihood: of held-out pictures; captions: whether they fit",
+        "evaluate": "fid: how near samples are to real pictures; likelihood: of held-out ones; captions: do they fit",
         "sweep": "find how to draw best: guidance, denoising, decoding and more, in a table and plots",
         "report": "one HTML file about a pipeline: samples, nearest training pictures, likelihoods, curves",
         "reconstruct": "what a pipeline's autoencoder makes of pictures: the floor of distances",
