@@ -14,7 +14,7 @@ from typing import Any
 
 from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
-from tarflow.common.files import check_writable
+from tarflow.common.folders import check_folder_writable
 from tarflow.training.latent_cache.config import CacheConfig
 
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
             argv,
             __doc__,
             "tarflow cache-latents",
-            lambda config: check_writable(config.output, folder=True),
+            lambda config: check_folder_writable(config.output),
         )
         from accelerate import PartialState
 

@@ -335,15 +335,15 @@ def test_processes_with_copies_of_the_data(
 ) -> None:
     """Times may differ, and the first process's count; names may not."""
     config = cache_config(tmp_path / "cache", pictures, vae_path)
-    _, first = caching.open_plan(config, tmp_path / "cache", torch.device("cpu"))
+    _, first = caching.open_plan(config, torch.device("cpu"))
     for file in pictures.rglob("*.png"):
         os.utime(file, ns=(0, 0))
-    _, other = caching.open_plan(config, tmp_path / "cache", torch.device("cpu"))
+    _, other = caching.open_plan(config, torch.device("cpu"))
     assert other.fingerprint != first.fingerprint
     monkeypatch.setattr(caching, "gather_objects", lambda value: [first.settings, value])
     assert same_plan(other).fingerprint == first.fingerprint
     rename(pictures)
-    _, other = caching.open_plan(config, tmp_path / "cache", torch.device("cpu"))
+    _, other = caching.open_plan(config, torch.device("cpu"))
     with pytest.raises(
         ValueError, match="the processes see different data: of the training pictures the names of files"
     ):

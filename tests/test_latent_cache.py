@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import T5EncoderModel
 
 from tarflow.common.arguments import parse_dataclass
+from tarflow.common.folders import open_folder
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images, collate, open_source, to_model
 from tarflow.data.latents import CachedLatents
@@ -210,11 +211,11 @@ def test_several_processes_write_the_same_files(cached: Path, tmp_path: Path, va
     encoder = Encoder(config, torch.device("cpu"))
     vae = encoder.codec.vae
     plan = make_plan(config, encoder.codec.factor, autoencoder_hash(vae), None)
-    prepare_folder(tmp_path, vae)
-    records = write_shards(plan, encoder, tmp_path, process=1, processes=2)
+    prepare_folder(open_folder(tmp_path), vae)
+    records = write_shards(plan, encoder, open_folder(tmp_path), process=1, processes=2)
     assert contents(tmp_path).keys() == {"train-00001.safetensors", "validation-00000.safetensors"}
-    records += write_shards(plan, encoder, tmp_path, process=0, processes=2)
-    write_manifest(plan, encoder, tmp_path, records)
+    records += write_shards(plan, encoder, open_folder(tmp_path), process=0, processes=2)
+    write_manifest(plan, encoder, open_folder(tmp_path), records)
     assert contents(tmp_path) == contents(cached)
 
 

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tarflow.common.files import check_writable
+from tarflow.common.folders import Folder, check_folder_writable, open_folder, scheme_of
 from tarflow.common.processes import gather_objects
 from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.images import Images, collate, to_model
@@ -33,7 +32,6 @@ from tarflow.training.latent_cache.folder import (
     check_folder,
     finish_folder,
     kept_record,
-    make_record,
     prepare_folder,
     start_folder,
     write_shard,
@@ -61,8 +59,10 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
         OSError: if a file cannot be written; none is left half-written.
     """
     state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
-    folder = Path(config.output).expanduser()
-    encoder, plan = agreed(state, lambda: open_plan(config, folder, state.device))
+    if state.num_processes > 1 and scheme_of(config.output) == "memory":
+        raise ValueError(f"the output {config.output!r} is of one process alone, but there are {state.num_processes}")
+    folder = open_folder(config.output)
+    encoder, plan = agreed(state, lambda: open_plan(config, state.device))
     plan = same_plan(plan)
 
     def prepare() -> None:
@@ -83,13 +83,13 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
     return read_manifest(folder) or {}
 
 
-def open_plan(config: CacheConfig, folder: Path, device: torch.device) -> tuple[Encoder, Plan]:
+def open_plan(config: CacheConfig, device: torch.device) -> tuple[Encoder, Plan]:
     """Load the encoders and open the pictures.
 
     Raises:
         ValueError: if they cannot be, or the folder cannot be written to.
     """
-    check_writable(folder, folder=True)
+    check_folder_writable(config.output)
     encoder = Encoder(config, device)
     return encoder, make_plan(config, encoder.codec.factor, autoencoder_hash(encoder.codec.vae), encoder.text)
 
@@ -162,7 +162,7 @@ class SizedImages(Dataset[dict[str, Any]]):
 
 
 def write_shards(
-    plan: Plan, encoder: Encoder, folder: Path, process: int = 0, processes: int = 1, show_progress: bool = False
+    plan: Plan, encoder: Encoder, folder: Folder, process: int = 0, processes: int = 1, show_progress: bool = False
 ) -> list[dict[str, Any]]:
     """Write the shards of one process that are not there yet; returns the manifest's records of all its shards."""
     mine = plan.shards[process::processes]
@@ -186,8 +186,7 @@ def write_shards(
             parts = islice(batches, -(-len(shard.indices) // size))
             tensors, more = encode_shard(encoder, parts, progress)
             header = {**plan.header(shard), **more}
-            write_shard(folder / shard.file, tensors, header)
-            records[shard.file] = make_record(folder / shard.file, header)
+            records[shard.file] = write_shard(folder, shard.file, tensors, header)
     return [record for record in records.values() if record is not None]
 
 
@@ -244,7 +243,7 @@ def offsets(parts: list[Tensor]) -> Tensor:
     return torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
 
 
-def write_manifest(plan: Plan, encoder: Encoder, folder: Path, records: list[dict[str, Any]]) -> None:
+def write_manifest(plan: Plan, encoder: Encoder, folder: Folder, records: list[dict[str, Any]]) -> None:
     """Write the manifest of a complete cache and report skipped pictures.
 
     Args:

@@ -16,7 +16,8 @@ class CacheConfig:
     """What to cache.
 
     Attributes:
-        output: folder of the cache; several machines need one that they share.
+        output: folder of the cache, or a URL that fsspec can write to (``s3://``, ``gs://``, ``hf://`` …); several machines
+            need one that they share.
         data: the pictures; ``flip`` there has no effect, see below.
         vae: the autoencoder; ``measure_images`` has no effect, as all training pictures are measured.
         text: kind "pretrained" caches encoded captions too, "none" and "small" the captions alone.
