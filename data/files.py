@@ -36,8 +36,8 @@ class Files:
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         found = status_of(path)
         if stat.S_ISDIR(found.st_mode):
-            # By folders, which is another order than that of the whole names.
-            self.names = sorted(list_folder(self.path), key=lambda name: name.split("/"))
+            # By folders, which is another order than that of the whole names; no name has a \0.
+            self.names = sorted(list_folder(self.path), key=lambda name: name.replace("/", "\0"))
         elif zipfile.is_zipfile(self.path):
             self._members = list_archive(self.path)
             self.names = sorted(self._members)

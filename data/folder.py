@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from functools import cache
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -20,8 +22,7 @@ from tarflow.data.layout import Placed, place_pictures
 from tarflow.data.modes import check_mode, flatten
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One picture: the file's name, and the caption and label that belong to it.
 
     Attributes:
@@ -50,22 +51,41 @@ class ImageFolder:
     """
 
     def __init__(self, config: DataConfig, split: str = "train"):
-        self.files = Files(str(config.path or ""))
-        images = usable_images(self.files, skip=config.on_error == "skip")
-        places = place_pictures(images, str(config.path), config.split_folders)
+        self.config = config
         self.class_names: tuple[str, ...] | None = None
-        if any(name.split("/")[-1] == METADATA for name in self.files.names):
-            rows = self._captioned_rows(places, images, config)
-        else:
-            if config.caption_column or config.caption_template:
-                raise ValueError(f"captions are asked for, but {config.path!r} has no metadata.jsonl at its root")
-            rows = self._labelled_rows(places, config)
+        self.files = Files(str(config.path or ""))
+        with paused_collection():
+            self.every = self._all_rows(config)
+        self._choose(split)
+
+    def of_split(self, split: str) -> ImageFolder:
+        """Another split of the same listing, so that millions of names are there once.
+
+        Raises:
+            ValueError: if it has no pictures, but is for training.
+        """
+        other = copy(self)
+        other._choose(split)
+        return other
+
+    def _choose(self, split: str) -> None:
+        config, rows = self.config, self.every
         self.rows = choose_split(rows, split, config.validation_fraction)
         if not self.rows and split == "train":
             only = " (its split folders are for validation)" if rows and rows[0].split else ""
             raise ValueError(
                 f"no images are left in {config.path!r} for the split {split!r}{only} with where={config.where}"
             )
+
+    def _all_rows(self, config: DataConfig) -> list[Row]:
+        """The pictures of all splits."""
+        images = usable_images(self.files, skip=config.on_error == "skip")
+        places = place_pictures(images, str(config.path), config.split_folders)
+        if any(name.endswith(METADATA) and name.split("/")[-1] == METADATA for name in self.files.names):
+            return self._captioned_rows(places, images, config)
+        if config.caption_column or config.caption_template:
+            raise ValueError(f"captions are asked for, but {config.path!r} has no metadata.jsonl at its root")
+        return self._labelled_rows(places, config)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -139,6 +159,19 @@ class ImageFolder:
         self.class_names = readable_names(classes, config.class_names)
         labels = {folder: label for label, folder in enumerate(classes)}
         return [Row(p.name, label=labels[p.folder or ""], split=p.split, key=p.name) for p in places]
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """Do not look for garbage meanwhile: the many objects that are made, and stay, would be looked through again and
+    again, which takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def usable_images(files: Files, skip: bool = False) -> list[str]:

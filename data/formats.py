@@ -113,7 +113,10 @@ def is_of_system(name: str) -> bool:
 
 def suffix(name: str) -> str:
     """The end of a file's name, ".jpg", in small letters; "" if it has none."""
-    return posixpath.splitext(name)[1].lower()
+    place = name.rfind(".")
+    if place < 1 or "/" in name[place:] or name[place - 1] in "./":  # few: dots elsewhere, or at the beginning
+        return posixpath.splitext(name)[1].lower()
+    return name[place:].lower()
 
 
 @cache

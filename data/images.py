@@ -62,15 +62,20 @@ class Images(Dataset[dict[str, Any]]):
     Args:
         config: the data section of a configuration.
         split: "train" or "validation".
+        beside: the other split, if it is open, whose listing is used again.
 
     Raises:
         ValueError: what the source raises; with ``on_error: skip`` unreadable pictures are replaced by the next
             readable one and named in ``skipped``.
     """
 
-    def __init__(self, config: DataConfig, split: str = "train"):
+    def __init__(self, config: DataConfig, split: str = "train", beside: Images | None = None):
         self.config, self.split = config, split
-        self.source = open_source(config, split)
+        self.source: PictureSource
+        if beside is not None and isinstance(beside.source, ImageFolder) and beside.config == config:
+            self.source = beside.source.of_split(split)
+        else:
+            self.source = open_source(config, split)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ Folders with names of splits beside others are ambiguous and refused, unless ``s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -20,8 +20,7 @@ SPLIT_FOLDERS = {
 }
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """Where a picture belongs.
 
     Attributes:
@@ -53,30 +52,33 @@ def place_pictures(names: Sequence[str], path: str, split_folders: str = "auto")
     Raises:
         ValueError: if some top folders are named as splits and others are not, or none is and some must be.
     """
-    folders = {name: name.split("/")[:-1] for name in names}
+    above = {name: name.rpartition("/")[0] for name in names}
+    # Few folders have all the names, of which there may be millions.
+    folders = {folder: folder.split("/") if folder else [] for folder in dict.fromkeys(above.values())}
     depth = wrapping_depth(list(folders.values()), 0, split_folders != "none")
-    tops = {name: (parts[depth] if len(parts) > depth else "") for name, parts in folders.items()}
+    tops = {folder: (parts[depth] if len(parts) > depth else "") for folder, parts in folders.items()}
     splits = {top: None if split_folders == "none" else split_of(top) for top in set(tops.values())}
     named = sorted(top for top, split in splits.items() if split)
     others = sorted(top for top, split in splits.items() if not split)
     if split_folders == "only" and not named:
         raise ValueError(f"data.split_folders is 'only', but {path!r} has no folder train, val or the like")
-    if not named:
-        return [placed(name, None, parts, depth) for name, parts in folders.items()]
-    if others and split_folders == "auto":
+    if named and others and split_folders == "auto":
         beside = ", ".join(top for top in others if top) or "pictures outside of folders"
         raise ValueError(
             f"{path!r} has folders named as splits ({', '.join(named)}) beside others ({beside}): set "
             "data.split_folders to 'none' if all are classes, or to 'only' to leave the others out"
         )
-    kept = [name for name in names if splits[tops[name]]]
-    depth = wrapping_depth([folders[name] for name in kept], depth + 1, False)
-    return [placed(name, splits[tops[name]], folders[name], depth) for name in kept]
+    kept = {folder: parts for folder, parts in folders.items() if not named or splits[tops[folder]]}
+    if named:
+        depth = wrapping_depth(list(kept.values()), depth + 1, False)
+    places = {folder: place_of(splits[tops[folder]], parts, depth) for folder, parts in kept.items()}
+    return [Placed(name, *places[above[name]]) for name in names if above[name] in places]
 
 
-def placed(name: str, split: str | None, folders: list[str], depth: int) -> Placed:
-    """A picture by the folders above it, of which the first ``depth`` are no classes."""
-    return Placed(name, split, folders[depth] if len(folders) > depth else None, len(folders) > depth + 1)
+def place_of(split: str | None, folders: list[str], depth: int) -> tuple[str | None, str | None, bool]:
+    """Split, class folder and whether there is a deeper one, by the folders above, of which the first ``depth`` are no
+    classes."""
+    return split, folders[depth] if len(folders) > depth else None, len(folders) > depth + 1
 
 
 def wrapping_depth(folders: list[list[str]], depth: int, splits: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from tarflow.common.arguments import parse_dataclass
 from tarflow.data import formats
 from tarflow.data.captions import readable_names
 from tarflow.data.config import DataConfig
-from tarflow.data.files import Files
+from tarflow.data.files import Files, list_folder
 from tarflow.data.folder import ImageFolder
 from tarflow.data.images import Images
 from tarflow.data.layout import place_pictures, split_of
@@ -225,9 +226,35 @@ def test_names_are_sorted_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert files.images() == files.names
 
 
+def test_both_splits_are_of_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = config(write(tmp_path, *(f"a{' b' * (i % 2)}/{i}.png" for i in range(40))), validation_fraction=0.3)
+    expected = Images(data, "validation").source.rows
+    listed: list[Path] = []
+    listing = list_folder
+    monkeypatch.setattr("tarflow.data.files.list_folder", lambda top: listed.append(top) or listing(top))
+    train = Images(data, "train")
+    held_out = Images(data, "validation", train)
+    assert (listed, held_out.source.rows, held_out.class_names) == ([tmp_path], expected, train.class_names)
+    assert len(train) + len(held_out) == 40
+    assert gc.isenabled()
+    assert held_out[0]["label"] == expected[0].label
+    names = [row.name for row in train.source.every]
+    assert names == sorted(names, key=lambda name: name.split("/"))
+    assert names != sorted(names)
+
+
 @pytest.mark.parametrize(
     ("name", "end"),
-    [("a/b.JPG", ".jpg"), ("a.b/c", ""), ("a.tar.gz", ".gz"), (".png", ""), ("a/.png", ""), ("a b.Webp", ".webp")],
+    [
+        ("a/b.JPG", ".jpg"),
+        ("a.b/c", ""),
+        ("a.tar.gz", ".gz"),
+        (".png", ""),
+        ("a/.png", ""),
+        ("a/..png", ""),
+        ("a/b..png", ".png"),
+        ("a b.Webp", ".webp"),
+    ],
 )
 def test_suffixes(name: str, end: str) -> None:
     assert formats.suffix(name) == end

@@ -207,17 +207,18 @@ def sized(train: Stream, config: RunConfig, factor: int) -> Stream:
 def held_out_of(train: Data, config: RunConfig) -> Data:
     """The held-out pictures that belong to the training pictures; of a stream the first ones."""
     if not isinstance(train, Stream):
-        return open_split(config, "validation")
+        return open_split(config, "validation", train)
     count = max(config.log.eval_images, config.metric.images if config.metric.every else 0)
     return HeldOutRows(Stream(config.data, "validation", config.train.seed, train.sizes), count)
 
 
-def open_split(config: RunConfig, split: str) -> Data:
+def open_split(config: RunConfig, split: str, beside: Data | None = None) -> Data:
+    """A split of the run's data; of pictures in a folder the listing of another one, ``beside``, is used again."""
     if config.data.source == "latents":
         return open_latents(config.data, split)
     if config.data.is_stream:
         return Stream(config.data, split, config.train.seed)
-    return Images(config.data, split)
+    return Images(config.data, split, beside if isinstance(beside, Images) else None)
 
 
 def check_conditions(config: RunConfig, train: Data, conditioning: str) -> None:

@@ -89,7 +89,7 @@ def make_plan(config: CacheConfig, factor: int, autoencoder: str, text: dict[str
     Raises:
         ValueError: if pictures, encoders and sizes do not fit together.
     """
-    images = {split: Images(config.data, split) for split in SPLITS}
+    images = {"train": (train := Images(config.data, "train")), "validation": Images(config.data, "validation", train)}
     if text is not None and not images["train"].has_captions:
         raise ValueError("text.kind is 'pretrained', but the data has no captions")
     counts, shards = {}, []
