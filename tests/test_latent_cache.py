@@ -28,7 +28,7 @@ from tarflow.training.flow.text import small_t5, train_tokenizer
 from tarflow.training.latent_cache import folder as cache_folder
 from tarflow.training.latent_cache.caching import Encoder, cache_latents, prepare_folder, write_manifest, write_shards
 from tarflow.training.latent_cache.config import CacheConfig
-from tarflow.training.latent_cache.plan import make_plan
+from tarflow.training.latent_cache.plan import data_settings, make_plan
 from tarflow.training.loop.batches import fixed_batches, read_batch
 from tarflow.vae.codec import LatentCodec, autoencoder_hash, load_autoencoder, measure_latents
 
@@ -364,3 +364,18 @@ def test_the_command_line_fills_the_settings() -> None:
     config, _ = parse_dataclass(CacheConfig, [*arguments, "--text.kind", "small"])
     assert (config.aspect_ratios, config.flip, config.text.kind) == (["1:1", "4:3"], True, "small")
     assert math.prod(bucket_size(4 / 3, 256, 8)) == pytest.approx(256**2, rel=0.05)
+
+
+def test_earlier_caches_are_known_again() -> None:
+    """Settings that came later stand in a cache's settings only where they are set."""
+    first = {"source": "drawings", "image_size": 64, "train_split": "train", "image_column": "image", "seed": 0}
+    first |= {"validation_fraction": 0.02, "background": "white", "split_folders": "auto", "more_caption_templates": []}
+    nothing = ("path", "name", "data_files", "validation_split", "caption_column", "label_column", "caption_template")
+    first |= dict.fromkeys((*nothing, "where", "class_names"))
+    assert data_settings(DataConfig(cache_gb=3.0, on_error="skip")) == first
+    assert data_settings(DataConfig(source="datasets", name="x", streaming=True)) == {
+        **first,
+        "source": "datasets",
+        "name": "x",
+        "streaming": True,
+    }

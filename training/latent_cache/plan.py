@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.data.shards import FORMAT
 from tarflow.pipeline.call.aspect import bucket_size, ratio_of
@@ -19,6 +20,14 @@ from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.batches import SHUFFLE_LIMIT
 
 SPLITS = ("train", "validation")
+#: Settings of the data that stand in every cache.
+SINCE_FIRST = (
+    *("source", "path", "split_folders", "name", "data_files", "image_size", "train_split", "validation_split"),
+    *("validation_fraction", "image_column", "caption_column", "label_column", "caption_template"),
+    *("more_caption_templates", "where", "class_names", "background", "seed"),
+)
+#: Those that have no effect here, or none on pictures that can be read.
+WITHOUT_EFFECT = ("flip", "verify", "on_error", "weights", "shuffle_shards", "cache_gb", "lanes", "shuffle_buffer")
 #: What a source's facts tell, in words.
 CHANGES = {
     "files": "the names of files",
@@ -108,13 +117,26 @@ def make_plan(config: CacheConfig, factor: int, autoencoder: str, text: dict[str
     options = {"pictures": counts, "factor": factor}
     for name in ("flip", "shard_size", "dtype", "mixed_precision", "aspect_ratios", "unit"):
         options[name] = getattr(config, name)
-    data = dataclasses.asdict(config.data)
-    for name in ("flip", "verify", "on_error"):  # no effect here, or none on pictures that can be read
-        del data[name]
     pictures = {split: images[split].facts(counts[split]) for split in SPLITS}
-    settings = {"data": data, "autoencoder": {"hash": autoencoder}, "text": text or {}, "options": options}
+    settings = {
+        "data": data_settings(config.data),
+        "autoencoder": {"hash": autoencoder},
+        "text": text or {},
+        "options": options,
+    }
     settings["pictures"] = pictures
     return Plan(config, images, counts, shards, json.loads(json.dumps(settings)))
+
+
+def data_settings(config: DataConfig) -> dict[str, Any]:
+    """What of the data section decides what is cached. What came later than caches of this format has its place only where
+    it is not the default, so that earlier caches are known again."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in SINCE_FIRST or (field.name not in WITHOUT_EFFECT and value != field.default):
+            found[field.name] = value
+    return json.loads(json.dumps(found, default=dataclasses.asdict))
 
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
