@@ -12,9 +12,8 @@ def test_they_are_named(tmp_path: Path) -> None:
     run = ["--log.checkpoint_every", "2"]
     train(tmp_path, "--train.steps", "2", *run)
     checkpoint = tmp_path / "checkpoints" / "step_00000002"
-    # Accelerate goes on without the random states, of which training draws nothing.
-    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and "random_states" not in file.name]
-    assert {"run.json", "model.safetensors", "optimizer.bin"} <= {file.name for file in files}
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
+    assert {"run.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"} <= {file.name for file in files}
     for file in files:
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])

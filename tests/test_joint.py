@@ -207,9 +207,15 @@ def test_a_run_learns_resumes_and_draws(tmp_path, monkeypatch) -> None:
         (["--joint.model.norm_num_groups", "3"], r"model\.norm_num_groups \(3\) must divide"),
         (["--joint.posterior_std", "0"], r"joint\.posterior_std must be positive, got 0"),
         (["--joint.nll_weight", "-1"], r"joint\.nll_weight must be 0 or positive, got -1"),
-        (["--joint.loss.l1", "-1"], r"loss\.l1 must be 0 or positive, got -1"),
+        (["--joint.loss.l1", "-1"], r"^joint\.loss\.l1 must be 0 or positive, got -1"),
         (["--joint.loss.adversarial", "1", "--train.mixed_precision", "fp16"], "cannot be trained .* fp16"),
-        (["--joint.loss.adversarial", "1"], "pictures of 16 pixels are too small"),
+        (["--joint.loss.adversarial", "1"], "pictures of 16 pixels are too small for joint.loss.discriminator_layers"),
+        (
+            ["--joint.loss.l1", "0", "--joint.loss.l2", "0"],
+            "^joint.loss.l1, joint.loss.l2 and joint.loss.perceptual are",
+        ),
+        (["--joint.loss.perceptual", "1"], "^joint.loss.perceptual needs .*: set joint.loss.perceptual_weights to"),
+        (["--joint.loss.perceptual_layers", "[]"], "^joint.loss.perceptual_layers is empty"),
         (["--init_from", "x"], "name that by vae.name instead of 'new'"),
     ],
 )

@@ -17,10 +17,10 @@ from tarflow.vae.codec import load_autoencoder
 CAPTIONS = ["a red ring", "a blue star on a dark background"]
 
 
-def make_pipeline(conditioning="class_prefix", vae=True, **options):
+def make_pipeline(conditioning="class_prefix", vae=True, sample_size=4, **options):
     flow = TARFlowModel(
         in_channels=8 if vae else 3,
-        sample_size=4,
+        sample_size=sample_size,
         layers_per_block=(1, 1),
         width=64,
         head_dim=32,

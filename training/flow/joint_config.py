@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tarflow.common.checks import NotNegative, Positive, check, check_ranges
-from tarflow.training.losses.config import PictureLossConfig
+from tarflow.training.losses.config import JointLossConfig
 
 if TYPE_CHECKING:
     from tarflow.training.flow.config import RunConfig
@@ -35,7 +35,7 @@ class JointConfig:
     nll_weight: NotNegative = 1e-3
     renormalise: bool = True
     model: dict[str, Any] = field(default_factory=dict)
-    loss: PictureLossConfig = field(default_factory=PictureLossConfig)
+    loss: JointLossConfig = field(default_factory=JointLossConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self, "joint")

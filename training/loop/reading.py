@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate.utils.other import load
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -32,3 +34,17 @@ def reading(path: Path) -> Iterator[None]:
         raise ValueError(
             f"the checkpoint {str(path)!r} cannot be read, it is damaged or cut off ({reason}): resume another"
         ) from error
+
+
+def check_random_states(checkpoint: Path, process: int) -> None:
+    """Whether a process's random states can be read: Accelerate goes on without those that it cannot read.
+
+    There are none of processes that the run did not have when it was saved.
+
+    Raises:
+        ValueError: that names the file, if it is damaged or cut off.
+    """
+    path = checkpoint / f"{RNG_STATE_NAME}_{process}.pkl"
+    if process == 0 or path.exists():
+        with reading(path):
+            load(path)

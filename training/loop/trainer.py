@@ -21,7 +21,7 @@ from tarflow.training.loop.averages import WeightAverages
 from tarflow.training.loop.batches import BatchReader, step_sampler, train_loader
 from tarflow.training.loop.checkpoint import checkpoint_name, checkpoint_to_resume, read_state, save_checkpoint
 from tarflow.training.loop.config import LoopSettings
-from tarflow.training.loop.reading import reading
+from tarflow.training.loop.reading import check_random_states, reading
 from tarflow.training.loop.schedule import TimeLimit
 from tarflow.training.loop.step import Stepper
 from tarflow.training.loop.stopping import Stopped, StopRequest
@@ -107,6 +107,7 @@ class Trainer:
         accelerator = self.accelerator
         if accelerator.scaler is not None:  # FSDP steps the optimizer while it loads, before a scale would be made
             accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
+        check_random_states(checkpoint, accelerator.process_index)
         with reading(checkpoint):
             accelerator.load_state(str(checkpoint))
         # Passes are counted within a step: a checkpoint of other numbers of them would shift the gradients' exchange.

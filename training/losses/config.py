@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tarflow.common.checks import AtLeastOne, Count, NotNegative, Positive, check, check_ranges, multiple_of
 
@@ -21,20 +21,23 @@ class PerceptualConfig:
         perceptual_weights: file of the classifier's state dict, ``.safetensors`` or ``.pth``.
         perceptual_normalize: of pixels, as the classifier's weights want it: "imagenet", or "half" for [−1, 1].
         perceptual_layers: names of the classifier's modules that are compared; None takes one of each resolution.
+        section: where the user sets them, "loss" for "loss.perceptual".
     """
 
+    section: ClassVar[str] = ""
     perceptual: NotNegative = 0.0
     perceptual_network: str = "mobilenet_v2"
     perceptual_weights: str | None = None
     perceptual_normalize: Literal["imagenet", "half"] = "imagenet"
     perceptual_layers: list[str] | None = None
 
-    def check_perceptual(self, begin: str = "") -> None:
-        """Errors of settings that do not fit each other.
+    def full_name(self, name: str) -> str:
+        """What the user calls a setting."""
+        return f"{self.section}.{name}" if self.section else name
 
-        Args:
-            begin: what their names begin with for the user.
-        """
+    def check_perceptual(self) -> None:
+        """Errors of settings that do not fit each other."""
+        begin = self.full_name("")
         check(self.perceptual_layers != [], f"{begin}perceptual_layers is empty: name at least one, or null")
         if self.perceptual > 0 and self.perceptual_network == LPIPS:
             for name in ("perceptual_weights", "perceptual_layers"):
@@ -59,6 +62,7 @@ class PictureLossConfig(PerceptualConfig):
         discriminator_width, discriminator_layers, discriminator_lr: its channels, halvings and learning rate.
     """
 
+    section: ClassVar[str] = "loss"
     l1: NotNegative = 1.0
     l2: NotNegative = 1.0
     adversarial: NotNegative = 0.0
@@ -69,14 +73,22 @@ class PictureLossConfig(PerceptualConfig):
     discriminator_lr: Positive = 1e-4
 
     def __post_init__(self) -> None:
-        check_ranges(self, "loss")
+        check_ranges(self, self.section)
+        l1, l2, perceptual = (self.full_name(name) for name in ("l1", "l2", "perceptual"))
         check(
             self.l1 + self.l2 + self.perceptual > 0,
-            "loss.l1, loss.l2 and loss.perceptual are all 0: nothing makes pictures like their originals",
+            f"{l1}, {l2} and {perceptual} are all 0: nothing makes pictures like their originals",
         )
-        self.check_perceptual("loss.")
+        self.check_perceptual()
 
     @property
     def discriminator_shape(self) -> list[int] | None:
         """What its weights depend on; None without a discriminator."""
         return [self.discriminator_width, self.discriminator_layers] if self.adversarial > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointLossConfig(PictureLossConfig):
+    """The same of an autoencoder that is trained along with a flow."""
+
+    section: ClassVar[str] = "joint.loss"

@@ -32,6 +32,7 @@ class PerceptualLoss(nn.Module):
         weights: a ``.safetensors`` or ``.pth`` file of its state dict; None for "lpips".
         normalize: of pixels, as the weights want it: "imagenet", or "half" for [−1, 1].
         layers: names of modules whose outputs (B, C, h, w) are compared; None takes `LAYERS`.
+        setting: what the user calls these names.
 
     Raises:
         ValueError: for an unknown network or layer, weights that do not fit, or a missing package.
@@ -46,6 +47,7 @@ class PerceptualLoss(nn.Module):
         weights: str | None,
         normalize: Normalize = "imagenet",
         layers: list[str] | None = None,
+        setting: str = "layers",
     ):
         super().__init__()
         self.name = network
@@ -54,7 +56,7 @@ class PerceptualLoss(nn.Module):
         else:
             from torchvision.models.feature_extraction import create_feature_extractor
 
-            names = default_layers(network) if layers is None else layers
+            names = default_layers(network, setting) if layers is None else layers
             backbone = torchvision_backbone(network, weights, normalize)
             for module in backbone.network.modules():
                 if hasattr(module, "inplace"):  # it would change the features before they are compared
@@ -108,6 +110,7 @@ def make_perceptual(config: PerceptualConfig) -> PerceptualLoss | None:
         config.perceptual_weights,
         config.perceptual_normalize,
         config.perceptual_layers,
+        config.full_name("perceptual_layers"),
     )
 
 
@@ -119,8 +122,8 @@ def unit_difference(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).square().sum(1).mean()
 
 
-def default_layers(network: str) -> tuple[str, ...]:
-    """Layers of a Torchvision network that are compared unless others are named."""
+def default_layers(network: str, setting: str) -> tuple[str, ...]:
+    """Layers of a Torchvision network that are compared unless ``setting`` names others."""
     import torchvision  # imported where it is needed: it takes a second
 
     if network not in torchvision.models.list_models(module=torchvision.models):
@@ -129,7 +132,7 @@ def default_layers(network: str) -> tuple[str, ...]:
             f"{', '.join(LAYERS)}"
         )
     if network not in LAYERS:
-        raise ValueError(f"name the layers of {network} to compare with loss.perceptual_layers")
+        raise ValueError(f"name the layers of {network} to compare with {setting}")
     return LAYERS[network]
 
 

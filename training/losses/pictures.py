@@ -67,7 +67,7 @@ class PictureLoss(nn.Module):
             least = self.plain_discriminator.least_size
             check(
                 size >= least,
-                f"pictures of {size} pixels are too small for loss.discriminator_layers "
+                f"pictures of {size} pixels are too small for {self.config.full_name('discriminator_layers')} "
                 f"{self.config.discriminator_layers}, which need {least}",
             )
 

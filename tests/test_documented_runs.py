@@ -1,0 +1,229 @@
+"""Every command of README and docs, copied out of them, is run in a small form, or stands below with the reason why not.
+
+To add a command to a document is enough: it is run here with the smaller numbers of `SMALL`, in a folder for each document,
+in the order of the text, so that what one command makes is there for the next. What no command makes is in `world`. A
+command that cannot run here goes into `CANNOT`, one of another program into `OTHERS`. A new command of `tarflow` needs an
+entry in `SMALL`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from documented import ALL, TEXTS, WHOLE, filled_in, named, other_lines, shell_lines, words_of
+from fid_helpers import save_backbone
+from helpers import ROOT
+from PIL import Image
+from test_pipeline import make_pipeline
+
+from tarflow.cli.main import main
+
+#: What each command is given behind its own words, where the last of two counts.
+TRAINING = (
+    "--train.steps 2 --train.max_minutes null --train.batch_size 2 --train.mixed_precision no --vae.measure_images 4 "
+    "--log.eval_images 2 --log.sample_images 2 --log.eval_every 0 --log.sample_every 0 --log.checkpoint_every 0"
+)
+NETWORK = "--steps 2 --max_minutes null --batch_size 2 --mixed_precision no --eval_every 0 --eval_images 2 --checkpoint_every 0"
+#: A random network of few numbers in the place of Inception or of what the text names.
+FEATURES = "--extractor vit --extractor-weights null"
+SMALL = {
+    "--help": "",
+    "models": "",
+    "configs": "",
+    "generate": "--decoding sequential",
+    "demo": "--port PORT",
+    "train": TRAINING,
+    "train-vae": f"{NETWORK} --model.norm_num_groups 4 --model.layers_per_block 1",
+    "train-student": f"{NETWORK} --grid_images 2 --num_layers 5 --width 32 --head_dim 16",
+    "finetune-decoder": f"{NETWORK} --grid_images 2",
+    "cache-latents": "",
+    "evaluate likelihood": "--num_images 2",
+    "evaluate fid ref": FEATURES,
+    "evaluate fid gen": "--num 2",
+    "evaluate fid calc": FEATURES,
+    "evaluate fid run": f"{FEATURES} --num 4 --gen.num 2",
+    "sweep": f"{FEATURES} --gen.num 2 --guidance_scale [1,2] --decoding [sequential]",
+    "reconstruct": "--num 2",
+    "report": "--samples 2 --train_images 8 --yardstick_images 2 --likelihood_images 2",
+    "exact-flow": "--num 2 --steps 1",
+    "compare-decoding": f"{FEATURES} --num 2 --pictures 2 --repeats 1",
+    "compare-student": "--num 2 --batch_sizes [1] --repeats 1 --compile false",
+    "benchmark sampling": "--batches 1 --repeats 1",
+    "benchmark exactness": "--pipelines drawings_class --samples 1 --guidance-scales 2",
+    "benchmark training": "--batches 1 --repeats 1 --steps 1 --precisions float32",
+    "benchmark memory": "--batch 1 --blocks 2 --layers 1",
+    "check-reference": "",
+    "export": "",
+}
+#: Further words, for commands that have this in them.
+MORE = [
+    (r"^train (?!.*--init_from)", "--flow.width 32 --flow.head_dim 32 --flow.layers_per_block [1,1]"),
+    (
+        r"^train (?!.*--init_from).*(emoji|quickstart_text)",
+        "--text.width 16 --text.layers 1 --text.heads 2 --text.vocab_size 300",
+    ),
+    (r"^train-vae (?!.*f16)", "--model.block_out_channels [8,8,8,8]"),
+    (r"^train-vae .*f16", "--model.block_out_channels [8,8,8,8,8] --loss.perceptual_network mobilenet_v2"),
+    (r"^train .*f16_joint", "--joint.loss.perceptual_network mobilenet_v2"),
+    (
+        r"^train .*f16_joint",
+        "--joint.model.block_out_channels [8,8,8,8,8] --joint.model.norm_num_groups 4",
+    ),
+]
+#: Commands that cannot be run here: what is in them, and why.
+CANNOT = {
+    r"--num_processes": "several processes: test_parallel.py starts them",
+    r"starflow_3B": "published weights of gigabytes: test_conversion.py converts small ones",
+    r"compare-flows": "trainings of minutes: test_flow_comparison.py makes small ones",
+    r"gpu-check": "a GPU, or minutes: test_gpu_check.py makes single checks",
+    r"accelerate launch --cpu": "the launcher alone",
+}
+#: Lines of blocks that are none of the project's commands: what they begin with, and why they are not run.
+OTHERS = {
+    "make ": "installs and tests, for minutes",
+    "pip install ": "installs",
+    "git clone ": "fetches",
+    "source ": "the shell's",
+    "export ": "the shell's",
+    "test -d ": "the shell's",
+    "srun ": "a cluster's scheduler",
+    "pre-commit ": "another program",
+    "python -m pytest": "tests",
+    "--": "a part of a command",
+}
+#: The folders that `imagenette_class` knows.
+WORDNET = tuple(yaml.safe_load((ROOT / "configs/imagenette_class.yaml").read_text())["data"]["class_names"])
+
+
+def pictures(path: Path, classes: tuple[str, ...] = (), count: int = 9) -> Path:
+    """A zip archive of random pictures, two splits of them, in class folders or with captions."""
+    generator = np.random.default_rng(0)
+    rows = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(2 * count):
+            folder = f"{classes[i % len(classes)]}/" if classes else ""
+            name = f"{'train' if i < count else 'validation'}/{folder}{i:02d}.png"
+            with archive.open(name, "w") as file:
+                Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
+            row = {"text": f"thing {i}", "style": ("twemoji", "noto", "fluent")[i % 3], "keywords": f"kind {i % 5}"}
+            rows.append(json.dumps({"file_name": name, **row}) + "\n")
+        if not classes:
+            archive.writestr("metadata.jsonl", "".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the documents take for granted: archives of pictures, trained pipelines, weights of other networks."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    folder = tmp_path_factory.mktemp("base")
+    for name in ("emoji.zip", "my_pictures.zip", "pictures.zip"):
+        pictures(folder / name)
+    pictures(folder / "nette.zip", WORDNET, len(WORDNET))
+    save_backbone(folder / "mobilenet_v2.safetensors", "mobilenet_v2")
+    save_backbone(folder / "vgg16.pth", "mobilenet_v2")  # half a gigabyte less
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **size)).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
+    make_pipeline("prefix", sample_size=8).save_pretrained(folder / "captions")
+    make_pipeline("class_prefix", sample_size=8).save_pretrained(folder / "classes")
+    return folder
+
+
+def world(case: tuple[Path, str], base: Path) -> Path:
+    """The folder of a document, with what its commands take for granted and none before made."""
+    folder = base / "worlds" / re.sub(r"\W", "_", str(case[0].relative_to(ROOT)))
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / "configs").symlink_to(ROOT / "configs")
+        for path in base.iterdir():
+            if path.name not in ("worlds", "captions", "classes"):
+                (folder / path.name).symlink_to(path)
+    for pipeline in re.findall(r"(runs/\w+/pipeline)", f"{case[1]} {taken_for_granted(case[1])}"):
+        if not (folder / pipeline).exists():
+            shutil.copytree(base / ("classes" if "class" in pipeline else "captions"), folder / pipeline)
+    return folder
+
+
+def taken_for_granted(command: str) -> str:
+    """Pipelines that a configuration names."""
+    return "runs/quickstart/pipeline" if "fid_example" in command else ""
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def key_of(words: list[str]) -> str:
+    """The command with its subcommands."""
+    length = {"evaluate": 3 if "fid" in words[:2] else 2, "benchmark": 2}.get(words[0], 1)
+    return " ".join(words[:length])
+
+
+def reason(command: str) -> str | None:
+    """Why a command cannot run here."""
+    return next((why for what, why in CANNOT.items() if re.search(what, command)), None)
+
+
+def runnable() -> Iterator[tuple[Path, str]]:
+    """Commands to run, each once for a document."""
+    return iter(dict.fromkeys(case for case in (*ALL, *WHOLE) if reason(case[1]) is None))
+
+
+@pytest.fixture(autouse=True)
+def one_thing_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each command begins as in a process of its own; a page is not served for ever."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    monkeypatch.setattr("gradio.Blocks.block_thread", lambda app: app.close())
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("case", list(runnable()), ids=named)
+def test_a_documented_command_runs(
+    case: tuple[Path, str], base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = filled_in(words_of(case[1]))
+    key = key_of(words)
+    assert key in SMALL, f"tarflow {key} needs smaller numbers in SMALL"
+    words += [word.replace("PORT", str(free_port())) for word in SMALL[key].split()]
+    for what, more in MORE:
+        if re.search(what, " ".join(words)):
+            words += more.split()
+    monkeypatch.chdir(world(case, base))
+    try:
+        main(words)
+    except SystemExit as ended:
+        assert not ended.code, f"{' '.join(words)}: {capsys.readouterr().err}"
+
+
+def test_every_line_of_every_block_is_run_or_has_a_reason() -> None:
+    unknown = []
+    for file in (*TEXTS, ROOT / "CONTRIBUTING.md"):
+        lines = list(shell_lines(file.read_text(encoding="utf-8"), ("bash", "sh", "console")))
+        for line in other_lines(lines):
+            if line and not line.startswith(tuple(OTHERS)):
+                unknown.append(f"{file.name}: {line}")
+    assert not unknown, unknown
+
+
+def test_reasons_are_of_commands_that_are_there() -> None:
+    commands = [command for _, command in (*ALL, *WHOLE)]
+    assert [what for what in CANNOT if not any(re.search(what, command) for command in commands)] == []
