@@ -1,7 +1,7 @@
 """FID and its relatives: reference statistics, samples, and the numbers between them.
 
     python evaluate_fid.py ref --data pictures.zip --out stats
-    accelerate launch evaluate_fid.py gen --pipeline runs/NAME/pipeline --num 50000 --out samples
+    python evaluate_fid.py gen --pipeline runs/NAME/pipeline --num 50000 --out samples
     python evaluate_fid.py calc --ref stats --samples samples
     python evaluate_fid.py run --config configs/fid_example.yaml
 

@@ -1,8 +1,9 @@
 """Train a latent normalizing flow.
 
-    accelerate launch train_latent.py --config configs/quickstart_text.yaml [--section.key value]
+    python train_latent.py --config configs/quickstart_text.yaml [--section.key value]
+    accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 8 train_latent.py --config …
 
-Plain ``python train_latent.py`` works too, on one device. ``--resume latest`` goes on from the last checkpoint.
+The first is on one device, the second on several. ``--resume latest`` goes on from the last checkpoint.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 Then train with --data.source latents --data.path CACHE. Run it again after an interruption: whole files are kept.
 --text.kind pretrained --text.name NAME encodes the captions too; --aspect_ratios '["1:1", "4:3", "3:4"]' keeps
-pictures of mixed sizes near their own shape. On several devices: accelerate launch -m tarflow.cli cache-latents …
+pictures of mixed sizes near their own shape. On several devices:
+accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli cache-latents …
 """
 
 from __future__ import annotations

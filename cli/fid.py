@@ -6,7 +6,9 @@
     tarflow evaluate fid run --config fid_example
 
 ref computes the reference statistics of pictures, gen draws samples of a pipeline, calc compares the two; run does all
-three. With `accelerate launch -m tarflow.cli evaluate fid …` they run on several processes, with the same result.
+three. On several devices, with the same result:
+accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli evaluate fid …
+
 Inception's weights are downloaded unless --inception-weights names them; another extractor (--extractor NAME
 --extractor-weights PATH) gives Fréchet distances that are never called FID.
 """

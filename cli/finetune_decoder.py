@@ -5,7 +5,8 @@
 
 Encoder and flow stay as they are. The decoder is put into the pipeline's folder, whose calls then take it (unless
 --set_default false), or with --save_to FOLDER into a copy of it. --resume latest goes on from the last
-checkpoint. On several devices: accelerate launch -m tarflow.cli finetune-decoder …
+checkpoint. On several devices:
+accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli finetune-decoder …
 """
 
 from __future__ import annotations

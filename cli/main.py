@@ -61,7 +61,8 @@ options:
   -h, --help        this help; `tarflow COMMAND --help` has each command's
   --version         the version
 
-Trainings, cache-latents, evaluate fid and sweep also run on several devices: accelerate launch -m tarflow.cli COMMAND …
+Trainings, cache-latents, evaluate fid and sweep also run on several devices:
+  accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli COMMAND …
 For work on the project itself: python -m tarflow.scripts.NAME --help, with a NAME of {scripts}"""
 
 

@@ -6,7 +6,8 @@
 
 --ref is a folder that `tarflow evaluate fid ref` wrote; for models of drawings --match true measures without one. The
 folder gets sweep.csv, sweep.md, guidance.png and speed.png. Run it again after an interruption: measured rows stay, and
-more values may be added to the lists. On several devices: accelerate launch -m tarflow.cli sweep …
+more values may be added to the lists. On several devices:
+accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli sweep …
 """
 
 from __future__ import annotations

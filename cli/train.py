@@ -6,7 +6,7 @@
 --config takes a YAML file, or the bare name of a shipped configuration. Every key of the file can be given on the
 command line, which counts more. The folder --output gets logs, checkpoints, and a folder `pipeline` that
 `tarflow generate` draws from; --resume latest goes on from the last checkpoint. To train on several devices:
-accelerate launch -m tarflow.cli train --config …
+accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli train --config …
 """
 
 from __future__ import annotations

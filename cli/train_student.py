@@ -5,7 +5,8 @@
 The flow stays as it is: it turns noisy pictures into noise, and the student learns the way back, with the noise taken
 away and guidance included. The student is put into the pipeline's folder, or with --save_to FOLDER into a copy of it;
 `tarflow generate --decoding student` draws with it, and in Python pipe(…, decoding="student"). --resume latest goes on
-from the last checkpoint. To train on several devices: accelerate launch -m tarflow.cli train-student …
+from the last checkpoint. To train on several devices:
+accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli train-student …
 """
 
 from __future__ import annotations

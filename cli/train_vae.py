@@ -3,7 +3,8 @@
     tarflow train-vae --config vae_drawings_emoji [--section.key value]
 
 --resume latest goes on from the last checkpoint. The exponential moving average of the weights is what is evaluated and
-saved. On several devices: accelerate launch -m tarflow.cli train-vae …
+saved. On several devices:
+accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli train-vae …
 """
 
 from __future__ import annotations

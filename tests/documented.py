@@ -28,7 +28,7 @@ VARIABLES = {
     "$EMOJI": "emoji.zip",
     "$NETTE": "nette.zip",
     "$X": "--extractor mobilenet_v2 --extractor-weights mobilenet_v2.safetensors",
-    "$ddp": "accelerate launch --num_processes 2 -m",
+    "$ddp": "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 -m",
 }
 OURS = re.compile(r"^(?:OMP_NUM_THREADS=\d+ )?(?:exec )?(tarflow|python3?|accelerate launch|\.venv/bin/\w+)\b")
 LAUNCHER = (

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from documented import ALL, FRAGMENTS, TEXTS, filled_in, named, words_of
+from helpers import ROOT
 
 from tarflow.cli import parsing
 from tarflow.cli.main import COMMANDS, main
@@ -124,6 +125,17 @@ def test_what_python_imports_is_there(case: tuple[Path, str]) -> None:
             module = importlib.import_module(node.module)
             for alias in node.names:
                 assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+
+
+def test_the_launcher_is_given_a_file_of_settings() -> None:
+    """Without one it prints a remark on each of its defaults."""
+    sources = [*(ROOT / "cli").glob("*.py"), *ROOT.glob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+    lines = [line for path in sources for line in path.read_text(encoding="utf-8").splitlines()]
+    commands = [line[line.index("accelerate launch") :] for line in lines if "accelerate launch " in line]
+    commands += [command for _, command in (*ALL, *FRAGMENTS) if command.startswith("accelerate launch ")]
+    assert len(commands) > 12
+    wrong = [command for command in commands if "--config_file" not in command and " --cpu" not in command]
+    assert wrong == []
 
 
 def test_there_are_commands_to_try() -> None:

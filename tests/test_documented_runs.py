@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL
 from documented import ALL, TEXTS, WHOLE, filled_in, named, other_lines, shell_lines, words_of
 from fid_helpers import save_backbone
 from helpers import ROOT
 from PIL import Image
 from test_pipeline import make_pipeline
+from torch.utils.tensorboard import SummaryWriter
 
 from tarflow.cli.main import main
 
@@ -50,11 +52,11 @@ SMALL = {
     "cache-latents": "",
     "evaluate likelihood": "--num_images 2",
     "evaluate fid ref": FEATURES,
-    "evaluate fid gen": "--num 2",
+    "evaluate fid gen": "--num 4",
     "evaluate fid calc": FEATURES,
-    "evaluate fid run": f"{FEATURES} --num 4 --gen.num 2",
-    "sweep": f"{FEATURES} --gen.num 2 --guidance_scale [1,2] --decoding [sequential]",
-    "reconstruct": "--num 2",
+    "evaluate fid run": f"{FEATURES} --num 4 --gen.num 4",
+    "sweep": f"{FEATURES} --gen.num 4 --guidance_scale [2]",
+    "reconstruct": "--num 4",
     "report": "--samples 2 --train_images 8 --yardstick_images 2 --likelihood_images 2",
     "exact-flow": "--num 2 --steps 1",
     "compare-decoding": f"{FEATURES} --num 2 --pictures 2 --repeats 1",
@@ -62,7 +64,7 @@ SMALL = {
     "benchmark sampling": "--batches 1 --repeats 1",
     "benchmark exactness": "--pipelines drawings_class --samples 1 --guidance-scales 2",
     "benchmark training": "--batches 1 --repeats 1 --steps 1 --precisions float32",
-    "benchmark memory": "--batch 1 --blocks 2 --layers 1",
+    "benchmark memory": "--batch 1 --model quickstart_text",
     "check-reference": "",
     "export": "",
 }
@@ -70,7 +72,7 @@ SMALL = {
 MORE = [
     (r"^train (?!.*--init_from)", "--flow.width 32 --flow.head_dim 32 --flow.layers_per_block [1,1]"),
     (
-        r"^train (?!.*--init_from).*(emoji|quickstart_text)",
+        r"^train (?!.*--init_from).*(emoji|quickstart_text|kind small)",
         "--text.width 16 --text.layers 1 --text.heads 2 --text.vocab_size 300",
     ),
     (r"^train-vae (?!.*f16)", "--model.block_out_channels [8,8,8,8]"),
@@ -137,9 +139,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     ViTModel(ViTConfig(image_size=16, patch_size=8, **size)).save_pretrained(folder / "vit")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
-    make_pipeline("prefix", sample_size=8).save_pretrained(folder / "captions")
-    make_pipeline("class_prefix", sample_size=8).save_pretrained(folder / "classes")
+    with zipfile.ZipFile(folder / "pictures.zip") as archive:
+        archive.extractall(folder / "data")
+    for name, conditioning in (("captions", "prefix"), ("classes", "class_prefix")):
+        make_pipeline(conditioning, sample_size=8).save_pretrained(folder / name / "pipeline")
+        with SummaryWriter(folder / name / "logs") as writer:
+            writer.add_scalar("train/loss", 1.0, 1)
+    (folder / "captions/pipeline/examples.json").write_text('["thing 1", "thing 2"]')
+    hub = folder / "stabilityai/sd-vae-ft-ema"
+    AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=4, **vae_blocks(4)).save_pretrained(hub)
     return folder
+
+
+def vae_blocks(number: int) -> dict[str, tuple[str, ...]]:
+    """Arguments of an autoencoder of so many blocks."""
+    return {
+        f"{way.lower()}_block_types": (f"{way}{name}Block2D",) * number
+        for way, name in (("Down", "Encoder"), ("Up", "Decoder"))
+    }
 
 
 def world(case: tuple[Path, str], base: Path) -> Path:
@@ -151,9 +168,9 @@ def world(case: tuple[Path, str], base: Path) -> Path:
         for path in base.iterdir():
             if path.name not in ("worlds", "captions", "classes"):
                 (folder / path.name).symlink_to(path)
-    for pipeline in re.findall(r"(runs/\w+/pipeline)", f"{case[1]} {taken_for_granted(case[1])}"):
-        if not (folder / pipeline).exists():
-            shutil.copytree(base / ("classes" if "class" in pipeline else "captions"), folder / pipeline)
+    for run in re.findall(r"(runs/\w+)/pipeline", f"{case[1]} {taken_for_granted(case[1])}"):
+        if not (folder / run).exists():
+            shutil.copytree(base / ("classes" if "class" in run else "captions"), folder / run)
     return folder
 
 

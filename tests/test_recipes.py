@@ -11,11 +11,14 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
+from test_pipeline import make_pipeline
 from test_training import TEXT_FLOW, train, weights
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.training.flow import setup
+from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.start import Start
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.config import OptimConfig
@@ -106,7 +109,7 @@ def test_batches_of_one_shape(tmp_path, pictures, monkeypatch):
     assert late["latent_nats_per_dim"] < early["latent_nats_per_dim"]
 
 
-def test_start_from_a_pipeline(tmp_path, monkeypatch):
+def test_start_from_a_pipeline(tmp_path, monkeypatch, capsys):
     text = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
     train(tmp_path / "first", *text, "--train.steps", "40", flow=TEXT_FLOW)
     losses = loss_of_steps(monkeypatch)
@@ -123,7 +126,9 @@ def test_start_from_a_pipeline(tmp_path, monkeypatch):
     )
 
     losses.clear()
-    train(tmp_path / "larger", *options, "--data.image_size", "64", flow="{}")
+    assert "(text.max_length)" not in "".join(capsys.readouterr())
+    train(tmp_path / "larger", *options, "--data.image_size", "64", "--text.max_length", "12", flow="{}")
+    assert "captions are cut after 12 tokens (text.max_length), the pipeline" in "".join(capsys.readouterr())
     train(tmp_path / "larger_anew", *text, "--data.image_size", "64", "--train.steps", "1", flow=TEXT_FLOW)
     assert losses[0] < losses[6] - 0.1
     larger = TARFlowPipeline.from_pretrained(tmp_path / "larger" / "pipeline")
@@ -233,3 +238,19 @@ def test_a_distance_at_intervals(tmp_path, monkeypatch, pictures):
     with pytest.raises(ValueError, match=r"nothing is held out: raise data\.validation_fraction"):
         options = ["--data.source", "folder", "--data.path", str(pictures / "train"), "--data.validation_fraction", "0"]
         train(tmp_path / "bad", *options, *metric, "--metric.weights", str(weights_file))
+
+
+def test_what_differs_from_the_pipeline_to_start_from_is_said() -> None:
+    classes, captions = Start(make_pipeline("class_prefix"), "base"), Start(make_pipeline("prefix"), "base")
+    none, small = TextConfig(), TextConfig(kind="small", max_length=8)
+    assert classes.differences(none, ("Tench", "church", "gas pump")) == captions.differences(small, None) == []
+    assert classes.differences(none, ("Tench", "kite", "gas pump")) == [
+        "classes that the pipeline 'base' does not know: 'kite' begins as 'church'"
+    ]
+    with pytest.raises(
+        ValueError, match=r"'church' has the number 0 in the data and 1 in .*, so it would begin as 'Tench'"
+    ):
+        classes.differences(none, ("church", "Tench", "gas pump"))
+    assert captions.differences(TextConfig(kind="small", max_length=5), None) == [
+        "captions are cut after 5 tokens (text.max_length), the pipeline 'base' was trained with 8"
+    ]

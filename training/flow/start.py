@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,6 +95,38 @@ class Start:
                 )
         sizes = {"sample_size": given["sample_size"]} if "sample_size" in given else {}
         return {key: value for key, value in own.items() if key != "sample_size"} | sizes
+
+    def differences(self, text: TextConfig, names: Sequence[str] | None) -> list[str]:
+        """What a run has otherwise than the pipeline and may have, a sentence each.
+
+        Args:
+            text: of the run.
+            names: of the data's classes, None if the flow is not told them.
+
+        Raises:
+            ValueError: for a class of the pipeline that has another number in the data: it would begin as another class.
+        """
+        config, found = self.pipeline.config, []
+        if text.kind != "none" and text.max_length != config.max_sequence_length:
+            found.append(
+                f"captions are cut after {text.max_length} tokens (text.max_length), the pipeline {self.name!r} was trained "
+                f"with {config.max_sequence_length}"
+            )
+        known = [name for _, name in sorted((config.id2label or {}).items(), key=lambda pair: int(pair[0]))]
+        if not known or names is None:
+            return found
+        for number, name in enumerate(names):
+            if name in known and known.index(name) != number:
+                raise ValueError(
+                    f"the class {name!r} has the number {number} in the data and {known.index(name)} in the pipeline "
+                    f"{self.name!r}, so it would begin as {known[number]!r}: name the folders so that they sort as the "
+                    f"pipeline's classes do ({', '.join(known)})"
+                )
+        others = [f"{name!r} begins as {old!r}" for name, old in zip(names, known, strict=False) if name != old]
+        if others:
+            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+            found.append(f"classes that the pipeline {self.name!r} does not know: {', '.join(others[:5])}{more}")
+        return found
 
 
 def load_start(name: str) -> Start:

@@ -68,6 +68,7 @@ class FlowTask(Task):
         self.config, self.log, self.accelerator, self.start = config, config.log, accelerator, start
         self.folder = Path(config.output)
         self.latents: list[Tensor] = []  # z of the passes of a step
+        self.notes: list[str] = []  # on what is otherwise than in the pipeline that training starts from
         self.held_out: HeldOut | None = None
         self.metric: SampleMetric | None = None
 
@@ -77,6 +78,9 @@ class FlowTask(Task):
         self.parts = make_parts(config, statistics, self.accelerator.device, self.start)
         self.train, self.validation = self.parts.train, self.parts.validation
         self.text = text_invariants(config.text, self.parts.text_encoder)
+        if self.start is not None:
+            names = self.parts.train.class_names if self.parts.flow_arguments.get("num_classes") else None
+            self.notes = self.start.differences(config.text, names)
         self.adapter = prepare_adapters(config, self.parts, self.start)
         self.begins_anew, self.start = self.start is None, None  # of a pipeline only the parts are kept
         if isinstance(self.parts.train, Stream):
@@ -133,10 +137,11 @@ class FlowTask(Task):
             parts.train.forget()
 
     def begin(self, fresh: bool) -> None:
-        for line in self.parts.train.about() if isinstance(self.parts.train, CachedLatents) else ():
-            write_line(line)
-        if sentence := cut_captions_of(self.parts, self.config.text):
-            write_line(sentence)
+        train = self.parts.train
+        cache = train.about() if isinstance(train, CachedLatents) else ()
+        for sentence in (*self.notes, *cache, cut_captions_of(self.parts, self.config.text)):
+            if sentence:
+                write_line(sentence)
 
     def begin_step(self, step: int) -> None:
         self.latents.clear()
