@@ -47,7 +47,7 @@ SMALL = {
     "demo": "--port PORT",
     "train": TRAINING,
     "train-vae": f"{NETWORK} --model.norm_num_groups 4 --model.layers_per_block 1",
-    "train-student": f"{NETWORK} --grid_images 2 --num_layers 5 --width 32 --head_dim 16",
+    "train-student": f"{NETWORK} --grid_images 2 --num_layers 5 --width 32 --head_dim 32",
     "finetune-decoder": f"{NETWORK} --grid_images 2",
     "cache-latents": "",
     "evaluate likelihood": "--num_images 2",
@@ -171,6 +171,9 @@ def world(case: tuple[Path, str], base: Path) -> Path:
     for run in re.findall(r"(runs/\w+)/pipeline", f"{case[1]} {taken_for_granted(case[1])}"):
         if not (folder / run).exists():
             shutil.copytree(base / ("classes" if "class" in run else "captions"), folder / run)
+    for reference in re.findall(r"--ref (\S+)", case[1]):
+        if not (folder / reference).exists():
+            (folder / reference).symlink_to(base / "data/validation")
     return folder
 
 
