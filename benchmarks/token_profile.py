@@ -33,7 +33,8 @@ def token_profile(run: InversionState, steps: FastSteps, tokens: int = 16, repea
 
     Returns:
         "token_us" (the median), "timings_us", "kernels_us" (of all operations on the device, a token), "operations" (of
-        them a token), and "table", text.
+        them a token), "layers" (how the step computes them), "trials_ms" (of a token by the ways that were tried), and
+        "table", text.
 
     Raises:
         ValueError: for a block whose tokens go through its modules.
@@ -67,6 +68,8 @@ def token_profile(run: InversionState, steps: FastSteps, tokens: int = 16, repea
         "timings_us": timings,
         "kernels_us": total,
         "operations": sum(count for _, count, _ in rows) / tokens,
+        "layers": fast.name,
+        "trials_ms": fast.trials,
     }
     return {**found, "table": table(rows, tokens, total)}
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from helpers import condition_of, random_images, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tarflow.flows.decoding import fast_step
 from tarflow.flows.decoding.attention import cached_attention, masked_attention
-from tarflow.flows.decoding.fast_step import FastStep, FastSteps
+from tarflow.flows.decoding.fast_step import FastStep, FastSteps, fastest
+from tarflow.flows.decoding.fused import ELEMENTS, can_be_fused, suits
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.decoding.sequential import decode_sequential
+from tarflow.flows.decoding.step import StaticStep
 from tarflow.flows.layers.guidance import Guidance
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -50,11 +54,11 @@ def test_the_kernel_is_taken_where_it_fits() -> None:
 
 
 @pytest.mark.skipif(not TRITON, reason="without Triton")
-def test_the_kernel_in_tritons_interpreter() -> None:
+def test_the_kernels_in_tritons_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     worker = Path(__file__).with_name("triton_worker.py")
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "16 cases\n", done.stderr[-3000:]
+    assert done.stdout == "16 cases\n16 layers\n", done.stderr[-3000:]
 
 
 class Replayed:
@@ -189,6 +193,95 @@ def test_an_attention_temperature_in_16_bits(fast: bool) -> None:
     model.to(torch.bfloat16)
     found, _ = generate(model, noise, cond, null, how, fast=FastSteps(None) if fast else None)
     assert float((found - expected).square().mean().sqrt()) < 0.1
+
+
+class OneByOne:
+    """Stands for kernels of whole layers."""
+
+    def __init__(self, step: StaticStep, elements: int, off: float = 0.0, error: str = ""):
+        self.step, self.elements, self.off, self.error, self.calls = step, elements, off, error, 0
+
+    def __call__(self, hidden: Tensor, position: Tensor) -> Tensor:
+        self.calls += 1
+        if self.error:
+            raise RuntimeError(self.error)
+        return self.step.run_layers(hidden, position) + self.off
+
+
+def deep_run(batch: int = 2, **options: Any) -> InversionState:
+    model = small_model(conditioning="class_prefix", condition_blocks="deep", sample_size=8, **options)
+    cond, null = model.condition(torch.arange(batch), None, batch), model.condition(None, None, batch)
+    return InversionState(model.blocks[-1], batch, (4, 4), cond, null, Guidance(1.0))
+
+
+def test_of_steps_that_agree_the_fastest_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A faster one that fails or makes other tokens is left out, with a warning."""
+    now, costs, messages = [0.0], {None: 3.0, 1: 2.0, 2: 1.0, 3: 0.5, 4: 0.1}, list[str]()
+    monkeypatch.setattr(fast_step, "clock", lambda device: now[0])
+    monkeypatch.setattr(fast_step.logger, "warning", messages.append)
+    with torch.no_grad():
+        run = deep_run()
+        step = StaticStep(
+            run.block, run.context, run.block.new_cache(4, run.cache.capacity, torch.float32), run.temperature
+        )
+        step.cache.keys_values.zero_()
+        ways = [OneByOne(step, 1), OneByOne(step, 2), OneByOne(step, 3, off=0.5), OneByOne(step, 4, error="no memory")]
+        steps = [FastStep(step, run, torch.float32, None, None, way) for way in (None, *ways)]
+        make_token = FastStep.make_token
+
+        def costly(self: FastStep) -> None:
+            now[0] += costs[self.fused and self.fused.elements]
+            make_token(self)
+
+        for one in steps:
+            one.function = types.MethodType(costly, one)
+        best = fastest(steps, run)
+        assert best is steps[2]
+        assert {name: round(each) for name, each in best.trials.items()} == {
+            "one by one": 3000,
+            "fused, 1 elements": 2000,
+            "fused, 2 elements": 1000,
+        }
+    assert any("3 elements differ" in message for message in messages)
+    assert any("4 elements failed" in message and "no memory" in message for message in messages)
+
+
+def test_kernels_of_layers_are_one_call_within_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are used in sampling as the operations one by one are, and compilers do not look into them."""
+    torch.compiler.reset()
+    made: list[OneByOne] = []
+
+    def fake(block: Any, step: StaticStep, elements: int) -> OneByOne:
+        made.append(OneByOne(step, elements))
+        return made[-1]
+
+    monkeypatch.setattr(fast_step, "suits", lambda block, step: True)
+    monkeypatch.setattr(fast_step, "FusedLayers", fake)
+    monkeypatch.setattr(fast_step, "fastest", lambda steps, run: steps[-1])
+    model = small_model(conditioning="class_prefix", condition_blocks="deep", sample_size=8)
+    cond, null = model.condition(torch.tensor([0, 1]), None, 2), model.condition(None, None, 2)
+    noise, steps = random_images(model, 2), FastSteps("eager")
+    expected = generate(model, noise, cond, null, Guidance(1.0))
+    found = generate(model, noise, cond, null, Guidance(1.0), fast=steps)
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+    assert [one.elements for one in made] == list(ELEMENTS) * len(model.blocks)
+    assert [one.calls for one in made[len(ELEMENTS) - 1 :: len(ELEMENTS)]] == [16] * len(model.blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch"), [({}, 3), ({"post_norm": True}, 1), ({"head_dim": 24, "width": 48}, 1), ({}, 1)]
+)
+def test_kernels_of_layers_are_for_what_they_can(options: dict[str, Any], batch: int) -> None:
+    """Few rows, known norms, and none after a product; and CUDA devices alone."""
+    with torch.no_grad():
+        run = deep_run(batch, **options)
+        step = StaticStep(run.block, run.context, run.cache, run.temperature)
+    fits = not options and batch == 1
+    assert can_be_fused(list(run.block.layers), 2 * batch, step) == fits
+    assert not suits(run.block, step)
 
 
 def test_any_number_of_batch_sizes_is_compiled() -> None:

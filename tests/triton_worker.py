@@ -1,21 +1,22 @@
-"""Checks the decoding kernel in Triton's interpreter, on a CPU; started by test_cached_attention.py with TRITON_INTERPRET=1."""
+"""Checks the decoding kernels in Triton's interpreter, on a CPU; started by test_cached_attention.py with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from helpers import small_model
 
-SOURCE = Path(__file__).parents[1] / "flows" / "decoding" / "triton_attention.py"
+from tarflow.flows.decoding import triton_attention as kernel
+from tarflow.flows.decoding.fused import FusedLayers, can_be_fused
+from tarflow.flows.decoding.method import InversionState
+from tarflow.flows.decoding.step import StaticStep
+from tarflow.flows.layers.guidance import Guidance
 
 
 def main() -> None:
-    spec = importlib.util.spec_from_file_location("kernel", SOURCE)  # without the package, which takes seconds
-    kernel = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernel)
     torch.manual_seed(0)
     cases = 0
     for rows, kv_heads, group, capacity, size in ((2, 2, 1, 300, 64), (1, 2, 3, 129, 32), (3, 1, 2, 64, 16)):
@@ -31,6 +32,41 @@ def main() -> None:
             torch.testing.assert_close(found, expected.reshape(rows, -1), rtol=1e-5, atol=1e-5)
             cases += 1
     print(f"{cases} cases")
+    print(f"{sum(layers_agree(**options) for options in LAYERS)} layers")
+
+
+LAYERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"dtype": torch.bfloat16, "norm": "rms_norm", "mlp": "geglu", "qk_norm": True},
+    {"norm": "rms_norm", "mlp": "geglu", "qk_norm": True, "num_kv_heads": 1, "width": 96, "temperature": 1.5},
+    {"positions": "learned", "batch": 2},
+)
+
+
+def layers_agree(dtype: torch.dtype = torch.float32, temperature: float = 1.0, batch: int = 1, **options: Any) -> int:
+    """All layers of a guided step by the kernels, and by the operations one by one: hidden numbers and the cache."""
+    model = small_model(conditioning="class_prefix", condition_blocks="deep", sample_size=8, **options).to(dtype)
+    block, count = model.blocks[-1], 0
+    cond, null = model.condition(torch.arange(batch), None, batch), model.condition(None, None, batch)
+    rounding = {"rtol": 2e-2, "atol": 7e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    with torch.no_grad():
+        how = Guidance(1.0, "linear" if temperature != 1 else "gaussian", temperature=temperature)
+        run = InversionState(block, batch, (4, 4), cond, null, how)
+        step = StaticStep(block, run.context, run.cache, run.temperature)
+        assert can_be_fused(list(block.layers), 2 * batch, step)
+        fused, cache = FusedLayers(block, step, 2048), step.cache.keys_values
+        for position in (1, cache.shape[-2] - 1):
+            earlier = torch.randn(cache.shape).to(dtype)
+            hidden = torch.randn(2 * batch, block.config.transformer.width).to(dtype)
+            results = []
+            for layers in (step.run_layers, fused):
+                cache.copy_(earlier)
+                results.append((layers(hidden.clone(), torch.tensor(position)), cache.clone()))
+            assert not torch.equal(results[0][1], earlier)
+            for ours, exact in zip(*results[::-1], strict=True):
+                torch.testing.assert_close(ours, exact, **rounding)
+            count += len(block.layers)
+    return count
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ batches of one shape."""
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from tarflow.common.clock import clock
+from tarflow.flows.decoding.fused import ELEMENTS, FusedLayers, suits
 from tarflow.flows.decoding.method import InversionState, combine
 from tarflow.flows.decoding.step import DecodeStep, ModuleStep, StaticStep, decode_step
 from tarflow.flows.layers.affine import affine_inverse
@@ -28,6 +30,8 @@ OFFLOADED = (
     "Decode steps are not compiled where weights leave the device after each use, as with enable_model_cpu_offload: what is "
     "compiled would keep them there, and would have to be made anew for each call. Leave one of the two out."
 )
+#: Tokens and turns by which ways are compared, and how far their tokens may be apart, on average, for rounding.
+TRIED, TURNS, ROUNDING = 24, 3, 0.03
 #: Calls before a CUDA graph is captured: compilation and the libraries' own warm-up are then over.
 WARM_UP_CALLS = 3
 
@@ -44,6 +48,10 @@ class FastStep:
         dtype: of the tokens, at least float32.
         backend: of `torch.compile`; None does not compile.
         pool: of CUDA graphs that are never replayed at the same time, see `torch.cuda.graph_pool_handle`.
+        fused: computes the layers instead of the step, from the same weights and cache.
+
+    Attributes:
+        trials: milliseconds of a token by the ways that were tried before this one was taken, by name.
     """
 
     def __init__(
@@ -53,8 +61,12 @@ class FastStep:
         dtype: torch.dtype,
         backend: str | None = "inductor",
         pool: Any = None,
+        fused: FusedLayers | None = None,
     ):
-        self.step, self.pool = step, pool
+        self.step, self.pool, self.fused = step, pool, fused
+        self.trials: dict[str, float] = {}
+        #: What compilers see as one call: they would copy the cache that it writes to.
+        self.layers = step.run_layers if fused is None else torch.compiler.disable(lambda *inputs: fused(*inputs))
         self.graph: torch.cuda.CUDAGraph | None = None
         device, channels = step.cache.keys_values.device, step.config.token_dim
         self.first, self.num_tokens, self.prefix_length = run.first, run.num_tokens, run.context.prefix_length
@@ -70,7 +82,7 @@ class FastStep:
         self.function: Callable[[], None] = self.make_token
         if backend is not None:
             own = with_code_of_its_own(self.make_token)
-            self.function = torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
+            self.function = torch.compile(own, backend=backend, dynamic=False, fullgraph=fused is None)
         self.captures = device.type == "cuda"
 
     def make_token(self) -> None:
@@ -78,7 +90,7 @@ class FastStep:
         token = self.position - self.prefix_length + self.first
         place = token.view(1)
         rows = self.previous if self.guidance is None else torch.cat([self.previous, self.previous])
-        parameters = self.step.parameters(rows, self.position)
+        parameters = self.step.leave(self.layers(self.step.enter(rows, self.position), self.position))
         shift, log_scale = combine(self.guidance, parameters, token, self.num_tokens)
         x = affine_inverse(self.noise.index_select(0, place).squeeze(0), shift, log_scale)
         self.x.index_copy_(0, place, x.unsqueeze(0))
@@ -110,6 +122,30 @@ class FastStep:
             self.function()
         self.graph = graph  # not before: after an error there is none
 
+    @property
+    def name(self) -> str:
+        return "one by one" if self.fused is None else f"fused, {self.fused.elements} elements"
+
+    def tried(self, run: InversionState) -> tuple[Tensor, float]:
+        """The first tokens of a sequence whose noise is 1, (n, B, 2C), and milliseconds of a token in its middle."""
+        self.start(run)
+        one = self.function if self.graph is None else self.graph.replay
+        self.noise.fill_(1.0)
+        self.previous.zero_()
+        count = min(TRIED, self.num_tokens - self.first)
+        for _ in range(count):
+            one()
+        tokens = slice(self.first, self.first + count)
+        made = torch.cat([self.x[tokens], self.log_scales[tokens]], dim=-1)
+        seconds = []
+        for _ in range(TURNS):
+            self.position.fill_(self.prefix_length + (self.num_tokens - self.first - count) // 2)
+            begun = clock(self.position.device)
+            for _ in range(count):
+                one()
+            seconds.append(clock(self.position.device) - begun)
+        return made, 1e3 * min(seconds) / count
+
     def decode(self, run: InversionState, z: Tensor) -> tuple[Tensor, Tensor]:
         """Arguments and results as of `decode_sequential`; the run is the one of `start`."""
         count = z.shape[1]
@@ -126,6 +162,31 @@ class FastStep:
         # Copies, as the next sequence writes to these buffers again.
         x, log_scales = (torch.stack(part[:count].unbind(0), dim=1) for part in (self.x, self.log_scales))
         return x, log_scales
+
+
+def fastest(steps: Sequence[FastStep], run: InversionState) -> FastStep:
+    """The step whose tokens take the least time, of the first one and those that make the tokens of the first one up to
+    rounding; what fails is left out with a warning."""
+    first, *others = steps
+    expected, least = first.tried(run)
+    best, trials = first, {first.name: least}
+    for step in others:
+        try:
+            made, milliseconds = step.tried(run)
+        except Exception as error:  # noqa: BLE001 (whatever a kernel cannot do, the first step does)
+            logger.warning(
+                f"Decode steps with layers {step.name} failed and are left out: {type(error).__name__}: {error}"
+            )
+            continue
+        difference = float((made - expected).abs().mean())
+        if not difference < ROUNDING * (1 + float(expected.abs().mean())):
+            logger.warning(f"Decode steps with layers {step.name} differ by {difference:.2g} and are left out.")
+            continue
+        trials[step.name] = milliseconds
+        if milliseconds < least:
+            best, least = step, milliseconds
+    best.trials = trials
+    return best
 
 
 def with_code_of_its_own(method: Any) -> Callable[[], None]:
@@ -174,7 +235,15 @@ class FastSteps:
             step = StaticStep(block, run.context, cache, run.temperature)
             if self.pool is None and cache.keys_values.is_cuda:
                 self.pool = torch.cuda.graph_pool_handle()
-            self.steps[key] = (weights, FastStep(step, run, dtype, self.backend, self.pool))
+            self.steps[key] = (weights, self.made(step, run, dtype))
         fast = self.steps[key][1]
         fast.start(run)
         return fast
+
+    def made(self, step: StaticStep, run: InversionState, dtype: torch.dtype) -> FastStep:
+        """A fast step; where kernels of whole layers suit the block, the fastest of all that there are."""
+        plain = FastStep(step, run, dtype, self.backend, self.pool)
+        if not suits(run.block, step):
+            return plain
+        ways = [FusedLayers(run.block, step, elements) for elements in ELEMENTS]
+        return fastest([plain, *(FastStep(step, run, dtype, self.backend, self.pool, way) for way in ways)], run)

@@ -201,10 +201,16 @@ class DecodeStep:
 
     def parameters(self, inputs: Tensor, position: Any) -> tuple[Tensor, Tensor]:
         """The parameters of the token whose input sits at a position of the cache, which counts the prefix too."""
+        return self.leave(self.run_layers(self.enter(inputs, position), position))
+
+    def enter(self, inputs: Tensor, position: Any) -> Tensor:
+        """What the first layer gets, (R, D)."""
         weight, bias = self.proj_in
         hidden = torch.addmm(bias, inputs.to(self.dtype), weight)
-        if self.added is not None:
-            hidden = hidden + self.row(self.added, position - self.prefix_length)
+        return hidden if self.added is None else hidden + self.row(self.added, position - self.prefix_length)
+
+    def run_layers(self, hidden: Tensor, position: Any) -> Tensor:
+        """All layers, (R, D); writes the slot's keys and values to the cache."""
         for layer in self.layers:
             hidden = self.add_product(
                 hidden, self.attend(layer, hidden, position), layer.proj, layer.attention_post_norm
@@ -217,6 +223,10 @@ class DecodeStep:
             else:
                 y = F.gelu(y)
             hidden = self.add_product(hidden, y, layer.down, layer.mlp_post_norm)
+        return hidden
+
+    def leave(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and log-scale of what the last layer gave."""
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         weight, bias = self.proj_out
