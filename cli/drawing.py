@@ -19,6 +19,7 @@ from tarflow.cli.subjects import subjects_of
 from tarflow.common.seeds import image_seed
 from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count
 from tarflow.pipeline.call.settings import resolve_size
+from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.loading.place import Facts
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.training.flow.report import make_grid
@@ -85,6 +86,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     guidance = pipe.config.guidance_scale if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
         raise ValueError("--negative-prompt needs --guidance above 1")
+    trajectory_steps(pipe.flow, args.steps, args.decoding, args.denoise)
     pipe.check_outputs(args.denoise, "pil", args.decoder, args.decoding)
     width, height = args.size or (None, None)
     return {
@@ -96,6 +98,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
         "decoding": args.decoding,
         "denoise": args.denoise,
         "decoder": args.decoder,
+        "num_inference_steps": args.steps,
     }
 
 

@@ -46,6 +46,8 @@ def parser() -> CommandParser:
     add("--decoding", choices=DECODINGS, default="auto", help="how the flow is inverted: sequential, exact to rounding; "
         "jacobi and gs_jacobi, many tokens at once; auto, the fastest of these here, within 0.001; fast, within 0.1; or "
         "student, one pass of the pipeline's student")  # fmt: skip
+    add("--num-inference-steps", "--steps", dest="steps", type=int, metavar="N", help="of a trajectory model, one of the "
+        "numbers that it was trained with (default: its first)")  # fmt: skip
     add("--denoise", choices=DENOISE, help="how the training noise is removed before decoding: not at all, by a score "
         "step or a learned denoiser (default: the pipeline's own way)")  # fmt: skip
     add("--decoder", choices=DECODERS, help="what decodes: the autoencoder's decoder, or the pipeline's finetuned one, "
@@ -84,6 +86,8 @@ def check(args: argparse.Namespace) -> None:
     total = args.num * max(1, len(args.prompt), len(args.classes or ()))
     if total > MOST_IMAGES:
         raise ValueError(f"{total:,} pictures are too many for one call, which draws at most {MOST_IMAGES:,}")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--num-inference-steps must be at least 1, got {args.steps}")
     if args.seed is not None and not 0 <= args.seed < MOST_SEED:
         raise ValueError(f"--seed must be 0 to {MOST_SEED - 1}, got {args.seed}")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:

@@ -6,6 +6,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
+from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.loading.place import default_pipeline
 from tarflow.pipeline.opening import open_pipeline
 
@@ -38,7 +39,9 @@ def serve(
     check_gradio()
     name = pipeline or default_pipeline()
     check_address(host, port)
-    app = start(build(open_pipeline(name, device)), host, port, open_browser)
+    pipe = open_pipeline(name, device)
+    check_flow_kind(pipe.flow, "the page is")
+    app = start(build(pipe), host, port, open_browser)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"the page over {name!r} is at {app.local_url} (Ctrl+C ends it)", flush=True)
     app.block_thread()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.likelihood import prior_log_prob
@@ -59,7 +59,7 @@ def recordable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def recordable_call(model: TARFlowModel, y: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
+def recordable_call(model: nn.Module, y: Tensor, options: dict[str, Any]) -> Any:
     """``model(y, **options)``, also if its weights were made in inference mode: then with copies of them."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     if not any(tensor.is_inference() for tensor in tensors.values()):

@@ -26,7 +26,7 @@ def export(pipeline: str, output: str, dtype: torch.dtype, denoiser: bool = True
     target = own_folder(pipeline, output)
     check_writable(target, folder=True)
     pipe = open_pipeline(pipeline, "cpu")
-    if not denoiser:
+    if not denoiser and getattr(pipe.flow, "denoiser", None) is not None:
         pipe.flow.denoiser = None
         pipe.flow.register_to_config(learned_denoiser="none")
     for name in ("flow", "vae", "finetuned_decoder"):

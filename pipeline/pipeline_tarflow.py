@@ -14,11 +14,13 @@ from tarflow.flows.decoding.method import Decoding
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
+from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.flow_pipeline import Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.call.settings import Callback, Sampling, Subjects, resolve_decoding, resolve_size
 from tarflow.pipeline.call.steps import conditions_of, draw_by_flow, draw_by_student, pictures, residuals
 from tarflow.pipeline.call.student_sampling import check_student_call
+from tarflow.pipeline.call.trajectory_sampling import draw_by_trajectory, trajectory_steps
 from tarflow.pipeline.editing.tools import ExactFlowTools
 from tarflow.pipeline.loading.hub import PipelineFiles
 from tarflow.pipeline.lora.lora import LoraLoading
@@ -46,7 +48,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
     """Draws images with a latent flow.
 
     Args:
-        flow: the model.
+        flow: the model: a flow, or a trajectory model.
         vae: an autoencoder with Diffusers' ``encode`` and ``decode``, or None for a flow on pixels.
         text_encoder, tokenizer: for captions, or None.
         latents_mean, latents_std: per channel of the autoencoder's scaled latents; None is 0 and 1.
@@ -79,7 +81,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
 
     def __init__(
         self,
-        flow: TARFlowModel,
+        flow: TARFlowModel | TrajectoryFlowModel,
         vae: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
@@ -153,6 +155,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         return_residual: bool = False,
         decoder: str | None = None,
         temperature: float = 1.0,
+        num_inference_steps: int | None = None,
     ) -> TARFlowPipelineOutput | tuple[Any, ...]:
         """Draw images; one step is the inversion of one flow block.
 
@@ -193,6 +196,9 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 magnifies errors and is warned of; ``return_residual`` tells them.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
             temperature: factor on the prior noise; below 1 pictures are likelier and less varied.
+            num_inference_steps: of a trajectory model, one of the numbers that it was trained with (its first one if not
+                given), each a pass for all tokens at once; then ``decoding`` is of its shallow transporter, which is
+                inverted once, and callbacks get the states as that one has them. Other flows take none.
 
         Returns:
             `TARFlowPipelineOutput`, or with ``return_dict=False`` a tuple of its fields that are not None.
@@ -223,6 +229,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         shape, aspect_ratio = resolve_size(self, height, width, aspect_ratio)
         tokens = shape[1] * shape[2] // self.flow.config.patch_size**2
         inversion = resolve_decoding(decoding, tolerance, segment, tokens)
+        steps = trajectory_steps(self.flow, num_inference_steps, decoding, denoise, attention_temperature)
         denoise, decoder = self.check_outputs(denoise, output_type, decoder, decoding)
         if inversion is None:
             check_student_call(self.check_student(), scale, guidance, subjects.names_negative)
@@ -238,6 +245,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             decoder=decoder,
             temperature=temperature,
             return_residual=return_residual,
+            num_steps=steps,
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,
         )
@@ -245,7 +253,10 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         conditions = conditions_of(self, call)
         noise = self.prepare_latents(conditions.count, shape, call.device, generator, latents)
         noise = temperature * noise
-        drawn = (draw_by_student if call.by_student else draw_by_flow)(self, call, conditions, noise)
+        if steps is not None:
+            drawn = draw_by_trajectory(self, call, conditions, noise, generator)
+        else:
+            drawn = (draw_by_student if call.by_student else draw_by_flow)(self, call, conditions, noise)
         errors = residuals(self, drawn, noise) if return_residual and not drawn.stopped else (None, None)
         images = pictures(self, call, conditions, drawn, output_type)
         self.maybe_free_model_hooks()

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tarflow.flows.model import TARFlowModel
+    from tarflow.flows.trajectory.model import TrajectoryFlowModel
     from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
     from tarflow.vae.codec import LatentCodec
 
-__all__ = ["LatentCodec", "TARFlowModel", "TARFlowPipeline"]
+__all__ = ["LatentCodec", "TARFlowModel", "TARFlowPipeline", "TrajectoryFlowModel"]
 
 _MODULES = {
     "LatentCodec": "tarflow.vae.codec",
     "TARFlowModel": "tarflow.flows.model",
     "TARFlowPipeline": "tarflow.pipeline.pipeline_tarflow",
+    "TrajectoryFlowModel": "tarflow.flows.trajectory.model",
 }
 
 

@@ -14,6 +14,7 @@ from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
 from tarflow.data.images import Pictures, collate, to_model
 from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
+from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.conditions import condition_of
 
@@ -125,6 +126,7 @@ def picture_likelihoods(
 
 def check_arguments(pipe: FlowPipeline, images: Pictures, count: int | None, draws: int, importance: int) -> int:
     """How many pictures there will be, if data, model and numbers fit."""
+    check_flow_kind(pipe.flow, "likelihoods of pictures are")
     if not len(images):
         raise ValueError(f"the data's split {images.split!r} is empty; raise data.validation_fraction or take another")
     count = len(images) if count is None else min(count, len(images))

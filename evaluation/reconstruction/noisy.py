@@ -20,7 +20,7 @@ from tarflow.pipeline.conditions import condition_of
 def available_methods(pipe: FlowPipeline) -> list[str]:
     """Those of `NOISE_REMOVALS` that a pipeline has the parts for."""
     missing = set()
-    if pipe.flow.config.learned_denoiser == "none":
+    if pipe.flow.config.get("learned_denoiser", "none") == "none":
         missing.add("learned")
     if pipe.finetuned_decoder is None:
         missing.add("finetuned")

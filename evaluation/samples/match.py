@@ -11,7 +11,8 @@ from tarflow.common.seeds import image_seed
 from tarflow.data.drawing_checker import class_shares, match_shares
 from tarflow.data.drawings import BACKGROUNDS, CLASS_NAMES, COLOURS, SHAPES, SIZES
 from tarflow.flows.decoding import sampling
-from tarflow.flows.model import TARFlowModel
+from tarflow.flows.trajectory.kinds import FlowModel
+from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 
@@ -56,14 +57,19 @@ def drawn_class_shares(pipe: FlowPipeline, rounds: int = 9, batch_size: int = 10
 
 @torch.no_grad()
 def round_trip_error(
-    flow: TARFlowModel, cond: torch.Tensor | None = None, class_labels: Any = None, count: int = 8
+    flow: FlowModel, cond: torch.Tensor | None = None, class_labels: Any = None, count: int = 8
 ) -> float:
-    """Largest |f(f⁻¹(z)) − z| over ``count`` draws of noise, without guidance."""
+    """Largest |f(f⁻¹(z)) − z| over ``count`` draws of noise, without guidance; of a trajectory model's transporter, which
+    sees no condition."""
     size = flow.config.sample_size
     noise = torch.randn(count, flow.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     noise = noise.to(flow.device)
-    x, _ = sampling.generate(flow, noise, flow.condition(class_labels, cond, count))
-    z, _ = flow(x, class_labels=class_labels, cond=cond)
+    if isinstance(flow, TrajectoryFlowModel):
+        x, _ = sampling.generate(flow, noise)
+        z, _ = flow(x)
+    else:
+        x, _ = sampling.generate(flow, noise, flow.condition(class_labels, cond, count))
+        z, _ = flow(x, class_labels=class_labels, cond=cond)
     return float((z - noise).abs().max())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tarflow.common.progress import progress_bar
 from tarflow.flows.decoding.method import Decoding
+from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call import inputs
 from tarflow.pipeline.call.callbacks import CallState
 from tarflow.pipeline.call.checks import check_generator
@@ -102,6 +103,7 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         """
         if not denoise or self.config.noise_std == 0:
             return latents
+        check_flow_kind(self.flow, "removing the noise of single pictures is")
         self.run_offload_hook(self.flow)
         step = "learned" if denoise == "learned" else "score"
         return without_noise(self.flow, latents, step, self.config.noise_std, class_labels, cond)

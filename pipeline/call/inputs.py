@@ -90,7 +90,7 @@ def resolve_denoising(
             f"decoder='finetuned' takes noisy latents and removes their noise itself: leave denoise={denoise!r} out, "
             "or take decoder='vae'"
         )
-    if denoise == "learned" and config.learned_denoiser == "none":
+    if denoise == "learned" and config.get("learned_denoiser", "none") == "none":
         raise ValueError("this model has no learned denoiser; denoise=True is the score step")
     if decoder is None:
         decoder = "vae" if denoise else default[0]
@@ -124,7 +124,7 @@ def latent_shape(config: Any, factor: int, height: int | None, width: int | None
             raise ValueError(f"{name} must be a positive multiple of {unit}, got {side}")
         if config.positions == "learned" and side != config.sample_size * factor:
             raise ValueError(f"{name} must be {config.sample_size * factor} with learned positions, got {side}")
-        if config.learned_prior and side != config.sample_size * factor:
+        if config.get("learned_prior") and side != config.sample_size * factor:
             raise ValueError(
                 f"{name} must be {config.sample_size * factor}, got {side}: the model has learned its prior for each "
                 "place of that size"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from tarflow.flows.layers.config import BlockConfig, TransformerConfig
+from tarflow.flows.layers.network import TokenNetwork
+from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.parts import PipelineParts
 from tarflow.pipeline.call.samples import DECODED_PIXELS, DENOISED_TOKENS
 
@@ -49,10 +51,13 @@ def estimate_bytes(
     latents = LATENT_COPIES * FLOAT32 * count * channels * latent_height * latent_width
     condition = (4 if guided else 2) * size * count * prefix * config.cond_dim
     images = IMAGE_COPIES * FLOAT32 * count * pixels * 3
-    blocks = [block.config for block in pipe.flow.blocks]
+    networks, chains = list[TokenNetwork](pipe.flow.blocks), 1
+    if isinstance(pipe.flow, TrajectoryFlowModel):  # of whose states the score step needs all
+        networks, chains = pipe.flow.networks, 1 + max(pipe.flow.config.steps)
+    blocks = [network.config for network in networks]
     inverting = max(block_bytes(block, count, tokens, prefix, guided, size) for block in blocks)
-    denoised = min(count, max(1, DENOISED_TOKENS // tokens)) if pipe.config.noise_std > 0 else 0
-    denoising = sum(gradient_bytes(block, denoised, tokens, prefix, size) for block in blocks)
+    denoised = min(count, max(1, DENOISED_TOKENS // (chains * tokens))) if pipe.config.noise_std > 0 else 0
+    denoising = sum(gradient_bytes(block, chains * denoised, tokens, prefix, size) for block in blocks)
     decoded = min(count, max(1, DECODED_PIXELS // pixels))
     decoding = decoded * pixels * decoder_channels(pipe.vae) * CONVOLUTION_COPIES * FLOAT32
     return latents + condition + images + max(inverting, denoising, decoding)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
+from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.inputs import Labels, label_indices, latent_shape
 from tarflow.pipeline.call.labels import labels_by_name
 from tarflow.vae.codec import LatentCodec
@@ -22,7 +23,7 @@ from tarflow.vae.decoder import LatentDecoder
 class PipelineParts(DiffusionPipeline):
     """The parts of a `TARFlowPipeline`, by the names of its folder; see there."""
 
-    flow: TARFlowModel
+    flow: TARFlowModel | TrajectoryFlowModel
     vae: Any  # of any class with Diffusers' ``encode`` and ``decode``
     text_encoder: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None

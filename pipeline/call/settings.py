@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Decoding
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.model import TARFlowModel
+from tarflow.flows.trajectory.kinds import FlowModel
 from tarflow.pipeline.call.aspect import aspect_size, nearest_aspect_ratio
 from tarflow.pipeline.call.checks import check_caption_options, check_counts, check_decoding, check_negative
 from tarflow.pipeline.call.choices import STUDENT
@@ -73,6 +73,7 @@ class Sampling:
         decoder: "vae" or "finetuned".
         temperature: factor on the prior noise.
         return_residual: whether to tell how exact each sample is.
+        num_steps: of a trajectory model; None inverts a flow's blocks.
         callback, callback_tensors: called after each step with these tensors; None is all.
     """
 
@@ -87,6 +88,7 @@ class Sampling:
     decoder: str
     temperature: float = 1.0
     return_residual: bool = False
+    num_steps: int | None = None
     callback: Callback | None = None
     callback_tensors: list[str] | None = None
 
@@ -104,8 +106,10 @@ class Sampling:
         """Whether the flow itself sees the condition; a student needs it, and a second one, for the residual alone."""
         return not self.by_student or self.return_residual
 
-    def steps(self, flow: TARFlowModel) -> int:
-        """How often the callback is called: after each block, or once."""
+    def steps(self, flow: FlowModel) -> int:
+        """How often the callback is called: after each block or step of a trajectory, or once."""
+        if self.num_steps is not None:
+            return self.num_steps
         return 1 if self.by_student else len(flow.blocks)
 
 

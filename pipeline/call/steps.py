@@ -47,6 +47,8 @@ class Drawn:
         condition, null_condition: of the flow's blocks.
         guidance: of all blocks, or of each in the order of ``flow.blocks``.
         stopped: a callback has ended the call before the last block.
+        source: what ``noisy`` is the inverse of, (B, C, h, w); None for the call's noise.
+        clean: the training noise is removed already.
     """
 
     latents: Tensor
@@ -55,6 +57,8 @@ class Drawn:
     null_condition: Tensor | None
     guidance: Guidance | list[Guidance]
     stopped: bool
+    source: Tensor | None = None
+    clean: bool = False
 
 
 def conditions_of(pipe: FlowPipeline, call: Sampling) -> Conditions:
@@ -137,14 +141,15 @@ def draw_by_student(pipe: FlowPipeline, call: Sampling, conditions: Conditions, 
 def residuals(pipe: FlowPipeline, drawn: Drawn, noise: Tensor) -> tuple[Tensor, Tensor]:
     """|f(x) − z| of each sample, the largest and the mean, (B,) each."""
     pipe.run_offload_hook(pipe.flow)
-    return residual(pipe.flow, drawn.noisy, noise, drawn.condition, drawn.null_condition, drawn.guidance)
+    source = noise if drawn.source is None else drawn.source
+    return residual(pipe.flow, drawn.noisy, source, drawn.condition, drawn.null_condition, drawn.guidance)
 
 
 def pictures(pipe: FlowPipeline, call: Sampling, conditions: Conditions, drawn: Drawn, output_type: str) -> Any:
     """Samples without their noise, or as they are if a callback has ended the call; decoded, unless latents are asked
     for."""
     latents = drawn.latents
-    if not drawn.stopped:
+    if not drawn.stopped and not drawn.clean:
         latents = pipe.remove_noise(latents, call.denoise, conditions.class_labels, conditions.cond)
     if output_type == "latent":
         return latents

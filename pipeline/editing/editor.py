@@ -11,6 +11,7 @@ from torch import Tensor
 from tarflow.flows import editing
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.likelihood import dequantize, log_prob
+from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call.checks import check_generator, check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.inputs import Labels
@@ -23,6 +24,7 @@ class FlowEditor:
     arguments of the flow."""
 
     def __init__(self, pipe: FlowPipeline):
+        check_flow_kind(pipe.flow, "encoding, likelihoods and editing are")
         self.pipe, self.flow = pipe, pipe.flow
 
     @property

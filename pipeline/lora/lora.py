@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tarflow.flows.adapters.adapters import refuse_adapters
 from tarflow.flows.adapters.changes import adapter_layers, changing_adapters, refuse_offloading_to_files
 from tarflow.flows.adapters.files import adapter_of, write_adapters
+from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.lora.loading import load_into_text_encoder, refused_in_a_sentence, without_offloading
 
 #: Parts of a pipeline that may have adapters; names in a file begin with theirs.
@@ -90,6 +91,7 @@ class LoraLoading(LoraBaseMixin):
         Raises:
             ValueError: if they do not fit the pipeline; it is as before then.
         """
+        check_flow_kind(self.flow, "adapters are")
         low_memory = kwargs.pop("low_cpu_mem_usage", False)
         kwargs["return_lora_metadata"] = True
         state, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)

@@ -8,7 +8,8 @@ from typing import Any
 import jsonargparse
 
 from tarflow.common.arguments import parse_dataclass, plain_message
-from tarflow.flows.model import TARFlowModel
+from tarflow.flows.trajectory.kinds import KINDS, kind_of
+from tarflow.flows.trajectory.names import FLOW
 from tarflow.training.flow.config import RunConfig
 
 
@@ -23,11 +24,13 @@ def parse_config(
 
 def check_flow_keys(flow: dict[str, Any]) -> None:
     """Errors of the flow section: an unknown key, with a list of the known ones, and a value of a wrong type."""
-    known = [name for name in inspect.signature(TARFlowModel.__init__).parameters if name != "self"]
+    kind, flow = kind_of(flow)
+    known = [name for name in inspect.signature(KINDS[kind].__init__).parameters if name != "self"]
     if unknown := sorted(set(flow) - set(known)):
-        raise ValueError(f"unknown key flow.{unknown[0]}; the flow section has {', '.join(known)}")
+        section = "the flow section" if kind == FLOW else f"the flow section of kind {kind!r}"
+        raise ValueError(f"unknown key flow.{unknown[0]}; {section} has kind, {', '.join(known)}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TARFlowModel, "flow")
+    parser.add_class_arguments(KINDS[kind], "flow")
     required = {"in_channels": 1, "sample_size": 1}
     try:
         parser.parse_object({"flow": {**required, **flow}})

@@ -22,7 +22,7 @@ ACTNORM_IMAGES = 256
 
 def initialize_actnorm(objective: FlowObjective, inputs: InputMaker, parts: Parts) -> None:
     """Set the flow's actnorms, if it has any, by latents of training pictures, the same on every process."""
-    if parts.flow.config.actnorm:
+    if parts.flow.config.get("actnorm", False):
         places = fixed_batches(parts.train, ACTNORM_IMAGES, ACTNORM_IMAGES)[0]
         objective.to(inputs.device)
         batch, *_ = read_batches(parts.train, places)

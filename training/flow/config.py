@@ -21,6 +21,7 @@ from tarflow.data.config import DataConfig
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.joint_config import JointConfig, check_joint
 from tarflow.training.flow.lora_config import LoraConfig, check_lora
+from tarflow.training.flow.trajectory_config import check_trajectory_run
 from tarflow.training.loop.config import LogSettings, LoopSettings, OptimConfig, StepSettings
 
 
@@ -122,6 +123,8 @@ class TrainConfig(StepSettings):
         checkpointing: activations that are computed again in the backward pass to save memory: "none", of each
             "block", of each "layer" (with ``checkpointing_every`` only of every so many layers), or "both"; or
             "reversible", for coupling blocks, all of them, from the last output.
+        trajectory: what a picture gives in a step of training a trajectory model, whose chain ends at ``noise_std``:
+            "pair", one random step of a chain, or "all" steps of it, for so many times the work.
         ema_decay: of the averaged weights that are evaluated and saved; averages with ``more_ema_decays`` are kept,
             evaluated at the end and saved beside them.
         max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
@@ -138,6 +141,7 @@ class TrainConfig(StepSettings):
     checkpointing_every: AtLeastOne = 1
     more_ema_decays: list[BelowOne] = field(default_factory=list)
     max_bad_steps: AtLeastOne = 5
+    trajectory: Literal["pair", "all"] = "pair"
 
     def __post_init__(self) -> None:
         check_ranges(self, "train")
@@ -206,7 +210,7 @@ class RunConfig:
     Attributes:
         output: folder of the run: resolved config, logs, grids, checkpoints, pipeline.
         data, vae, joint, text, lora, optim, train, log, metric: the sections.
-        flow: arguments of `TARFlowModel`. in_channels, sample_size, num_classes and cond_dim may be left out: they
+        flow: arguments of `TARFlowModel`, or with ``kind`` "trajectory" of `TrajectoryFlowModel`. in_channels, sample_size, num_classes and cond_dim may be left out: they
             follow from the autoencoder, the data and the text encoder.
         init_from: folder or hub id of a pipeline whose flow, small text encoder and latent statistics training starts
             from. Settings of ``flow`` may be left out, and must be the pipeline's if given; another ``data.image_size``
@@ -231,6 +235,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_joint(self)
         check_lora(self)
+        check_trajectory_run(self)
         if self.data.source == "latents":
             check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
         if self.train.noise == "uniform":

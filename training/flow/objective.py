@@ -119,7 +119,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups with their peak learning rates: one for the learned denoiser, one for the autoencoder of a
     `JointObjective`, where there are such, and one for everything else."""
-    parts = [(objective.flow.denoiser, denoiser_lr), (getattr(objective, "vae", None), vae_lr)]
+    parts = [(getattr(objective.flow, "denoiser", None), denoiser_lr), (getattr(objective, "vae", None), vae_lr)]
     groups = [(list(module.parameters()), rate) for module, rate in parts if module is not None]
     if adapter_layers(objective.flow):  # of which nothing else learns
         groups = [([weight for weight in weights if weight.requires_grad], rate) for weights, rate in groups]

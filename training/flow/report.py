@@ -15,7 +15,7 @@ from transformers import T5EncoderModel
 from tarflow.common.files import write_json, write_picture
 from tarflow.data.subset import evenly
 from tarflow.flows.likelihood import bits_per_dim
-from tarflow.flows.model import TARFlowModel
+from tarflow.flows.trajectory.kinds import KINDS, kind_of
 from tarflow.pipeline.loading.folder import HELD_OUT
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.flow.config import RunConfig, is_joint, noise_std
@@ -73,7 +73,7 @@ def build_pipeline(weights: dict[str, Tensor], parts: Parts, config: RunConfig) 
     Args:
         weights: of `FlowObjective`, whole, by name.
     """
-    flow = TARFlowModel(**parts.flow_arguments)
+    flow = KINDS[kind_of(config.flow)[0]](**parts.flow_arguments)
     text_encoder, tokenizer = parts.load_text()
     if config.text.kind == "small":
         text_encoder = T5EncoderModel(text_encoder.config)

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tarflow.flows.model import TARFlowModel
+from tarflow.flows.trajectory.kinds import KINDS
+from tarflow.flows.trajectory.names import FLOW
 from tarflow.training.loop.checkpoint import check_invariants
 
 
@@ -26,8 +27,11 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
         ValueError: that names the first difference, and what to do.
     """
     invariants, name = json.loads(json.dumps(invariants)), str(path)
+    there, here = state.get("kind", FLOW), invariants.get("kind", FLOW)
+    if there != here:
+        raise ValueError(f"the checkpoint {name!r} is of flow.kind {there!r}, not {here!r}: set it so")
     # A setting that one of the two does not name has its default, also in checkpoints from before there was the setting.
-    defaults = {key: value.default for key, value in inspect.signature(TARFlowModel).parameters.items()}
+    defaults = {key: value.default for key, value in inspect.signature(KINDS[here]).parameters.items()}
     defaults = json.loads(json.dumps(defaults))
     for key in sorted(set(invariants["flow"]) | set(state["flow"])):
         there, here = (flow.get(key, defaults.get(key)) for flow in (state["flow"], invariants["flow"]))

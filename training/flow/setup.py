@@ -18,7 +18,7 @@ from tarflow.data.latents import CachedLatents, open_latents
 from tarflow.data.place import paths_of
 from tarflow.data.shards import read_manifest
 from tarflow.data.stream.stream import HeldOutRows, Stream
-from tarflow.flows.model import TARFlowModel
+from tarflow.flows.trajectory.kinds import KINDS, FlowModel, kind_of
 from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.pipeline.text.encoding import embedding_width
 from tarflow.training.autoencoder.model import new_autoencoder
@@ -56,7 +56,7 @@ class Parts:
     text_encoder: Any
     tokenizer: Any
     null_cond: torch.Tensor | None
-    flow: TARFlowModel
+    flow: FlowModel
     flow_arguments: dict[str, Any]
 
 
@@ -116,7 +116,7 @@ def make_parts(
     arguments = flow_arguments(config, derived, start)
     if (cache is not None and len(cache.shapes) > 1) or (isinstance(train, Stream) and len(train.sizes) > 1):
         check_shapes(arguments)
-    flow = TARFlowModel(**arguments) if start is None else model_for_size(start, arguments)
+    flow = KINDS[kind_of(config.flow)[0]](**arguments) if start is None else model_for_size(start, arguments)
     if start is not None:
         arguments = flow.arguments
     loaded = (lambda: vae) if cache is None else (lambda: load_autoencoder(str(cache.autoencoder_folder())))
@@ -137,7 +137,7 @@ def flow_arguments(config: RunConfig, derived: dict[str, Any], start: Start | No
     Raises:
         ValueError: if others are given than follow.
     """
-    arguments = dict(config.flow)
+    _, arguments = kind_of(config.flow)
     for key, value in derived.items():
         if arguments.setdefault(key, value) != value:
             whose, remedy = ("", "leave it out")
@@ -199,7 +199,9 @@ def sized(train: Stream, config: RunConfig, factor: int) -> Stream:
         return train
     if is_joint(config):
         raise ValueError("data.aspect_ratios is set, but vae.train is 'joint', which takes squares: leave it out")
-    patch = config.flow.get("patch_size", inspect.signature(TARFlowModel).parameters["patch_size"].default)
+    patch = config.flow.get(
+        "patch_size", inspect.signature(KINDS[kind_of(config.flow)[0]]).parameters["patch_size"].default
+    )
     sizes = [bucket_size(ratio_of(name), config.data.image_size, factor * patch) for name in ratios]
     return train.with_sizes(list(dict.fromkeys(sizes)))
 

@@ -10,6 +10,7 @@ from transformers import T5EncoderModel
 
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.resize import resized_model
+from tarflow.flows.trajectory.kinds import FlowModel, name_of
 from tarflow.models import AUTOENCODERS
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.text.options import TextOptions
@@ -85,7 +86,7 @@ class Start:
         Raises:
             ValueError: that names the first setting that differs.
         """
-        own = self.pipeline.flow.arguments
+        own: dict[str, Any] = {"kind": name_of(self.pipeline.flow), **self.pipeline.flow.arguments}
         for key, value in given.items():
             found = list(own[key]) if isinstance(own[key], tuple) else own[key]
             if key != "sample_size" and found != value:
@@ -141,9 +142,13 @@ def load_start(name: str) -> Start:
         raise ValueError(f"cannot start from {name!r}, which is no pipeline: {' '.join(str(error).split())}") from error
 
 
-def model_for_size(start: Start, arguments: dict[str, Any]) -> TARFlowModel:
+def model_for_size(start: Start, arguments: dict[str, Any]) -> FlowModel:
     """The pipeline's flow, with positions rescaled if the data has another size."""
-    flow = start.pipeline.flow.train()
-    return (
-        flow if flow.config.sample_size == arguments["sample_size"] else resized_model(flow, arguments["sample_size"])
-    )
+    flow, size = start.pipeline.flow.train(), arguments["sample_size"]
+    if flow.config.sample_size == size:
+        return flow
+    if not isinstance(flow, TARFlowModel):
+        raise ValueError(
+            f"the trajectory model of {start.name!r} is of latents of {flow.config.sample_size}, not {size}"
+        )
+    return resized_model(flow, size)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tarflow.common.progress import write_line
 from tarflow.data.latents import CachedLatents
 from tarflow.data.stream.stream import Stream
+from tarflow.flows.trajectory.kinds import kind_of
 from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
@@ -63,6 +64,7 @@ class FlowTask(Task):
     parts: Parts
     objective: FlowObjective
     inputs: InputMaker
+    inputs_class: type[InputMaker] = InputMaker
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, start: Start | None):
         self.config, self.log, self.accelerator, self.start = config, config.log, accelerator, start
@@ -91,6 +93,7 @@ class FlowTask(Task):
     def resume_invariants(self) -> dict[str, Any]:
         return {
             "flow": self.parts.flow_arguments,
+            "kind": kind_of(self.config.flow)[0],
             "ema_decays": self.config.train.ema_decays,
             "images_per_step": self.config.loop.images_per_step(self.accelerator.num_processes),
             "sharded": self.accelerator.is_fsdp2,
@@ -118,7 +121,7 @@ class FlowTask(Task):
         if inside and config.text.shard:
             shard_layers(accelerator, parts.text_encoder)
         self.objective = self.make_objective(parts.text_encoder if inside else None)
-        self.inputs = InputMaker(config, parts, accelerator.device, inside, accelerator.autocast)
+        self.inputs = self.inputs_class(config, parts, accelerator.device, inside, accelerator.autocast)
         if fresh and self.begins_anew:
             initialize_actnorm(self.objective, self.inputs, parts)
         groups = parameter_groups(self.objective, optim.lr, optim.denoiser_lr, config.joint.lr)
@@ -153,7 +156,7 @@ class FlowTask(Task):
     def backward(self, batch: Batch, step: int, total: int, sample_ids: Sequence[int]) -> dict[str, Tensor]:
         inputs = self.inputs.training(batch, step, sample_ids)
         losses, z = self.backward_flow(inputs, step)
-        if self.objective.flow.prior_variance is not None and not self.config.lora.rank:
+        if getattr(self.objective.flow, "prior_variance", None) is not None and not self.config.lora.rank:
             self.latents.append(z)
         return losses
 

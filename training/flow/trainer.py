@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tarflow.flows.trajectory.kinds import kind_of
+from tarflow.flows.trajectory.names import TRAJECTORY
 from tarflow.training.flow.accelerator import flow_accelerator
 from tarflow.training.flow.config import RunConfig, is_joint
 from tarflow.training.flow.joint_task import JointTask
 from tarflow.training.flow.setup import as_cached
 from tarflow.training.flow.start import load_start
 from tarflow.training.flow.task import FlowTask
+from tarflow.training.flow.trajectory_task import TrajectoryTask
 from tarflow.training.loop.trainer import Trainer
 
 
@@ -29,5 +32,7 @@ def flow_trainer(config: RunConfig, resolved: str) -> Trainer:
     if config.data.source == "latents":
         config, resolved = as_cached(config, resolved)
     accelerator = flow_accelerator(config)
-    task = JointTask(config, accelerator, start) if is_joint(config) else FlowTask(config, accelerator, start)
-    return Trainer(config.loop, resolved, accelerator, task)
+    kind: type[FlowTask] = JointTask if is_joint(config) else FlowTask
+    if kind_of(config.flow)[0] == TRAJECTORY:
+        kind = TrajectoryTask
+    return Trainer(config.loop, resolved, accelerator, kind(config, accelerator, start))

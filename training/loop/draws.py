@@ -25,6 +25,9 @@ Purpose = Literal[
     "student noise",  # the training noise on it
     "time",  # how far a diffusion model's picture is on its way to noise
     "held out",  # the noise on a held-out picture
+    "chain",  # the noise of a trajectory's steps
+    "chain length",  # how many steps it has
+    "chain step",  # which of them is learned
     "dropout",  # what an adapter does not see; by process instead of by picture
 ]
 

@@ -14,6 +14,7 @@ from tarflow.data.images import Images, to_uint8
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
+from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.agreement import on_main
@@ -49,6 +50,7 @@ class StudentTask(NetworkTask):
     def make_parts(self, state: State | None) -> None:
         config = self.config
         self.pipe = self.folders.open(self.accelerator.device)
+        check_flow_kind(self.pipe.flow, "students are")
         train, held_out = open_splits(config, self.pipe)
         check_conditions(self.pipe, train)
         for module in (self.pipe.flow, self.pipe.vae, self.pipe.text_encoder):

@@ -1,0 +1,119 @@
+"""Drawing with a pipeline whose flow is a trajectory model: its number of steps, and the steps.
+
+Shapes: B images, C channels, h × w of the latents, N states of a trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, cast
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.trajectory.kinds import FlowModel
+from tarflow.flows.trajectory.model import TrajectoryFlowModel
+from tarflow.flows.trajectory.sampling import generate_trajectory, joint_score_denoise, transported
+from tarflow.pipeline.call.callbacks import AfterStep
+from tarflow.pipeline.call.choices import STUDENT
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
+from tarflow.pipeline.call.samples import DENOISED_TOKENS, in_parts
+from tarflow.pipeline.call.settings import Sampling
+from tarflow.pipeline.call.steps import Conditions, Drawn, block_conditions, null_condition
+
+
+def trajectory_steps(
+    flow: FlowModel, steps: int | None, decoding: Any, denoise: bool | str | None, temperature: float = 1.0
+) -> int | None:
+    """How many steps a call takes along a trajectory; None for a flow, which inverts its blocks.
+
+    Args:
+        flow: of the pipeline.
+        steps: ``num_inference_steps`` of the call.
+        decoding, denoise: of the call.
+        temperature: of the attention under guidance.
+
+    Raises:
+        ValueError: for a number that this model cannot take, or what trajectory models do not have.
+    """
+    whole = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
+    if steps is not None and not whole:
+        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
+    if not isinstance(flow, TrajectoryFlowModel):
+        if steps is not None:
+            raise ValueError(
+                f"this pipeline's flow is inverted block by block, and has no steps to choose: leave num_inference_steps="
+                f"{steps} out"
+            )
+        return None
+    if decoding == STUDENT:
+        raise ValueError("a trajectory model has no student: leave decoding='student' out")
+    if denoise == "learned":
+        raise ValueError("a trajectory model has no learned denoiser; denoise=True is the score step")
+    if temperature != 1:
+        raise ValueError(f"attention_temperature is for flows, not for trajectory models: leave {temperature} out")
+    known = list(flow.config.steps)
+    if steps is not None and steps not in known:
+        numbers = ", ".join(str(one) for one in known)
+        raise ValueError(
+            f"this trajectory model was trained with {numbers} steps: num_inference_steps cannot be {steps}"
+        )
+    return known[0] if steps is None else int(steps)
+
+
+def draw_by_trajectory(
+    pipe: FlowPipeline, call: Sampling, conditions: Conditions, noise: Tensor, generator: Generators
+) -> Drawn:
+    """Noise (B, C, h, w), the trajectory's first state, through all steps of the predictor and one inverse of the
+    transporter; with the score step of the whole trajectory if the call removes noise."""
+    flow = cast(TrajectoryFlowModel, pipe.flow)
+    condition, null = block_conditions(pipe, call, conditions)
+    tokens = noise.shape[2] * noise.shape[3] // flow.config.patch_size**2
+    levels = flow.levels(call.num_steps or 0, pipe.config.noise_std, tokens)
+    shape, steps = tuple(noise.shape), len(levels) - 1
+    draws = [randn_tensor(shape, generator=generator, device=noise.device, dtype=noise.dtype) for _ in range(steps)]
+    draws = [noise, *(call.temperature * draw for draw in draws)]
+    with pipe.progress_bar(total=steps) as progress:
+        after_step = AfterStep(pipe, progress, call, flow, lambda: null_condition(pipe, call, conditions))
+        pipe.run_offload_hook(flow)
+        states = generate_trajectory(flow, draws, levels, condition, null, call.guidance, after_step)
+    pipe.run_offload_hook(flow)
+    assert call.decoding is not None
+    methods, timed = pipe.resolve_decoding(call.decoding, states[-1], None, None, Guidance(0.0))
+    x = transported(flow, states[-1], methods, pipe.usable_fast_steps(), timed)
+    levels = levels[: len(states)]
+    latents, removes = x / (1 - levels[-1]), bool(call.denoise) and pipe.config.noise_std > 0
+    if removes and not after_step.stopped:
+        latents = refined(flow, [*states[1:-1]], noise, x, levels, condition)
+    return Drawn(latents, x, None, None, Guidance(0.0), after_step.stopped, states[-1], removes)
+
+
+def refined(
+    flow: TrajectoryFlowModel,
+    between: Sequence[Tensor],
+    first: Tensor,
+    last: Tensor,
+    levels: Sequence[float],
+    condition: Tensor | None,
+) -> Tensor:
+    """Latents (B, C, h, w) without noise, by `joint_score_denoise`, in parts that bound the memory.
+
+    Args:
+        between: u of the states between the first and the last, whose inverses are computed all at once.
+        first, last: x of these, (B, C, h, w).
+        levels: of all states.
+        condition: of ``flow.condition``.
+    """
+    count = len(levels)
+
+    def part(first: Tensor, last: Tensor, condition: Tensor | None, *between: Tensor) -> Tensor:
+        states = [first, last]
+        if between:
+            states[1:1] = transported(flow, torch.cat(between)).chunk(len(between))
+        return joint_score_denoise(flow, torch.stack(states, dim=1), levels, condition)
+
+    tokens = last.shape[2] * last.shape[3] // flow.config.patch_size**2
+    return in_parts(part, max(1, DENOISED_TOKENS // (tokens * count)), (first, last, condition, *between))

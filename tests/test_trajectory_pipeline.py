@@ -1,0 +1,192 @@
+"""Drawing with a trajectory model: numbers of steps, guidance, callbacks, folders, and what is for flows alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import perturb
+from transformers import T5EncoderModel
+
+from tarflow import TARFlowPipeline, TrajectoryFlowModel
+from tarflow.cli.main import main
+from tarflow.flows.trajectory.chain import level_of
+from tarflow.pipeline.call.limits import estimate_bytes
+from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.text import small_t5, train_tokenizer
+from tarflow.vae.codec import load_autoencoder
+
+CAPTIONS = ["a red ring", "a blue star on a dark background"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TrajectoryFlowModel(
+            in_channels=8,
+            sample_size=4,
+            layers_per_block=(1, 1, 1),
+            width=64,
+            head_dim=32,
+            conditioning="prefix",
+            cond_dim=16,
+            steps=(2, 3),
+        )
+        config = TextConfig(kind="small", width=16, heads=2, layers=1, max_length=8)
+        tokenizer = train_tokenizer(CAPTIONS, config)
+        text_encoder = T5EncoderModel(small_t5(config, len(tokenizer))).eval()
+        vae = load_autoencoder("drawings_emoji_f8c8")
+        perturb(model, 0.05)
+    pipe = TARFlowPipeline(
+        model.eval(), vae, text_encoder, tokenizer, [0.1] * 8, [1.2] * 8, noise_std=0.3, max_sequence_length=8
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt=CAPTIONS, seeds=(1, 2), **options):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {"output_type": "latent", "decoding": "sequential", **options}
+    return pipe(prompt, generator=generators, **options).images
+
+
+def test_pictures_in_a_number_of_steps(pipe):
+    images = pipe(CAPTIONS, num_inference_steps=3, guidance_scale=2.0, decoding="sequential").images
+    assert [image.size for image in images] == [(32, 32)] * 2
+    assert torch.equal(draw(pipe), draw(pipe, num_inference_steps=2))  # the first one is the default
+    assert (draw(pipe) - draw(pipe, num_inference_steps=3)).abs().max() > 0.1
+
+
+def test_a_picture_depends_on_its_own_generator_and_caption(pipe):
+    both = draw(pipe, guidance_scale=2.0)
+    assert torch.allclose(draw(pipe, CAPTIONS[1:], seeds=(2,), guidance_scale=2.0), both[1:], atol=1e-4)
+    assert (draw(pipe, [CAPTIONS[0]] * 2, guidance_scale=2.0)[1] - both[1]).abs().max() > 1e-3
+    assert (draw(pipe, guidance_scale=4.0) - both).abs().max() > 1e-3
+
+
+def test_temperature_is_of_the_noise_of_all_steps(pipe):
+    first = torch.zeros(2, 8, 4, 4)
+    cold = [draw(pipe, seeds=seeds, latents=first, temperature=1e-6) for seeds in ((1, 2), (3, 4))]
+    assert torch.allclose(*cold, atol=1e-3)
+
+
+def test_noise_is_removed_by_the_score_of_the_whole_chain_or_not_at_all(pipe):
+    raw, clean = draw(pipe, denoise=False), draw(pipe, denoise=True)
+    assert torch.equal(draw(pipe), clean)
+    assert torch.equal(draw(pipe, denoise="none"), raw)
+    moved = (raw - clean).std()
+    assert 0.1 < moved < 0.6  # the noise that is left has a deviation of 0.3
+    with pytest.raises(ValueError, match="no learned denoiser"):
+        draw(pipe, denoise="learned")
+
+
+def test_callbacks_see_each_step_and_may_change_or_end_it(pipe):
+    seen = []
+
+    def watch(pipe, index, step, tensors):
+        seen.append((index, step, tensors["latents"].shape))
+        return {}
+
+    plain = draw(pipe, num_inference_steps=3, denoise=False)
+    assert torch.equal(draw(pipe, num_inference_steps=3, denoise=False, callback_on_step_end=watch), plain)
+    assert seen == [(i, i, torch.Size([2, 8, 4, 4])) for i in range(3)]
+    assert pipe.num_timesteps == 3
+
+    def replace(pipe, index, step, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if index == 2 else {}
+
+    zeros = draw(pipe, num_inference_steps=3, denoise=False, callback_on_step_end=replace)
+    u, _ = pipe.flow(zeros * (1 - level_of(0.3)))
+    assert u.abs().max() < 1e-4
+
+    def stop(pipe, index, step, tensors):
+        pipe._interrupt = index == 0
+        return {}
+
+    seen.clear()
+    assert draw(pipe, num_inference_steps=3, callback_on_step_end=stop).isfinite().all()
+
+    def guide(pipe, index, step, tensors):
+        pipe._guidance_scale = 3.0
+        return {}
+
+    guided = draw(pipe, denoise=False, callback_on_step_end=guide)
+    assert (guided - draw(pipe, denoise=False)).abs().max() > 1e-3
+
+
+def test_residual_is_the_transporters(pipe):
+    output = pipe(CAPTIONS, output_type="latent", decoding="sequential", return_residual=True)
+    assert output.residual_max.shape == (2,)
+    assert output.residual_max.max() < 1e-4
+    swept = pipe(CAPTIONS, output_type="latent", decoding="jacobi", tolerance=1e-6, return_residual=True)
+    assert swept.residual_max.max() < 1e-3
+
+
+def test_save_and_load(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.flow, TrajectoryFlowModel)
+    assert loaded.flow.config.steps == [2, 3] or loaded.flow.config.steps == (2, 3)
+    assert torch.allclose(draw(loaded), draw(pipe), atol=1e-5)
+    folder, out = str(tmp_path / "pipeline"), str(tmp_path / "x.png")
+    main(["generate", "a red ring", "--pipeline", folder, "--num-inference-steps", "3", "--out", out, "--seed", "1"])
+    assert (tmp_path / "x.png").is_file()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "a red ring", "--pipeline", folder, "--steps", "5", "--out", out])
+    assert "trained with 2, 3 steps: num_inference_steps cannot be 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"num_inference_steps": 0}, "at least 1, got 0"),
+        ({"num_inference_steps": 2.5}, "whole number of at least 1, got 2.5"),
+        ({"num_inference_steps": 4}, "trained with 2, 3 steps: num_inference_steps cannot be 4"),
+        ({"decoding": "student"}, "no student"),
+        ({"attention_temperature": 2.0, "guidance_scale": 2.0}, "leave 2.0 out"),
+    ],
+)
+def test_calls_that_cannot_be(pipe, options, told):
+    with pytest.raises(ValueError, match=told):
+        draw(pipe, **options)
+
+
+def test_flows_have_no_steps_to_choose():
+    from tarflow import TARFlowModel
+
+    flow = TARFlowModel(in_channels=3, sample_size=4, layers_per_block=(1,), width=64).eval()
+    with pytest.raises(ValueError, match="no steps to choose: leave num_inference_steps=4 out"):
+        TARFlowPipeline(flow)(num_inference_steps=4)
+
+
+def test_what_is_for_flows_alone_says_so(pipe):
+    picture = torch.zeros(1, 3, 32, 32)
+    for use in (
+        lambda: pipe.log_likelihood(picture, "a red ring"),
+        lambda: pipe.encode(picture, "a red ring"),
+        lambda: pipe.load_lora_weights({}),
+        lambda: pipe.remove_noise(torch.zeros(1, 8, 4, 4), True),
+    ):
+        with pytest.raises(ValueError, match="for flows, and this pipeline has a trajectory model"):
+            use()
+
+
+def test_weights_that_are_fetched_and_inference_mode(pipe):
+    expected = draw(pipe, guidance_scale=2.0)
+    with torch.inference_mode():
+        assert torch.allclose(draw(pipe, guidance_scale=2.0), expected, atol=1e-5)
+        made = copy.deepcopy(pipe)
+        assert next(made.flow.parameters()).is_inference()
+        assert torch.allclose(draw(made, guidance_scale=2.0), expected, atol=1e-5)
+    for kind in ({"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}):
+        moved = copy.deepcopy(pipe)
+        moved.flow.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **kind)
+        assert torch.allclose(draw(moved, guidance_scale=2.0), expected, atol=1e-5)
+
+
+def test_memory_is_estimated_with_the_predictor(pipe):
+    assert estimate_bytes(pipe, 8) > estimate_bytes(pipe, 1) > 0
