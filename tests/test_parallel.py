@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 from helpers import ROOT
 from safetensors.torch import load_file
-from test_training import TEXT_FLOW, train
+from stream_helpers import parquet_shards, tar_shards
+from test_training import CLASS_FLOW, TEXT_FLOW, train
 from text_models import make_encoder, make_tokenizer, saved
 from torch import Tensor
 from transformers import T5EncoderModel
@@ -44,8 +46,8 @@ JOINT = [
 SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
 
 
-def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
-    """Results of `parallel_worker` by run."""
+def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path, killed: bool = False) -> dict[str, Any]:
+    """Results of `parallel_worker` by run; none if it is to be ``killed``."""
     config = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "tests/parallel_worker.py")]
@@ -58,6 +60,9 @@ def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path) 
         text=True,
         timeout=200,
     )
+    if killed:
+        assert done.returncode != 0
+        return {}
     assert done.returncode == 0, done.stderr[-3000:]
     first, *others = json.loads(result.read_text())
     return {name: {**first[name], "others": [other[name] for other in others]} for name in first}
@@ -82,12 +87,12 @@ def reconstructions(result: dict[str, Any]) -> list[float]:
     return [values[name] for values in result["logged"] for name in values if name.endswith(("psnr", "means_std"))]
 
 
-def run_logged(folder: Path, *arguments: str) -> dict[str, Any]:
+def run_logged(folder: Path, *arguments: str, flow: str = TEXT_FLOW) -> dict[str, Any]:
     """What a training in this process logs."""
     logged: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("accelerate.Accelerator.log", lambda self, values, step: logged.append({"step": step, **values}))
-        train(folder, *arguments, flow=TEXT_FLOW)
+        train(folder, *arguments, flow=flow)
     return {"logged": logged}
 
 
@@ -163,6 +168,44 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
                 torch.testing.assert_close(
                     value, expected_weights[key], rtol=0, atol=1e-4, msg=f"{folder}/{name} {key}"
                 )
+
+
+def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
+    tar = tar_shards((tmp_path / "tar").as_uri(), [20, 13, 30, 11], (32, 32))
+    parquet = parquet_shards((tmp_path / "parquet").as_uri(), [20, 13, 30, 11])
+    mix = {
+        "tar": {"path": tar, "label_column": "cls"},
+        "parquet": {
+            "source": "datasets",
+            "name": "parquet",
+            "data_files": parquet,
+            "label_column": "label",
+            "weight": 2,
+        },
+    }
+    common = [*ARGUMENTS, "--flow", CLASS_FLOW, "--data.class_names", '["even", "odd"]', "--data.shuffle_buffer", "16"]
+    common += ["--data.validation_fraction", "0.2", "--train.num_workers", "2", "--data.source", "webdataset"]
+    mixed = [*common, "--data.mix", json.dumps(mix), "--train.steps", "7", "--train.batch_size"]
+    sizes = [*common, "--data.path", tar, "--data.label_column", "cls", "--data.aspect_ratios", '["1:1", "2:1"]']
+    sizes += ["--train.steps", "6", "--train.batch_size", "4", "--output"]
+    killed, step = str(tmp_path / "killed"), str(tmp_path / "sizes" / "checkpoints" / "step_00000004")
+    launch("ddp", 2, {"killed": [*mixed, "4", "--output", killed]}, tmp_path, killed=True)
+    copied = shutil.copytree(killed, tmp_path / "other")
+    runs = {
+        "whole": [*mixed, "4", "--output", str(tmp_path / "whole")],
+        "again": [*mixed, "4", "--output", killed, "--resume", "latest"],
+        "sizes": [*sizes, str(tmp_path / "sizes")],
+        "sizes_again": [*sizes, str(tmp_path / "sizes_again"), "--resume", step],
+    }
+    results = launch("ddp", 2, runs, tmp_path)
+    expected = losses(results["whole"])
+    assert len(expected) == 7
+    assert losses(results["again"]) == {step: expected[step] for step in (5, 6, 7)}  # to the bit
+    assert held_out(results["again"]).items() <= held_out(results["whole"]).items()
+    assert losses(results["sizes_again"]) == {step: losses(results["sizes"])[step] for step in (5, 6)}
+    # One process goes on with the same pictures at the same places.
+    logged = run_logged(copied, *mixed, "8", "--resume", "latest", flow=CLASS_FLOW)
+    assert losses(logged) == pytest.approx({step: expected[step] for step in (5, 6, 7)}, abs=1e-5)
 
 
 def test_a_frozen_text_encoder_can_be_sharded(tmp_path: Path) -> None:
