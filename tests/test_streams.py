@@ -362,6 +362,30 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted() -> None:
     assert {3, 5, 17, 18} <= numbers
 
 
+def test_a_connection_that_breaks_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    path = tar_shards("memory://broken", [9])
+    plain, broken = io.BytesIO.read, [2]
+
+    class Breaking(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 10_000 and broken[0]:
+                broken[0] -= 1
+                raise ConnectionResetError("connection reset")
+            return plain(self, size)
+
+    monkeypatch.setattr("tarflow.data.stream.urls.io.BytesIO", Breaking)
+    stream = Stream(config(path))
+    source = stream.sources(1, shuffled=False)[0]
+    numbers = [row.number for row in source.first_pass(0) if isinstance(row, Row)]
+    assert numbers == list(range(9))  # each once
+    assert len(waited) == 2
+    broken[0] = 100
+    with pytest.raises(ValueError, match=r"the shard 'memory://broken/000.tar' cannot be read on: connection reset"):
+        list(source.first_pass(0))
+
+
 def test_a_column_that_a_later_shard_lacks_is_named() -> None:
     files = parquet_shards("memory://lacking", [5, 5, 5], lacking=2)
     found = first_error(table(files))

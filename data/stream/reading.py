@@ -8,6 +8,7 @@ is four numbers.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -21,9 +22,12 @@ from tarflow.data.stream.ahead import Ahead
 from tarflow.data.stream.rows import Row, RowReader
 from tarflow.data.stream.shards import Shards
 from tarflow.data.stream.tar import KEY
+from tarflow.data.stream.urls import UnreachableError
 
 #: So many passes without a row in a lane mean that there is none at all.
 EMPTY_PASSES = 100
+#: Seconds to wait before a shard that cannot be reached is tried again.
+WAITS = (1.0, 5.0, 25.0)
 
 
 @dataclass(frozen=True)
@@ -93,27 +97,43 @@ class Source:
             yield Place(turn), None
 
     def _walk_shard(self, place: Place, shard: int, part: int) -> Iterator[tuple[Place, Row | str | None]]:
-        name, number = self.shards.names[shard], place.row - 1
         try:
-            for number, values in enumerate(self.shards.rows(shard, place.row), place.row):
-                if number % self.parts != part:
-                    continue
-                key = values.get(KEY)
-                said = f"row {number} of the shard {name!r}" if key is None else f"{key!r} of the shard {name!r}"
-                row = Row(values, self.number, shard, number, place.turn, said)
-                try:
-                    wanted = self.reader.wanted(row)
-                except ValueError as error:
-                    if not self.skip:
-                        raise
-                    yield replace(place, row=number + 1), str(error)
-                    continue
-                if wanted:
-                    yield replace(place, row=number + 1), row
+            for number, values in self._rows(shard, place.row):
+                if number % self.parts == part:
+                    yield from self._wanted(place, shard, number, values)
         except ValueError as error:
             if not self.skip:
                 raise
             yield Place(place.turn, place.shard + 1), str(error)
+
+    def _rows(self, shard: int, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """A shard's rows with their numbers; a connection that breaks is made again, three times without a row between."""
+        number, waits = start, list(WAITS)
+        while True:
+            try:
+                for values in self.shards.rows(shard, number):
+                    yield number, values
+                    number, waits = number + 1, list(WAITS)
+                return
+            except UnreachableError:
+                if not waits:
+                    raise
+                time.sleep(waits.pop(0))
+
+    def _wanted(
+        self, place: Place, shard: int, number: int, values: dict[str, Any]
+    ) -> Iterator[tuple[Place, Row | str]]:
+        """A row, if it is of this split and wished for."""
+        name, key, behind = self.shards.names[shard], values.get(KEY), replace(place, row=number + 1)
+        said = f"row {number} of the shard {name!r}" if key is None else f"{key!r} of the shard {name!r}"
+        row = Row(values, self.number, shard, number, place.turn, said)
+        try:
+            if self.reader.wanted(row):
+                yield behind, row
+        except ValueError as error:
+            if not self.skip:
+                raise
+            yield behind, str(error)
 
     def blocks(self, lane: int, place: Place) -> Iterator[tuple[Place, list[Row | str]]]:
         """A lane's rows in blocks, shuffled, each with the place where it begins. A block is of one pass.

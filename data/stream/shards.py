@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from tarflow.data.config import DataConfig
 from tarflow.data.stream.tar import is_picture, tar_rows
-from tarflow.data.stream.urls import listed, opened, reason_of
+from tarflow.data.stream.urls import FINAL, UnreachableError, listed, opened, reason_of
 
 #: The column that a picture's bytes have in every row.
 PICTURE = "__picture__"
@@ -115,7 +115,8 @@ class TableShards:
                 row[PICTURE] = None if value is None else picture_bytes(value)
                 yield row
         except Exception as error:
-            raise ValueError(f"the shard {name!r} cannot be read to its end: {reason_of(error)}") from error
+            kind = UnreachableError if isinstance(error, OSError) and not isinstance(error, FINAL) else ValueError
+            raise kind(f"the shard {name!r} cannot be read to its end: {reason_of(error)}") from error
 
 
 def picture_bytes(value: dict[str, Any]) -> bytes | None:

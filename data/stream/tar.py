@@ -7,6 +7,7 @@ number or text), and those of the object in ``json``.
 
 from __future__ import annotations
 
+import gzip
 import json
 import posixpath
 import tarfile
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from tarflow.data.formats import PICTURE_SUFFIXES, is_of_system
-from tarflow.data.stream.urls import opened, reason_of
+from tarflow.data.stream.urls import UnreachableError, opened, reason_of
 
 KEY, FOLDER = "__key__", "__folder__"
 TEXTS = ("txt", "text", "caption")
@@ -27,7 +28,7 @@ def tar_rows(url: str) -> Iterator[dict[str, Any]]:
     """The rows of a tar file in its order; none is held longer than it takes.
 
     Raises:
-        ValueError: that names the file, if it cannot be read to its end.
+        ValueError: that names the file, if it cannot be read to its end; `UnreachableError` if it may be later.
     """
     key, row = "", dict[str, Any]()
     for name, content in tar_files(url):
@@ -92,8 +93,10 @@ def tar_files(url: str) -> Iterator[tuple[str, bytes]]:
                         content = archive.extractfile(member)
                         yield member.name, b"" if content is None else content.read()
                     archive.members = []  # which would grow with the file
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"the shard {url!r} is cut off or damaged: {reason_of(error)}") from error
+        except OSError as error:
+            raise UnreachableError(f"the shard {url!r} cannot be read on: {reason_of(error)}") from error
         if not watched.ended:
             raise ValueError(f"the shard {url!r} is cut off: it lacks the mark of a tar file's end")
 

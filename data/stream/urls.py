@@ -15,6 +15,13 @@ from tarflow.common.folders import open_url, scheme_of
 #: ``{00000..00099}`` counts; ``{a,b}`` lists.
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
+#: Errors that stay when something is tried again.
+FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError, ImportError)
+
+
+class UnreachableError(ValueError):
+    """What may work when it is tried again: a connection that broke, a server that is busy."""
+
 
 def expanded(pattern: str) -> list[str]:
     """The names that a pattern with braces stands for: ``{08..11}`` counts with as many digits, ``{a,b}`` lists.
@@ -69,7 +76,7 @@ def opened(url: str, compression: str | None = None) -> Iterator[IO[bytes]]:
         compression: which fsspec is to undo.
 
     Raises:
-        ValueError: that names it, if it is not there or cannot be opened.
+        ValueError: that names it, if it is not there or cannot be opened; `UnreachableError` if it may be later.
     """
     fs, path = open_url(os.path.expanduser(url))
     try:
@@ -78,7 +85,8 @@ def opened(url: str, compression: str | None = None) -> Iterator[IO[bytes]]:
         else:
             file = fs.open(path, "rb", compression=compression)
     except Exception as error:
-        raise ValueError(f"cannot open {url!r}: {reason_of(error)}") from error
+        kind = ValueError if isinstance(error, FINAL) else UnreachableError
+        raise kind(f"cannot open {url!r}: {reason_of(error)}") from error
     with file:
         yield file
 

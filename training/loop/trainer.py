@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tarflow.common.files import write_text
+from tarflow.common.processes import gather_objects
 from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.stream.stream import Stream
 from tarflow.training.loop.agreement import on_main
@@ -253,7 +254,8 @@ class Trainer:
         metrics = self.report(stop, at_once, last=True)
         for average in range(1, len(self.averages.decays)):
             self.report(stop, at_once, average, last=True)
-        skipped, spikes = self.stepper.skipped, self.stepper.spikes
+        skipped = set[str]().union(*gather_objects(self.stepper.skipped))
+        spikes = self.stepper.spikes
         if skipped and self.accelerator.is_main_process:
             write_line(f"{len(skipped)} unreadable images were skipped, for example: {min(skipped)}")
         if spikes and self.accelerator.is_main_process:
