@@ -24,7 +24,7 @@ from tarflow.data.latents import CachedLatents
 from tarflow.pipeline.call.aspect import ASPECT_RATIOS, aspect_size, bucket_size
 from tarflow.pipeline.text.encoding import encode_captions
 from tarflow.training.flow.config import TextConfig, VaeConfig
-from tarflow.training.flow.text import small_t5, train_tokenizer
+from tarflow.training.flow.text import load_cached_text, small_t5, train_tokenizer
 from tarflow.training.latent_cache import folder as cache_folder
 from tarflow.training.latent_cache.caching import Encoder, cache_latents, prepare_folder, write_manifest, write_shards
 from tarflow.training.latent_cache.config import CacheConfig
@@ -297,6 +297,11 @@ def test_captions_are_encoded(tmp_path: Path, vae_path: str) -> None:
     torch.testing.assert_close(torch.stack([latents[i]["cond"] for i in range(4)]), expected[:4])
     torch.testing.assert_close(latents.null_cond, expected[4])
     assert expected[:, -1].abs().max() == 0  # padding, which is not in the files
+    assert load_cached_text(text, latents.manifest["text"])[1].get_vocab() == tokenizer.get_vocab()
+    encoder.shared.weight.data[0] += 1
+    encoder.save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"encoded with other weights than text.name '.*' has now"):
+        load_cached_text(text, latents.manifest["text"])
 
 
 def test_autoencoders_without_a_posterior_have_no_deviation(tmp_path: Path) -> None:

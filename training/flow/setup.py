@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tarflow.pipeline.text.encoding import embedding_width
 from tarflow.training.autoencoder.model import new_autoencoder
 from tarflow.training.flow.config import RunConfig, VaeConfig, is_joint
 from tarflow.training.flow.start import Start, model_for_size
-from tarflow.training.flow.text import load_text, settings_difference
+from tarflow.training.flow.text import load_cached_text, load_text, settings_difference
 from tarflow.training.loop.batches import Items, fixed_batches, read_batches
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
@@ -120,8 +121,11 @@ def make_parts(
     if start is not None:
         arguments = flow.arguments
     loaded = (lambda: vae) if cache is None else (lambda: load_autoencoder(str(cache.autoencoder_folder())))
-    anew = null_cond is not None or config.text.shard  # there is no encoder, or none that is whole
-    text = (lambda: load_text(config.text, ())) if anew else (lambda: (text_encoder, tokenizer))
+    text: Callable[[], tuple[Any, Any]] = lambda: (text_encoder, tokenizer)
+    if cache is not None and null_cond is not None:  # there is no encoder yet
+        text = partial(load_cached_text, config.text, cache.manifest["text"])
+    elif config.text.shard:  # or none that is whole
+        text = partial(load_text, config.text, ())
     held_out = validation if len(validation) else None
     return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
 

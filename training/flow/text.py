@@ -17,7 +17,7 @@ from tarflow.pipeline.text.encoding import check_options, cut_captions
 from tarflow.pipeline.text.loading import load_text_encoder
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.config import TextConfig
-from tarflow.vae.codec import tensors_hash
+from tarflow.vae.codec import tensors_hash, weights_hash
 
 if TYPE_CHECKING:
     from tarflow.training.flow.setup import Parts
@@ -47,6 +47,25 @@ def load_text(config: TextConfig, captions: Iterable[str]) -> tuple[Any, Any]:
         return encoder, tokenizer
     tokenizer = train_tokenizer(captions, config)
     return T5EncoderModel(small_t5(config, len(tokenizer))), tokenizer
+
+
+def load_cached_text(config: TextConfig, found: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Text encoder and tokenizer that encoded a cache's captions.
+
+    Args:
+        config: the text section.
+        found: what the cache tells of its encoder, with the hash of its weights.
+
+    Raises:
+        ValueError: if the encoder of that name is another one now.
+    """
+    encoder, tokenizer = load_text(config, ())
+    if found.get("hash") not in (None, weights_hash(encoder)):
+        raise ValueError(
+            f"the captions were encoded with other weights than text.name {config.name!r} has now: give the encoder that "
+            "they were encoded with, or cache them anew"
+        )
+    return encoder, tokenizer
 
 
 def small_t5(config: TextConfig, vocab_size: int) -> T5Config:
