@@ -227,18 +227,19 @@ def test_pictures_of_one_concept_are_no_wrong_answers() -> None:
         ({"vision": "/nowhere"}, "there is no folder '/nowhere'"),
         ({"width": 30}, "width must be a multiple of heads, got 30 and 4"),
         ({"concept": ["colour"]}, "concept names the column 'colour', but the data has emoji, file_name"),
-        ({"data": DataConfig(source="drawings"), "concept": ["text"]}, "which only data.source 'folder' has"),
+        ({"data": DataConfig(source="drawings")}, "drawings have no end"),
         ({"remove": "["}, "is no regular expression"),
     ],
 )
 def test_bad_settings_are_one_sentence(tmp_path: Path, vision: str, changes: dict[str, Any], message: str) -> None:
-    if isinstance(data := changes.get("data"), DataConfig):
-        changes["data"] = DataConfig(
-            **{**vars(data), "source": "folder", "path": str(write_pictures(tmp_path / "x", 9))}
-        )
-        message = "the data has no captions"
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         train_captions(settings(tmp_path, vision, **changes))
+
+
+def test_pictures_without_captions_are_refused(tmp_path: Path, vision: str) -> None:
+    data = DataConfig(source="folder", path=str(write_pictures(tmp_path / "plain", 9)), validation_fraction=0.3)
+    with pytest.raises(ValueError, match="the data has no captions"):
+        train_captions(settings(tmp_path, vision, data=data))
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from fid_helpers import save_clip, tiny, write_pictures
 from PIL import Image
 from torch import nn
 
 from tarflow.cli.main import main
 from tarflow.data.config import DataConfig
 from tarflow.experiments.peers import comparison
-from tarflow.experiments.peers.comparison import compare_peers, in_turns
+from tarflow.experiments.peers.comparison import compare_peers, conditions, in_turns, scores
 from tarflow.experiments.peers.diffusion import DiffusionModel, matched_layers, parameters_of, sample, to_noise
 from tarflow.experiments.peers.settings import TRAINED, DiffusionConfig, PeersComparison
 from tarflow.training.loop.optimizer import hidden_matrices
@@ -72,6 +73,7 @@ def test_muon_takes_the_matrices_of_its_layers() -> None:
 
 def small(folder: Path, **changes: Any) -> PeersComparison:
     given: dict[str, Any] = {"pictures": 12, "held_out": 4, "num": 4, "steps": 2, "repeats": 1, "diffusion_steps": [2]}
+    given |= {"guidance_scale": 2.0, "diffusion_guidance": [2.0]}
     return PeersComparison(**{"output": str(folder), "small": True, **given, **changes})
 
 
@@ -108,6 +110,22 @@ def test_by_class(tmp_path: Path) -> None:
     rows = compare_peers(small(tmp_path, condition="class", train=["dit_adamw"], diffusion_guidance=[1.0, 2.0]))
     assert [row["key"] for row in rows] == ["dit_adamw_2_1", "dit_adamw_2_2"]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def test_pictures_of_other_data_have_a_distance_and_a_caption_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = write_pictures(tmp_path / "data", 12, size=(16, 16))
+    rows = [{"file_name": path.name, "text": f"word {i}"} for i, path in enumerate(sorted(pictures.iterdir()))]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(source="folder", path=str(pictures), image_size=16, validation_fraction=0.5)
+    config = PeersComparison(data=data, caption_model=str(save_clip(tmp_path / "clip")), extractor="tiny", num=100)
+    monkeypatch.setattr(PeersComparison, "load_extractor", lambda self, device: tiny())
+    assert set(conditions(config)) <= {row["text"] for row in rows}
+    drawn = [Image.open(path) for path in sorted(write_pictures(tmp_path / "drawn", 100, 1, (16, 16)).iterdir())]
+    found = scores(config, drawn, [f"caption {i}" for i in range(100)], tmp_path / "samples")
+    assert set(found) == {"frechet_distance", "caption_first", "caption_error"}
+    assert found["frechet_distance"] > 0 and 0 <= found["caption_first"] < 0.2
 
 
 def test_all_take_turns() -> None:

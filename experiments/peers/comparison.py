@@ -202,7 +202,10 @@ def scores(config: PeersComparison, images: list[Image.Image], values: list[Any]
         write_picture(folder / f"{number:08d}.png", image)
     drawn = FileImages(str(folder), num=len(images))
     if (extractor := config.load_extractor("cpu")) is not None:
-        reference = DataImages(config.data, "validation", config.held_out)
+        count = config.held_out
+        if count is not None and config.data.source != "drawings":
+            count = min(count, len(Images(config.data, "validation")))
+        reference = DataImages(config.data, "validation", count)
         found |= {"frechet_distance": next(iter(calculate(reference, drawn, extractor, ["frechet"]).values()))}
     if config.caption_model is not None:
         score = caption_score(drawn, without(values, config.remove), config.caption_model)

@@ -29,6 +29,8 @@ RECIPES = {"caption": "quickstart_text", "class": "quickstart_class"}
 #: What the small form changes.
 SMALL = ["--flow.width=32", "--flow.head_dim=32", "--flow.layers_per_block=[1,1]", "--train.batch_size=4"]
 TRAINED = "trained.json"
+#: Scales that the student learns, so that others than the first can be drawn from it too.
+STUDENT_GUIDANCE = 4.0
 
 
 class Trainings:
@@ -150,7 +152,7 @@ class Trainings:
             num_layers=max(len(flow["layers_per_block"]) + 1, sum(flow["layers_per_block"])),
             width=flow["width"],
             head_dim=flow["head_dim"],
-            guidance_scale=config.guidance_scale,
+            guidance_scale=max(STUDENT_GUIDANCE, config.guidance_scale),
             steps=config.steps,
             batch_size=train.batch_size,
             mixed_precision="no" if train.mixed_precision == "no" else "bf16",

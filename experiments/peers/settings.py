@@ -29,9 +29,10 @@ class PeersComparison(OptionalExtractor):
         train: some of "flow_muon" and "flow_adamw" (the optimizer of the published models), "student" (of flow_muon),
             "dit_muon" and "dit_adamw".
         steps: of each training.
-        pictures, held_out: of the cache of latents, from the first on; null takes all, which drawings have not.
+        pictures, held_out: of the cache of latents, from the first on; null takes all, which drawings have not. A Fréchet
+            distance is to as many held-out ones.
         num: samples of each row; held-out captions or classes in turn, of drawings all combinations.
-        guidance_scale: of the flow and its student.
+        guidance_scale: of the flow and its student, which learns scales up to 4 or this one.
         diffusion_steps: of the sampler (`FlowMatchEulerDiscreteScheduler`), a row each.
         diffusion_guidance: the scales, a row each.
         repeats: turns in which rows are timed, after a first one; the medians count.
@@ -51,9 +52,9 @@ class PeersComparison(OptionalExtractor):
     pictures: AtLeastOne | None = 16000
     held_out: AtLeastOne | None = 256
     num: Annotated[int, at_least(2)] = 216
-    guidance_scale: GuidanceScale = 2.0
+    guidance_scale: GuidanceScale = 3.0
     diffusion_steps: list[int] = field(default_factory=lambda: [50, 10, 4])
-    diffusion_guidance: list[float] = field(default_factory=lambda: [2.0])
+    diffusion_guidance: list[float] = field(default_factory=lambda: [3.0])
     repeats: AtLeastOne = 3
     extractor: str | None = None
     caption_model: str | None = None

@@ -40,6 +40,10 @@ def open_pairs(config: CaptionModelConfig) -> tuple[Pairs, Pairs]:
     Raises:
         ValueError: without captions, without held-out pictures, or for a column that the data has not.
     """
+    if config.data.source == "drawings":
+        raise ValueError(
+            "drawings have no end, and a checker of their own: name pictures with captions (data.source folder)"
+        )
     train, held_out = (Images(config.data, split) for split in ("train", "validation"))
     for images in (train, held_out):
         if not len(images):
