@@ -220,12 +220,12 @@ def picture_seconds(drawers: Mapping[str, Drawer], values: list[Any], repeats: i
 
 
 def step_seconds(trainings: Trainings, names: list[str], repeats: int) -> dict[str, float]:
-    """Median seconds of a training step, all trainings in turns of `STEPS`, after one each."""
+    """Median seconds of a training step without reading, all trainings in turns of `STEPS`, after one each."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         turns: dict[str, Callable[[], Any]] = {}
         for name in names:
             trainer = trainings.trainer(name, f"{folder}/{name}")
-            batches = cycle([next(iter(stack.enter_context(trainer.batches())))])
+            batches = cycle([next(stack.enter_context(trainer.batches()))])
 
             def turn(trainer: Any = trainer, batches: Any = batches) -> None:
                 for _ in range(STEPS):

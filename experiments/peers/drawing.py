@@ -95,7 +95,7 @@ class DiffusionDrawer:
     def __post_init__(self) -> None:
         self.model, self.tokens = load_model(self.config)
         cache = CachedLatents(self.config.cache, "train")
-        vae = load_autoencoder(str(cache.path / "vae")).eval()
+        vae = load_autoencoder(str(cache.autoencoder_folder())).eval()
         self.codec = LatentCodec(vae, cache.latents_mean, cache.latents_std)
 
     @torch.no_grad()
