@@ -13,6 +13,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from stream_helpers import parquet_shards, png, row, tar_bytes, tar_shards, write
@@ -282,6 +283,8 @@ def test_a_checkpoint_of_another_stream_is_refused() -> None:
         other = Stream(replace(settings, **changes))
         with pytest.raises(ValueError, match="the checkpoint is of another stream"):
             readers_of(other, 4, 1, 0, state)
+    moved = tar_shards("memory://others/elsewhere", [9, 9])
+    readers_of(Stream(replace(settings, path=moved)), 4, 1, 0, state)  # the same shards in another folder
     with pytest.raises(ValueError, match=r"the checkpoint has 4 lanes, but data.lanes is 3"):
         readers_of(Stream(replace(settings, lanes=3)), 4, 1, 0, state)
 
@@ -342,6 +345,11 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted() -> None:
         write("memory://bad/002.tar", whole.getvalue()[:20_000])
     found = first_error(config(path))
     assert "the shard 'memory://bad/002.tar' is cut off" in found
+    files = parquet_shards("memory://bad", [9, 9, 9])
+    with fsspec.open("memory://bad/001.parquet") as file:
+        content = file.read()
+    write("memory://bad/001.parquet", content[:-200])
+    assert "the shard 'memory:///bad/001.parquet' cannot be read to its end" in first_error(table(files))
     rows: list[dict[str, bytes]] = [row(number) for number in range(9)]
     rows[4]["png"] = b"no picture"
     write("memory://bad/000.tar", tar_bytes(rows))

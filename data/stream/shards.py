@@ -102,9 +102,7 @@ class TableShards:
         if config.label_column is not None:
             self.classes = list(getattr(data.features[config.label_column], "names", None) or []) or None
         data = data.cast_column(config.image_column, datasets.Image(decode=False))
-        if data.num_shards < wanted and hasattr(data, "reshard"):
-            data = data.reshard()
-        self.data = data
+        self.data = data = by_row_groups(data) if data.num_shards < wanted else data
         self.names = shard_names(data, f"{config.name} {split}")
 
     def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
@@ -115,8 +113,20 @@ class TableShards:
                 row[PICTURE] = None if value is None else picture_bytes(value)
                 yield row
         except Exception as error:
-            kind = UnreachableError if isinstance(error, OSError) and not isinstance(error, FINAL) else ValueError
+            kind = ValueError if isinstance(error, FINAL) else UnreachableError
             raise kind(f"the shard {name!r} cannot be read to its end: {reason_of(error)}") from error
+
+
+def by_row_groups(data: Any) -> Any:
+    """A streamed data set in more shards, where the library and the files can."""
+    if not hasattr(data, "reshard"):
+        return data
+    try:
+        return data.reshard()
+    except FINAL:  # a file is damaged: whoever reads it says which
+        return data
+    except Exception as error:
+        raise ValueError(f"the shards of a data set cannot be opened: {reason_of(error)}") from error
 
 
 def picture_bytes(value: dict[str, Any]) -> bytes | None:

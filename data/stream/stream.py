@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from copy import copy
@@ -74,7 +75,8 @@ class Stream(Dataset[dict[str, Any]]):
     @property
     def identity(self) -> str:
         """A hash of what decides which rows a place means: shards and settings."""
-        names = [list(shards.names) for shards in self.shards]
+        # Without folders: the same shards may lie elsewhere when a run goes on.
+        names = [[posixpath.basename(name) for name in shards.names] for shards in self.shards]
         about = [(part.where, part.validation_fraction, part.key_column) for part in self.configs]
         return hash_of([self.split, self.seed, self.config.shuffle_buffer, self.weights, about, names])
 

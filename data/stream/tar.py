@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import posixpath
 import tarfile
 import zlib
@@ -93,9 +94,9 @@ def tar_files(url: str) -> Iterator[tuple[str, bytes]]:
                         content = archive.extractfile(member)
                         yield member.name, b"" if content is None else content.read()
                     archive.members = []  # which would grow with the file
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
             raise ValueError(f"the shard {url!r} is cut off or damaged: {reason_of(error)}") from error
-        except OSError as error:
+        except Exception as error:  # file systems have errors of their own
             raise UnreachableError(f"the shard {url!r} cannot be read on: {reason_of(error)}") from error
         if not watched.ended:
             raise ValueError(f"the shard {url!r} is cut off: it lacks the mark of a tar file's end")

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from tarflow.common.command import sentence
 from tarflow.common.processes import gather_objects
 from tarflow.data.images import collate
 from tarflow.data.stream.stream import USUAL_LANES, Stream
@@ -133,7 +134,13 @@ class StreamReader:
         Raises:
             ValueError: that names shard and key of what cannot be read.
         """
-        batch = collate(next(self._passes))
+        try:
+            batch = collate(next(self._passes))
+        except (ValueError, RuntimeError):  # the second of processes that wait for each other
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            raise ValueError(f"the training data cannot be read: {kind}: {sentence(error)}") from error
         if self.pinned:
             batch = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
         return batch
