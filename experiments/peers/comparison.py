@@ -225,7 +225,7 @@ def step_seconds(trainings: Trainings, names: list[str], repeats: int) -> dict[s
         turns: dict[str, Callable[[], Any]] = {}
         for name in names:
             trainer = trainings.trainer(name, f"{folder}/{name}")
-            batches = cycle([next(stack.enter_context(trainer.batches()))])
+            batches = cycle(islice(stack.enter_context(trainer.batches()), 1))
 
             def turn(trainer: Any = trainer, batches: Any = batches) -> None:
                 for _ in range(STEPS):

@@ -6,6 +6,7 @@ Times σ go from 0, data, to 1, noise: x_σ = (1 − σ)·data + σ·noise, and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -133,7 +134,6 @@ def matched_layers(
     config: DiffusionConfig, channels: int, side: int, classes: int, text_encoder: Any, wanted: int
 ) -> int:
     """How many layers bring the Transformer's parameters nearest to ``wanted``, at least one."""
-    from dataclasses import replace
 
     def count(layers: int) -> int:
         with torch.device("meta"):

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tarflow import configs
 from tarflow.common.files import write_json
 from tarflow.data.latents import CachedLatents
@@ -50,6 +52,7 @@ class Trainings:
     def __init__(self, config: PeersComparison):
         self.config, self.folder = config, Path(config.output).expanduser()
         self.cache = self.folder / "latents"
+        self.matched: int | None = None
         self.recipe, _ = parse_config(self.flow_arguments("flow_muon"))
         wanted = {"caption": "prefix", "class": "class"}[config.condition]
         if not str(self.recipe.flow.get("conditioning", "none")).startswith(wanted):
@@ -135,11 +138,17 @@ class Trainings:
             seed=config.seed,
             resume="auto",
         )
-        parts = make_parts(self.recipe, None, "cpu")  # type: ignore[arg-type]
-        shape = parts.flow_arguments["in_channels"], parts.flow_arguments["sample_size"]
-        classes = parts.flow_arguments.get("num_classes", 0)
-        encoder = parts.text_encoder if config.condition == "caption" else None
-        return replace(found, layers=matched_layers(found, *shape, classes, encoder, parameters_of(parts.flow)))
+        return replace(found, layers=self.layers(found))
+
+    def layers(self, config: DiffusionConfig) -> int:
+        """How many give a DiT the flow's parameters; the same for each DiT."""
+        if self.matched is None:
+            parts = make_parts(self.recipe, None, torch.device("cpu"))
+            shape = parts.flow_arguments["in_channels"], parts.flow_arguments["sample_size"]
+            classes = parts.flow_arguments.get("num_classes", 0)
+            encoder = parts.text_encoder if config.condition == "caption" else None
+            self.matched = matched_layers(config, *shape, classes, encoder, parameters_of(parts.flow))
+        return self.matched
 
     def student(self) -> StudentConfig:
         """Settings of the student of the flow with Muon: the flow's width and number of layers."""
