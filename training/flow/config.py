@@ -120,6 +120,8 @@ class TrainConfig(StepSettings):
         latent_norm_weight: weight of a penalty, the sum of the mean squares of all blocks' outputs but the last's;
             0 is off.
         compile: compile the Transformer layers (`torch.compile`); the first steps take minutes, the others less time.
+        cuda_graphs: after some steps, launch each forward and backward pass as one CUDA graph: for small models, whose steps
+            are bound by launching, on one GPU.
         checkpointing: activations that are computed again in the backward pass to save memory: "none", of each
             "block", of each "layer" (with ``checkpointing_every`` only of every so many layers), or "both"; or
             "reversible", for coupling blocks, all of them, from the last output.
@@ -137,6 +139,7 @@ class TrainConfig(StepSettings):
     drop_rate: Fraction = 0.1
     latent_norm_weight: NotNegative = 0.0
     compile: bool = False
+    cuda_graphs: bool = False
     checkpointing: Literal["none", "block", "layer", "both", "reversible"] = "none"
     checkpointing_every: AtLeastOne = 1
     more_ema_decays: list[BelowOne] = field(default_factory=list)
@@ -149,6 +152,17 @@ class TrainConfig(StepSettings):
             self.checkpointing_every == 1 or self.checkpointing in ("layer", "both"),
             f"train.checkpointing_every is for checkpointing 'layer' and 'both', not {self.checkpointing!r}",
         )
+        if self.cuda_graphs:
+            check(
+                self.accumulation == 1, f"train.cuda_graphs takes one pass a step, not accumulation {self.accumulation}"
+            )
+            check(
+                self.mixed_precision != "fp16", "train.cuda_graphs is for mixed_precision 'bf16' and 'no', not 'fp16'"
+            )
+            check(
+                self.checkpointing == "none",
+                f"train.cuda_graphs is for models that fit as they are, not with checkpointing {self.checkpointing!r}",
+            )
         check(len(set(self.ema_decays)) == len(self.ema_decays), f"EMA decays must differ, got {self.ema_decays}")
 
     @property
@@ -240,6 +254,10 @@ class RunConfig:
             check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
         if self.train.noise == "uniform":
             check(self.vae.pixels, "train.noise is 'uniform', which is for pixels: set vae.name to none")
+        check(
+            not (self.train.cuda_graphs and (self.vae.train == "joint" or self.lora.dropout)),
+            "train.cuda_graphs is for flows alone: not with vae.train 'joint' or lora.dropout",
+        )
         check(
             self.train.checkpointing != "reversible" or self.train.latent_norm_weight == 0,
             "train.latent_norm_weight needs the blocks' outputs, which train.checkpointing 'reversible' does not keep",

@@ -19,7 +19,7 @@ from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, op
 from tarflow.training.flow.config import RunConfig, has_denoiser
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.lora import folder_name, prepare_adapters, save_adapters
-from tarflow.training.flow.objective import FlowObjective, parameter_groups, score_target
+from tarflow.training.flow.objective import FlowObjective, parameter_groups, score_target, trained_parameters
 from tarflow.training.flow.report import (
     HeldOut,
     build_pipeline,
@@ -38,6 +38,7 @@ from tarflow.training.loop.draws import sample_seed
 from tarflow.training.loop.launcher import launcher_compilation
 from tarflow.training.loop.optimizer import make_optimizer
 from tarflow.training.loop.parallel import full_weights, shard_layers, verify_caches
+from tarflow.training.loop.replay import ReplayedPass, check_graphs
 from tarflow.training.loop.task import Batch, Learner, State, Task, is_due
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class FlowTask(Task):
         self.notes: list[str] = []  # on what is otherwise than in the pipeline that training starts from
         self.held_out: HeldOut | None = None
         self.metric: SampleMetric | None = None
+        self.replayed: ReplayedPass | None = None
 
     def make_parts(self, state: State | None) -> None:
         config = self.config
@@ -127,6 +129,11 @@ class FlowTask(Task):
         groups = parameter_groups(self.objective, optim.lr, optim.denoiser_lr, config.joint.lr)
         optimizer = make_optimizer(groups, optim, self.objective)
         self.learner = Learner(*accelerator.prepare(self.objective, optimizer))
+        if train.cuda_graphs:
+            check_graphs(accelerator)
+            self.replayed = ReplayedPass(
+                lambda inputs: self.backward_flow(inputs, 0), trained_parameters(self.objective)
+            )
 
     def make_objective(self, text_encoder: torch.nn.Module | None) -> FlowObjective:
         """What is minimised, with a text encoder that is trained or sharded along."""
@@ -155,7 +162,7 @@ class FlowTask(Task):
 
     def backward(self, batch: Batch, step: int, total: int, sample_ids: Sequence[int]) -> dict[str, Tensor]:
         inputs = self.inputs.training(batch, step, sample_ids)
-        losses, z = self.backward_flow(inputs, step)
+        losses, z = self.backward_flow(inputs, step) if self.replayed is None else self.replayed(inputs)
         if getattr(self.objective.flow, "prior_variance", None) is not None and not self.config.lora.rank:
             self.latents.append(z)
         return losses
