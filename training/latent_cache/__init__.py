@@ -1,4 +1,4 @@
 """Latents of a data set, computed once and stored in shards.
 
-May import: common, data, vae, pipeline.*, training.loop, training.flow.
+May import: common, data, data.stream, vae, pipeline.*, training.loop, training.flow.
 """

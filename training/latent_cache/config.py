@@ -31,7 +31,9 @@ class CacheConfig:
             of every picture file, in every process (an orientation that comes after a PNG's pixels is not seen there).
         unit: both sides of all pictures are multiples of the autoencoder's factor times this, the patch size.
         num_images, num_validation_images: how many from the first on; None takes all. Endless sources need both.
-        num_workers: processes that read pictures, for each process that encodes.
+        num_workers: processes that read pictures, for each process that encodes; of streams threads.
+
+    Of a stream each row is cached once, with the caption that it has in the first pass.
     """
 
     output: str
@@ -56,6 +58,12 @@ class CacheConfig:
         )
         check(self.data.source != "latents", "data.source is 'latents': a cache is made of pictures")
         check_ranges(self)
+        if self.data.is_stream:
+            check(
+                self.num_images is None and self.num_validation_images is None,
+                "num_images is for data that is not a stream: a stream is cached whole; name fewer shards",
+            )
+            check(self.data.aspect_ratios is None, "data.aspect_ratios is for training; of a cache it is aspect_ratios")
         check(self.aspect_ratios != [], "aspect_ratios is empty: name at least one, or none (null) for squares")
         for name in self.aspect_ratios or ():
             correct = re.fullmatch(r"[1-9]\d*:[1-9]\d*", name)

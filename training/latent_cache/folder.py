@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -20,19 +20,23 @@ from tarflow.data.shards import FORMAT, file_hash, read_header, read_manifest
 from tarflow.training.latent_cache.plan import Plan, Shard, difference
 from tarflow.vae.codec import autoencoder_hash, load_autoencoder
 
+if TYPE_CHECKING:
+    from tarflow.training.latent_cache.streams import StreamPlan
+
 #: What a cache holds that is being made: its settings, until there is a manifest.
 UNFINISHED = "unfinished.json"
 #: At URLs, what would have to be read again there otherwise: each shard's record, until there is a manifest.
 RECORD = ".{}.json"
 #: What a killed run leaves; an earlier version wrote the first kind without the dot and the number.
 TEMPORARY = re.compile(
-    r"\.?(train|validation)-\d+\.safetensors(\.json)?(\.[0-9a-f]{8})?\.tmp"
+    r"\.?(train|validation)-\d+\.safetensors(\.[0-9a-f]{8})?\.tmp"
+    r"|\.\.((train|validation)-\d+\.safetensors|unit-\d+)\.json\.[0-9a-f]{8}\.tmp"
     rf"|\.({re.escape(MANIFEST)}|{re.escape(UNFINISHED)}|{VAE})\.[0-9a-f]{{8}}\.tmp"
 )
 REMEDY = "take another output or remove that folder"
 
 
-def check_folder(plan: Plan, folder: Folder, vae: Any) -> None:
+def check_folder(plan: Plan | StreamPlan, folder: Folder, vae: Any) -> None:
     """Refuse a folder that holds another cache, whole or not, or files of others by the names of this one's.
 
     Raises:
@@ -42,7 +46,7 @@ def check_folder(plan: Plan, folder: Folder, vae: Any) -> None:
     if isinstance(folder, LocalFolder) and folder.local.exists() and not folder.local.is_dir():
         raise ValueError(f"the output {name} is a file: name a folder")
     earlier, unfinished, there = read_manifest(folder), read_unfinished(folder), set(folder.names())
-    shards = [shard.file for shard in plan.shards if shard.file in there]
+    shards = plan.own_files(there)
     if earlier is not None and earlier["fingerprint"] != plan.fingerprint:
         raise ValueError(f"{name} holds another cache, {difference(earlier['settings'], plan.settings)}: {REMEDY}")
     if earlier is None and shards:
@@ -83,7 +87,7 @@ def is_whole(folder: Folder) -> bool:
     return isinstance(folder, LocalFolder) or folder.read(f"{VAE}/config.json") is not None
 
 
-def start_folder(plan: Plan, folder: Folder) -> None:
+def start_folder(plan: Plan | StreamPlan, folder: Folder) -> None:
     """Note what a cache that is begun will be, so that another one is not taken for it."""
     if read_manifest(folder) is None:
         write_json(folder, UNFINISHED, {"format": FORMAT, "fingerprint": plan.fingerprint, "settings": plan.settings})

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ SINCE_FIRST = (
     *("more_caption_templates", "where", "class_names", "background", "seed"),
 )
 #: Those that have no effect here, or none on pictures that can be read.
-WITHOUT_EFFECT = ("flip", "verify", "on_error", "weights", "shuffle_shards", "cache_gb", "lanes", "shuffle_buffer")
+WITHOUT_EFFECT = ("flip", "verify", "on_error", "weights", "shuffle_shards", "cache_gb", "lanes")
 #: What a source's facts tell, in words.
 CHANGES = {
     "files": "the names of files",
@@ -77,13 +77,35 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self.settings)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.images["train"].class_names
+
+    @property
+    def has_captions(self) -> bool:
+        return self.images["train"].has_captions
+
+    def own_files(self, names: Collection[str]) -> list[str]:
+        """Of a folder's files those that are named as shards of this plan."""
+        return [shard.file for shard in self.shards if shard.file in names]
+
+    def in_order(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Records of all shards in the manifest's order."""
+        by_file = {record["file"]: record for record in records}
+        return [by_file[shard.file] for shard in self.shards]
 
     def header(self, shard: Shard) -> dict[str, Any]:
         """What a shard of this plan must tell about itself."""
         indices = hashlib.sha256(repr(list(shard.indices)).encode()).hexdigest()
         identity = {"split": shard.split, "size": list(shard.size), "first": shard.first, "count": len(shard.indices)}
         return {"format": FORMAT, "fingerprint": self.fingerprint, **identity, "indices": indices}
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """The hash by which a cache is known."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(config: CacheConfig, factor: int, autoencoder: str, text: dict[str, Any] | None) -> Plan:
@@ -114,18 +136,28 @@ def make_plan(config: CacheConfig, factor: int, autoencoder: str, text: dict[str
                 part = indices[start : start + config.shard_size]
                 shards.append(Shard(f"{split}-{number:05d}.safetensors", split, size, first, part))
                 first, number = first + len(part), number + 1
-    options = {"pictures": counts, "factor": factor}
-    for name in ("flip", "shard_size", "dtype", "mixed_precision", "aspect_ratios", "unit"):
-        options[name] = getattr(config, name)
     pictures = {split: images[split].facts(counts[split]) for split in SPLITS}
-    settings = {
-        "data": data_settings(config.data),
-        "autoencoder": {"hash": autoencoder},
-        "text": text or {},
-        "options": options,
-    }
-    settings["pictures"] = pictures
-    return Plan(config, images, counts, shards, json.loads(json.dumps(settings)))
+    options = {"pictures": counts, **options_of(config, factor)}
+    return Plan(config, images, counts, shards, settings_of(config, autoencoder, text, options, pictures))
+
+
+def options_of(config: CacheConfig, factor: int) -> dict[str, Any]:
+    """What else decides what is in the shards."""
+    names = ("flip", "shard_size", "dtype", "mixed_precision", "aspect_ratios", "unit")
+    return {"factor": factor, **{name: getattr(config, name) for name in names}}
+
+
+def settings_of(
+    config: CacheConfig,
+    autoencoder: str,
+    text: dict[str, Any] | None,
+    options: dict[str, Any],
+    pictures: dict[str, Any],
+) -> dict[str, Any]:
+    """A plan's settings, by section, as JSON has them."""
+    settings = {"data": data_settings(config.data), "autoencoder": {"hash": autoencoder}, "text": text or {}}
+    found: dict[str, Any] = json.loads(json.dumps({**settings, "options": options, "pictures": pictures}))
+    return found
 
 
 def data_settings(config: DataConfig) -> dict[str, Any]:
