@@ -174,6 +174,8 @@ def test_it_learns_and_is_a_model_of_transformers(
     assert losses[-1] < losses[0] - 0.3
     about = json.loads((tmp_path / "model/caption_model.json").read_text())
     assert about["held_out"]["first"] == score.first and about["left_out"] > 0
+    modes = {file.stat().st_mode for file in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1  # all may be read by whoever may read other new files
     model = VisionTextDualEncoderModel.from_pretrained(tmp_path / "model")
     own, frozen = model.vision_model.state_dict(), load_vision(vision, None)[0].state_dict()
     assert own.keys() == frozen.keys() and all(torch.equal(own[name], value) for name, value in frozen.items())

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,20 @@ def train_captions(config: CaptionModelConfig) -> CaptionScore:
     features = cached_features(folder / FEATURES, model.vision_model, processor, [train, held_out])
     learn(model, tokenizer, features[0], train, config)
     score = measure(model, tokenizer, features[1], held_out, config.among)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in (model, tokenizer, processor):
-        part.save_pretrained(folder)
+    write_model(folder, [model, tokenizer, processor])
     about = {"pictures": len(train.indices), "left_out": train.left_out, "held_out": dataclasses.asdict(score)}
     write_json(folder / REPORT, about | {"settings": dataclasses.asdict(config)}, nan_as_null=True)
     return score
+
+
+def write_model(folder: Path, parts: list[Any]) -> None:
+    """Write parts of Transformers into a folder, each file whole or not at all."""
+    with tempfile.TemporaryDirectory() as made:
+        for part in parts:
+            part.save_pretrained(made)
+        for file in sorted(Path(made).iterdir()):
+            with replaced(folder / file.name) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 def cached_features(path: Path, vision: PreTrainedModel, processor: Any, splits: list[Pairs]) -> list[Tensor]:
