@@ -13,6 +13,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from tarflow.data.config import DataConfig, MixedSource
 from tarflow.data.folder import is_held_out
+from tarflow.data.images import Images
 from tarflow.data.place import check_data
 from tarflow.data.stream.reading import Place, Source
 from tarflow.data.stream.rows import Row, RowReader
@@ -42,7 +44,7 @@ def config(path: str | None, **changes: Any) -> DataConfig:
 
 def table(files: str, **changes: Any) -> DataConfig:
     settings: dict[str, Any] = {"source": "datasets", "streaming": True, "name": "parquet", "data_files": files}
-    return config(None, caption_column="text", **{**settings, **changes})
+    return config(None, **{"caption_column": "text", **settings, **changes})
 
 
 def number_of(item: dict[str, Any]) -> int:
@@ -213,6 +215,45 @@ def test_a_row_has_another_caption_in_each_pass() -> None:
     parts = [caption.split(", ") for turn in range(20) for caption in captions(dropping, turn)]
     assert all(found[0].startswith("picture ") for found in parts)
     assert 0.45 < sum("red" in found for found in parts) / len(parts) < 0.55
+
+
+def test_a_data_set_of_the_hub_is_streamed_with_its_own_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = datasets.Features(
+        {
+            "picture": datasets.Image(),
+            "kind": datasets.ClassLabel(names=["even", "odd"]),
+            "title": datasets.Value("string"),
+        }
+    )
+
+    def rows(shards: list[int]) -> Iterator[dict[str, Any]]:
+        for number in (shard * 10 + place for shard in shards for place in range(10)):
+            (tmp_path / f"{number}.png").write_bytes(png(number))
+            content = (
+                {"bytes": png(number), "path": None}
+                if number % 2
+                else {"bytes": None, "path": str(tmp_path / f"{number}.png")}
+            )
+            yield {"picture": content, "kind": number % 2, "title": f"number {number}"}
+
+    def load(name: str, split: str, streaming: bool, **options: Any) -> datasets.IterableDataset:
+        assert (name, split, streaming) == ("owner/name", "train", True)
+        return datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs={"shards": [0, 1, 2, 3]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    columns = {"image_column": "picture", "label_column": "kind", "caption_column": "title"}
+    stream = Stream(table("", name="owner/name", data_files=None, class_names=["a", "b"], **columns))
+    assert stream.class_names == ("a", "b")
+    items = items_of(stream)
+    assert sorted(number_of(item) for item in items) == list(range(40))
+    assert all(item["label"] == number_of(item) % 2 for item in items)
+    assert all(item["caption"] == f"number {number_of(item)}" for item in items)
+    with pytest.raises(
+        ValueError, match=r"data.label_column is 'class', but 'owner/name' has the columns picture, kind"
+    ):
+        Stream(table("", name="owner/name", data_files=None, **{**columns, "label_column": "class"}))
 
 
 class MadeUp:
@@ -440,6 +481,8 @@ def test_wrong_places_and_settings_are_one_sentence(tmp_path: Path) -> None:
         parse_config(["--data.streaming", "true", "--flow", "{}", "--output", "none"])
     with pytest.raises(ValueError, match="caption_weights has 3 numbers, but there are 1 ways"):
         config("a.tar", caption_weights=[1, 2, 3])
+    with pytest.raises(ValueError, match="the data is a stream, of which only the next pictures are known"):
+        Images(config("a.tar"))
     with pytest.raises(ValueError, match="cannot stream the data set 'parquet'"):
         Stream(table(f"{tmp_path}/none.parquet"))
 
