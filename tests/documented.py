@@ -153,7 +153,9 @@ ALL = [(file, command) for file in TEXTS for command in block_commands(file)]
 FRAGMENTS = [(file, command) for file in TEXTS for command in inline_commands(file)]
 #: Those in sentences that are commands as they stand.
 WHOLE = [
-    (file, command) for file, command in FRAGMENTS if " --" in command and not re.search("…|NAME|COMMAND|[$]", command)
+    (file, command)
+    for file, command in FRAGMENTS
+    if " --" in command and not re.search(r"…|[$]|(?<![\w-])[A-Z]{4,}\b", command)
 ]
 
 

@@ -47,6 +47,8 @@ SMALL = {
     "demo": "--port PORT",
     "train": TRAINING,
     "train-vae": NETWORK,
+    "train-captions": "--vision vit --image_size null --steps 2 --batch_size 4 --width 16 --heads 2 --vocab_size 300",
+    "evaluate captions": "--num 4 --among 2",
     "train-student": f"{NETWORK} --grid_images 2 --num_layers 5 --width 32 --head_dim 32",
     "finetune-decoder": f"{NETWORK} --grid_images 2",
     "cache-latents": "",
@@ -120,7 +122,12 @@ def pictures(path: Path, classes: tuple[str, ...] = (), count: int = 9) -> Path:
             name = f"{'train' if i < count else 'validation'}/{folder}{i:02d}.png"
             with archive.open(name, "w") as file:
                 Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
-            row = {"text": f"thing {i}", "style": ("twemoji", "noto", "fluent")[i % 3], "keywords": f"kind {i % 5}"}
+            row = {
+                "text": f"thing {i}",
+                "style": ("twemoji", "noto", "fluent")[i % 3],
+                "keywords": f"kind {i % 5}",
+                "emoji": f"e{i}",
+            }
             rows.append(json.dumps({"file_name": name, **row}) + "\n")
         if not classes:
             archive.writestr("metadata.jsonl", "".join(rows))

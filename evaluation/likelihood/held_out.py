@@ -138,7 +138,10 @@ def check_arguments(pipe: FlowPipeline, images: Pictures, count: int | None, dra
         raise ValueError("the importance-weighted bound is for models of pixels; this one models latents")
     size = pipe.flow.config.sample_size * pipe.codec.factor
     if images.config.image_size != size:
-        raise ValueError(f"the model has pictures of {size} pixels, but data.image_size is {images.config.image_size}")
+        raise ValueError(
+            f"the model has pictures of {size} pixels, but data.image_size is {images.config.image_size}: "
+            f"give --data.image_size {size}"
+        )
     if pixels and pipe.flow.config.in_channels != 3:
         raise ValueError(f"the model has {pipe.flow.config.in_channels} channels; pictures have 3")
     return count

@@ -59,7 +59,8 @@ def open_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[Images,
     size = pipe.flow.config.sample_size * pipe.codec.factor
     check(
         config.data.image_size == size,
-        f"the model has pictures of {size} pixels, but data.image_size is {config.data.image_size}",
+        f"the model has pictures of {size} pixels, but data.image_size is {config.data.image_size}: "
+        f"give --data.image_size {size}",
     )
     check(len(train) > 0, "the data's training split is empty")
     return train, held_out
