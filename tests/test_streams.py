@@ -121,6 +121,15 @@ def test_going_on_sees_the_same_rows_or_each_once(kind: str, lanes: int | None) 
         assert first_pass == list(range(sum(COUNTS)))  # and none lost
 
 
+def test_few_shards_are_divided_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Stream(config(tar_shards("memory://divided", [9, 14])))
+    source = stream.sources(8)[0]
+    rows = [row.number + 9 * row.shard for lane in range(8) for row in source.first_pass(lane) if isinstance(row, Row)]
+    assert sorted(rows) == list(range(23))
+    StreamReader(stream, Share(8, 0, 1, 1), 0, 0)
+    assert "2 in all, are read 4 times in each pass, as there are 8 lanes" in caplog.text
+
+
 def test_each_pass_has_an_order_of_its_own() -> None:
     stream = Stream(config(tar_shards("memory://orders", [8] * 6)), seed=1)
     source = stream.sources(2)[0]

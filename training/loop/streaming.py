@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tarflow.common.command import sentence
 from tarflow.common.processes import gather_objects
+from tarflow.data.folder import say_once
 from tarflow.data.images import collate
 from tarflow.data.stream.stream import USUAL_LANES, Stream
 from tarflow.training.loop.reading import reading
@@ -110,6 +111,13 @@ class StreamReader:
         self.stream, self.share, self.step, self.pinned = stream, share, step, pinned
         places = None if state is None else checked(state, stream)
         self.lanes = share.lanes(stream.config.lanes if places is None else len(places))
+        for source in stream.sources(self.lanes) if share.process == 0 else ():
+            if source.parts > 1:
+                shards = len(source.shards.names)
+                say_once(
+                    f"{source.shards.names[0]!r} and its other shards, {shards} in all, are read {source.parts} times in each "
+                    f"pass, as there are {self.lanes} lanes: more shards are read once"
+                )
         mine = share.own_lanes(self.lanes)
         self._pool = ThreadPoolExecutor(workers) if workers else None
         ahead = 2 * -(-share.own // len(mine)) + 1
