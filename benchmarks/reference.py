@@ -16,16 +16,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tarflow.flows.conversion import is_starflow
+from tarflow.flows.conversion import family_of
 from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.likelihood import bits_per_dim, dequantize, flow_loss, log_prob, nats_per_dim
 from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.call.walk import default_scheduler, walk_down
 from tarflow.pipeline.conversion import load_published
 
 INPUTS = {"x", "cond", "null_cond", "class_labels", "class_labels_dropped", "prior_noise", "image_uint8"}
-INPUTS |= {"dequantization_noise"}
+INPUTS |= {"dequantization_noise", "noise_level"}
 SAMPLE_TOLERANCE, TOLERANCE = 1e-4, 1e-5
+#: The noise level that iTARFlow's reference samples are drawn at.
+SAMPLE_LEVEL = 0.3
 NUMBER = r"(\d+(?:\.\d+)?)"
 
 
@@ -70,7 +73,8 @@ def recompute(model: TARFlowModel, arguments: dict[str, Any], expected: dict[str
         arguments: of the published model class.
         expected: inputs and outputs.
     """
-    return starflow_values(model, expected) if is_starflow(arguments) else tarflow_values(model, expected)
+    values = {"tarflow": tarflow_values, "starflow": starflow_values, "itarflow": itarflow_values}
+    return values[family_of(arguments)](model, expected)
 
 
 def compare(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> list[Comparison]:
@@ -152,4 +156,50 @@ def starflow_values(model: TARFlowModel, expected: dict[str, Tensor]) -> dict[st
                 ours[key] = score_denoise(model, x, float(found[1]), **condition)
             elif (found := re.fullmatch(rf"denoised_sigma{NUMBER}" + suffix, key)) and model.denoiser is not None:
                 ours[key] = learned_denoise(model, x, float(found[1]), **condition)
+    return ours
+
+
+class FirstRatioGuidance(Guidance):
+    """The closed form as the published iTARFlow code computes it for a batch: the shifts of all samples take the ratio of
+    variances of the first one. `Guidance` gives each sample its own, so that no sample depends on another; the first
+    sample is the same."""
+
+    def __call__(
+        self, cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], token: int | Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        _, log_scale = super().__call__(cond, uncond, token, num_tokens)
+        weighted = (cond[1] - uncond[1])[:1].clamp(max=0.0).mul(2).exp() * self.weight  # w·s of the first sample
+        shift = ((1 + self.weight) * cond[0] - weighted * uncond[0]) / (1 + self.weight - weighted)
+        return shift, log_scale
+
+
+@torch.no_grad()
+def itarflow_values(model: TARFlowModel, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What iTARFlow's reference folders hold; its loss is weighted by the level."""
+    x, labels, levels = expected["x"], expected.get("class_labels"), expected["noise_level"].flatten()
+    side = model.config.sample_size // model.config.patch_size
+    ours: dict[str, Tensor] = {}
+    z, log_det, outputs = model(x, labels, return_block_outputs=True, noise_level=levels)
+    ours["z"], ours["logdet_per_dim"] = model.patchify(z)[0], log_det / z[0].numel()
+    ours["loss"], ours["loss_unweighted"] = flow_loss(z, log_det, levels), flow_loss(z, log_det)
+    ours |= {f"block_output_{i}": model.patchify(output)[0] for i, output in enumerate(outputs)}
+    if "class_labels_dropped" in expected:
+        dropped = expected["class_labels_dropped"]
+        z, log_det = model(x, torch.where(dropped < 0, model.null_label, dropped), noise_level=levels)
+        ours["z_dropped"], ours["logdet_per_dim_dropped"] = model.patchify(z)[0], log_det / z[0].numel()
+    for key in expected:
+        pattern = rf"sample_guidance{NUMBER}(?:_(linear|gaussian))?(_annealed)?(?:_(deep|all))?"
+        if found := re.fullmatch(pattern, key):
+            weight, method, annealed, blocks = found.groups()
+            noise = model.scale_noise(model.unpatchify(expected["prior_noise"], (side, side)))
+            kind = FirstRatioGuidance if method == "gaussian" else Guidance
+            name = "gaussian" if method == "gaussian" else "linear_scale"
+            guidance = kind(float(weight), name, annealed=bool(annealed), blocks=blocks or "all")
+            ours[key], _ = model.inverse(noise, labels, guidance=guidance, noise_level=SAMPLE_LEVEL)
+        elif found := re.fullmatch(rf"score_denoised_sigma{NUMBER}", key):
+            ours[key] = score_denoise(model, x, float(found[1]), labels)
+        elif found := re.fullmatch(rf"iterated_{NUMBER}_{NUMBER}_steps(\d+)(_clipped)?", key):
+            scheduler = default_scheduler((float(found[2]), float(found[1])))
+            scheduler.set_timesteps(int(found[3]))
+            ours[key] = walk_down(scheduler, x, lambda y, level: score_denoise(model, y, level, labels), bool(found[4]))
     return ours

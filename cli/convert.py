@@ -8,7 +8,7 @@ from tarflow.cli.parsing import CommandParser, loading
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 
-DESCRIPTION = """Make a pipeline folder of a published TARFlow or STARFlow checkpoint.
+DESCRIPTION = """Make a pipeline folder of a published TARFlow, STARFlow or iTARFlow checkpoint.
 
   tarflow convert --checkpoint starflow_3B_t2i_256x256.pth \\
       --config starflow_3B_t2i_256x256.yaml --output starflow_3B --dtype bfloat16 \\
@@ -16,7 +16,8 @@ DESCRIPTION = """Make a pipeline folder of a published TARFlow or STARFlow check
 
 CONFIG is the YAML that came with a STARFlow checkpoint, or a JSON of the published model class's arguments, for
 example {"in_channels": 3, "img_size": 256, "patch_size": 8, "channels": 768, "num_blocks": 8, "layers_per_block": 8,
-"num_classes": 3} for TARFlow."""
+"num_classes": 3} for TARFlow. iTARFlow's has "patch_sizes" instead of "patch_size", and "channels" and
+"layers_per_block" may be lists."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,8 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--noise-std",
         type=float,
-        help="of the training noise, if neither the config nor the end of the file name (…_0.07.pth) says it",
+        help="of the training noise (the highest level of iTARFlow), if neither the config nor the end of the file name (…_0.07.pth) says it",
     )
+    parser.add_argument("--min-noise-std", type=float, help="the lowest level of iTARFlow; 0.01 if not given")
     args = parser.parse_args(argv)
     with ending():
         for name in ("checkpoint", "config"):

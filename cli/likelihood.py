@@ -13,7 +13,7 @@ import sys
 from typing import Annotated, Any, Literal
 
 from tarflow.cli.parsing import read_settings
-from tarflow.common.checks import AtLeastOne, at_least, check_ranges
+from tarflow.common.checks import AtLeastOne, Positive, at_least, check_ranges
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_json
 from tarflow.data.config import DataConfig
@@ -31,6 +31,7 @@ class LikelihoodConfig:
         draws: of noise for each picture.
         importance: draws K of the importance-weighted bound for models of pixels; 0 leaves it out.
         condition: "data" gives the model the labels or captions that it takes, "none" none.
+        noise_level: of a flow of many levels, that of the noise in what the likelihood is of; None is its highest.
         output: JSON file for the result.
     """
 
@@ -43,6 +44,7 @@ class LikelihoodConfig:
     condition: Literal["data", "none"] = "data"
     batch_size: AtLeastOne = 64
     seed: Annotated[int, at_least(0)] = 0
+    noise_level: Positive | None = None
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ def main(
             config.condition == "data",
             config.batch_size,
             config.seed,
+            config.noise_level,
         )
         print(report(result, pipe.config.noise_std), flush=True)  # first: what is printed is not lost
         if config.output is not None:
@@ -103,9 +106,10 @@ def report(result: Any, noise_std: float) -> str:
         if result.bound is not None:
             lines.append(f"importance-weighted bound           {result.bound:.4f} ± {result.bound_error:.4f}")
     else:
+        what, noise_std = "pixel" if result.name.startswith("pixel") else "latent", result.noise_level or noise_std
         lines = [
-            f"nats per latent dimension           {result.mean:.4f} ± {result.standard_error:.4f}",
-            f"of latents with noise of standard deviation {noise_std}; not comparable with bits per dimension of pixels",
+            f"{f'nats per {what} dimension':<36}{result.mean:.4f} ± {result.standard_error:.4f}",
+            f"of {what}s with noise of standard deviation {noise_std}; not comparable with bits per dimension of pixels",
         ]
     lines.append(f"standard errors over {result.images} pictures, {result.draws} draws of noise each")
     if result.draw_error is not None:

@@ -45,6 +45,11 @@ def check_model(config: Any) -> None:
         raise ValueError(f"condition_blocks must be 'all' or 'deep', got {config.condition_blocks!r}")
     if config.learned_denoiser == "conditional" and conditioning == "none":
         raise ValueError("learned_denoiser is 'conditional', but conditioning is 'none'")
+    if config.noise_conditioning and config.learned_denoiser != "none":
+        raise ValueError(
+            f"learned_denoiser is {config.learned_denoiser!r}, but with noise_conditioning noise is removed level by level "
+            "by the flow's own score: set learned_denoiser to 'none'"
+        )
     if config.block != "coupling" and (config.mixing != "none" or config.actnorm):
         raise ValueError(f"mixing and actnorm are for block 'coupling', not {config.block!r}")
     if conditioning.startswith("class") and config.num_classes < 1:
@@ -97,6 +102,7 @@ def network_config(model: Any, layers: int, width: int, sees_condition: bool, or
         conditioning=model.conditioning if sees_condition else "none",
         num_classes=model.num_classes,
         cond_dim=model.num_classes + 1 if model.conditioning == "class_prefix" else model.cond_dim,
+        noise_conditioning=model.get("noise_conditioning", False),
         order="row_major" if coupling else order,
         groups=model.groups,
         swapped=coupling and order == "reversed",

@@ -1,4 +1,4 @@
-"""Weights of the published TARFlow and STARFlow models as those of a `TARFlowModel`.
+"""Weights of the published TARFlow, STARFlow and iTARFlow models as those of a `TARFlowModel`.
 
 ``config`` always means the arguments of the published model class, by their published names. Only names and shapes
 change; no number does.
@@ -16,6 +16,9 @@ from tarflow.flows.model import TARFlowModel
 
 TARFLOW_KEYS = ("in_channels", "img_size", "patch_size", "channels", "num_blocks", "layers_per_block")
 TARFLOW_OPTIONS = ("nvp", "num_classes", "head_dim")
+#: iTARFlow's, where a list has one value for all blocks or one for each.
+ITARFLOW_KEYS = ("in_channels", "img_size", "patch_sizes", "channels", "num_blocks", "layers_per_block")
+ITARFLOW_OPTIONS = (*TARFLOW_OPTIONS, "shared_backbone_layers")
 STARFLOW_KEYS = (*TARFLOW_KEYS, "rope", "sos", "txt_size", "txt_dim", "seq_order")
 STARFLOW_OPTIONS = (
     "nvp",
@@ -40,6 +43,9 @@ STARFLOW_OPTIONS = (
 #: Published names of what is inside one Transformer layer, and ours.
 LAYER_NAMES = {"mlp.main.0": "mlp.up", "mlp.main.2": "mlp.down", "mlp.down_proj": "mlp.down"}
 BLOCK_NAMES = {"proj_txt": "proj_cond", "sos_embed": "start_token"}
+LEVEL_NAMES = {"time_embed.mlp.0": "level_embed.up", "time_embed.mlp.2": "level_embed.down"}
+#: Published names of a block's Transformer layers; iTARFlow has had both.
+LAYER_LISTS = ("attn_blocks.", "head_blocks.")
 #: Saved by the published code, but computed anew here.
 LEFT_OVERS = ("attn_mask", "freqs_cos", "freqs_sin")
 #: Published names of the parts beside the blocks.
@@ -52,9 +58,22 @@ def is_starflow(config: dict[str, Any]) -> bool:
     return "txt_size" in config
 
 
+def is_itarflow(config: dict[str, Any]) -> bool:
+    """Whether the arguments are iTARFlow's; the others have one patch size, by another name."""
+    return "patch_sizes" in config or "shared_backbone_layers" in config
+
+
+def family_of(config: dict[str, Any]) -> str:
+    """The published model class whose arguments these are: "tarflow", "starflow" or "itarflow"."""
+    if is_itarflow(config):
+        return "itarflow"
+    return "starflow" if is_starflow(config) else "tarflow"
+
+
 def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the `TARFlowModel` that equals the published model, of either family."""
-    return starflow_arguments(config) if is_starflow(config) else tarflow_arguments(config)
+    """Arguments of the `TARFlowModel` that equals the published model, of whichever family."""
+    makers = {"tarflow": tarflow_arguments, "starflow": starflow_arguments, "itarflow": itarflow_arguments}
+    return makers[family_of(config)](config)
 
 
 def tarflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +98,47 @@ def tarflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
         "first_order": "row_major",
         "learned_prior": volume_preserving,
     }
+
+
+def itarflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the `TARFlowModel` that equals a published iTARFlow model: a TARFlow that knows the noise level.
+
+    Raises:
+        ValueError: if an argument is missing or unknown, or for what the published code has and no published model:
+            layers that all blocks share, and blocks of several patch sizes, or of several widths beside the last one's.
+    """
+    check_keys(config, ITARFLOW_KEYS, ITARFLOW_OPTIONS)
+    if shared := config.get("shared_backbone_layers") or 0:
+        raise ValueError(
+            f"the config has shared_backbone_layers {shared}: layers that all blocks share are not implemented here"
+        )
+    blocks = config["num_blocks"]
+    patches, widths = one_for_each(config, "patch_sizes", blocks), one_for_each(config, "channels", blocks)
+    if len(set(patches)) > 1:
+        raise ValueError(
+            f"the config has patch_sizes {list(patches)}: blocks of several patch sizes are not implemented here"
+        )
+    if len(set(widths[:-1])) > 1:
+        raise ValueError(
+            f"the config has channels {list(widths)}: only the last block may have a width of its own here"
+        )
+    alike = {key: value for key, value in config.items() if key in (*TARFLOW_KEYS, *TARFLOW_OPTIONS)}
+    layers = one_for_each(config, "layers_per_block", blocks)
+    arguments = tarflow_arguments(
+        {**alike, "patch_size": patches[0], "channels": widths[0], "layers_per_block": list(layers)}
+    )
+    deep_width = widths[-1] if widths[-1] != widths[0] else None
+    return {**arguments, "deep_width": deep_width, "noise_conditioning": True}
+
+
+def one_for_each(config: dict[str, Any], key: str, blocks: int) -> tuple[int, ...]:
+    """A setting of each block, from one for all (a number, or a list of one) or a list."""
+    value = config[key]
+    values = (value,) if isinstance(value, int) else tuple(value)
+    values = values * blocks if len(values) == 1 else values
+    if len(values) != blocks or not values:
+        raise ValueError(f"{key} lists {len(values)} blocks, but num_blocks is {blocks}")
+    return values
 
 
 def starflow_arguments(config: dict[str, Any]) -> dict[str, Any]:
@@ -128,19 +188,10 @@ def common_arguments(config: dict[str, Any]) -> dict[str, Any]:
         "in_channels": config["in_channels"],
         "sample_size": config["img_size"],
         "patch_size": config["patch_size"],
-        "layers_per_block": layers_of(config),
+        "layers_per_block": one_for_each(config, "layers_per_block", config["num_blocks"]),
         "width": config["channels"],
         "head_dim": config.get("head_dim", 64),
     }
-
-
-def layers_of(config: dict[str, Any]) -> tuple[int, ...]:
-    """Layers of each block, from one number for all or a list."""
-    layers, blocks = config["layers_per_block"], config["num_blocks"]
-    layers = (layers,) * blocks if isinstance(layers, int) else tuple(layers)
-    if len(layers) != blocks:
-        raise ValueError(f"layers_per_block lists {len(layers)} blocks, but num_blocks is {blocks}")
-    return layers
 
 
 def check_keys(config: dict[str, Any], required: tuple[str, ...], optional: tuple[str, ...]) -> None:
@@ -154,7 +205,7 @@ def check_keys(config: dict[str, Any], required: tuple[str, ...], optional: tupl
 def convert_state_dict(
     state: dict[str, Tensor], config: dict[str, Any], only: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """The state dict of the `TARFlowModel` with `tarflow_arguments` or `starflow_arguments` of ``config``.
+    """The state dict of the `TARFlowModel` with `model_arguments` of ``config``.
 
     Buffers that the published code saves but does not need are dropped. No tensor is copied, but for the first layers
     of gated MLPs, which are two tensors there and one here.
@@ -225,7 +276,10 @@ def convert_name(name: str, places: list[int]) -> tuple[str, str]:
         part = PARTS[part]
     else:
         return name, ""
-    if not rest.startswith("attn_blocks."):
+    if not rest.startswith(LAYER_LISTS):
+        stem, _, leaf = rest.rpartition(".")
+        if stem in LEVEL_NAMES:
+            return f"{part}.{LEVEL_NAMES[stem]}.{leaf}", ""
         stem, dot, leaf = rest.partition(".")
         return f"{part}.{BLOCK_NAMES.get(stem, stem)}{dot}{leaf}", ""
     _, layer, inner = rest.split(".", 2)

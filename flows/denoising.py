@@ -22,7 +22,7 @@ def score_denoise(
     """One Tweedie step: y + σ²·∇ log p(y), for a model trained on data with noise of standard deviation σ.
 
     Args:
-        model: a `TARFlowModel`.
+        model: a `TARFlowModel`; one with noise_conditioning is asked for its density at the level σ.
         y: noisy samples (B, C, H, W).
         noise_std: σ ≥ 0; 0 returns y.
         class_labels, cond: the condition.
@@ -46,6 +46,8 @@ def score_denoise(
     with torch.inference_mode(False), torch.enable_grad():
         y = at_least_float32(recordable(y.detach())).requires_grad_()
         given = {"class_labels": class_labels, "cond": cond}
+        if model.config.noise_conditioning:
+            given["noise_level"] = torch.full((len(y),), noise_std, device=y.device, dtype=y.dtype)
         z, log_det = recordable_call(
             model, y, {name: None if one is None else recordable(one.detach()) for name, one in given.items()}
         )

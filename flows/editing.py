@@ -82,7 +82,7 @@ class HeldFlow:
         model: a `TARFlowModel`.
         reference: noisy latents (B, C, H, W): the known tokens, and any content of the hole.
         hole: which tokens are to be made, (B, h, w) booleans over the grid of tokens.
-        class_labels, cond: as of `TARFlowModel.forward`.
+        class_labels, cond, noise_level: as of `TARFlowModel.forward`.
 
     Raises:
         ValueError: if the hole is of another shape, takes all tokens, or the model's blocks are not autoregressive.
@@ -96,6 +96,7 @@ class HeldFlow:
         hole: Tensor,
         class_labels: Tensor | None = None,
         cond: Tensor | None = None,
+        noise_level: Tensor | float | None = None,
     ):
         tokens, self.grid = model.patchify(at_least_float32(reference))
         if hole.shape != (len(reference), *self.grid) or hole.dtype != torch.bool:
@@ -103,8 +104,8 @@ class HeldFlow:
             raise ValueError(f"the hole must be booleans of shape {expected}, got {hole.dtype} of {tuple(hole.shape)}")
         if bool(hole.flatten(1).all(1).any()):
             raise ValueError("the hole takes all tokens: there is nothing to fill it from; draw a picture instead")
-        self.model, self.class_labels, self.cond = model, class_labels, cond
-        self.condition = model.condition(class_labels, cond, len(reference))
+        self.model, self.class_labels, self.cond, self.noise_level = model, class_labels, cond, noise_level
+        self.condition = model.condition(class_labels, cond, len(reference), noise_level)
         self.hole = hole.flatten(1)[..., None]  # (B, T, 1)
         variance = model.held_prior_variance()
         self.prior_std = 1.0 if variance is None else variance.sqrt()  # (T, D)
@@ -188,7 +189,7 @@ class HeldFlow:
 
     def model_log_prob(self, x: Tensor) -> Tensor:
         """log p(x) of the model itself under the condition, (B,)."""
-        return log_prob(self.model, x, self.class_labels, self.cond)
+        return log_prob(self.model, x, self.class_labels, self.cond, self.noise_level)
 
 
 @dataclass

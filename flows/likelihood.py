@@ -11,6 +11,7 @@ from torch import Tensor
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.layers.affine import affine_forward, at_least_float32
 from tarflow.flows.layers.block import Block
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand
 from tarflow.flows.model import TARFlowModel
@@ -25,8 +26,15 @@ def prior_log_prob(z: Tensor, variance: Tensor | None = None) -> Tensor:
     return -0.5 * (z.pow(2) / variance + variance.log() + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
-def log_prob(model: TARFlowModel, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-    """log p(x) of a `TARFlowModel` in nats, (B,); x in image layout (B, C, H, W).
+def log_prob(
+    model: TARFlowModel,
+    x: Tensor,
+    class_labels: Tensor | None = None,
+    cond: Tensor | None = None,
+    noise_level: Tensor | float | None = None,
+) -> Tensor:
+    """log p(x) of a `TARFlowModel` in nats, (B,); x in image layout (B, C, H, W). With noise_conditioning it is that of
+    data with noise of the level, so always say which.
 
     Example:
         >>> import torch
@@ -39,7 +47,7 @@ def log_prob(model: TARFlowModel, x: Tensor, class_labels: Tensor | None = None,
         >>> round(nats_per_dim(nats, 4 * 4)[0].item(), 4)  # an untrained flow is the identity: ½·log 2π
         0.9189
     """
-    z, log_det = model(x, class_labels=class_labels, cond=cond)
+    z, log_det = model(x, class_labels=class_labels, cond=cond, noise_level=noise_level)
     return prior_log_prob(z, model.prior_variance_image()) + log_det
 
 
@@ -49,9 +57,7 @@ def check_autoregressive(block: Block) -> None:
         raise ValueError("shares of tokens and filling of holes are for autoregressive blocks; this model has others")
 
 
-def block_affine(
-    block: Block, x: Tensor, grid: tuple[int, int], condition: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def block_affine(block: Block, x: Tensor, grid: tuple[int, int], condition: Condition = None) -> tuple[Tensor, Tensor]:
     """Shift and log-scale of a `FlowBlock` at row-major tokens x (B, T, C): (B, T, C) each, row-major too.
 
     Args:
@@ -70,7 +76,11 @@ def block_affine(
 
 
 def token_log_prob(
-    model: TARFlowModel, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None
+    model: TARFlowModel,
+    x: Tensor,
+    class_labels: Tensor | None = None,
+    cond: Tensor | None = None,
+    noise_level: Tensor | float | None = None,
 ) -> Tensor:
     """log p(x) in nats, shared out over the grid of tokens, (B, h, w); the sum over a picture is `log_prob`.
 
@@ -80,9 +90,9 @@ def token_log_prob(
 
     Args:
         model: a `TARFlowModel`.
-        x: (B, C, H, W); class_labels, cond: as of its ``forward``.
+        x: (B, C, H, W); class_labels, cond, noise_level: as of its ``forward``.
     """
-    condition = model.condition(class_labels, cond, len(x))
+    condition = model.condition(class_labels, cond, len(x), noise_level)
     tokens, grid = model.patchify(x)
     log_scales: list[Tensor] = []  # (B, T) each
     for block in model.blocks:
@@ -103,9 +113,17 @@ def nats_per_dim(log_prob: Tensor, dims: int) -> Tensor:
     return -log_prob / dims
 
 
-def flow_loss(z: Tensor, log_det: Tensor) -> Tensor:
+def flow_loss(z: Tensor, log_det: Tensor, weights: Tensor | None = None) -> Tensor:
     """Training loss: mean ½z² − mean log|det| per dimension, a scalar. It lacks the constant ½·log 2π and always has a
-    unit prior, as the published models do."""
+    unit prior, as the published models do.
+
+    Args:
+        z: (B, …); log_det: (B,).
+        weights: of the pictures' own losses, (B,), as they are and not normalised; None is 1 for all.
+    """
+    if weights is not None:
+        own = 0.5 * at_least_float32(z).pow(2).flatten(1).mean(1) - log_det / z[0].numel()  # (B,)
+        return (weights * own).mean()
     return 0.5 * at_least_float32(z).pow(2).mean() - log_det.mean() / z[0].numel()
 
 

@@ -16,6 +16,7 @@ from tarflow.flows.blocks.reversible import through_blocks
 from tarflow.flows.build import check_model, make_blocks, make_denoiser
 from tarflow.flows.decoding import sampling
 from tarflow.flows.habits import FlowOutput, NetworkHabits
+from tarflow.flows.layers.condition import as_condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.network import TokenNetwork
 from tarflow.flows.layers.prepared import at_hand
@@ -46,6 +47,8 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
             "prefix" (a sequence of tokens of size ``cond_dim``, for example an encoded caption).
         condition_blocks: which blocks see it, "all" or "deep" (the last one).
         num_classes: for the class conditionings; the label num_classes means "no class".
+        noise_conditioning: one flow for many levels of the training noise, which all calls then need as ``noise_level``:
+            every block gets an embedding of its logarithm (iTARFlow).
         first_order: order of block 0, "row_major" or "reversed"; they alternate.
         learned_prior: keep a running prior variance per number (see `update_prior`).
         learned_denoiser: also a network that predicts the score, "none", "unconditional" or "conditional" (it sees the
@@ -76,7 +79,7 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
     """
 
     _group_offload_block_modules = ["denoiser"]  # noqa: RUF012 (the library's interface)
-    _skip_layerwise_casting_patterns = ["proj_in", "proj_out", "proj_cond"]  # noqa: RUF012 (too small to be worth it)
+    _skip_layerwise_casting_patterns = ["proj_in", "proj_out", "proj_cond", "level_embed"]  # noqa: RUF012 (too small to be worth it)
     _repeated_blocks = ["TransformerLayer"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
     _on_one_accelerator = True
 
@@ -117,6 +120,7 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
         groups: str = "checkerboard",
         mixing: str = "none",
         actnorm: bool = False,
+        noise_conditioning: bool = False,
     ):
         super().__init__()
         check_model(self.config)
@@ -141,6 +145,7 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
         cond: Tensor | None = None,
         return_block_outputs: bool = False,
         return_dict: bool = False,
+        noise_level: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, list[Tensor]] | FlowOutput:
         """Data to noise.
 
@@ -150,12 +155,13 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
             cond: prefix tokens (B, L, E) for the conditioning "prefix".
             return_block_outputs: also return each block's output.
             return_dict: return a `FlowOutput` instead of a tuple.
+            noise_level: standard deviation t > 0 of the noise in x, one for all or (B,); for noise_conditioning alone.
 
         Returns:
             z (B, C, H, W) and log|det dz/dx| (B,), summed over a sample; with ``return_block_outputs`` also a list of
             (B, C, H, W). At least float32.
         """
-        condition = self.condition(class_labels, cond, x.shape[0])
+        condition = self.condition(class_labels, cond, x.shape[0], noise_level)
         tokens, grid = self.patchify(x)
         if self.reversible and torch.is_grad_enabled():
             if return_block_outputs:
@@ -177,12 +183,13 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
         cond: Tensor | None = None,
         null_cond: Tensor | None = None,
         guidance: Guidance | None = None,
+        noise_level: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Noise to data, sequentially, or in one pass where the blocks are inverted so.
 
         Args:
             z: (B, C, H, W).
-            class_labels, cond: as in `forward`.
+            class_labels, cond, noise_level: as in `forward`.
             null_cond: prefix tokens that mean "no condition" (the empty caption), (B or 1, L, E); needed for guidance
                 with the conditioning "prefix".
             guidance: see `Guidance`.
@@ -190,21 +197,27 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
         Returns:
             x (B, C, H, W) and the log|det dz/dx| (B,) of the (guided) map at x.
         """
-        condition = self.condition(class_labels, cond, z.shape[0])
+        condition = self.condition(class_labels, cond, z.shape[0], noise_level)
         null = None
         if guidance is not None and guidance.active:
-            null = self.condition(None, null_cond, z.shape[0])
+            null = self.condition(None, null_cond, z.shape[0], noise_level)
         return sampling.generate(self, z, condition, null, guidance)
 
     @torch.no_grad()
-    def initialize_actnorm(self, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> None:
+    def initialize_actnorm(
+        self,
+        x: Tensor,
+        class_labels: Tensor | None = None,
+        cond: Tensor | None = None,
+        noise_level: Tensor | float | None = None,
+    ) -> None:
         """Set each actnorm so that the numbers that come to it from a batch have mean 0 and deviation 1. Without this
         they start as the identity.
 
         Args:
-            x, class_labels, cond: as in `forward`; some hundred samples.
+            x, class_labels, cond, noise_level: as in `forward`; some hundred samples.
         """
-        condition = self.condition(class_labels, cond, x.shape[0])
+        condition = self.condition(class_labels, cond, x.shape[0], noise_level)
         tokens, grid = self.patchify(x)
         for block in self.blocks if self.config.actnorm else ():
             if isinstance(block, CouplingBlock) and block.actnorm is not None:
@@ -222,7 +235,7 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
         """
         if self.denoiser is None:
             raise ValueError("this model has no learned denoiser (learned_denoiser is 'none'); use the score step")
-        condition = self.condition(class_labels, cond, y.shape[0])
+        condition = as_condition(self.config, class_labels, cond, y.shape[0], self.like())
         tokens, grid = self.patchify(y)
         return self.unpatchify(self.denoiser(tokens, grid, condition), grid)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tarflow.flows.layers.block import Block
-from tarflow.flows.layers.condition import as_condition
+from tarflow.flows.layers.condition import Condition, as_condition, log_levels, with_level
 from tarflow.flows.layers.module_list import ModuleList
 from tarflow.flows.layers.network import TokenNetwork, recomputed
 from tarflow.flows.layers.order import patchify, unpatchify
@@ -95,7 +95,7 @@ class TokenModel(Model):
         return self.config.num_classes
 
     def run_blocks(
-        self, tokens: Tensor, grid: tuple[int, int], condition: Tensor | None, keep: bool = False
+        self, tokens: Tensor, grid: tuple[int, int], condition: Condition, keep: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Tokens (B, T, C·p·p) through all blocks, with their log|det| (B,) and, if ``keep``, each block's output."""
         log_dets: list[Tensor] = []
@@ -111,15 +111,31 @@ class TokenModel(Model):
                 outputs.append(tokens)
         return tokens, sum(log_dets[1:], log_dets[0]), outputs
 
-    def condition(self, class_labels: Tensor | None, cond: Tensor | None, batch: int) -> Tensor | None:
-        """Labels or prefix as the blocks take them: labels (B,), prefix (B, L, E), or None.
+    def condition(
+        self,
+        class_labels: Tensor | None,
+        cond: Tensor | None,
+        batch: int,
+        noise_level: Tensor | float | None = None,
+    ) -> Condition:
+        """Labels or prefix, and the noise level, as the blocks take them: see `Condition`.
+
+        Args:
+            class_labels, cond, noise_level: as of ``forward``.
+            batch: B.
 
         Raises:
-            ValueError: if the condition is of the wrong kind or shape, or a label is out of range.
+            ValueError: if the condition is of the wrong kind or shape, a label is out of range, or a noise level is
+                missing, not positive, or given to a model of one level.
         """
+        like = self.like()
+        given = as_condition(self.config, class_labels, cond, batch, like)
+        return with_level(given, log_levels(self.config, noise_level, batch, like))
+
+    def like(self) -> Tensor:
+        """An empty tensor of the device and dtype that the model computes in."""
         last = self.reads_condition
-        like = torch.empty(0, device=compute_device(last.proj_in, last), dtype=compute_dtype(last.proj_in))
-        return as_condition(self.config, class_labels, cond, batch, like)
+        return torch.empty(0, device=compute_device(last.proj_in, last), dtype=compute_dtype(last.proj_in))
 
     def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, C, H, W) → row-major tokens (B, T, C·p·p) and the grid (H/p, W/p).

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tarflow.common.files import write_json
-from tarflow.flows.conversion import convert_state_dict, is_starflow, model_arguments
+from tarflow.flows.conversion import convert_state_dict, family_of, is_starflow, model_arguments
 from tarflow.flows.model import TARFlowModel
+from tarflow.pipeline.call.walk import check_levels
 from tarflow.pipeline.loading.folder import is_unused, usual_rights, written_into
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.published import Published, read_published_config
@@ -35,6 +36,11 @@ MAX_SHARD_BYTES = 5 * 10**9
 #: A shard is at most this part of the whole, so that converting needs little memory whatever the size.
 SHARD_PART = 8
 WEIGHTS_NAME = "diffusion_pytorch_model{suffix}.safetensors"
+
+#: The published guidance of each family, see `Guidance`.
+GUIDANCE = {"tarflow": "linear", "starflow": "gaussian", "itarflow": "linear_scale"}
+#: Of iTARFlow: the lowest noise level of its recipes, and the steps that its samples take down while it is trained.
+LOWEST_LEVEL, PUBLISHED_STEPS = 0.01, 10
 
 LICENCE_NOTE = """The weights that Apple published come under the Apple Machine Learning Research Model License Agreement
 (LICENSE_MODEL beside the published code): research purposes only, no commercial use. Read it before using or passing
@@ -83,6 +89,10 @@ def complete(model: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: if the checkpoint is of the other family.
     """
+    leveled = any(".time_embed." in name for name in state)
+    if leveled != (family_of(model) == "itarflow"):
+        holds, described = ("an iTARFlow", "another") if leveled else ("another", "an iTARFlow")
+        raise ValueError(f"the config describes {described} model, but the checkpoint holds {holds} one")
     names = {name.split(".")[-1] for name in state} | {name.split(".")[-2] for name in state if "." in name}
     if is_starflow(model) and names & {"class_embed"}:
         raise ValueError("the config describes a STARFlow model, but the checkpoint holds a TARFlow model")
@@ -136,6 +146,24 @@ def training_noise(checkpoint: str | Path, published: Published) -> float:
     return float(found[1]) if found else 0.0
 
 
+def levels_of(arguments: dict[str, Any], noise_std: float, min_noise_std: float | None) -> tuple[float, float] | None:
+    """The noise levels of a model with these arguments; None if it knows one.
+
+    Raises:
+        ValueError: if the highest is not known, or the lowest is given for a model of one level.
+    """
+    if not arguments.get("noise_conditioning"):
+        if min_noise_std is not None:
+            raise ValueError(f"--min-noise-std is {min_noise_std:g}, but the model knows one noise level: leave it out")
+        return None
+    if not noise_std:
+        raise ValueError(
+            "neither the config nor the file name says the highest noise level of the training: give it by --noise-std "
+            "(published: 0.3, 0.5 and 0.7 for 64, 128 and 256 pixels)"
+        )
+    return check_levels((LOWEST_LEVEL if min_noise_std is None else min_noise_std, noise_std))
+
+
 def convert_checkpoint(
     checkpoint: str | Path,
     config: str | Path,
@@ -145,6 +173,7 @@ def convert_checkpoint(
     class_names: str | Path | None = None,
     dtype: str | None = None,
     noise_std: float | None = None,
+    min_noise_std: float | None = None,
 ) -> Path:
     """Write a published checkpoint as a pipeline folder.
 
@@ -155,7 +184,9 @@ def convert_checkpoint(
         vae, text_encoder: folder or hub id of each; left out of the pipeline if None.
         class_names: a text file with a name per line, or a JSON list.
         dtype: of the flow and the text encoder, a key of `DTYPES`; None keeps the checkpoint's.
-        noise_std: of the training noise; None takes the config's, else the number that ends the published file name.
+        noise_std: of the training noise, the highest of iTARFlow's levels; None takes the config's, else the number that
+            ends the published file name.
+        min_noise_std: the lowest of iTARFlow's levels; None is `LOWEST_LEVEL`.
 
     Raises:
         ValueError: if anything does not fit; then nothing is written.
@@ -173,17 +204,22 @@ def convert_checkpoint(
     saved_dtype = DTYPES[dtype] if dtype else most_common_dtype(state)
     del state
     id2label = read_class_names(class_names, arguments["num_classes"])
+    noise_std = training_noise(checkpoint, published) if noise_std is None else noise_std
+    levels = levels_of(arguments, noise_std, min_noise_std)
     encoder, tokenizer = (None, None) if text_encoder is None else text_parts(text_encoder, arguments, dtype)
     pipe = TARFlowPipeline(
-        flow=TARFlowModel(),  # a stand-in; the real one is written shard by shard
+        # A stand-in; the real one is written shard by shard.
+        flow=TARFlowModel(noise_conditioning=arguments.get("noise_conditioning", False)),
         vae=autoencoder,
         text_encoder=encoder,
         tokenizer=tokenizer,
-        noise_std=training_noise(checkpoint, published) if noise_std is None else noise_std,
+        noise_std=noise_std,
+        noise_levels=levels,
+        num_inference_steps=1 if levels is None else PUBLISHED_STEPS,
         id2label=id2label,
         max_sequence_length=published.model.get("txt_size") or 128,
         guidance_scale=1 + published.guidance_weight,
-        guidance_method="gaussian" if is_starflow(published.model) else "linear",
+        guidance_method=GUIDANCE[family_of(published.model)],
         caption_template=published.caption_template,
     )
     with written_into(output) as temporary:

@@ -21,6 +21,7 @@ from tarflow.pipeline.call.settings import Callback, Sampling, Subjects, resolve
 from tarflow.pipeline.call.steps import conditions_of, draw_by_flow, draw_by_student, pictures, residuals
 from tarflow.pipeline.call.student_sampling import check_student_call
 from tarflow.pipeline.call.trajectory_sampling import draw_by_trajectory, trajectory_steps
+from tarflow.pipeline.call.walk import check_own_level, check_walk, resolve_level, resolve_levels, resolve_steps
 from tarflow.pipeline.editing.tools import ExactFlowTools
 from tarflow.pipeline.loading.hub import PipelineFiles
 from tarflow.pipeline.lora.lora import LoraLoading
@@ -52,7 +53,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         vae: an autoencoder with Diffusers' ``encode`` and ``decode``, or None for a flow on pixels.
         text_encoder, tokenizer: for captions, or None.
         latents_mean, latents_std: per channel of the autoencoder's scaled latents; None is 0 and 1.
-        noise_std: standard deviation of the training noise, which one score step removes.
+        noise_std: standard deviation of the training noise, which one score step removes; of a flow of many levels the
+            highest.
         id2label: names of the classes.
         max_sequence_length: captions are padded or cut to this many tokens.
         guidance_scale, guidance_method: defaults of a call; a scale of 1 is off.
@@ -64,6 +66,10 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             the autoencoder was trained to decode noisy latents.
         student: a network that makes a sample in one pass, see ``tarflow train-student``, or None.
         text_options: how captions are put to the text encoder, by the names of `TextOptions`; None are the defaults.
+        noise_levels: the lowest and the highest level of a flow with noise_conditioning; None for one of one level.
+        scheduler: how samples of such a flow go down from level to level, see `scheduler_for`; None is Diffusers'
+            `EDMEulerScheduler` with levels of equal distances.
+        num_inference_steps: in how many steps, by default.
 
     Example:
         >>> import torch
@@ -98,8 +104,13 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         denoise: bool = True,
         student: StudentModel | None = None,
         text_options: dict[str, Any] | None = None,
+        noise_levels: list[float] | tuple[float, float] | None = None,
+        scheduler: Any = None,
+        num_inference_steps: int = 1,
     ):
         super().__init__()
+        noise_levels, scheduler = resolve_levels(flow, noise_levels, scheduler)
+        noise_std = noise_std if noise_levels is None else noise_levels[1]
         self.register_modules(
             flow=flow,
             vae=vae,
@@ -107,6 +118,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             tokenizer=tokenizer,
             finetuned_decoder=finetuned_decoder,
             student=student,
+            scheduler=scheduler,
         )
         self.register_to_config(
             latents_mean=latents_mean,
@@ -120,6 +132,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             decoder=decoder,
             denoise=denoise,
             text_options=TextOptions.of(text_options).changed or None,
+            noise_levels=noise_levels,
+            num_inference_steps=resolve_steps(noise_levels, num_inference_steps, 1, True, None),
         )
         LatentCodec(vae, latents_mean, latents_std)  # an error for statistics that cannot be
 
@@ -156,8 +170,11 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         decoder: str | None = None,
         temperature: float = 1.0,
         num_inference_steps: int | None = None,
+        noise_level: float | None = None,
+        walk: str | None = None,
+        guidance_blocks: str = "all",
     ) -> TARFlowPipelineOutput | tuple[Any, ...]:
-        """Draw images; one step is the inversion of one flow block.
+        """Draw images; one step is the inversion of one flow block, or one step down from noise level to noise level.
 
         Args:
             prompt: captions, for a text-conditioned model.
@@ -167,8 +184,10 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 "16:9" (see `ASPECT_RATIOS`), keeps the training size's area.
             num_images_per_prompt: images of each caption or label; ``num_images``: of an unconditional model.
             guidance_scale: 1 is off; the pipeline's own default if not given.
-            guidance_method: "gaussian" (STARFlow) or "linear" (TARFlow); the pipeline's own default if not given.
+            guidance_method: "gaussian" (STARFlow), "linear" (TARFlow) or "linear_scale" (iTARFlow); the pipeline's own
+                default if not given.
             guidance_parts, guidance_annealed, attention_temperature: see `Guidance`; parts are "ab", "a" or "b".
+            guidance_blocks: "all", or "deep", the one next to the noise alone.
             generator: one, or a list with one for each image, which then does not depend on the others.
             latents: the prior noise (B, C, h, w) instead of a draw.
             prompt_embeds, negative_prompt_embeds: encoded captions (B, L, E) instead of texts.
@@ -180,7 +199,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 other removal of noise. None is the autoencoder's if ``denoise`` names a step, else the pipeline's own
                 default.
             output_type: "pil", "np", "pt" or "latent"; latents for the finetuned decoder still have their noise.
-            callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}). The dictionary
+            callback_on_step_end: called after each block as (pipeline, index, index, {"latents": …}), and after each of
+                several steps down from level to level with the scheduler's timestep in the third place. The dictionary
                 that it returns may replace the latents. It may set the pipeline's ``_guidance_scale`` for the blocks
                 to come, or ``_interrupt`` to end the call: pictures are then what the latents are at that moment, with
                 no noise removed. See `CallState`.
@@ -196,9 +216,13 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 magnifies errors and is warned of; ``return_residual`` tells them.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
             temperature: factor on the prior noise; below 1 pictures are likelier and less varied.
-            num_inference_steps: of a trajectory model, one of the numbers that it was trained with (its first one if not
-                given), each a pass for all tokens at once; then ``decoding`` is of its shallow transporter, which is
-                inverted once, and callbacks get the states as that one has them. Other flows take none.
+            num_inference_steps: in how many steps a flow of many noise levels removes the noise of its samples, each of
+                one pass and its gradient; the pipeline's own default if not given. 1 is the score step, the only one
+                that a flow of one level has. Of a trajectory model one of the numbers that it was trained with (its first
+                one if not given), each a pass for all tokens at once; then ``decoding`` is of its shallow transporter,
+                which is inverted once, and callbacks get the states as that one has them.
+            noise_level: to draw at, one of the trained ones; the highest if not given.
+            walk: "ode", Euler's steps, or "sde", with fresh noise at each level; the pipeline's scheduler if not given.
 
         Returns:
             `TARFlowPipelineOutput`, or with ``return_dict=False`` a tuple of its fields that are not None.
@@ -225,12 +249,20 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         )
         subjects.check(self.flow.config.conditioning, scale, callback_on_step_end is not None)
         method = guidance_method or self.config.guidance_method
-        guidance = Guidance(scale - 1, method, guidance_parts, guidance_annealed, attention_temperature)
+        guidance = Guidance(
+            scale - 1, method, guidance_parts, guidance_annealed, attention_temperature, guidance_blocks
+        )
         shape, aspect_ratio = resolve_size(self, height, width, aspect_ratio)
         tokens = shape[1] * shape[2] // self.flow.config.patch_size**2
         inversion = resolve_decoding(decoding, tolerance, segment, tokens)
         steps = trajectory_steps(self.flow, num_inference_steps, decoding, denoise, attention_temperature)
         denoise, decoder = self.check_outputs(denoise, output_type, decoder, decoding)
+        level = resolve_level(self.noise_levels, noise_level)
+        check_own_level(self.config.noise_std, level, inversion is None, decoder)
+        asked = num_inference_steps if steps is None else None  # else they are those along the trajectory
+        walk_steps = resolve_steps(
+            self.noise_levels, asked, self.config.num_inference_steps, bool(denoise), level
+        )
         if inversion is None:
             check_student_call(self.check_student(), scale, guidance, subjects.names_negative)
         call = Sampling(
@@ -246,6 +278,10 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             temperature=temperature,
             return_residual=return_residual,
             num_steps=steps,
+            noise_level=level,
+            walk_steps=walk_steps,
+            walk=check_walk(walk, self.noise_levels),
+            generator=generator,
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,
         )

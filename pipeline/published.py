@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tarflow.flows.conversion import is_starflow, model_arguments
+from tarflow.flows.conversion import family_of, is_starflow, model_arguments
 
 #: STARFlow's YAML keys that the model class takes under another or the same name, and the script's defaults.
 YAML_MODEL = {
@@ -66,7 +66,7 @@ class Published:
 
     Attributes:
         model: arguments of the published model class; a YAML does not tell ``txt_dim``.
-        noise_std: of the training noise; None if not said.
+        noise_std: of the training noise, the highest of iTARFlow's levels; None if not said.
         guidance_weight: w of the published sampling; 0 is off.
         caption_template: with {prompt} and {aspect_ratio}; None is the caption alone.
     """
@@ -98,13 +98,13 @@ def read_published_config(path: str | Path, vae_factor: int = 8) -> Published:
             f"the config {str(path)!r} is neither a JSON of model arguments nor a YAML with a list 'arguments'"
         )
     model = content.get("model", content)
-    family = "starflow" if is_starflow(model) else "tarflow"
+    family = family_of(model)
     if content.get("family", family) != family:
         raise ValueError(f"the config says family {content['family']!r}, but has the arguments of {family!r}")
     model = {key: value for key, value in model.items() if key != "noise_std"}
     if not is_starflow(model) or "txt_dim" in model:
         model_arguments(model)  # unknown or missing arguments are an error here, not later
-    noise_std = content.get("noise_std")
+    noise_std = content.get("noise_std", content.get("sample_noise_level"))
     return Published(model, None if noise_std is None else float(noise_std))
 
 

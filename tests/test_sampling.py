@@ -333,7 +333,7 @@ def test_annealed_weights_grow_to_the_full_one() -> None:
     [
         ({"weight": -0.5}, "guidance_scale at least 1"),
         ({"weight": float("nan")}, "guidance weight must be 0 or positive"),
-        ({"weight": 1.0, "method": "cfg"}, "'gaussian' or 'linear', got 'cfg'"),
+        ({"weight": 1.0, "method": "cfg"}, "one of gaussian, linear, linear_scale, got 'cfg'"),
         ({"weight": 1.0, "parts": "c"}, "'a', 'b' or 'ab', got 'c'"),
         ({"weight": 1.0, "temperature": 0.0}, "temperature must be positive"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def available_methods(pipe: FlowPipeline) -> list[str]:
     return [name for name in NOISE_REMOVALS if name not in missing]
 
 
-def decode_by(pipe: FlowPipeline, method: str, latents: Tensor, condition: dict[str, Tensor]) -> Tensor:
+def decode_by(pipe: FlowPipeline, method: str, latents: Tensor, condition: dict[str, Any]) -> Tensor:
     """Noisy latents (B, C, h, w) → images (B, 3, H, W) in about [−1, 1]; ``condition`` as the flow takes it."""
     denoise, decoder = NOISE_REMOVALS[method]
     return pipe.decode_latents(pipe.remove_noise(latents, denoise, **condition), decoder)
@@ -45,7 +46,7 @@ class NoisyPictures:
 
     originals: list[Tensor]
     latents: list[Tensor]
-    conditions: list[dict[str, Tensor]]
+    conditions: list[dict[str, Any]]
 
     @torch.no_grad()
     def decoded(self, pipe: FlowPipeline, method: str) -> list[Tensor]:

@@ -57,7 +57,11 @@ def drawn_class_shares(pipe: FlowPipeline, rounds: int = 9, batch_size: int = 10
 
 @torch.no_grad()
 def round_trip_error(
-    flow: FlowModel, cond: torch.Tensor | None = None, class_labels: Any = None, count: int = 8
+    flow: FlowModel,
+    cond: torch.Tensor | None = None,
+    class_labels: Any = None,
+    count: int = 8,
+    noise_level: float | None = None,
 ) -> float:
     """Largest |f(f⁻¹(z)) − z| over ``count`` draws of noise, without guidance; of a trajectory model's transporter, which
     sees no condition."""
@@ -68,8 +72,8 @@ def round_trip_error(
         x, _ = sampling.generate(flow, noise)
         z, _ = flow(x)
     else:
-        x, _ = sampling.generate(flow, noise, flow.condition(class_labels, cond, count))
-        z, _ = flow(x, class_labels=class_labels, cond=cond)
+        x, _ = sampling.generate(flow, noise, flow.condition(class_labels, cond, count, noise_level))
+        z, _ = flow(x, class_labels=class_labels, cond=cond, noise_level=noise_level)
     return float((z - noise).abs().max())
 
 

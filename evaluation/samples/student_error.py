@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tarflow.flows.decoding import sampling
 from tarflow.flows.decoding.method import guided_states
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -29,7 +30,7 @@ class ExactSamples:
     noise: Tensor
     class_labels: Tensor | None
     cond: Tensor | None
-    conditions: tuple[Tensor | None, Tensor | None, Guidance]
+    conditions: tuple[Condition, Condition, Guidance]
     states: list[Tensor]
 
     @property
@@ -62,14 +63,14 @@ def exact_samples(
     elif "class_labels" in arguments:
         labels = torch.tensor(arguments["class_labels"], device=device)
     guidance = Guidance(scale - 1, method)
-    null_condition = flow.condition(None, null, count) if guidance.active else None
-    conditions = flow.condition(labels, cond, count), null_condition, guidance
+    null_condition = flow.condition(None, null, count, pipe.drawing_level) if guidance.active else None
+    conditions = flow.condition(labels, cond, count, pipe.drawing_level), null_condition, guidance
     return ExactSamples(z, labels, cond, conditions, exact_states(flow, z, *conditions))
 
 
 @torch.no_grad()
 def exact_states(
-    flow: TARFlowModel, z: Tensor, condition: Tensor | None, null_condition: Tensor | None, guidance: Guidance | None
+    flow: TARFlowModel, z: Tensor, condition: Condition, null_condition: Condition, guidance: Guidance | None
 ) -> list[Tensor]:
     """The states of exact sequential decoding: the sample itself, then the outputs of the blocks from data to noise, z
     last; (B, C, H, W) each.
@@ -93,8 +94,8 @@ def block_errors(
     flow: TARFlowModel,
     x: Tensor,
     exact: list[Tensor],
-    condition: Tensor | None,
-    null_condition: Tensor | None,
+    condition: Condition,
+    null_condition: Condition,
     guidance: Guidance | None,
 ) -> list[float]:
     """Mean absolute differences between a student's samples and exact ones, before the first block and after each, when

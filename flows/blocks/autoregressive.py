@@ -15,6 +15,7 @@ from torch import Tensor
 from tarflow.flows.decoding import sampling
 from tarflow.flows.layers.affine import affine_forward
 from tarflow.flows.layers.block import Block
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
 
@@ -26,7 +27,7 @@ class FlowBlock(Block):
         config: what the block is made of.
     """
 
-    def forward(self, x: Tensor, grid: tuple[int, int], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, grid: tuple[int, int], cond: Condition = None) -> tuple[Tensor, Tensor]:
         """Data to noise, in one parallel pass.
 
         Args:
@@ -52,8 +53,8 @@ class FlowBlock(Block):
         self,
         z: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None = None,
-        null_cond: Tensor | None = None,
+        cond: Condition = None,
+        null_cond: Condition = None,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Noise to data, token after token; the inverse of `forward`, with the same log_det, if guidance is off.

@@ -13,6 +13,7 @@ from tarflow.flows.blocks.autoregressive import FlowBlock
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.layers.actnorm import ActNorm
 from tarflow.flows.layers.affine import affine_forward, affine_inverse, at_least_float32
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.config import BlockConfig
 from tarflow.flows.layers.groups import seen_group
 from tarflow.flows.layers.guidance import Guidance
@@ -42,8 +43,8 @@ class CouplingBlock(FlowBlock):
         self,
         x: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None = None,
-        null_cond: Tensor | None = None,
+        cond: Condition = None,
+        null_cond: Condition = None,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Data to noise.
@@ -63,8 +64,8 @@ class CouplingBlock(FlowBlock):
         self,
         z: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None = None,
-        null_cond: Tensor | None = None,
+        cond: Condition = None,
+        null_cond: Condition = None,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Noise to data; the inverse of `forward`, with the same log_det. Gradients pass through it.
@@ -104,8 +105,8 @@ class CouplingBlock(FlowBlock):
         self,
         tokens: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None,
-        null_cond: Tensor | None,
+        cond: Condition,
+        null_cond: Condition,
         guidance: Guidance | None,
     ) -> tuple[Tensor, Tensor]:
         """Shift and log-scale of all tokens, (B, T, C) both; zeros for the seen group, on which they depend."""

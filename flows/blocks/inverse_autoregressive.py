@@ -13,6 +13,7 @@ from tarflow.flows.decoding.jacobi import decode_jacobi
 from tarflow.flows.decoding.method import Decoding, InversionState
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.affine import affine_inverse, at_least_float32
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.kv_cache import GrowingCache
 from tarflow.flows.layers.order import reorder
@@ -32,8 +33,8 @@ class InverseAutoregressiveBlock(FlowBlock):
         self,
         x: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None = None,
-        null_cond: Tensor | None = None,
+        cond: Condition = None,
+        null_cond: Condition = None,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Data to noise, token after token.
@@ -74,8 +75,8 @@ class InverseAutoregressiveBlock(FlowBlock):
         self,
         x: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None = None,
-        null_cond: Tensor | None = None,
+        cond: Condition = None,
+        null_cond: Condition = None,
         guidance: Guidance | None = None,
         decoding: Decoding | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -95,8 +96,8 @@ class InverseAutoregressiveBlock(FlowBlock):
         self,
         z: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None = None,
-        null_cond: Tensor | None = None,
+        cond: Condition = None,
+        null_cond: Condition = None,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Noise to data in one parallel pass, x_t = (z_t − μ(z_<t))/σ(z_<t); with the log_det of `forward`. Gradients

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from tarflow.flows.blocks.coupling import CouplingBlock
 from tarflow.flows.layers.affine import affine_forward, affine_inverse, at_least_float32
 from tarflow.flows.layers.block import Block
+from tarflow.flows.layers.condition import Condition, parts_of, with_level
 
 
 @dataclass
@@ -45,34 +46,37 @@ class ReversibleBlock(torch.autograd.Function):
         tokens: Tensor,
         log_det: Tensor,
         cond: Tensor | None,
+        log_level: Tensor | None,
         *_: Tensor,
     ) -> tuple[Tensor, Tensor]:
         device = tokens.device.type
         ctx.block, ctx.place, ctx.carrier, ctx.grid, ctx.dtype = block, place, carrier, grid, tokens.dtype
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.save_for_backward(cond)
-        z, block_log_det = block(tokens, grid, cond)
+        ctx.save_for_backward(cond, log_level)
+        z, block_log_det = block(tokens, grid, with_level(cond, log_level))
         carrier.tokens, carrier.place = z.detach(), place
         return z, log_det + block_log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        (cond,), carrier = ctx.saved_tensors, ctx.carrier
+        (cond, log_level), carrier = ctx.saved_tensors, ctx.carrier
         if carrier.place != ctx.place:
             raise RuntimeError("reversible training has one backward pass: inputs that it rebuilt are gone after it")
         wants_cond = ctx.needs_input_grad[6]
         seen = cond.detach().requires_grad_() if wants_cond else cond
         with torch.autocast(*ctx.autocast):
-            x, grad_x, grads = backward_of_block(ctx.block, carrier.tokens, ctx.grid, seen, grad_z, grad_log_det)
+            x, grad_x, grads = backward_of_block(
+                ctx.block, carrier.tokens, ctx.grid, with_level(seen, log_level), grad_z, grad_log_det
+            )
         carrier.tokens, carrier.place = x, ctx.place - 1
         of_parameters = [grads.get(id(parameter)) for parameter in ctx.block.parameters()]
-        return None, None, None, None, grad_x.to(ctx.dtype), grad_log_det, grads.get(id(seen)), *of_parameters
+        return None, None, None, None, grad_x.to(ctx.dtype), grad_log_det, grads.get(id(seen)), None, *of_parameters
 
 
 @torch.enable_grad()
 def backward_of_block(
-    block: CouplingBlock, z: Tensor, grid: tuple[int, int], cond: Tensor | None, grad_z: Tensor, grad_log_det: Tensor
+    block: CouplingBlock, z: Tensor, grid: tuple[int, int], condition: Condition, grad_z: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor, Tensor, dict[int, Tensor | None]]:
     """A coupling block's input, rebuilt from its output, the gradient there, and those of parameters and condition.
 
@@ -81,13 +85,14 @@ def backward_of_block(
     Args:
         block: a `CouplingBlock`.
         z: its output (B, T, C); grad_z, grad_log_det: gradients of what it gave.
-        cond: the condition; it gets a gradient if it asks for one.
+        condition: as the block takes it; labels or prefix get a gradient if they ask for one.
 
     Returns:
         x (B, T, C), its gradient, and gradients by the parameter's id.
     """
     seen = z.detach().requires_grad_()
-    shift, log_scale = block.group_parameters(seen, grid, cond, None, None)
+    cond, _ = parts_of(condition)
+    shift, log_scale = block.group_parameters(seen, grid, condition, None, None)
     with torch.no_grad():
         before = affine_inverse(z, shift, log_scale)
         x, _ = block.unmixed(before)
@@ -120,7 +125,7 @@ def gradients_of(outputs: Sequence[Tensor], inputs: list[Tensor], given: Sequenc
 
 
 def through_blocks(
-    blocks: Iterable[Block], tokens: Tensor, grid: tuple[int, int], cond: Tensor | None
+    blocks: Iterable[Block], tokens: Tensor, grid: tuple[int, int], condition: Condition
 ) -> tuple[Tensor, Tensor]:
     """Data to noise through all blocks, with ordinary gradients and the activations of one block at a time.
 
@@ -129,12 +134,13 @@ def through_blocks(
 
     Args:
         blocks: `CouplingBlock`s.
-        tokens: (B, T, C); grid, cond: as the blocks take them.
+        tokens: (B, T, C); grid, condition: as the blocks take them.
 
     Returns:
         z (B, T, C) and the sum of the log|det| (B,).
     """
     carrier, log_det = Carrier(tokens.detach(), -1), at_least_float32(tokens).new_zeros(len(tokens))
     for place, block in enumerate(blocks):
-        tokens, log_det = ReversibleBlock.apply(block, place, carrier, grid, tokens, log_det, cond, *block.parameters())
+        shared = carrier, grid, tokens, log_det, *parts_of(condition)
+        tokens, log_det = ReversibleBlock.apply(block, place, *shared, *block.parameters())
     return tokens, log_det

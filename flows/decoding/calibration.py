@@ -20,6 +20,7 @@ from tarflow.flows.decoding.method import Decoding, InversionState
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.block import Block, Flow
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype, offload_group
@@ -61,8 +62,8 @@ class BlockChoice:
 def calibrate(
     model: Flow,
     z: Tensor,
-    cond: Tensor | None,
-    null_cond: Tensor | None,
+    cond: Condition,
+    null_cond: Condition,
     guidance: Guidance | None,
     tolerance: float,
     fast: FastSteps | None = None,
@@ -82,7 +83,8 @@ def calibrate(
             ordered = at_least_float32(reorder(tokens, block.config.order))
             now = clock(z.device)
             deadline = now + (end - now) / (len(model.blocks) - len(choices))
-            trial = BlockTrial(block, ordered, grid, cond, null_cond, guidance, fast, deadline)
+            own = None if guidance is None else guidance.of_block(not choices)
+            trial = BlockTrial(block, ordered, grid, cond, null_cond, own, fast, deadline)
             with at_hand(block):
                 choice, ordered = trial.one_pass() if block.one_pass else trial.choose(tolerance)
             choices.append(choice)
@@ -104,8 +106,8 @@ class BlockTrial:
         block: Block,
         z: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None,
-        null_cond: Tensor | None,
+        cond: Condition,
+        null_cond: Condition,
         guidance: Guidance | None,
         fast: FastSteps | None,
         deadline: float = math.inf,

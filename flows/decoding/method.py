@@ -15,6 +15,7 @@ from torch import Tensor
 from tarflow.flows.decoding.names import DEFAULT_TOLERANCE, FAST_TOLERANCE, METHODS
 from tarflow.flows.layers.affine import affine_forward
 from tarflow.flows.layers.block import Block, Flow
+from tarflow.flows.layers.condition import Condition, parts_of, with_level
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.kv_cache import KVCache
 from tarflow.flows.layers.order import reorder
@@ -61,7 +62,8 @@ class InversionState:
         block: a `FlowBlock`.
         batch: B.
         grid: rows and columns of tokens.
-        cond, null_cond: what the block sees, and what its second pass sees under guidance.
+        cond, null_cond: what the block sees, and what its second pass sees under guidance; the noise level is that of
+            ``cond`` in both.
         guidance: None or weight 0 for one pass only. It acts in blocks that see the condition, and with an attention
             temperature other than 1 in all of them.
         cached: keep keys and values; the prefix is written at once.
@@ -72,8 +74,8 @@ class InversionState:
         block: Block,
         batch: int,
         grid: tuple[int, int],
-        cond: Tensor | None,
-        null_cond: Tensor | None,
+        cond: Condition,
+        null_cond: Condition,
         guidance: Guidance | None,
         cached: bool = True,
     ):
@@ -83,17 +85,19 @@ class InversionState:
         self.guidance = guidance
         device, dtype = compute_device(block.proj_in), compute_dtype(block.proj_in)
         rows = batch
+        (given, log_level), (null, _) = parts_of(cond), parts_of(null_cond)
         self.temperature: Tensor | None = None
         if guidance is not None:
             rows = 2 * batch
-            if block.sees_condition and (cond is not None or null_cond is not None):
-                cond = torch.cat([expand_rows(cond, block, batch), expand_rows(null_cond, block, batch)])
+            log_level = None if log_level is None else torch.cat([log_level, log_level])  # no pass is without it
+            if block.sees_condition and (given is not None or null is not None):
+                given = torch.cat([expand_rows(given, block, batch), expand_rows(null, block, batch)])
             if guidance.temperature != 1:
                 self.temperature = torch.ones(
                     rows, 1, 1, 1, device=device, dtype=torch.promote_types(dtype, torch.float32)
                 )
                 self.temperature[batch:] = guidance.temperature
-        self.context = block.context(cond if block.sees_condition else None, grid)
+        self.context = block.context(with_level(given if block.sees_condition else None, log_level), grid)
         #: What stands before token 0, (C,), or None.
         self.start_token = None if block.start_token is None else block.start_token.to(device)
         #: The first token that is made; without a start token, token 0 passes unchanged.
@@ -227,8 +231,8 @@ def residual(
     model: Flow,
     x: Tensor,
     z: Tensor,
-    cond: Tensor | None = None,
-    null_cond: Tensor | None = None,
+    cond: Condition = None,
+    null_cond: Condition = None,
     guidance: Guidance | Sequence[Guidance] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How exact samples are: |f(x) − z| from one parallel pass of the (guided) map f.
@@ -250,8 +254,8 @@ def residual(
 def guided_states(
     model: Flow,
     x: Tensor,
-    cond: Tensor | None = None,
-    null_cond: Tensor | None = None,
+    cond: Condition = None,
+    null_cond: Condition = None,
     guidance: Guidance | Sequence[Guidance] | None = None,
 ) -> list[Tensor]:
     """What each block of the (guided) map from data to noise makes, in one parallel pass.
@@ -273,7 +277,8 @@ def guided_states(
     guidances: Sequence[Guidance | None] = (
         guidance if isinstance(guidance, Sequence) else [guidance] * len(model.blocks)
     )
-    for block, own in zip(model.blocks, guidances, strict=True):
+    for place, block, given in zip(range(len(guidances)), model.blocks, guidances, strict=True):
+        own = None if given is None else given.of_block(place + 1 == len(guidances))
         if block.one_pass:
             tokens, _ = block(tokens, grid, cond, null_cond, own)
         else:

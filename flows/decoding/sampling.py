@@ -18,6 +18,7 @@ from tarflow.flows.decoding.method import Decoding, InversionState, check_finite
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.block import Block, Flow
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.prepared import at_hand
@@ -35,7 +36,7 @@ class Change:
 
     latents: Tensor | None = None
     guidance: Guidance | None = None
-    null_cond: Tensor | None = None
+    null_cond: Condition = None
     stop: bool = False
 
 
@@ -44,8 +45,8 @@ def decode(
     block: Block,
     z: Tensor,
     grid: tuple[int, int],
-    cond: Tensor | None = None,
-    null_cond: Tensor | None = None,
+    cond: Condition = None,
+    null_cond: Condition = None,
     guidance: Guidance | None = None,
     decoding: Decoding | None = None,
     name: str = "the block",
@@ -94,8 +95,8 @@ def decode(
 def generate(
     model: Flow,
     z: Tensor,
-    cond: Tensor | None = None,
-    null_cond: Tensor | None = None,
+    cond: Condition = None,
+    null_cond: Condition = None,
     guidance: Guidance | None = None,
     callback: Callable[[int, Tensor], Change | Tensor | None] | None = None,
     decoding: Decoding | Sequence[Decoding] | None = None,
@@ -140,7 +141,8 @@ def generate(
         index = len(methods) - 1 - place
         name = f"block {index} (0 is next to the data)"
         start = clock(z.device) if timed is not None else 0.0
-        tokens, block_log_det = decode(block, tokens, grid, cond, null_cond, guidance, method, name, fast)
+        own = None if guidance is None else guidance.of_block(place == 0)
+        tokens, block_log_det = decode(block, tokens, grid, cond, null_cond, own, method, name, fast)
         if timed is not None:  # `decode` has waited for the device, so this makes it no slower
             timed(index, 1e3 * (clock(z.device) - start))
         log_det = log_det + block_log_det

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow.flows.layers.affine import log_scale_of, soft_clip
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.config import BlockConfig
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.kv_cache import Cache
@@ -40,8 +41,8 @@ class Block(TokenNetwork):
         self,
         z: Tensor,
         grid: tuple[int, int],
-        cond: Tensor | None = None,
-        null_cond: Tensor | None = None,
+        cond: Condition = None,
+        null_cond: Condition = None,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Noise to data (B, T, C), and the log|det| (B,) of `forward`; see the kinds of blocks."""

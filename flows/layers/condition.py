@@ -2,11 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tarflow.flows.layers.affine import at_least_float32
+
+
+class Leveled(NamedTuple):
+    """The condition of a model that is trained for many noise levels.
+
+    Attributes:
+        given: labels (B,), prefix (B, L, E), or None.
+        log_level: the logarithm of each picture's noise level, (B,), at least float32.
+    """
+
+    given: Tensor | None
+    log_level: Tensor
+
+
+#: What blocks take: labels (B,), a prefix (B, L, E) or None, with `Leveled` the noise level too.
+Condition = Tensor | Leveled | None
+
+
+def parts_of(condition: Condition) -> tuple[Tensor | None, Tensor | None]:
+    """Labels or prefix, and the logarithms of the noise levels (B,), each None if there is none."""
+    return (condition.given, condition.log_level) if isinstance(condition, Leveled) else (condition, None)
+
+
+def with_level(given: Tensor | None, log_level: Tensor | None) -> Condition:
+    """The inverse of `parts_of`."""
+    return given if log_level is None else Leveled(given, log_level)
+
+
+def log_levels(config: Any, noise_level: Tensor | float | None, batch: int, like: Tensor) -> Tensor | None:
+    """The logarithm of each picture's noise level, (B,), as the blocks take it; None for a model of one level.
+
+    Args:
+        config: of the `TARFlowModel`.
+        noise_level: t > 0, one for all or (B,) or (B, 1).
+        batch: B.
+        like: a tensor of the device of levels that are given as a number, and of the model's dtype.
+
+    Raises:
+        ValueError: if the model needs a level and has none or one that is not positive, or takes none and has one.
+    """
+    if not config.get("noise_conditioning", False):
+        if noise_level is not None:
+            raise ValueError("this model knows the one noise level of its training, and takes no noise_level")
+        return None
+    if noise_level is None:
+        raise ValueError("this model is trained for many noise levels: say by noise_level which its input has")
+    if not isinstance(noise_level, Tensor):
+        noise_level = torch.as_tensor(noise_level, device=like.device, dtype=at_least_float32(like).dtype)
+    if noise_level.numel() not in (1, batch):
+        raise ValueError(f"noise_level must be one number or {batch}, got the shape {tuple(noise_level.shape)}")
+    # As of labels: on a GPU the check would wait for it.
+    checked = noise_level.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked and batch and not bool((noise_level > 0).all() and noise_level.isfinite().all()):
+        raise ValueError(f"noise_level must be positive, got {noise_level.flatten().tolist()}")
+    return at_least_float32(noise_level).reshape(-1).log().expand(batch)
 
 
 def as_condition(

@@ -65,6 +65,7 @@ class BlockConfig:
     conditioning: str
     num_classes: int
     cond_dim: int
+    noise_conditioning: bool
     order: str
     groups: str
     swapped: bool

@@ -6,9 +6,16 @@ Weights are w = guidance_scale − 1: w = 0 is plain conditional sampling.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+GuidanceMethod = Literal["gaussian", "linear", "linear_scale"]
+METHODS: tuple[GuidanceMethod, ...] = get_args(GuidanceMethod)
+#: Of "linear_scale": a guided scale is at least this share of the conditional one. Where the unconditional scale is much
+#: larger, the line would go below 0.
+SMALLEST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -17,10 +24,12 @@ class Guidance:
 
     Attributes:
         weight: w ≥ 0; one for each sample, (B, 1, 1), where a flow maps data to noise (see `guided_states`).
-        method: "gaussian" (STARFlow's closed form) or "linear" (TARFlow's).
-        parts: which parameters the linear form changes: "a" the log-scale, "b" the shift, "ab" both.
-        annealed: the linear form's weight grows with the token's place in the block's order.
+        method: "gaussian" (STARFlow's closed form), "linear" (TARFlow's), or "linear_scale" (iTARFlow's, linear in the
+            scale instead of its logarithm).
+        parts: which parameters a linear form changes: "a" the log-scale, "b" the shift, "ab" both.
+        annealed: a linear form's weight grows with the token's place in the block's order.
         temperature: of the attention in the second pass; 1 is ordinary.
+        blocks: which are guided: "all", or "deep", the one next to the noise alone (iTARFlow).
     """
 
     weight: float | Tensor
@@ -28,16 +37,19 @@ class Guidance:
     parts: str = "ab"
     annealed: bool = False
     temperature: float = 1.0
+    blocks: str = "all"
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Tensor) and not self.weight >= 0:
             raise ValueError(
                 f"the guidance weight must be 0 or positive (guidance_scale at least 1), got {self.weight}"
             )
-        if self.method not in ("gaussian", "linear"):
-            raise ValueError(f"the guidance method must be 'gaussian' or 'linear', got {self.method!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"the guidance method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.parts not in ("a", "b", "ab"):
             raise ValueError(f"the guided parts must be 'a', 'b' or 'ab', got {self.parts!r}")
+        if self.blocks not in ("all", "deep"):
+            raise ValueError(f"the guided blocks must be 'all' or 'deep', got {self.blocks!r}")
         if not self.temperature > 0:
             raise ValueError(f"the attention temperature must be positive, got {self.temperature}")
 
@@ -46,6 +58,10 @@ class Guidance:
         """Whether there is any guidance."""
         return isinstance(self.weight, Tensor) or self.weight > 0
 
+    def of_block(self, deep: bool) -> Guidance | None:
+        """What a block is guided by; ``deep`` if it is the one next to the noise."""
+        return self if deep or self.blocks == "all" else None
+
     def __call__(
         self, cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], token: int | Tensor, num_tokens: int
     ) -> tuple[Tensor, Tensor]:
@@ -53,7 +69,8 @@ class Guidance:
         if self.method == "gaussian":
             return guide_gaussian(cond, uncond, self.weight)
         weight = self.weight * token / max(num_tokens - 1, 1) if self.annealed else self.weight
-        return guide_linear(cond, uncond, weight, self.parts)
+        guide = guide_linear if self.method == "linear" else guide_linear_scale
+        return guide(cond, uncond, weight, self.parts)
 
 
 def guide_gaussian(
@@ -80,3 +97,15 @@ def guide_linear(
     if "a" in parts:
         log_scale = log_scale + weight * (log_scale - log_scale_u)
     return shift, log_scale
+
+
+def guide_linear_scale(
+    cond: tuple[Tensor, Tensor], uncond: tuple[Tensor, Tensor], weight: float | Tensor, parts: str = "ab"
+) -> tuple[Tensor, Tensor]:
+    """As `guide_linear`, but σ + w·(σ − σ_u) for the scale ("a") itself (iTARFlow)."""
+    log_scale = cond[1]
+    guided, _ = guide_linear(cond, uncond, weight, parts.replace("a", ""))
+    if "a" in parts:
+        ratio = 1 + weight * (1 - (uncond[1] - log_scale).exp())  # of the guided scale to σ
+        log_scale = log_scale + ratio.clamp(min=SMALLEST_SHARE).log()
+    return guided, log_scale

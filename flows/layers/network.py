@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from tarflow.flows.layers.affine import at_least_float32
+from tarflow.flows.layers.condition import Condition, parts_of
 from tarflow.flows.layers.config import BlockConfig
 from tarflow.flows.layers.kv_cache import Cache, KVCache
+from tarflow.flows.layers.level import LevelEmbedding
 from tarflow.flows.layers.module_list import ModuleList
 from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.positions import Rotation, rotary_angles, rotary_angles_1d, rotation_tables, slots_of
@@ -30,7 +32,8 @@ class BlockContext:
 
     Attributes:
         prefix: projected condition tokens (B, L, D), or None.
-        added: what is added to every slot's embedding: positions and class vectors, (B or 1, S, D), or None.
+        added: what is added to every slot's embedding: positions, class vectors, the noise level's vector, (B or 1, S, D),
+            or None.
         rotation: tables of the L + T slots, see `rotation_tables`, or None.
     """
 
@@ -77,6 +80,7 @@ class TokenNetwork(nn.Module):
             self.class_embed = nn.Parameter(torch.randn(config.num_classes, transformer.width) * 0.01)
         elif config.conditioning != "none":
             self.proj_cond = nn.Linear(config.cond_dim, transformer.width)
+        self.level_embed = LevelEmbedding(transformer.width) if config.noise_conditioning else None
         #: Every so many layers' activations are computed again in the backward pass instead of kept; 0 keeps all.
         self.checkpoint_every = 0
         self._gradient_checkpointing_func = recomputed
@@ -96,8 +100,9 @@ class TokenNetwork(nn.Module):
     def gradient_checkpointing(self, enabled: bool) -> None:
         self.checkpoint_every = int(enabled)
 
-    def context(self, cond: Tensor | None, grid: tuple[int, int]) -> BlockContext:
+    def context(self, condition: Condition, grid: tuple[int, int]) -> BlockContext:
         """What the sequence's slots share, from the condition and the grid."""
+        cond, log_level = parts_of(condition)
         config, device, dtype = self.config, compute_device(self.proj_in), compute_dtype(self.proj_in)
         prefix = added = rotation = None
         if self.proj_cond is not None:
@@ -114,6 +119,11 @@ class TokenNetwork(nn.Module):
         if self.class_embed is not None:
             table = torch.cat([self.class_embed, self.class_embed.mean(0, keepdim=True)])  # the last row: no class
             vector = table[cond][:, None] if cond is not None else table[-1:][None]  # (B or 1, 1, D)
+            added = vector.expand(-1, grid[0] * grid[1], -1) if added is None else added + vector
+        if self.level_embed is not None:
+            if log_level is None:
+                raise ValueError("this network is trained for many noise levels, and got none")
+            vector = self.level_embed(log_level.to(device), dtype)[:, None].to(dtype)  # (B, 1, D)
             added = vector.expand(-1, grid[0] * grid[1], -1) if added is None else added + vector
         if config.positions != "learned":
             length = 0 if prefix is None else prefix.shape[1]

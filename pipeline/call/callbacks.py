@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tarflow.flows.decoding.method import Decoding, beyond_promise
 from tarflow.flows.decoding.sampling import Change
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.call.parts import PipelineParts
 from tarflow.pipeline.call.settings import Sampling
@@ -42,12 +43,13 @@ class CallState(PipelineParts):
 
     @property
     def num_timesteps(self) -> int:
-        """How many steps the call takes: one for each block, or one with a student."""
+        """How many steps the call takes: one for each block, or one with a student, and those of a walk of several steps
+        from noise level to noise level."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set ``_interrupt``, which ends the call after the current block."""
+        """Whether a callback has set ``_interrupt``, which ends the call after the current step."""
         return self._interrupt
 
 
@@ -58,7 +60,8 @@ def warn_beyond_promise(decodings: Sequence[Decoding], guidance_scale: float) ->
 
 
 class AfterStep:
-    """Tells a call's callback of each block, or of a student's pass, and the blocks to come of what it changed.
+    """Tells a call's callback of each block, or of a student's pass, or of a step down from a noise level, and the blocks
+    to come of what it changed.
 
     Args:
         pipe: the pipeline, whose `CallState` is the call's.
@@ -81,24 +84,22 @@ class AfterStep:
         progress: Any,
         call: Sampling,
         module: nn.Module | None,
-        null_condition: Callable[[], Tensor | None] | None = None,
+        null_condition: Callable[[], Condition] | None = None,
     ):
         self.pipe, self.progress, self.call, self.module = pipe, progress, call, module
         self.guidance, self.null_condition = call.guidance, null_condition
         self.decodings: Sequence[Decoding] = ()
         self.used: list[Guidance] = []
         self.stopped = False
-        self.added: Tensor | None = None
+        self.added: Condition = None
 
     def __call__(self, index: int, latents: Tensor) -> Change:
         """After step ``index`` of the call, 0 for the first; latents (B, C, h, w)."""
         self.used.append(self.guidance)
         self.progress.update()
-        callback, tensors = self.call.callback, self.call.callback_tensors
-        if callback is None:
+        if self.call.callback is None:
             return Change()
-        wanted = tensors is None or "latents" in tensors
-        returned = callback(self.pipe, index, index, {"latents": latents} if wanted else {}) or {}
+        returned = self.returned(index, index, latents)
         before, scale = self.guidance, self.pipe.guidance_scale
         null = self.change_guidance(scale)
         if self.guidance != before:
@@ -107,13 +108,29 @@ class AfterStep:
         self.stopped = bool(self.pipe.interrupt) and index + 1 < self.pipe.num_timesteps
         return Change(returned.get("latents"), self.guidance, null, self.stopped)
 
-    def change_guidance(self, scale: float) -> Tensor | None:
+    def after_level(self, index: int, timestep: Tensor, latents: Tensor) -> tuple[Tensor, bool]:
+        """As `AfterLevel`: latents for the level to come, and whether the callback has ended the call."""
+        self.progress.update()
+        if self.call.callback is None:
+            return latents, False
+        changed = self.returned(index, timestep, latents).get("latents")
+        self.pipe.run_offload_hook(self.module)
+        return latents if changed is None else changed, bool(self.pipe.interrupt)
+
+    def returned(self, index: int, timestep: Any, latents: Tensor) -> dict[str, Any]:
+        """What the callback returns; nothing is an empty dictionary."""
+        callback, tensors = self.call.callback, self.call.callback_tensors
+        assert callback is not None
+        wanted = tensors is None or "latents" in tensors
+        return callback(self.pipe, index, timestep, {"latents": latents} if wanted else {}) or {}
+
+    def change_guidance(self, scale: float) -> Condition:
         """Take over the scale that a callback may have set; returns the null condition if it is needed now."""
         before, self.guidance = self.guidance, replace(self.guidance, weight=max(scale - 1.0, 0.0))
         if self.guidance.active and not before.active and self.added is None and self.null_condition is not None:
             self.added = self.null_condition()
         return self.added
 
-    def null(self, first: Tensor | None) -> Tensor | None:
+    def null(self, first: Condition) -> Condition:
         """The null condition that was used at last; ``first`` is the call's."""
         return first if self.added is None else self.added

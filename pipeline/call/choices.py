@@ -16,10 +16,14 @@ DecodingName = Literal["auto", "sequential", "fast", "jacobi", "gs_jacobi", "stu
 #: Those that invert the flow.
 FlowDecodingName = Literal["auto", "sequential", "fast", "jacobi", "gs_jacobi"]
 
+#: How a flow of many noise levels goes from one to the next: Euler's steps, or with fresh noise at each level.
+Walk = Literal["ode", "sde"]
+
 #: A call's ``decoding`` that is one pass of the pipeline's student.
 STUDENT: Literal["student"] = "student"
 DECODINGS: tuple[DecodingName, ...] = get_args(DecodingName)
 DENOISE: tuple[DenoiseName, ...] = get_args(DenoiseName)
+WALKS: tuple[Walk, ...] = get_args(Walk)
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 #: Ways from noisy latents to pictures by their names for users: ``denoise`` and ``decoder`` of a pipeline's call.
 NOISE_REMOVALS: dict[str, tuple[Denoise, Decoder]] = {

@@ -20,6 +20,7 @@ from tarflow.pipeline.call.inversion import BlockInversion
 from tarflow.pipeline.call.prompts import PromptEncoding
 from tarflow.pipeline.call.samples import decoded, without_noise
 from tarflow.pipeline.call.student_sampling import noise_left
+from tarflow.pipeline.call.walk import AfterLevel, resolve_level, resolve_steps, scheduler_for, walk_down
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -93,18 +94,38 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         return self.flow.scale_noise(noise)
 
     def remove_noise(
-        self, latents: Tensor, denoise: bool | str, class_labels: Tensor | None = None, cond: Tensor | None = None
+        self,
+        latents: Tensor,
+        denoise: bool | str,
+        class_labels: Tensor | None = None,
+        cond: Tensor | None = None,
+        noise_level: float | None = None,
+        num_inference_steps: int | None = None,
+        walk: str | None = None,
+        generator: Generators = None,
+        after_level: AfterLevel | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) without the training noise.
 
         Args:
             denoise: True or "score", "learned", or False, which changes nothing.
             class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
+            noise_level, num_inference_steps, walk, generator: as of a call, of a flow of many levels.
+            after_level: see `AfterLevel`.
         """
         if not denoise or self.config.noise_std == 0:
             return latents
         check_flow_kind(self.flow, "removing the noise of single pictures is")
         self.run_offload_hook(self.flow)
+        level = resolve_level(self.noise_levels, noise_level)
+        if level is not None:
+            steps = resolve_steps(self.noise_levels, num_inference_steps, self.config.num_inference_steps, True, level)
+            scheduler = scheduler_for(self.scheduler, level, steps, walk, latents.device)
+
+            def clean(x: Tensor, at: float) -> Tensor:
+                return without_noise(self.flow, x, "score", at, class_labels, cond)
+
+            return walk_down(scheduler, latents, clean, self.vae is None, generator, after_level)
         step = "learned" if denoise == "learned" else "score"
         return without_noise(self.flow, latents, step, self.config.noise_std, class_labels, cond)
 

@@ -17,6 +17,7 @@ from tarflow.flows.decoding.calibration_store import CalibrationStore, file_of, 
 from tarflow.flows.decoding.fast_step import OFFLOADED, FastSteps
 from tarflow.flows.decoding.method import Decoding
 from tarflow.flows.decoding.watch import Calibration
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.prepared import is_elsewhere, leaves_after_use
 from tarflow.flows.model import TARFlowModel
@@ -118,8 +119,8 @@ class BlockInversion(PipelineParts):
         self,
         decoding: Decoding | list[Decoding],
         noise: Tensor,
-        cond: Tensor | None,
-        null_cond: Tensor | None,
+        cond: Condition,
+        null_cond: Condition,
         guidance: Guidance,
     ) -> tuple[list[Decoding], Callable[[int, float], None] | None]:
         """One decoding for each block. Those that are "auto" are replaced by calibrated ones; without a calibration,
@@ -141,7 +142,7 @@ class BlockInversion(PipelineParts):
     def _calibrated(
         self,
         noise: Tensor,
-        conditions: tuple[Tensor | None, Tensor | None, Guidance],
+        conditions: tuple[Condition, Condition, Guidance],
         tolerance: float,
         timed: bool,
     ) -> tuple[list[Decoding], Callable[[int, float], None] | None]:

@@ -16,6 +16,7 @@ from tarflow.flows.student import StudentModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.inputs import Labels, label_indices, latent_shape
 from tarflow.pipeline.call.labels import labels_by_name
+from tarflow.pipeline.call.walk import check_levels
 from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import LatentDecoder
 
@@ -29,10 +30,11 @@ class PipelineParts(DiffusionPipeline):
     tokenizer: PreTrainedTokenizerBase | None
     finetuned_decoder: LatentDecoder | None
     student: StudentModel | None
+    scheduler: Any  # one of levels, see `scheduler_for`
     config: Any
 
     model_cpu_offload_seq = "text_encoder->flow->student->vae->finetuned_decoder"
-    _optional_components = ["vae", "text_encoder", "tokenizer", "finetuned_decoder", "student"]  # noqa: RUF012 (the library's interface)
+    _optional_components = ["vae", "text_encoder", "tokenizer", "finetuned_decoder", "student", "scheduler"]  # noqa: RUF012 (the library's interface)
 
     _image_processor: VaeImageProcessor | None = None
     _fast_steps: FastSteps | None = None
@@ -41,6 +43,17 @@ class PipelineParts(DiffusionPipeline):
     def codec(self) -> LatentCodec:
         """Pictures to latents and back, by the present autoencoder and latent statistics."""
         return LatentCodec(self.vae, self.config.latents_mean, self.config.latents_std)
+
+    @property
+    def noise_levels(self) -> tuple[float, float] | None:
+        """The lowest and the highest level that the flow is trained for; None if it knows one, ``config.noise_std``."""
+        levels = self.config.get("noise_levels")
+        return None if levels is None else check_levels(levels)
+
+    @property
+    def drawing_level(self) -> float | None:
+        """The highest of `noise_levels`, which samples are drawn at."""
+        return None if self.noise_levels is None else self.noise_levels[1]
 
     @property
     def vae_scale_factor(self) -> int:

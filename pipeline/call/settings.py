@@ -74,6 +74,10 @@ class Sampling:
         temperature: factor on the prior noise.
         return_residual: whether to tell how exact each sample is.
         num_steps: of a trajectory model; None inverts a flow's blocks.
+        noise_level: that the flow draws at; None for a flow of one level.
+        walk_steps: in how many steps its score removes the noise; 0 if it does not.
+        walk: "ode", "sde", or None for the pipeline's scheduler.
+        generator: of the noise.
         callback, callback_tensors: called after each step with these tensors; None is all.
     """
 
@@ -89,6 +93,10 @@ class Sampling:
     temperature: float = 1.0
     return_residual: bool = False
     num_steps: int | None = None
+    noise_level: float | None = None
+    walk_steps: int = 1
+    walk: str | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
     callback: Callback | None = None
     callback_tensors: list[str] | None = None
 
@@ -106,11 +114,15 @@ class Sampling:
         """Whether the flow itself sees the condition; a student needs it, and a second one, for the residual alone."""
         return not self.by_student or self.return_residual
 
-    def steps(self, flow: FlowModel) -> int:
-        """How often the callback is called: after each block or step of a trajectory, or once."""
+    def drawing_steps(self, flow: FlowModel) -> int:
+        """Steps from noise to a sample: one for each block, or step of a trajectory, or one of the student."""
         if self.num_steps is not None:
             return self.num_steps
         return 1 if self.by_student else len(flow.blocks)
+
+    def steps(self, flow: FlowModel) -> int:
+        """How often the callback is called: after each step of the drawing, and of a walk of several steps."""
+        return self.drawing_steps(flow) + (self.walk_steps if self.walk_steps > 1 else 0)
 
 
 def resolve_decoding(

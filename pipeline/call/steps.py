@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tarflow.flows.decoding import sampling as flow_sampling
 from tarflow.flows.decoding.method import residual
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.call.callbacks import AfterStep, warn_beyond_promise
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -53,8 +54,8 @@ class Drawn:
 
     latents: Tensor
     noisy: Tensor
-    condition: Tensor | None
-    null_condition: Tensor | None
+    condition: Condition
+    null_condition: Condition
     guidance: Guidance | list[Guidance]
     stopped: bool
     source: Tensor | None = None
@@ -91,19 +92,19 @@ def encoded_captions(pipe: FlowPipeline, call: Sampling, guided: bool) -> tuple[
     )
 
 
-def null_condition(pipe: FlowPipeline, call: Sampling, conditions: Conditions) -> Tensor | None:
+def null_condition(pipe: FlowPipeline, call: Sampling, conditions: Conditions) -> Condition:
     """What guidance leads the flow's blocks away from, also if a callback turns it on later."""
     embeds = conditions.null_cond
     if pipe.flow.config.conditioning == "prefix" and embeds is None:
         embeds = encoded_captions(pipe, call, True)[1]
     pipe.run_offload_hook(pipe.flow)
-    return pipe.flow.condition(None, embeds, conditions.count)
+    return pipe.flow.condition(None, embeds, conditions.count, call.noise_level)
 
 
-def block_conditions(pipe: FlowPipeline, call: Sampling, conditions: Conditions) -> tuple[Tensor | None, Tensor | None]:
+def block_conditions(pipe: FlowPipeline, call: Sampling, conditions: Conditions) -> tuple[Condition, Condition]:
     """What the flow's blocks see, and with guidance what it leads them away from."""
     pipe.run_offload_hook(pipe.flow)
-    condition = pipe.flow.condition(conditions.class_labels, conditions.cond, conditions.count)
+    condition = pipe.flow.condition(conditions.class_labels, conditions.cond, conditions.count, call.noise_level)
     return condition, null_condition(pipe, call, conditions) if call.guidance.active else None
 
 
@@ -111,7 +112,7 @@ def draw_by_flow(pipe: FlowPipeline, call: Sampling, conditions: Conditions, noi
     """Noise (B, C, h, w) through the flow's inverse, block after block."""
     assert call.decoding is not None
     condition, null = block_conditions(pipe, call, conditions)
-    with pipe.progress_bar(total=call.steps(pipe.flow)) as progress:
+    with pipe.progress_bar(total=call.drawing_steps(pipe.flow)) as progress:
         after_block = AfterStep(pipe, progress, call, pipe.flow, lambda: null_condition(pipe, call, conditions))
         pipe.run_offload_hook(pipe.flow)
         methods, timed = pipe.resolve_decoding(call.decoding, noise, condition, null, call.guidance)
@@ -145,12 +146,26 @@ def residuals(pipe: FlowPipeline, drawn: Drawn, noise: Tensor) -> tuple[Tensor, 
     return residual(pipe.flow, drawn.noisy, source, drawn.condition, drawn.null_condition, drawn.guidance)
 
 
+def clean_latents(pipe: FlowPipeline, call: Sampling, conditions: Conditions, latents: Tensor) -> Tensor:
+    """Samples without their noise; several steps from level to level are steps of the call."""
+    given = (latents, call.denoise, conditions.class_labels, conditions.cond)
+    if call.walk_steps < 1 or call.noise_level is None:
+        return pipe.remove_noise(*given)
+    walk = (call.noise_level, call.walk_steps, call.walk, call.generator)
+    if call.walk_steps == 1:
+        return pipe.remove_noise(*given, *walk)
+    first = call.drawing_steps(pipe.flow)
+    with pipe.progress_bar(total=call.walk_steps) as progress:
+        after = AfterStep(pipe, progress, call, pipe.flow)
+        return pipe.remove_noise(*given, *walk, lambda index, step, x: after.after_level(first + index, step, x))
+
+
 def pictures(pipe: FlowPipeline, call: Sampling, conditions: Conditions, drawn: Drawn, output_type: str) -> Any:
     """Samples without their noise, or as they are if a callback has ended the call; decoded, unless latents are asked
     for."""
     latents = drawn.latents
     if not drawn.stopped and not drawn.clean:
-        latents = pipe.remove_noise(latents, call.denoise, conditions.class_labels, conditions.cond)
+        latents = clean_latents(pipe, call, conditions, latents)
     if output_type == "latent":
         return latents
     images = pipe.decode_latents(latents, call.decoder)

@@ -28,7 +28,8 @@ from tarflow.pipeline.call.steps import Conditions, Drawn, block_conditions, nul
 def trajectory_steps(
     flow: FlowModel, steps: int | None, decoding: Any, denoise: bool | str | None, temperature: float = 1.0
 ) -> int | None:
-    """How many steps a call takes along a trajectory; None for a flow, which inverts its blocks.
+    """How many steps a call takes along a trajectory; None for a flow, which inverts its blocks (its
+    steps from noise level to noise level are another thing).
 
     Args:
         flow: of the pipeline.
@@ -43,11 +44,6 @@ def trajectory_steps(
     if steps is not None and not whole:
         raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
     if not isinstance(flow, TrajectoryFlowModel):
-        if steps is not None:
-            raise ValueError(
-                f"this pipeline's flow is inverted block by block, and has no steps to choose: leave num_inference_steps="
-                f"{steps} out"
-            )
         return None
     if decoding == STUDENT:
         raise ValueError("a trajectory model has no student: leave decoding='student' out")

@@ -15,17 +15,27 @@ from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call.checks import check_generator, check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.inputs import Labels
+from tarflow.pipeline.call.walk import resolve_level
 from tarflow.pipeline.editing.inputs import Pictures, as_many, read_images
 from tarflow.pipeline.editing.outputs import EditingOutput
 
 
 class FlowEditor:
     """Steps of `ExactFlowTools` for a pipeline; pictures here are floats (B, 3, H, W) in [−1, 1], conditions keyword
-    arguments of the flow."""
+    arguments of the flow.
 
-    def __init__(self, pipe: FlowPipeline):
+    Args:
+        pipe: the pipeline.
+        noise_level: of the noise that pictures get, for a flow of many levels; None is its highest.
+
+    Attributes:
+        level: that level; None for a flow of one.
+    """
+
+    def __init__(self, pipe: FlowPipeline, noise_level: float | None = None):
         check_flow_kind(pipe.flow, "encoding, likelihoods and editing are")
         self.pipe, self.flow = pipe, pipe.flow
+        self.level = resolve_level(pipe.noise_levels, noise_level)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -41,8 +51,9 @@ class FlowEditor:
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
         embeds: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The flow's keyword arguments for a batch; "no condition" if none is given."""
+    ) -> dict[str, Any]:
+        """The flow's keyword arguments for a batch; "no condition" if none is given, and its level if it has several."""
+        leveled: dict[str, Any] = {} if self.level is None else {"noise_level": self.level}
         kind, device = self.flow.config.conditioning, self.pipe._execution_device
         if prompt is not None and embeds is not None:
             raise ValueError("give either prompt or prompt_embeds, not both")
@@ -52,12 +63,12 @@ class FlowEditor:
                 captions = as_many("" if prompt is None else prompt, batch, "prompt")
                 embeds, _ = self.pipe.encode_prompt(captions, device, do_classifier_free_guidance=False)
             self.pipe.run_offload_hook(self.flow)
-            self.flow.condition(None, embeds, batch)  # an error for another width
-            return {"cond": embeds.to(device).expand(batch, -1, -1)}
+            self.flow.condition(None, embeds, batch, self.level)  # an error for another width
+            return {"cond": embeds.to(device).expand(batch, -1, -1), **leveled}
         if kind == "none" or class_labels is None:
-            return {}
+            return leveled
         labels = self.pipe.label_indices(as_many(class_labels, batch, "class_labels"))
-        return {"class_labels": torch.tensor(labels, device=device)}
+        return {"class_labels": torch.tensor(labels, device=device), **leveled}
 
     def latents(self, images: Tensor) -> Tensor:
         """The autoencoder's latents (B, C, h, w), or the pixels themselves, in the flow's dtype, at least float32."""
@@ -73,32 +84,32 @@ class FlowEditor:
         fresh = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         if self.pipe.vae is None and self.pipe.config.noise_std == 0:
             return dequantize((latents + 1) * 127.5, torch.special.ndtr(fresh))
-        return latents + self.pipe.config.noise_std * fresh
+        return latents + (self.pipe.config.noise_std if self.level is None else self.level) * fresh
 
     def read(self, image: Pictures, fit: bool, generator: Generators, noise: bool) -> Tensor:
         """A caller's pictures as latents, as the flow was trained on them."""
         return self.noisy(self.latents(read_images(image, self.size, fit)), generator, noise)
 
-    def encoded(self, x: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def encoded(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """Noisy latents → standard normal z."""
         self.pipe.run_offload_hook(self.flow)
         z, _ = self.flow(x, **condition)
         variance = self.flow.prior_variance_image()
         return z if variance is None else z / variance.sqrt()
 
-    def decoded(self, z: Tensor, condition: dict[str, Tensor], guidance_scale: float = 1.0) -> Tensor:
+    def decoded(self, z: Tensor, condition: dict[str, Any], guidance_scale: float = 1.0) -> Tensor:
         """z → noisy latents, sequentially: the inverse of `encoded` if guidance is off."""
         self.pipe.run_offload_hook(self.flow)
         guidance = Guidance(guidance_scale - 1, self.pipe.config.guidance_method)
         null = self.condition(len(z)).get("cond") if guidance.weight > 0 else None
         return self.flow.inverse(self.flow.scale_noise(z), **condition, null_cond=null, guidance=guidance)[0]
 
-    def log_prob(self, x: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def log_prob(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """log p of noisy latents, (B,)."""
         self.pipe.run_offload_hook(self.flow)
         return log_prob(self.flow, x, **condition)
 
-    def denoised(self, x: Tensor, condition: dict[str, Tensor]) -> tuple[Tensor, str]:
+    def denoised(self, x: Tensor, condition: dict[str, Any]) -> tuple[Tensor, str]:
         """Latents for the pipeline's decoder, and which that is: a finetuned one takes them as they are."""
         denoise, decoder = self.pipe.check_outputs(None, "pil")
         return self.pipe.remove_noise(x, denoise, **condition), decoder
@@ -110,13 +121,13 @@ class FlowEditor:
         return latents if output_type == "latent" else self.pipe.image_processor.postprocess(images, output_type)
 
     def edited(
-        self, z: Tensor, condition: dict[str, Tensor], output_type: str, guidance_scale: float = 1.0
+        self, z: Tensor, condition: dict[str, Any], output_type: str, guidance_scale: float = 1.0
     ) -> EditingOutput:
         """z as pictures, with their log p."""
         x = self.decoded(z, condition, guidance_scale)
         return self.finished(x, condition, output_type, self.log_prob(x, condition))
 
-    def finished(self, x: Tensor, condition: dict[str, Tensor], output_type: str, values: Tensor) -> EditingOutput:
+    def finished(self, x: Tensor, condition: dict[str, Any], output_type: str, values: Tensor) -> EditingOutput:
         """Noisy latents as pictures; ``values`` is their log p."""
         latents, decoder = self.denoised(x, condition)
         images = self.postprocessed(self.pipe.decode_latents(latents, decoder), latents, output_type)
@@ -141,7 +152,7 @@ class FlowEditor:
         made = self.pipe.decode_latents(latents, decoder).clamp(-1, 1)
         return torch.where(hidden, made.to(pixels.dtype), pixels), latents
 
-    def fill(self, x: Tensor, hole: Tensor, condition: dict[str, Tensor], generator: Generators, first: bool) -> Tensor:
+    def fill(self, x: Tensor, hole: Tensor, condition: dict[str, Any], generator: Generators, first: bool) -> Tensor:
         """Noisy latents with the hole made anew; ``first`` if there is nothing of worth in it yet."""
         self.pipe.run_offload_hook(self.flow)
         tokens, grid = self.flow.patchify(x)
@@ -152,7 +163,7 @@ class FlowEditor:
         return held.inverse(randn_tensor(tokens.shape, generator, x.device, x.dtype))[0]
 
     def chain(
-        self, x: Tensor, hole: Tensor, condition: dict[str, Tensor], steps: int, step_size: float, generator: Generators
+        self, x: Tensor, hole: Tensor, condition: dict[str, Any], steps: int, step_size: float, generator: Generators
     ) -> editing.Chain:
         """`tarflow.flows.editing.metropolis` with the generator's numbers."""
         self.pipe.run_offload_hook(self.flow)

@@ -63,9 +63,15 @@ class ExactFlowTools(FlowPipeline):
         generator: Generators = None,
         noise: bool = True,
         fit: bool = False,
+        noise_level: float | None = None,
     ) -> LikelihoodOutput:
-        """log p of the pictures' latents under the condition, and where on the picture it comes from."""
-        editor = FlowEditor(self)
+        """log p of the pictures' latents under the condition, and where on the picture it comes from.
+
+        Args:
+            noise_level: of a flow of many levels, that of the noise which pictures get, and of the density; the highest if
+                not given.
+        """
+        editor = FlowEditor(self, noise_level)
         x = editor.read(image, fit, generator, noise)
         condition = editor.condition(len(x), prompt, class_labels, prompt_embeds)
         self.run_offload_hook(self.flow)

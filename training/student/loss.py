@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflow.flows.decoding.method import guided_states
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 
@@ -18,8 +19,8 @@ from tarflow.flows.model import TARFlowModel
 def teacher_states(
     flow: TARFlowModel,
     x: Tensor,
-    condition: Tensor | None,
-    null_condition: Tensor | None,
+    condition: Condition,
+    null_condition: Condition,
     weight: Tensor | None,
     method: str,
 ) -> list[Tensor]:

@@ -129,9 +129,9 @@ class StudentObjective:
 
     def states(self, pictures: Pictures, weight: Tensor | None) -> list[Tensor]:
         """The flow's states of the pictures, see `teacher_states`."""
-        flow, batch = self.pipe.flow, len(pictures.noisy)
-        condition = flow.condition(pictures.labels, pictures.cond, batch)
-        null = None if weight is None else flow.condition(None, self.null_cond, batch)
+        flow, batch, level = self.pipe.flow, len(pictures.noisy), self.pipe.drawing_level
+        condition = flow.condition(pictures.labels, pictures.cond, batch, level)
+        null = None if weight is None else flow.condition(None, self.null_cond, batch, level)
         return teacher_states(flow, pictures.noisy, condition, null, weight, self.network.config.guidance_method)
 
     def put_own_samples(self, pictures: Pictures, step: int, sample_ids: Sequence[int]) -> None:
