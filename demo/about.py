@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.common.words import count_in_words
+from tarflow.evaluation.likelihood.held_out import UNITS
 from tarflow.pipeline.loading.examples import example_captions, folder_of
 from tarflow.pipeline.loading.folder import HELD_OUT
 
@@ -57,7 +58,9 @@ def details(pipe: Any) -> list[tuple[str, str]]:
         ("models", f"{what} of {config.in_channels} channels, {size}"),
         ("condition", CONDITIONS[config.conditioning]),
         ("parameters", ", ".join(f"{name} {count_in_words(count)}" for name, count in sizes.items())),
-        ("training noise σ", f"{pipe.config.noise_std:g}"),
+        ("training noise σ", f"{pipe.config.noise_std:g}")
+        if pipe.noise_levels is None
+        else ("noise levels σ", "{:g} to {:g}".format(*pipe.noise_levels)),
         *([("held-out pictures", told)] if (told := held_out_in_words(pipe)) else []),
         ("guidance", f"{pipe.config.guidance_scale:g} by default, {pipe.config.guidance_method}"),
         ("device", f"{pipe.device}, {str(pipe.flow.dtype).removeprefix('torch.')}"),
@@ -106,7 +109,7 @@ def with_pictures(paragraph: str, folder: Path) -> str:
 def held_out(pipe: Any) -> dict[str, float]:
     """Means over held-out pictures, which training writes into the folder's ``held_out.json``; nothing without it.
 
-    Names are those of metrics: "latent_nats_per_dim" or "bits_per_dim", with "_without_condition" if that was measured,
+    Names are those of metrics: those of `UNITS`, with "_without_condition" if that was measured,
     "psnr" of the autoencoder, and "images", how many there were.
     """
     folder = folder_of(pipe)
@@ -116,13 +119,15 @@ def held_out(pipe: Any) -> dict[str, float]:
         return {}
     values = values if isinstance(values, dict) else {}
     plain = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    if pipe.noise_levels is not None:  # those that the page shows are at the level of its drawings
+        plain |= {name: plain[key] for name in UNITS if (key := f"{name}_at_{pipe.drawing_level:g}") in plain}
     return {name: float(value) for name, value in plain.items() if math.isfinite(value)}
 
 
 def held_out_in_words(pipe: Any) -> str:
     """Their likelihood; "" if it is not known."""
     values = held_out(pipe)
-    for name, unit in (("bits_per_dim", "bits per dimension"), ("latent_nats_per_dim", "nats per latent dimension")):
+    for name, unit in UNITS.items():
         if name in values:
             count = f", the mean over {values['images']:,.0f} pictures" if "images" in values else ""
             return f"{values[name]:.3f} {unit}{count}"

@@ -15,6 +15,7 @@ import gradio as gr
 from tarflow.demo import about, markup
 from tarflow.demo.drawing import Progress, Request, Result, check_prompt, checked, draw
 from tarflow.demo.rebuild import Rebuilt, read_upload, rebuild
+from tarflow.evaluation.likelihood.held_out import UNITS
 
 EMPTY = '<div class="empty">{}</div>'
 NOTHING_DRAWN = EMPTY.format("The pictures form here, block by block.")
@@ -154,7 +155,7 @@ def rebuilt_facts(rebuilt: Rebuilt, held_out: dict[str, float]) -> str:
         rebuilt: what became of the picture.
         held_out: means of held-out pictures, see `tarflow.demo.about.held_out`.
     """
-    unit = "bits per dimension" if rebuilt.quantity == "bits_per_dim" else "nats per latent dimension"
+    unit = UNITS[rebuilt.quantity]
     rows = []
     if rebuilt.psnr is not None:
         rows.append(("autoencoder", f"PSNR {rebuilt.psnr:.1f} dB{beside(held_out, 'psnr', '.1f', ' dB')}"))

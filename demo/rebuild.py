@@ -36,7 +36,7 @@ class Rebuilt:
         noise: z, as a picture.
         psnr: of the reconstruction in dB; None without an autoencoder.
         error: largest |x − x'| of the flow's round trip, of latents of about unit size or pixels in [−1, 1].
-        quantity: "bits_per_dim" or "latent_nats_per_dim".
+        quantity: one of `tarflow.evaluation.likelihood.held_out.UNITS`.
         likelihood: under the given caption or class; None if there is none.
         likelihood_alone: under no condition.
     """

@@ -1,6 +1,6 @@
-"""Agreement with tensors that the published TARFlow and STARFlow code computed.
+"""Agreement with tensors that the published TARFlow, STARFlow and iTARFlow code computed.
 
-Six models are in `tests/reference`. Two more and the training runs are too large for the repository; they are checked
+Seven models are in `tests/reference`. Three more and the training runs are too large for the repository; they are checked
 where they lie beside it, and skipped elsewhere.
 """
 
@@ -25,7 +25,7 @@ from tarflow.pipeline.conversion import load_published, read_tensors
 
 HERE = Path(__file__).parent / "reference"
 NAMES = ("tarflow_class", "tarflow_uncond", "tarflow_volume_preserving", "starflow_class", "starflow_denoiser")
-NAMES += ("starflow_gqa_swiglu", "starflow_no_sos", "starflow_text")
+NAMES += ("starflow_gqa_swiglu", "starflow_no_sos", "starflow_text", "itarflow_class", "itarflow_uncond")
 
 
 def folder_of(name: str) -> Path:

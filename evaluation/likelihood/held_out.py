@@ -19,6 +19,13 @@ from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.walk import resolve_level
 from tarflow.pipeline.conditions import condition_of
 
+#: What likelihoods are measured in, by the names of `Likelihood`.
+UNITS = {
+    "bits_per_dim": "bits per dimension",
+    "latent_nats_per_dim": "nats per latent dimension",
+    "pixel_nats_per_dim": "nats per dimension of noisy pixels",
+}
+
 
 @dataclass(frozen=True)
 class Likelihood:

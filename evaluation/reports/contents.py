@@ -174,6 +174,8 @@ def settings_of(
         if module is not None:
             millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
             model[part.replace("_", " ")] = f"{type(module).__name__}, {millions:,.1f} million parameters"
+    if pipe.noise_levels is not None:
+        model["noise levels"] = "{:g} to {:g}".format(*pipe.noise_levels)
     model |= {"training noise σ": pipe.config.noise_std, "SHA-256": pipeline_hash(pipe)}
     guidance_scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
     denoise, decoder = pipe.check_outputs(gen.denoise, "np", gen.decoder, gen.decoding)
@@ -184,6 +186,9 @@ def settings_of(
         "decoder": decoder,
         "σ": pipe.config.noise_std if gen.noise_std is None else gen.noise_std,
         "decoding": gen.decoding,
+        "noise level": gen.noise_level,
+        "steps": (gen.num_inference_steps or pipe.config.num_inference_steps) if denoise else None,
+        "walk": gen.walk,
         "seed": gen.seed,
     }
     defaults = DataConfig(source=config.data.source, path=config.data.path, name=config.data.name)

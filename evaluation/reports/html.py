@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tarflow.common.files import check_writable, write_text
+from tarflow.evaluation.likelihood.held_out import UNITS
 from tarflow.evaluation.reports.contents import PIXELS, Contents, Likelihoods, gather
 from tarflow.evaluation.reports.neighbours import PIXEL_SIDE, Neighbours
 from tarflow.evaluation.reports.settings import ReportConfig
@@ -216,7 +217,7 @@ def nearest_pairs(contents: Contents, space: str, found: Neighbours) -> str:
 
 def likelihood_section(likelihoods: Likelihoods) -> str:
     """Histograms of training and held-out pictures."""
-    unit = {"bits_per_dim": "bits per dimension", "latent_nats_per_dim": "nats per latent dimension"}[likelihoods.name]
+    unit = UNITS[likelihoods.name]
     means = []
     for group, values in likelihoods.values.items():
         mean, error = likelihoods.summary(group)

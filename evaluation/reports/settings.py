@@ -16,7 +16,7 @@ from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
 
 #: Of each sample so many training pictures are shown.
 NEIGHBOURS = 3
-SWEPT = ("guidance_scale", "denoise", "decoder", "noise_std", "decoding")
+SWEPT = ("guidance_scale", "denoise", "decoder", "noise_std", "decoding", "num_inference_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class SweepConfig(RequiredExtractor):
     Attributes:
         gen: what all rows share; ``gen.out`` is the sweep's folder. Its swept settings have an effect where no list is
             given.
-        guidance_scale, denoise, decoder, noise_std, decoding: lists of settings of which every combination is a row;
-            see `GenerationConfig`. Rows without denoising have no σ. The finetuned decoder, which takes noisy latents,
+        guidance_scale, denoise, decoder, noise_std, decoding, num_inference_steps: lists of settings of which every
+            combination is a row; see `GenerationConfig`. Rows without denoising have no σ and no steps. The finetuned decoder, which takes noisy latents,
             is combined with no ``denoise`` but false.
         ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
         metrics: see ``tarflow evaluate fid calc``.
@@ -85,6 +85,7 @@ class SweepConfig(RequiredExtractor):
     decoder: list[Decoder] | None = None
     noise_std: list[float] | None = None
     decoding: list[DecodingName] | None = None
+    num_inference_steps: list[int] | None = None
     ref: str | None = None
     metrics: list[Metric] = field(default_factory=lambda: ["frechet"])
     match: bool = False
@@ -112,6 +113,8 @@ class SweepConfig(RequiredExtractor):
         rows = [dict(zip(SWEPT, values, strict=True)) for values in itertools.product(*lists)]
         same = {"score": True, "none": False}  # names of the same
         rows = [{**row, "denoise": same.get(row["denoise"], row["denoise"])} for row in rows]
+        stepless = {"num_inference_steps": None}
+        rows = [{**row, **(stepless if row["denoise"] is False else {})} for row in rows]
         rows = unique([row for row in rows if not (row["denoise"] and row["decoder"] == "finetuned")])
         if not rows:
             raise ValueError("no row is left: the finetuned decoder takes noisy latents, so give denoise [false] too")

@@ -28,6 +28,7 @@ from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
+from tarflow.pipeline.call.walk import resolve_steps
 
 Measure = Callable[[Path], dict[str, float]]
 ROWS, FIXED = "rows.jsonl", "sweep.json"
@@ -91,11 +92,18 @@ def run_sweep(
 
 def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
     """A row's settings with the pipeline's own values in place of None; σ only where it matters."""
-    own = {name: getattr(pipe.config, name) for name in ("guidance_scale", "noise_std")}
+    own = {name: getattr(pipe.config, name) for name in ("guidance_scale", "noise_std", "num_inference_steps")}
     own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"], values["decoding"])
     found = {name: own.get(name) if value is None else value for name, value in values.items()}
+    steps = values["num_inference_steps"]
+    if pipe.noise_levels is None:
+        resolve_steps(None, steps, 1, True, None)  # an error for more than one
     if not found["denoise"]:
         found["noise_std"] = None
+    if pipe.noise_levels is None or not found["denoise"]:
+        found["num_inference_steps"] = None
+    elif values["noise_std"] is None:
+        found["noise_std"] = None  # steps take the levels' own
     return found
 
 
@@ -173,8 +181,8 @@ def read_rows(out: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
             what = said.get(name, f"{name} was {there.get(name)!r}")
             raise ValueError(f"{str(out)!r} holds another sweep: {what}; take another folder or remove it")
     rows = [row for _, row in read_json_lines(out / ROWS)]
-    # Rows of earlier versions name no decoder.
-    return [{**row, "settings": {"decoder": "vae", **row["settings"]}} for row in rows]
+    # Rows of earlier versions name no decoder and no steps.
+    return [{**row, "settings": {"decoder": "vae", "num_inference_steps": None, **row["settings"]}} for row in rows]
 
 
 def write_rows(out: Path, fixed: dict[str, Any], rows: list[dict[str, Any]]) -> None:

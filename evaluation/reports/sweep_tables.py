@@ -60,7 +60,8 @@ def line_name(settings: dict[str, Any], separator: str = ", ") -> str:
     kind = {True: "score", False: "raw"}.get(settings["denoise"], settings["denoise"])
     kind = "finetuned" if settings["decoder"] == "finetuned" else kind
     sigma = [] if settings["noise_std"] is None else [f"sigma-{settings['noise_std']:g}"]
-    return separator.join([kind, *sigma, settings["decoding"]])
+    steps = settings.get("num_inference_steps")
+    return separator.join([kind, *sigma, settings["decoding"], *([] if steps is None else [f"steps-{steps}"])])
 
 
 def cells(row: dict[str, Any], names: list[str]) -> list[Any]:

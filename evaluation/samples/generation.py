@@ -71,6 +71,11 @@ def generate_images(
     check_writable(config.out, folder=True)
     pipe = load_pipeline(config, device) if pipe is None else pipe
     pipe.check_outputs(config.denoise, "np", config.decoder, config.decoding)
+    if pipe.noise_levels is not None and config.noise_std is not None:
+        raise ValueError(
+            f"noise_std is {config.noise_std:g}, but this flow knows many noise levels, and which its samples have: give "
+            "noise_level to draw at another"
+        )
     conditions = conditions_of(pipe, config)
     out, first = Path(config.out).expanduser(), process == 0
     record = begin(out, config, pipe, conditions, first, wait is not None or processes == 1)
@@ -184,6 +189,9 @@ def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Cond
             decoder=config.decoder,
             decoding=config.decoding,
             tolerance=config.tolerance,
+            num_inference_steps=config.num_inference_steps,
+            noise_level=config.noise_level,
+            walk=config.walk,
             output_type="np",
         )
     assert isinstance(output, TARFlowPipelineOutput)

@@ -12,6 +12,7 @@ from typing import Any
 from tarflow.common.files import read_json_lines, replaced, write_json
 from tarflow.evaluation.samples.conditions import Conditions
 from tarflow.evaluation.samples.told import CONDITIONS
+from tarflow.pipeline.call.walk import resolve_level, resolve_steps
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.vae.codec import weights_hash
 
@@ -27,22 +28,30 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
     for name in ("guidance_scale", "noise_std"):
         if settings[name] is None:
             settings[name] = getattr(pipe.config, name)
+    if pipe.noise_levels is not None:  # else they are as in earlier versions
+        level = resolve_level(pipe.noise_levels, config.noise_level)
+        asked, default = config.num_inference_steps, pipe.config.num_inference_steps
+        steps = resolve_steps(pipe.noise_levels, asked, default, bool(settings["denoise"]), level)
+        settings |= {"noise_level": level, "num_inference_steps": steps, "walk": config.walk}
     if config.decoding in ("auto", "jacobi"):
         settings["tolerance"] = config.tolerance
     return json.loads(json.dumps({**settings, "conditions": conditions.summary}))
 
 
 def pipeline_hash(pipe: TARFlowPipeline) -> str:
-    """SHA-256 of a pipeline's settings, weights and vocabulary. Its default decoder and denoising do not count, as
-    records of images name those that were taken."""
+    """SHA-256 of a pipeline's settings, weights and vocabulary. Its default decoder, denoising and steps do not
+    count, as records of images name those that were taken."""
     digest, further = hashlib.sha256(), ("finetuned_decoder", "student")
     absent = [name for name in further if getattr(pipe, name) is None]
-    if pipe.config.get("text_options") is None:
-        absent.append("text_options")  # which older pipelines do not have
-    left_out = ("decoder", "denoise", *absent)
-    for part in (pipe, pipe.flow, pipe.vae):
+    # Which older pipelines do not have.
+    newer = {"text_options": None, "noise_levels": None, "noise_conditioning": False, "scheduler": (None, None)}
+    settings = {**pipe.flow.config, **pipe.config}
+    absent += [name for name, default in newer.items() if settings.get(name, default) == default]
+    left_out = ("decoder", "denoise", "num_inference_steps", *absent)
+    for part in (pipe, pipe.flow, pipe.vae, *([] if pipe.scheduler is None else [pipe.scheduler])):
         settings = {} if part is None else {key: value for key, value in part.config.items() if key[0] != "_"}
-        settings = {key: value for key, value in settings.items() if part is not pipe or key not in left_out}
+        left = left_out if part is pipe else absent if part is pipe.flow else ()
+        settings = {key: value for key, value in settings.items() if key not in left}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     present = [getattr(pipe, name) for name in further if name not in absent]
     for module in (pipe.flow, pipe.vae, pipe.text_encoder, *present):

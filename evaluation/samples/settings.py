@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from tarflow.common.checks import AtLeastOne, Positive, Range, at_least, check, check_ranges
 from tarflow.data.config import DataConfig
 from tarflow.flows.decoding.names import DEFAULT_TOLERANCE
-from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
+from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise, Walk
 
 Split = Literal["train", "validation"]
 GuidanceScale = Annotated[float, at_least(1, "(off)")]
@@ -48,6 +48,7 @@ class SampleSettings(SampleSubjects):
         denoise: how the training noise is removed before decoding, see `TARFlowPipeline`; None is the pipeline's way.
         decoder: what decodes, which may remove the noise itself; None is the pipeline's own.
         noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
+        num_inference_steps, noise_level, walk: of flows of many noise levels, as at a pipeline's call.
         decoding: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding; "student" is one
             pass of the pipeline's student.
     """
@@ -55,6 +56,9 @@ class SampleSettings(SampleSubjects):
     denoise: Denoise | None = None
     decoder: Decoder | None = None
     noise_std: NoiseLevel | None = None
+    num_inference_steps: AtLeastOne | None = None
+    noise_level: Positive | None = None
+    walk: Walk | None = None
     decoding: DecodingName = "sequential"
 
     def sample_settings(self) -> dict[str, Any]:

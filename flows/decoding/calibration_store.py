@@ -33,7 +33,10 @@ SAMPLED = 8
 
 def fingerprint(model: Any) -> str:
     """A short name of a model's settings and weights, from a few numbers of each tensor."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in model.config.items() if k[0] != "_"}, default=str).encode())
+    settings = {
+        k: v for k, v in model.config.items() if k[0] != "_" and (k != "noise_conditioning" or v)
+    }  # it is newer
+    digest = hashlib.sha256(json.dumps(settings, default=str).encode())
     for name, value in held_tensors(model):
         numbers = dequantized(value).flatten()[:: max(1, value.numel() // 64)][:64].float().cpu()
         digest.update(name.encode() + numbers.numpy().tobytes())

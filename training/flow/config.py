@@ -20,6 +20,7 @@ from tarflow.common.checks import (
 from tarflow.data.config import DataConfig
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.joint_config import JointConfig, check_joint
+from tarflow.training.flow.levels import NoiseLevels
 from tarflow.training.flow.lora_config import LoraConfig, check_lora
 from tarflow.training.flow.trajectory_config import check_trajectory_run
 from tarflow.training.loop.config import LogSettings, LoopSettings, OptimConfig, StepSettings
@@ -116,6 +117,7 @@ class TrainConfig(StepSettings):
             checkpoint's number).
         noise: "gaussian", added with standard deviation ``noise_std`` (σ), or "uniform", which makes real numbers of
             8-bit pixels for likelihoods in bits per dimension, and leaves σ unused.
+        noise_levels: one flow for many levels of the noise, see `NoiseLevels`; ``noise_std`` is then unused.
         drop_rate: share of conditions replaced by "none", which guidance needs.
         latent_norm_weight: weight of a penalty, the sum of the mean squares of all blocks' outputs but the last's;
             0 is off.
@@ -136,6 +138,7 @@ class TrainConfig(StepSettings):
     images: AtLeastOne | None = None
     noise: Literal["gaussian", "uniform"] = "gaussian"
     noise_std: NotNegative = 0.3
+    noise_levels: NoiseLevels | None = None
     drop_rate: Fraction = 0.1
     latent_norm_weight: NotNegative = 0.0
     compile: bool = False
@@ -180,6 +183,7 @@ class LogConfig(LogSettings):
         save_pipeline_every: steps between pipeline folders; the last step always saves one.
         prompts: captions of the grid; None takes held-out ones.
         guidance_scale, guidance_method: of the grid, and the saved pipeline's defaults; a scale of 1 is off.
+        num_inference_steps: the same, for ``train.noise_levels``: steps down from level to level; None is 10.
     """
 
     sample_every: Interval = 1000
@@ -187,7 +191,8 @@ class LogConfig(LogSettings):
     save_pipeline_every: Interval = 0
     prompts: list[str] | None = None
     guidance_scale: Annotated[float, at_least(1)] = 1.0
-    guidance_method: Literal["gaussian", "linear"] = "gaussian"
+    guidance_method: Literal["gaussian", "linear", "linear_scale"] = "gaussian"
+    num_inference_steps: AtLeastOne | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self, "log")
@@ -252,6 +257,7 @@ class RunConfig:
         check_trajectory_run(self)
         if self.data.source == "latents":
             check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
+        check_noise_levels(self)
         if self.train.noise == "uniform":
             check(self.vae.pixels, "train.noise is 'uniform', which is for pixels: set vae.name to none")
         check(
@@ -298,8 +304,40 @@ def is_joint(config: RunConfig) -> bool:
     return config.vae.train == "joint"
 
 
+def check_noise_levels(config: RunConfig) -> None:
+    """Errors of settings that do not fit ``train.noise_levels``."""
+    levels, wants = config.train.noise_levels, bool(config.flow.get("noise_conditioning", False))
+    if levels is None:
+        check(
+            not wants or (config.init_from is not None and config.lora.rank > 0),
+            "flow.noise_conditioning is for many noise levels: give train.noise_levels, with low and high",
+        )
+        check(
+            config.log.num_inference_steps in (None, 1),
+            f"log.num_inference_steps is {config.log.num_inference_steps}, but this flow knows one noise level, which one "
+            "score step removes: leave it out, or give train.noise_levels",
+        )
+        return
+    check(
+        wants or "noise_conditioning" not in config.flow,
+        "train.noise_levels are given, but flow.noise_conditioning is false: leave that out",
+    )
+    check(config.train.noise == "gaussian", "train.noise_levels are of gaussian noise: set train.noise to gaussian")
+    check(
+        config.vae.train == "frozen",
+        "train.noise_levels are for a frozen autoencoder: the decoder that vae.train 'joint' trains knows one level only",
+    )
+    check(
+        config.flow.get("learned_denoiser", "none") == "none",
+        "train.noise_levels need no flow.learned_denoiser, as the flow's own score goes down from level to level: leave it "
+        "out",
+    )
+
+
 def noise_std(config: RunConfig) -> float:
-    """σ of the Gaussian noise that the flow's latents or pixels have; 0 with uniform noise."""
+    """σ of the Gaussian noise that the flow's latents or pixels have, of many levels the highest; 0 with uniform noise."""
+    if config.train.noise_levels is not None:
+        return config.train.noise_levels.high
     if is_joint(config):
         return config.joint.posterior_std
     return config.train.noise_std if config.train.noise == "gaussian" else 0.0

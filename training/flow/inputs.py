@@ -13,6 +13,7 @@ from tarflow.data.images import to_model
 from tarflow.flows.likelihood import dequantize
 from tarflow.pipeline.text.encoding import encode_captions
 from tarflow.training.flow.config import RunConfig, is_joint, noise_std
+from tarflow.training.flow.levels import levels_from, loss_weights
 from tarflow.training.flow.setup import Parts
 from tarflow.training.flow.tokens import CaptionTokens
 from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise
@@ -61,20 +62,35 @@ class InputMaker:
             return {"images": to_model(self.chosen(batch, "image", flipped)), "noise": noise, **more}
         with self.autocast():
             mean, std = self.posterior(batch, flipped)
-        noise = self.noise(step, sample_ids, mean, "noise")
+        noise, level = self.noise(step, sample_ids, mean, "noise"), None
+        if train.noise_levels is not None:
+            level = levels_from(draw_chances(train.seed, step, sample_ids, self.device, "level"), train.noise_levels)
+            more |= {"noise_level": level, "loss_weights": loss_weights(level, train.noise_levels.weight)}
         if std is not None and self.config.vae.sample_posterior:
             shape = tuple(mean.shape[1:])
             mean = mean + std * draw_noise(train.seed, step, sample_ids, shape, self.device, "posterior")
-        return {"latents": self.noisy(mean, noise), **more}
+        return {"latents": self.noisy(mean, noise, level), **more}
 
     @torch.no_grad()
-    def evaluation(self, batch: dict[str, Any], sample_ids: Sequence[int]) -> dict[str, Any]:
-        """A held-out batch: posterior modes with noise that is the same at every call."""
+    def evaluation(
+        self, batch: dict[str, Any], sample_ids: Sequence[int], noise_level: float | None = None
+    ) -> dict[str, Any]:
+        """A held-out batch: posterior modes with noise that is the same at every call.
+
+        Args:
+            noise_level: of that noise, with ``train.noise_levels``; None is the highest.
+        """
         mean, _ = self.posterior(batch)
+        level, more = None, {}
+        if self.config.train.noise_levels is not None:
+            noise_level = noise_std(self.config) if noise_level is None else noise_level
+            level = torch.full((len(mean),), noise_level, device=mean.device)
+            more = {"noise_level": level}
         kept = torch.zeros(len(mean), dtype=torch.bool)
         return {
-            "latents": self.noisy(mean, self.noise(-1, sample_ids, mean, "held out")),
+            "latents": self.noisy(mean, self.noise(-1, sample_ids, mean, "held out"), level),
             **self.conditions(batch, kept),
+            **more,
         }
 
     def posterior(self, batch: dict[str, Any], flipped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -104,11 +120,12 @@ class InputMaker:
         shape = tuple(like.shape[1:])
         return draw_noise(train.seed, step, sample_ids, shape, self.device, purpose, train.noise == "uniform")
 
-    def noisy(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Normalised latents (or pixels) with the training noise, (B, C, h, w) float32."""
+    def noisy(self, latents: Tensor, noise: Tensor, level: Tensor | None = None) -> Tensor:
+        """Normalised latents (or pixels) with the training noise, (B, C, h, w) float32; of pictures' own levels (B,)."""
         if self.config.train.noise == "uniform":
             return dequantize(latents, noise)
-        return self.parts.codec.normalise(latents) + noise_std(self.config) * noise
+        std = noise_std(self.config) if level is None else level[:, None, None, None]
+        return self.parts.codec.normalise(latents) + std * noise
 
     def conditions(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
         """Labels, token ids or encoded captions; "none" where ``dropped`` (B,), on the CPU."""

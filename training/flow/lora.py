@@ -101,7 +101,15 @@ def check_base(config: RunConfig, pipe: TARFlowPipeline, flow_arguments: dict[st
     if side != flow_arguments["sample_size"]:
         pixels = side * pipe.codec.factor
         raise ValueError(f"an adapter is for pictures of the pipeline's size: set data.image_size to {pixels}")
-    if config.train.noise != "gaussian" or config.train.noise_std != own.noise_std:
+    given = config.train.noise_levels
+    levels = None if given is None else (given.low, given.high)
+    if levels != pipe.noise_levels:
+        told = "none" if pipe.noise_levels is None else "{:g} to {:g}".format(*pipe.noise_levels)
+        raise ValueError(
+            f"train.noise_levels are {'none' if levels is None else '{:g} to {:g}'.format(*levels)}, but {whose} {told}, "
+            "which an adapter cannot change: set train.noise_levels to the same"
+        )
+    if levels is None and (config.train.noise != "gaussian" or config.train.noise_std != own.noise_std):
         raise ValueError(
             f"train.noise_std is {config.train.noise_std}, but {whose} {own.noise_std}, which an adapter cannot change: "
             f"set train.noise_std to {own.noise_std}"

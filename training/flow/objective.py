@@ -45,6 +45,8 @@ class FlowObjective(nn.Module):
         attention_mask: Tensor | None = None,
         latent_norm_weight: float = 0.0,
         score_target: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        loss_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of a batch: the flow's, or with ``score_target`` the learned denoiser's.
 
@@ -55,6 +57,8 @@ class FlowObjective(nn.Module):
             input_ids, attention_mask: captions (B, L) for the trained one; dropped ones are the empty caption.
             latent_norm_weight: weight of the sum of mean squares of all blocks' outputs but the last's (STARFlow).
             score_target: σ·∇(−log p) at ``latents``, (B, C, H, W), see `score_target`.
+            noise_level: of the latents, (B,), for a flow of many levels.
+            loss_weights: how much each picture counts, (B,), see `flow_loss`.
 
         Returns:
             ``loss`` (scalar); of the flow also ``nats_per_dim`` (B,) with the model's own prior, and ``z``.
@@ -69,8 +73,10 @@ class FlowObjective(nn.Module):
                 predicted = self.flow.scaled_score(latents, class_labels=class_labels, cond=cond)
                 return {"loss": F.mse_loss(predicted, score_target)}
             penalised = latent_norm_weight > 0
-            z, log_det, *outputs = self.flow(latents, class_labels, cond, return_block_outputs=penalised)
-            loss = flow_loss(z, log_det)
+            z, log_det, *outputs = self.flow(
+                latents, class_labels, cond, return_block_outputs=penalised, noise_level=noise_level
+            )
+            loss = flow_loss(z, log_det, loss_weights)
             if penalised:
                 loss = loss + latent_norm_weight * sum(output.pow(2).mean() for output in outputs[0][:-1])
             log_prob = prior_log_prob(z, self.flow.prior_variance_image()) + log_det
@@ -88,11 +94,12 @@ class FlowObjective(nn.Module):
         cond: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
     ) -> None:
         """Set the flow's actnorms by a batch of the arguments of `forward`, see `TARFlowModel.initialize_actnorm`."""
         if input_ids is not None and attention_mask is not None:
             cond = self.encoded(input_ids, attention_mask)
-        self.flow.initialize_actnorm(latents, class_labels, cond)
+        self.flow.initialize_actnorm(latents, class_labels, cond, noise_level)
 
 
 def score_target(gradient: Tensor, noise_std: float, loss_scale: float) -> Tensor:

@@ -26,6 +26,9 @@ from tarflow.training.flow.setup import Data, Parts
 from tarflow.training.loop.batches import Items, fixed_batches, read_batch
 from tarflow.training.loop.summary import ENDLESS, drawing_line
 
+#: Steps down from level to level that pipelines of many noise levels take, if the run does not say.
+WALK_STEPS = 10
+
 
 class HeldOut:
     """Held-out pictures, divided among the processes.
@@ -46,11 +49,17 @@ class HeldOut:
             self.batches.append((read_batch(images, shown), shown, len(mine)))
 
     @torch.no_grad()
-    def nats_per_dim(self, model: nn.Module, inputs: InputMaker, accelerator: Accelerator) -> float:
-        """Mean over the pictures with the training noise, which is the same at every call; every process calls this."""
+    def nats_per_dim(
+        self, model: nn.Module, inputs: InputMaker, accelerator: Accelerator, noise_level: float | None = None
+    ) -> float:
+        """Mean over the pictures with the training noise, which is the same at every call; every process calls this.
+
+        Args:
+            noise_level: of the noise, for a flow of many levels.
+        """
         sums = torch.zeros(2, dtype=torch.float64)
         for batch, sample_ids, counted in self.batches:
-            nats = model(**inputs.evaluation(batch, sample_ids))["nats_per_dim"]
+            nats = model(**inputs.evaluation(batch, sample_ids, noise_level))["nats_per_dim"]
             # On the CPU, as MPS has no float64; a sum of a few thousand numbers does not need it to be passed on.
             sums += torch.tensor([float(nats[:counted].cpu().double().sum()), counted], dtype=torch.float64)
         total, count = accelerator.reduce(sums.float().to(accelerator.device), "sum").tolist()
@@ -95,6 +104,8 @@ def build_pipeline(weights: dict[str, Tensor], parts: Parts, config: RunConfig) 
         latents_mean=parts.codec.latents_mean,
         latents_std=parts.codec.latents_std,
         noise_std=noise_std(config),
+        noise_levels=None if (levels := config.train.noise_levels) is None else (levels.low, levels.high),
+        num_inference_steps=1 if levels is None else config.log.num_inference_steps or WALK_STEPS,
         denoise=not is_joint(config),
         id2label=dict(enumerate(names)) if names else None,
         max_sequence_length=config.text.max_length,
@@ -145,8 +156,8 @@ def own_captions(data: Data, count: int) -> list[str]:
 
 
 def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> Path:
-    """Write grids from fixed noise: samples_STEP_raw.png before the score step and samples_STEP.png after it. Pipelines
-    that take no such step get the second only. Returns the second's path."""
+    """Write grids from fixed noise: samples_STEP_raw.png before the score step, or steps, and samples_STEP.png after it.
+    Pipelines that take no such step get the second only. Returns the second's path."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
     for denoise, suffix in ((False, "_raw"), (True, "")) if pipe.config.denoise else ((False, ""),):

@@ -60,6 +60,7 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
         was = f"is of an adapter of lora.rank {there['lora.rank']}" if there else "is of no adapter (lora.rank 0)"
         raise ValueError(f"the checkpoint {name!r} {was}: set lora.rank to that")
     check_invariants(path, there, here)
+    check_invariants(path, state.get("noise_levels") or {}, invariants.get("noise_levels") or {})
     if state["sharded"] != invariants["sharded"]:
         ways = "with FSDP" if state["sharded"] else "without FSDP"
         raise ValueError(

@@ -112,6 +112,8 @@ def make_parts(
     derived: dict[str, Any] = {"in_channels": channels, "sample_size": side}
     if conditioning.startswith("class"):
         derived["num_classes"] = len(train.class_names or ())
+    if config.train.noise_levels is not None:
+        derived["noise_conditioning"] = True
     if conditioning == "prefix":
         derived["cond_dim"] = embedding_width(text_encoder) if null_cond is None else null_cond.shape[1]
     arguments = flow_arguments(config, derived, start)

@@ -18,6 +18,7 @@ from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
 from tarflow.training.flow.inputs import InputMaker
+from tarflow.training.flow.levels import level_invariants
 from tarflow.training.flow.lora import folder_name, prepare_adapters, save_adapters
 from tarflow.training.flow.objective import FlowObjective, parameter_groups, score_target, trained_parameters
 from tarflow.training.flow.report import (
@@ -103,6 +104,7 @@ class FlowTask(Task):
             "text": self.text,
             "lora": self.adapter,
             "order": getattr(self.parts.train, "order", None),
+            "noise_levels": level_invariants(self.config),
             **meaning(self.parts),
         }
 
@@ -225,7 +227,11 @@ class FlowTask(Task):
 
     def held_out_metrics(self, held_out: HeldOut) -> dict[str, float]:
         """By name, of the weights as they are; every process calls this."""
-        return metrics_of(held_out.nats_per_dim(self.learner.model, self.inputs, self.accelerator), self.config)
+        given = self.learner.model, self.inputs, self.accelerator
+        if (levels := self.config.train.noise_levels) is None:
+            return metrics_of(held_out.nats_per_dim(*given), self.config)
+        found = {level: metrics_of(held_out.nats_per_dim(*given, level), self.config) for level in levels.shown}
+        return {f"{name}_at_{level:g}": value for level, one in found.items() for name, value in one.items()}
 
     def show(
         self,

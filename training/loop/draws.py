@@ -17,6 +17,7 @@ from torch import Tensor
 Purpose = Literal[
     "noise",  # the training noise, of Gaussian and of uniform kind
     "posterior",  # the draw from the autoencoder's posterior
+    "level",  # which level the training noise has
     "flip",  # whether a picture is mirrored
     "drop",  # whether its condition is dropped
     "unguided",  # whether a student learns it without guidance
