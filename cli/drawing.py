@@ -17,9 +17,11 @@ from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
 from tarflow.cli.subjects import subjects_of
 from tarflow.common.seeds import image_seed
+from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count
 from tarflow.pipeline.call.settings import resolve_size
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
+from tarflow.pipeline.call.walk import check_own_level, check_walk, resolve_level, resolve_steps
 from tarflow.pipeline.loading.place import Facts
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.training.flow.report import make_grid
@@ -86,8 +88,13 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     guidance = pipe.config.guidance_scale if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
         raise ValueError("--negative-prompt needs --guidance above 1")
-    trajectory_steps(pipe.flow, args.steps, args.decoding, args.denoise)
-    pipe.check_outputs(args.denoise, "pil", args.decoder, args.decoding)
+    along = trajectory_steps(pipe.flow, args.steps, args.decoding, args.denoise)
+    denoise, decoder = pipe.check_outputs(args.denoise, "pil", args.decoder, args.decoding)
+    levels, default = pipe.noise_levels, pipe.config.num_inference_steps
+    level = resolve_level(levels, args.noise_level)
+    check_own_level(pipe.config.noise_std, level, args.decoding == STUDENT, decoder)
+    resolve_steps(levels, args.steps if along is None else None, default, bool(denoise), level)
+    check_walk(args.walk, levels)
     width, height = args.size or (None, None)
     return {
         "guidance_scale": guidance,
@@ -99,6 +106,8 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
         "denoise": args.denoise,
         "decoder": args.decoder,
         "num_inference_steps": args.steps,
+        "noise_level": args.noise_level,
+        "walk": args.walk,
     }
 
 

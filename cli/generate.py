@@ -10,7 +10,7 @@ from tarflow.cli.parsing import PIPELINE_HELP, CommandParser, loading
 from tarflow.cli.pictures import Target
 from tarflow.cli.subjects import subjects_of
 from tarflow.pipeline.call.aspect import ASPECT_RATIOS
-from tarflow.pipeline.call.choices import DECODERS, DECODINGS, DENOISE, NOISE_REMOVALS
+from tarflow.pipeline.call.choices import DECODERS, DECODINGS, DENOISE, NOISE_REMOVALS, WALKS
 from tarflow.pipeline.loading.place import default_pipeline, facts_of, locate
 
 DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as the pipeline was trained.
@@ -52,6 +52,11 @@ def parser() -> CommandParser:
         "step or a learned denoiser (default: the pipeline's own way)")  # fmt: skip
     add("--decoder", choices=DECODERS, help="what decodes: the autoencoder's decoder, or the pipeline's finetuned one, "
         "which removes the noise itself (default: the pipeline's own)")  # fmt: skip
+    add("--num-inference-steps", "--steps", dest="steps", type=int, metavar="N", help="in how many steps a flow of many "
+        "noise levels removes the noise of its samples (default: the pipeline's own; 1 is the score step)")  # fmt: skip
+    add("--noise-level", type=float, metavar="SIGMA", help="the level that it draws at (default: the highest)")
+    add("--walk", choices=WALKS, help="from level to level by Euler's steps, or with fresh noise at each (default: the "
+        "pipeline's scheduler)")  # fmt: skip
     add("--decode-with", choices=tuple(NOISE_REMOVALS), help="--denoise and --decoder in one word")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     return parser
@@ -92,6 +97,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be 0 to {MOST_SEED - 1}, got {args.seed}")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ValueError(f"--guidance must be at least 1 (off), got {args.guidance:g}")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--num-inference-steps must be at least 1, got {args.steps}")
+    if args.noise_level is not None and not 0 < args.noise_level < math.inf:
+        raise ValueError(f"--noise-level must be positive, got {args.noise_level:g}")
     if args.decode_with is not None:
         if args.denoise is not None or args.decoder is not None:
             raise ValueError("give either --decode-with, or --denoise and --decoder")

@@ -35,10 +35,11 @@ GROUPS = {
         "compare-decoding": "ways of removing the training noise, side by side",
         "compare-student": "a student beside its flow",
         "compare-peers": "a flow and its student beside a DiT by flow matching, side by side",
+        "compare-noise-levels": "flows of one noise level and of many, trained alike",
         "compare-flows": "NICE, RealNVP, Glow, IAF, TARFlow and STARFlow, side by side",
     },
     "convert": {
-        "convert": "a published TARFlow or STARFlow checkpoint to a pipeline",
+        "convert": "a published TARFlow, STARFlow or iTARFlow checkpoint to a pipeline",
         "check-reference": "compare this implementation with what the published code computed",
         "export": "a pipeline to 16 bits",
     },

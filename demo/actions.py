@@ -38,7 +38,15 @@ class Actions:
         self.folder = tempfile.TemporaryDirectory(prefix="tarflow-demo-")
 
     def generate(
-        self, prompt: Any, label: Any, guidance_scale: Any, count: Any, decoding: Any, noise_removal: Any, seed: Any
+        self,
+        prompt: Any,
+        label: Any,
+        guidance_scale: Any,
+        count: Any,
+        decoding: Any,
+        noise_removal: Any,
+        seed: Any,
+        steps: Any = None,
     ) -> Iterator[tuple[Any, ...]]:
         """Status, pictures, strip, download, Draw and Stop, again and again while drawing; the last ones are the result.
 
@@ -47,7 +55,8 @@ class Actions:
         going_on = gr.skip(), gr.skip()
         yield markup.progress(Progress()), gr.skip(), "", gr.update(visible=False), *going_on
         try:
-            request = checked(self.pipe, Request(prompt, label, guidance_scale, decoding, noise_removal, seed, count))
+            asked = Request(prompt, label, guidance_scale, decoding, noise_removal, seed, count, steps)
+            request = checked(self.pipe, asked)
             told = self.condition(request), request.seed, None if self.kind == "none" else request.guidance_scale
             shown = 0
             for state in draw(self.pipe, request, self.lock):

@@ -31,6 +31,8 @@ MOST_IMAGES = 16
 LONGEST_PROMPT = 1000
 LARGEST_GUIDANCE = 10.0
 LARGEST_SEED = 2**32 - 1
+#: Down from noise level to noise level.
+MOST_STEPS = 100
 #: Seconds after which the page hears of a run again, also when nothing new has come.
 BEAT = 0.5
 
@@ -51,6 +53,7 @@ class Request:
         noise_removal: one of `NOISE_REMOVALS`; a student of clean latents leaves nothing to remove.
         seed: image i depends on it and i alone, as with `tarflow generate`.
         count: how many images.
+        steps: in how many the score removes the noise of a flow of many levels; None is the pipeline's own default.
     """
 
     prompt: str | None = None
@@ -60,6 +63,7 @@ class Request:
     noise_removal: str = "score"
     seed: Any = 0
     count: Any = 1
+    steps: Any = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,11 @@ def checked(pipe: Any, request: Request) -> Request:
         raise ValueError(f"The student knows guidance scales up to {pipe.student.config.max_guidance_scale:g}.")
     if request.noise_removal not in noise_removals(pipe):
         raise ValueError(f"This pipeline removes noise by {', '.join(noise_removals(pipe))}.")
+    steps = None
+    if pipe.noise_levels is not None and request.steps is not None:
+        steps = whole_number(request.steps, "The number of steps", 1, MOST_STEPS)
     check_num_images(pipe, count, guided=scale > 1)
-    return replace(request, guidance_scale=float(scale), seed=seed, count=count)
+    return replace(request, guidance_scale=float(scale), seed=seed, count=count, steps=steps)
 
 
 def check_prompt(prompt: Any) -> None:
@@ -214,6 +221,8 @@ def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue[
 def run(pipe: Any, request: Request, events: queue.Queue[Any], stopped: threading.Event) -> None:
     """Draw, and put a `Progress` for each stage."""
     blocks = 1 if request.decoding == STUDENT else len(pipe.flow.blocks)
+    walk = arguments(pipe, request).get("num_inference_steps", 1)
+    levels = walk if walk > 1 else 0  # one step is the last stage
     stages: list[Stage] = []
     shown_for = 0.0
 
@@ -224,11 +233,15 @@ def run(pipe: Any, request: Request, events: queue.Queue[Any], stopped: threadin
         began = clock(pipe.flow.device)
         images = pipe.image_processor.postprocess(pipe.decode_latents(latents), output_type="pil")
         stages.append(Stage(name, images))
-        events.put(Progress(list(stages), (len(stages) - 1) / (blocks + 1) if counted else None, message))
+        events.put(Progress(list(stages), (len(stages) - 1) / (blocks + max(1, levels)) if counted else None, message))
         shown_for += clock(pipe.flow.device) - began
 
-    def after_block(_: Any, index: int, __: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def after_block(_: Any, index: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
         done = index + 1
+        if done > blocks:
+            if done < blocks + levels:  # the last one is shown as what is drawn
+                show(f"level {done - blocks} of {levels}", tensors["latents"], f"level {done - blocks + 1} of {levels}")
+            return {}
         name = f"block {done}" if done < blocks else f"block {done}, raw"
         name = STUDENT if request.decoding == STUDENT else name
         show(name, tensors["latents"], f"block {done + 1} of {blocks}" if done < blocks else "removing the noise")
@@ -283,8 +296,11 @@ def arguments(pipe: Any, request: Request) -> dict[str, Any]:
         condition = {"num_images_per_prompt": request.count}
         condition |= {"prompt": request.prompt} if kind == "prefix" else {"class_labels": request.label}
     removal = (None, None) if cleaned(pipe, request) else NOISE_REMOVALS[request.noise_removal]
+    walked = pipe.noise_levels is not None and removal[0] is True
+    steps = pipe.config.num_inference_steps if request.steps is None else request.steps
     return {
         **condition,
+        **({"num_inference_steps": steps} if walked else {}),
         **dict(zip(("denoise", "decoder"), removal, strict=True)),
         "guidance_scale": request.guidance_scale,
         "decoding": request.decoding,

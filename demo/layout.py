@@ -9,7 +9,7 @@ import gradio as gr
 
 from tarflow.demo import about, markup
 from tarflow.demo.actions import NOTHING_DRAWN, NOTHING_REBUILT, Actions
-from tarflow.demo.drawing import LARGEST_GUIDANCE, MOST_IMAGES, decodings, noise_removals
+from tarflow.demo.drawing import LARGEST_GUIDANCE, MOST_IMAGES, MOST_STEPS, decodings, noise_removals
 
 #: Below a million, so that it is easily typed.
 NEW_SEED = "() => Math.floor(Math.random() * 1e6)"
@@ -65,7 +65,7 @@ def generate_tab(actions: Actions) -> None:
             with gr.Row(equal_height=False):
                 seed = gr.Number(0, label="Seed", min_width=120, scale=3, elem_id="seed")
                 new_seed = gr.Button("New seed", size="md", min_width=90, scale=1, elem_id="new-seed")
-            scale, removal, decoding = expert_options(actions)
+            scale, removal, steps, decoding = expert_options(actions)
     begun = gr.on(
         [button.click, *([prompt.submit] if actions.kind == "prefix" else [])],
         actions.begin,
@@ -76,7 +76,7 @@ def generate_tab(actions: Actions) -> None:
     )
     run = begun.then(
         actions.generate,
-        [prompt, label, scale, count, decoding, removal, seed],
+        [prompt, label, scale, count, decoding, removal, seed, steps],
         [status, pictures, strip, download, button, stop],
         show_progress="hidden",
         concurrency_id="pipeline",
@@ -86,8 +86,8 @@ def generate_tab(actions: Actions) -> None:
     new_seed.click(None, None, seed, js=NEW_SEED)
 
 
-def expert_options(actions: Actions) -> tuple[gr.Slider, gr.Radio, gr.Radio]:
-    """Guidance, removal of noise and decoding, folded: their defaults are the pipeline's own."""
+def expert_options(actions: Actions) -> tuple[gr.Slider, gr.Radio, gr.Slider, gr.Radio]:
+    """Guidance, removal of noise and its steps, and decoding, folded: their defaults are the pipeline's own."""
     with gr.Accordion("More options", open=False, elem_id="more"):
         scale = gr.Slider(
             1,
@@ -102,10 +102,19 @@ def expert_options(actions: Actions) -> tuple[gr.Slider, gr.Radio, gr.Radio]:
         removal = gr.Radio(
             [(NOISE_REMOVAL_NAMES[name], name) for name in removals], value=removals[0], label="Remove noise by"
         )
+        steps = gr.Slider(
+            1,
+            MOST_STEPS,
+            value=actions.pipe.config.num_inference_steps,
+            step=1,
+            label="Steps",
+            info="of the score, down from noise level to noise level",
+            visible=actions.pipe.noise_levels is not None,
+        )
         decoding = gr.Radio(
             decodings(actions.pipe), value="auto", label="Invert blocks by", info="auto tries them at its first run"
         )
-    return scale, removal, decoding
+    return scale, removal, steps, decoding
 
 
 def rebuild_tab(actions: Actions) -> None:

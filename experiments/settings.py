@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from tarflow.common.checks import AtLeastOne, Positive, at_least, check_ranges
+from tarflow.common.checks import AtLeastOne, Positive, at_least, check, check_ranges
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.features.settings import OptionalExtractor
 from tarflow.evaluation.samples.settings import SampleSubjects, Split
@@ -79,6 +79,52 @@ class StudentComparisonConfig(SampleSubjects):
         super().__post_init__()
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must list numbers of at least 1, got {self.batch_sizes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelComparisonConfig(OptionalExtractor):
+    """What to train and compare.
+
+    Attributes:
+        out: folder for the trainings, noise_levels.json, noise_levels.md and grids.
+        train: the configuration of all trainings: a YAML file, or a shipped one's name.
+        options: more of its settings, as on the command line of `tarflow train`.
+        minutes: that each training takes; None is as long as the configuration says, for both alike.
+        highest: noise levels that samples are drawn at; for each a flow of this level, and one of all up to it.
+        low: the lowest level of the latter.
+        steps: of those flows' samples down from level to level.
+        num: samples for each row.
+        guidance_scale: of the samples; None is the configuration's.
+        captions, labels: what they are of, see `GenerationConfig`.
+        ref, match, extractor: what they are measured by, see `SweepConfig`.
+        columns: samples in the grids.
+    """
+
+    out: str
+    train: str = "pixels_class"
+    options: list[str] = field(default_factory=list)
+    minutes: Positive | None = 20.0
+    highest: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7])
+    low: Positive = 0.01
+    steps: list[int] = field(default_factory=lambda: [1, 4, 10, 30])
+    num: AtLeastOne = 1000
+    batch_size: AtLeastOne = 64
+    guidance_scale: Annotated[float, at_least(1, "(off)")] | None = None
+    captions: str | None = None
+    labels: int | str | None = None
+    ref: str | None = None
+    match: bool = False
+    columns: AtLeastOne = 12
+    seed: Annotated[int, at_least(0)] = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check(
+            bool(self.highest) and min(self.highest) > self.low,
+            f"highest must list levels above low, {self.low:g}, got {self.highest}",
+        )
+        check(bool(self.steps) and min(self.steps) >= 1, f"steps must list numbers of at least 1, got {self.steps}")
+        check(self.match or self.ref is not None, "nothing is measured: give ref (pictures), or match for drawings")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ WRONG = [
     ("reconstruct --pipeline nowhere --out x", "there is no pipeline 'nowhere'"),
     ("compare-decoding --pipeline nowhere --out x", "there is no pipeline 'nowhere'"),
     ("compare-student --pipeline nowhere --out x", "there is no pipeline 'nowhere'"),
+    ("compare-noise-levels --train nothing --match true --out x", "there is no configuration 'nothing'"),
     ("compare-flows --parts [plain]", "a part must be one of"),
     ("benchmark sampling --pipeline nowhere", "there is no pipeline 'nowhere'"),
     ("benchmark memory --model nothing", "there is no configuration 'nothing'"),

@@ -44,7 +44,10 @@ def published_state(model: TARFlowModel, layers: str) -> dict[str, Tensor]:
     ("changes", "layers"),
     [
         ({}, "head_blocks"),
-        ({"patch_sizes": [2, 2, 2], "channels": [64], "layers_per_block": 1, "shared_backbone_layers": 0}, "attn_blocks"),
+        (
+            {"patch_sizes": [2, 2, 2], "channels": [64], "layers_per_block": 1, "shared_backbone_layers": 0},
+            "attn_blocks",
+        ),
         ({"num_classes": 0, "patch_sizes": 4, "channels": 64, "layers_per_block": [2]}, "head_blocks"),
     ],
 )

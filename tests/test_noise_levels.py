@@ -187,7 +187,9 @@ def test_weights_of_pictures_in_the_loss() -> None:
     torch.testing.assert_close(flow_loss(z, log_det, torch.ones(3)), flow_loss(z, log_det))
     own = [flow_loss(z[i : i + 1], log_det[i : i + 1]) for i in range(3)]
     weights = torch.tensor([0.1, 0.2, 0.6])
-    torch.testing.assert_close(flow_loss(z, log_det, weights), sum(w * one for w, one in zip(weights, own, strict=True)) / 3)
+    torch.testing.assert_close(
+        flow_loss(z, log_det, weights), sum(w * one for w, one in zip(weights, own, strict=True)) / 3
+    )
 
 
 def test_an_untrained_flow_is_the_identity_at_every_level() -> None:

@@ -17,7 +17,7 @@ from tarflow.vae.codec import load_autoencoder
 CAPTIONS = ["a red ring", "a blue star on a dark background"]
 
 
-def make_pipeline(conditioning="class_prefix", vae=True, sample_size=4, **options):
+def make_pipeline(conditioning="class_prefix", vae=True, sample_size=4, noise_levels=None, **options):
     flow = TARFlowModel(
         in_channels=8 if vae else 3,
         sample_size=sample_size,
@@ -47,6 +47,7 @@ def make_pipeline(conditioning="class_prefix", vae=True, sample_size=4, **option
         noise_std=0.3,
         id2label={0: "Tench", 1: "church", 2: "gas pump"} if conditioning.startswith("class") else None,
         max_sequence_length=8,
+        noise_levels=noise_levels,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -174,6 +174,7 @@ def places(pipelines: Path, file: str) -> dict[str, Any]:
         "reconstruct": script("reconstruct", *pipe, *DRAWINGS, *out),
         "compare_decoding": script("compare_decoding", *pipe, *DRAWINGS, "--extractor", "null", *out),
         "compare_student": script("compare_student", *pipe, *out),
+        "compare_noise_levels": script("compare_noise_levels", "--match", "true", *out),
         "compare_flows": script("compare_flows", "--output", f"{file}/new"),
         "export_pipeline": script("export_pipeline", *pipe, "--output", f"{file}/new"),
         "benchmark": script("benchmark", "memory", "--output", f"{file}/new"),
