@@ -46,14 +46,13 @@ def parser() -> CommandParser:
     add("--decoding", choices=DECODINGS, default="auto", help="how the flow is inverted: sequential, exact to rounding; "
         "jacobi and gs_jacobi, many tokens at once; auto, the fastest of these here, within 0.001; fast, within 0.1; or "
         "student, one pass of the pipeline's student")  # fmt: skip
-    add("--num-inference-steps", "--steps", dest="steps", type=int, metavar="N", help="of a trajectory model, one of the "
-        "numbers that it was trained with (default: its first)")  # fmt: skip
     add("--denoise", choices=DENOISE, help="how the training noise is removed before decoding: not at all, by a score "
         "step or a learned denoiser (default: the pipeline's own way)")  # fmt: skip
     add("--decoder", choices=DECODERS, help="what decodes: the autoencoder's decoder, or the pipeline's finetuned one, "
         "which removes the noise itself (default: the pipeline's own)")  # fmt: skip
     add("--num-inference-steps", "--steps", dest="steps", type=int, metavar="N", help="in how many steps a flow of many "
-        "noise levels removes the noise of its samples (default: the pipeline's own; 1 is the score step)")  # fmt: skip
+        "noise levels removes the noise of its samples (default: the pipeline's own; 1 is the score step); of a trajectory "
+        "model one of the numbers that it was trained with (default: its first)")  # fmt: skip
     add("--noise-level", type=float, metavar="SIGMA", help="the level that it draws at (default: the highest)")
     add("--walk", choices=WALKS, help="from level to level by Euler's steps, or with fresh noise at each (default: the "
         "pipeline's scheduler)")  # fmt: skip
@@ -97,8 +96,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be 0 to {MOST_SEED - 1}, got {args.seed}")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ValueError(f"--guidance must be at least 1 (off), got {args.guidance:g}")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--num-inference-steps must be at least 1, got {args.steps}")
     if args.noise_level is not None and not 0 < args.noise_level < math.inf:
         raise ValueError(f"--noise-level must be positive, got {args.noise_level:g}")
     if args.decode_with is not None:

@@ -35,7 +35,8 @@ def training_options(config: LevelComparisonConfig, kind: str, high: float, fold
     own = ["--train.noise_levels", "null", "--train.noise_std", f"{high:g}", "--log.num_inference_steps", "null"]
     if kind == "levels":
         own = ["--train.noise_levels.low", f"{config.low:g}", "--train.noise_levels.high", f"{high:g}"]
-    time = ["--train.max_minutes", f"{config.minutes:g}", "--resume", "auto", "--output", str(folder)]
+    time = ["--resume", "auto", "--output", str(folder)]
+    time += [] if config.minutes is None else ["--train.max_minutes", f"{config.minutes:g}"]
     time += ["--log.sample_every", "0"]  # grids would take of the time, more with more steps
     return ["--config", config.train, *config.options, *own, *time]
 

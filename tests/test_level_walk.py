@@ -16,8 +16,8 @@ from torch import Tensor
 from tarflow import TARFlowPipeline
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.likelihood import log_prob
+from tarflow.pipeline.call.scheduler import EDMAncestralScheduler
 from tarflow.pipeline.call.walk import check_own_level, default_scheduler, scheduler_for, walk_down
-from tarflow.pipeline.scheduler import EDMAncestralScheduler
 
 LEVELS = (0.02, 0.5)
 

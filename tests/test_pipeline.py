@@ -186,7 +186,7 @@ GENERATORS = [torch.Generator().manual_seed(0)] * 3
         ("prefix", {"prompt": "a", "negative_prompt": ["a", "b"], "guidance_scale": 2.0}, "2 texts for 1 prompts"),
         ("prefix", {"prompt": ["a", "b"], "generator": GENERATORS}, "got 3 generators for 2 images"),
         ("prefix", {"prompt": "a", "guidance_scale": 0.5}, r"guidance_scale must be at least 1 \(off\), got 0\.5"),
-        ("prefix", {"prompt": "a", "guidance_method": "x"}, "must be 'gaussian' or 'linear', got 'x'"),
+        ("prefix", {"prompt": "a", "guidance_method": "x"}, "must be one of gaussian, linear, linear_scale, got 'x'"),
         ("class_prefix", {}, "give class_labels, 0 to 2"),
         ("class_prefix", {"class_labels": 3}, "class labels must be 0 to 2, got 3"),
         ("class_prefix", {"class_labels": "cat"}, "unknown class name 'cat'; known are tench, church, gas pump"),

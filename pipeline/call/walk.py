@@ -16,7 +16,7 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor
 
 from tarflow.pipeline.call.choices import WALKS
-from tarflow.pipeline.scheduler import EDMAncestralScheduler
+from tarflow.pipeline.call.scheduler import EDMAncestralScheduler
 
 #: Called after each step with its number, its timestep and the latents; returns the latents to go on with, and whether to
 #: end there.
