@@ -46,7 +46,7 @@ def score_denoise(
     with torch.inference_mode(False), torch.enable_grad():
         y = at_least_float32(recordable(y.detach())).requires_grad_()
         given = {"class_labels": class_labels, "cond": cond}
-        if model.config.noise_conditioning:
+        if model.config.get("noise_conditioning", False):
             given["noise_level"] = torch.full((len(y),), noise_std, device=y.device, dtype=y.dtype)
         z, log_det = recordable_call(
             model, y, {name: None if one is None else recordable(one.detach()) for name, one in given.items()}

@@ -260,9 +260,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         level = resolve_level(self.noise_levels, noise_level)
         check_own_level(self.config.noise_std, level, inversion is None, decoder)
         asked = num_inference_steps if steps is None else None  # else they are those along the trajectory
-        walk_steps = resolve_steps(
-            self.noise_levels, asked, self.config.num_inference_steps, bool(denoise), level
-        )
+        walk_steps = resolve_steps(self.noise_levels, asked, self.config.num_inference_steps, bool(denoise), level)
         if inversion is None:
             check_student_call(self.check_student(), scale, guidance, subjects.names_negative)
         call = Sampling(

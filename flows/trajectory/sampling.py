@@ -16,6 +16,7 @@ from tarflow.flows.decoding.fast_step import FastSteps
 from tarflow.flows.decoding.method import Decoding, check_finite
 from tarflow.flows.denoising import recordable, recordable_call
 from tarflow.flows.layers.affine import affine_inverse, at_least_float32
+from tarflow.flows.layers.condition import parts_of
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.trajectory.chain import noise_covariance
 from tarflow.flows.trajectory.likelihood import trajectory_log_prob
@@ -88,7 +89,7 @@ def generate_trajectory(
             change = sampling.Change() if callback is None else callback(place, u)
             states.append(u if change.latents is None else change.latents)
             guidance = guidance if change.guidance is None else change.guidance
-            null_condition = null_condition if change.null_cond is None else change.null_cond
+            null_condition = null_condition if change.null_cond is None else parts_of(change.null_cond)[0]
             if change.stop:
                 break
     return states

@@ -13,6 +13,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from tarflow.flows.layers.condition import parts_of
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.trajectory.kinds import FlowModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
@@ -66,7 +67,7 @@ def draw_by_trajectory(
     """Noise (B, C, h, w), the trajectory's first state, through all steps of the predictor and one inverse of the
     transporter; with the score step of the whole trajectory if the call removes noise."""
     flow = cast(TrajectoryFlowModel, pipe.flow)
-    condition, null = block_conditions(pipe, call, conditions)
+    condition, null = (parts_of(one)[0] for one in block_conditions(pipe, call, conditions))
     tokens = noise.shape[2] * noise.shape[3] // flow.config.patch_size**2
     levels = flow.levels(call.num_steps or 0, pipe.config.noise_std, tokens)
     shape, steps = tuple(noise.shape), len(levels) - 1

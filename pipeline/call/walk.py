@@ -46,7 +46,7 @@ def resolve_levels(flow: Any, levels: Sequence[float] | None, scheduler: Any) ->
     Raises:
         ValueError: if levels are given for a flow that knows one, or are missing for one that knows many.
     """
-    if flow is not None and flow.config.noise_conditioning != (levels is not None):
+    if flow is not None and flow.config.get("noise_conditioning", False) != (levels is not None):
         raise ValueError(
             "the flow has noise_conditioning: give noise_levels, the lowest and the highest that it is trained for"
             if levels is None

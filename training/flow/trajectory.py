@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tarflow.flows.layers.condition import parts_of
 from tarflow.flows.trajectory.chain import chain_entropy, level_of, states_up
 from tarflow.flows.trajectory.likelihood import step_log_probs, trajectory_log_prob
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
@@ -69,8 +70,10 @@ class TrajectoryInputs(InputMaker):
         return self.with_chains(inputs, pairs, step, sample_ids)
 
     @torch.no_grad()
-    def evaluation(self, batch: dict[str, Any], sample_ids: Sequence[int]) -> dict[str, Any]:
-        """Held-out pictures with whole chains that are the same at every call."""
+    def evaluation(
+        self, batch: dict[str, Any], sample_ids: Sequence[int], noise_level: float | None = None
+    ) -> dict[str, Any]:
+        """Held-out pictures with whole chains that are the same at every call; ``noise_level`` is for flows."""
         inputs = super().evaluation(batch, sample_ids)
         rows = [self.chain(self.evaluated, inputs["latents"])] * len(sample_ids)
         return {**self.with_chains(inputs, rows, -1, sample_ids), "whole": True}
@@ -118,7 +121,7 @@ class TrajectoryObjective(FlowObjective):
         with torch.autocast(device, torch.get_autocast_dtype(device), enabled=cast_down):
             if input_ids is not None and attention_mask is not None:
                 cond = self.encoded(input_ids, attention_mask)
-            condition = model.condition(class_labels, cond, len(latents))
+            condition, _ = parts_of(model.condition(class_labels, cond, len(latents)))
             if whole:
                 nats = -trajectory_log_prob(model, latents, levels, condition) / latents[0].numel()
             else:

@@ -21,6 +21,7 @@ def check_trajectory_run(config: RunConfig) -> None:
         train.noise == "gaussian",
         "flow.kind 'trajectory' needs gaussian noise, at which its chain ends: train.noise gaussian",
     )
+    check(train.noise_levels is None, "train.noise_levels are for flow.kind 'flow': a trajectory has levels of its own")
     check(config.vae.train == "frozen", "flow.kind 'trajectory' goes with vae.train 'frozen'")
     check(config.lora.rank == 0, "flow.kind 'trajectory' has no adapters: set lora.rank to 0")
     check(train.latent_norm_weight == 0, "train.latent_norm_weight is for flow.kind 'flow': set it to 0")
