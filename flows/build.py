@@ -102,7 +102,7 @@ def network_config(model: Any, layers: int, width: int, sees_condition: bool, or
         conditioning=model.conditioning if sees_condition else "none",
         num_classes=model.num_classes,
         cond_dim=model.num_classes + 1 if model.conditioning == "class_prefix" else model.cond_dim,
-        noise_conditioning=model.get("noise_conditioning", False),
+        noise_conditioning=model.noise_conditioning,
         order="row_major" if coupling else order,
         groups=model.groups,
         swapped=coupling and order == "reversed",

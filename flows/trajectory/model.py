@@ -38,6 +38,7 @@ FIXED: dict[str, Any] = {
     "groups": "checkerboard",
     "mixing": "none",
     "actnorm": False,
+    "noise_conditioning": False,
 }
 
 
