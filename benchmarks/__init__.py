@@ -1,4 +1,4 @@
-"""Speed, memory and exactness, measured: of sampling, of training, against the published algorithms and on GPUs.
+"""Speed, memory and exactness, measured: of sampling, of training, of reading data, against the published algorithms and on GPUs.
 
-May import: common, configs, data, models, flows.*, pipeline.*, training.flow.
+May import: common, configs, data, data.stream, models, flows.*, pipeline.*, training.flow, training.loop.
 """

@@ -6,6 +6,11 @@ from __future__ import annotations
 #: activations computed again by layer or block. "compiled+layer" and "compiled+block" are both.
 VARIANTS = ("published", "eager", "compiled", "layer", "block")
 PRECISIONS = ("float32", "bfloat16")
+#: Sources of `tarflow benchmark data`.
+DATA_SOURCES = (
+    *("folder", "zip", "parquet", "parquet stream", "tar stream"),
+    *("latents", "latents memory", "latents http"),
+)
 #: Guidance scales and number of samples of `tarflow.benchmarks.exactness`.
 SCALES, SAMPLES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0), 24
 #: Checks of `tarflow gpu-check`, what is worth most first, with the seconds that each may take on an H100.

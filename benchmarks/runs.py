@@ -1,4 +1,4 @@
-"""The four commands of `tarflow benchmark`: measure, print, and write a JSON file and a picture."""
+"""The five commands of `tarflow benchmark`: measure, print, and write a JSON file and a picture."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.benchmarks import charts
+from tarflow.benchmarks.data import DataPlan, Reading, compare_sources, list_names
 from tarflow.benchmarks.exactness import captions_of, exactness, exactness_table
 from tarflow.benchmarks.memory import MODES, memory_of, memory_table, training_memory
 from tarflow.benchmarks.random_models import random_model, shape_of
@@ -28,8 +29,9 @@ from tarflow.pipeline.opening import locate
 def run(arguments: argparse.Namespace) -> None:
     """Run the command that the arguments of `tarflow.cli.benchmark` name."""
     if arguments.device is None:
-        arguments.device = "cpu" if arguments.command == "memory" else best_device()
+        arguments.device = "cpu" if arguments.command in ("memory", "data") else best_device()
     commands = {"sampling": run_sampling, "exactness": run_exactness, "training": run_training, "memory": run_memory}
+    commands["data"] = run_data
     commands[arguments.command](arguments)
 
 
@@ -163,6 +165,43 @@ def run_training(arguments: argparse.Namespace) -> None:
     if fastest is not None:
         print(f"fastest: {fastest.variant}, {fastest.precision}, batch {fastest.batch}")
     charts.training_chart(speeds, f"{arguments.model}, {result['machine']}", write(arguments, result))
+
+
+def run_data(arguments: argparse.Namespace) -> None:
+    if arguments.listing:
+        listing = list_names(arguments.listing)
+        print(
+            f"{listing.names:,} names: {listing.seconds:.1f} s, of them {listing.cpu_seconds:.1f} s of the processor, "
+            f"{listing.megabytes or 0:.0f} MB"
+        )
+        write(arguments, header(arguments, listing=dataclasses.asdict(listing)))
+        return
+    plan = DataPlan(
+        pictures=arguments.pictures,
+        image_size=arguments.image_size,
+        picture_rate=arguments.picture_rate,
+        latent_rate=arguments.latent_rate,
+        shards=arguments.shards,
+        shard_size=arguments.shard_size,
+        latent_shape=tuple(arguments.latent_shape),
+        latency=arguments.latency_ms / 1e3,
+        readers=tuple(arguments.readers),
+        batch=arguments.batch,
+        seconds=arguments.seconds,
+        repeats=arguments.repeats,
+    )
+    print(f"{'source':<16} readers  items/s  first batch, s  waiting at its rate", flush=True)
+
+    def show(row: Reading) -> None:
+        print(
+            f"{row.source:<16} {row.readers:7d} {row.items_per_second:8,.0f} {row.start:15.2f}  "
+            f"{row.waiting:.1%} at {row.rate:,.0f}",
+            flush=True,
+        )
+
+    rows = compare_sources(plan, tuple(arguments.sources), show)
+    kept = [dataclasses.asdict(row) for row in rows]
+    write(arguments, header(arguments, plan=dataclasses.asdict(plan), rows=kept))
 
 
 def counted(row: Any, shape: Any) -> float | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from tarflow import configs
-from tarflow.benchmarks.choices import PRECISIONS, SAMPLES, SCALES, VARIANTS
+from tarflow.benchmarks.choices import DATA_SOURCES, PRECISIONS, SAMPLES, SCALES, VARIANTS
 from tarflow.cli.parsing import CommandParser, loading
 from tarflow.common.charts import check_matplotlib
-from tarflow.common.checks import at_least
+from tarflow.common.checks import at_least, positive
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 from tarflow.models import shipped
@@ -24,6 +24,8 @@ DESCRIPTION = """Measure speed and memory on this machine.
       --batches 8 16 32 64 --peak-tflops 790
   tarflow benchmark memory
   tarflow benchmark memory --model starflow_imagenet256 --batch 8
+  tarflow benchmark data --readers 0 1 2
+  tarflow benchmark data --listing 1000000
 
 sampling compares the decoding methods with the published algorithm (every block token by token, the cached keys
 rotated again at each step, eager), all in one run and in turn, on the same noise, weights and precision. Trained
@@ -38,6 +40,11 @@ the full square and nothing computed again, over the machine's peak.
 
 memory counts the bytes of a step of training; it needs neither a GPU nor the memory: of the published models with
 --model, else activations against the number of equal blocks and of layers in them.
+
+data reads made-up pictures and latents as training does, from each kind of source and by several numbers of readers, and
+says how many come a second, and which share of its time a training that takes so many a second waits for them. "latents
+memory" and "latents http" are read through fsspec with room for a part of the cache; a web server on this machine answers
+late. --listing opens a folder of so many empty files instead.
 
 Each writes a JSON file of its name, and a picture where there is something to see."""
 
@@ -104,6 +111,22 @@ def parser() -> CommandParser:
     memory.add_argument("--width", type=int, default=512)
     memory.add_argument("--sample-size", type=int, default=32, help="side of the latents, of which each is a token")
 
+    data = commands.add_parser("data", help="how fast data is read", description="how fast data is read")
+    data.add_argument("--sources", nargs="+", choices=DATA_SOURCES, default=list(DATA_SOURCES), metavar="SOURCE")
+    data.add_argument("--readers", type=int, nargs="+", default=[0, 1, 2], help="reading processes, of streams threads")
+    data.add_argument("--batch", type=int, default=256)
+    data.add_argument("--pictures", type=int, default=2000)
+    data.add_argument("--image-size", type=int, default=256)
+    data.add_argument("--picture-rate", type=float, default=1000, help="pictures a second that training takes")
+    data.add_argument("--latent-rate", type=float, default=20_000, help="latents a second that training takes")
+    data.add_argument("--latent-shape", type=int, nargs=3, default=[4, 32, 32])
+    data.add_argument("--shards", type=int, default=32, help="of the cache")
+    data.add_argument("--shard-size", type=int, default=1024, help="latents of a shard")
+    data.add_argument("--latency-ms", type=float, default=20, help="of the web server")
+    data.add_argument("--seconds", type=float, default=4, help="of each measurement, twice")
+    data.add_argument("--repeats", type=int, default=3)
+    data.add_argument("--listing", type=int, help="open a folder of so many empty files instead")
+
     for command in commands.choices.values():
         command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is; cpu for memory)")
         command.add_argument("--output", default="runs/benchmark", help="folder of the JSON file and the picture")
@@ -116,7 +139,12 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: that names the option.
     """
-    counts = ("batches", "repeats", "steps", "batch", "blocks", "layers", "width", "sample_size", "samples")
+    at_least(0).check("--readers", getattr(arguments, "readers", None))
+    for name in ("picture_rate", "latent_rate", "seconds"):
+        positive.check(f"--{name.replace('_', '-')}", getattr(arguments, name, None))
+    at_least(0).check("--latency-ms", getattr(arguments, "latency_ms", None))
+    of_data = ("pictures", "image_size", "latent_shape", "shards", "shard_size", "listing")
+    counts = (*of_data, "batches", "repeats", "steps", "batch", "blocks", "layers", "width", "sample_size", "samples")
     for name in (*counts, "guidance_scales"):
         at_least(1, "(off)" if name == "guidance_scales" else "").check(
             f"--{name.replace('_', '-')}", getattr(arguments, name, None)
