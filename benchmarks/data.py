@@ -36,6 +36,8 @@ class Reading:
         readers: processes that read, of streams threads; 0 reads in the training process.
         start: seconds to the first batch.
         items_per_second: where nothing else is done.
+        per_cpu_second: items a second of the training process's own processor time, in all its threads: what a core would
+            do that has nothing else to do.
         waiting: share of the time that is spent waiting for data where ``rate`` items a second are wanted.
     """
 
@@ -43,6 +45,7 @@ class Reading:
     readers: int
     start: float
     items_per_second: float
+    per_cpu_second: float
     rate: float
     waiting: float
 
@@ -89,24 +92,24 @@ def opened(config: DataConfig, readers: int, batch: int) -> Iterator[Any]:
         yield batches
 
 
-def measure(config: DataConfig, readers: int, plan: DataPlan, rate: float) -> tuple[float, float, float]:
-    """Seconds to the first batch, items a second, and the share of waiting at a rate."""
+def measure(config: DataConfig, readers: int, plan: DataPlan, rate: float) -> tuple[float, ...]:
+    """Seconds to the first batch, items a second and a second of the processor, and the share of waiting at a rate."""
     began = time.perf_counter()
     with opened(config, readers, plan.batch) as batches:
         next(batches)
         start = time.perf_counter() - began
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < plan.seconds:
+        began, cpu, count = time.perf_counter(), time.process_time(), 0
+        while not count or time.perf_counter() - began < plan.seconds:
             next(batches)
             count += plan.batch
-        speed = count / (time.perf_counter() - began)
+        speed, per_cpu = count / (time.perf_counter() - began), count / max(1e-9, time.process_time() - cpu)
         began, waited = time.perf_counter(), 0.0
         while time.perf_counter() - began < plan.seconds:
             time.sleep(plan.batch / rate)  # as if a GPU worked
             asked = time.perf_counter()
             next(batches)
             waited += time.perf_counter() - asked
-        return start, speed, waited / (time.perf_counter() - began)
+        return start, speed, per_cpu, waited / (time.perf_counter() - began)
 
 
 @contextmanager
@@ -117,6 +120,7 @@ def sources(plan: DataPlan, names: tuple[str, ...]) -> Iterator[dict[str, tuple[
         stack.enter_context(environment("TARFLOW_CACHE", str(root / "copies")))
         found: dict[str, tuple[DataConfig, float]] = {}
         if any(not name.startswith("latents") for name in names):
+            stack.enter_context(tables_at(root / "tables"))
             pictures = picture_sources(root, plan.pictures, plan.image_size)
             found |= {name: (config, plan.picture_rate) for name, config in pictures.items()}
         if any(name.startswith("latents") for name in names):
@@ -138,6 +142,18 @@ def sources(plan: DataPlan, names: tuple[str, ...]) -> Iterator[dict[str, tuple[
 
 
 @contextmanager
+def tables_at(folder: Path) -> Iterator[None]:
+    """Have the Datasets library keep what it makes of parquet files in a folder, for a while."""
+    import datasets  # imported here because it takes seconds
+
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+
+
+@contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
     """A variable of the environment, for a while."""
     before = os.environ.get(name)
@@ -152,7 +168,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 def compare_sources(plan: DataPlan, names: tuple[str, ...], report: Any = lambda row: None) -> list[Reading]:
     """Each source with each number of readers, all in turns; ``report`` gets the rows of the last turn."""
-    found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    found: dict[tuple[str, int], list[tuple[float, ...]]] = {}
     with sources(plan, names) as configs:
         for repeat in range(plan.repeats):
             for name, (config, rate) in configs.items():
@@ -165,9 +181,9 @@ def compare_sources(plan: DataPlan, names: tuple[str, ...], report: Any = lambda
     return [summary(name, readers, rates[name], values) for (name, readers), values in found.items()]
 
 
-def summary(name: str, readers: int, rate: float, values: list[tuple[float, float, float]]) -> Reading:
-    start, speed, waiting = (statistics.median(column) for column in zip(*values, strict=True))
-    return Reading(name, readers, start, speed, rate, waiting)
+def summary(name: str, readers: int, rate: float, values: list[tuple[float, ...]]) -> Reading:
+    start, speed, per_cpu, waiting = (statistics.median(column) for column in zip(*values, strict=True))
+    return Reading(name, readers, start, speed, per_cpu, rate, waiting)
 
 
 @dataclass(frozen=True)

@@ -190,11 +190,11 @@ def run_data(arguments: argparse.Namespace) -> None:
         seconds=arguments.seconds,
         repeats=arguments.repeats,
     )
-    print(f"{'source':<16} readers  items/s  first batch, s  waiting at its rate", flush=True)
+    print(f"{'source':<16} readers  items/s  per CPU s  first batch, s  waiting at its rate", flush=True)
 
     def show(row: Reading) -> None:
         print(
-            f"{row.source:<16} {row.readers:7d} {row.items_per_second:8,.0f} {row.start:15.2f}  "
+            f"{row.source:<16} {row.readers:7d} {row.items_per_second:8,.0f} {row.per_cpu_second:10,.0f} {row.start:15.2f}  "
             f"{row.waiting:.1%} at {row.rate:,.0f}",
             flush=True,
         )
