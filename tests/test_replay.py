@@ -11,7 +11,9 @@ import torch
 from test_training import CLASS_FLOW, TEXT_FLOW, train, weights
 from torch import nn
 
+from tarflow.training.loop.muon import Muon
 from tarflow.training.loop.replay import MOST_SHAPES, WARM_UP, Outputs, ReplayedPass
+from tarflow.training.loop.step import leaves_out
 
 
 class Captured:
@@ -140,3 +142,53 @@ def test_graphs_are_refused_where_there_are_none(tmp_path: Path, options: list[s
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", "--train.steps", "1", "--train.cuda_graphs", "true", *options)
+
+
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr("tarflow.training.loop.step.can_go_on", lambda accelerator, task: True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_whose_outcome_is_known_later_train_as_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """Also where a gradient is not finite, and where one is too large: weights, averages and counts."""
+    from tarflow.training.flow.task import FlowTask
+
+    backward = FlowTask.backward
+
+    def disturbed(self: FlowTask, batch: Any, step: int, *rest: Any) -> Any:
+        losses = backward(self, batch, step, *rest)
+        for parameter in self.objective.parameters():
+            if parameter.grad is not None and step in (2, 4):
+                parameter.grad.mul_(float("nan") if step == 2 else 1e4)
+        return losses
+
+    monkeypatch.setattr(FlowTask, "backward", disturbed)
+    options = ["--train.steps", "7", "--optim.name", optimizer, "--optim.skip_grad_norm", "1000"]
+    options += ["--optim.weight_decay", "0.1", "--train.ema_decay", "0.5", "--log.checkpoint_every", "5"]
+    usual, _ = train(tmp_path / "usual", *options)
+    without_waiting(monkeypatch)
+    ours, _ = train(tmp_path / "ours", *options)
+    assert not ours.stepper.waits and usual.stepper.waits
+    assert (ours.stepper.spikes, ours.averages.steps) == (usual.stepper.spikes, usual.averages.steps) == (1, 5)
+    found = weights(tmp_path / "ours")
+    for name, weight in weights(tmp_path / "usual").items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=2e-5)
+
+
+def test_too_many_bad_steps_end_a_run_one_step_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_waiting(monkeypatch)
+    monkeypatch.setattr(
+        "tarflow.training.flow.objective.flow_loss", lambda z, log_det: (z * float("nan")).sum() + log_det.sum()
+    )
+    with pytest.raises(ValueError, match=r"stopped at step 2: loss nan .* not finite in 3 steps in a row"):
+        train(tmp_path, "--train.steps", "9", "--train.max_bad_steps", "3")
+
+
+def test_only_what_leaves_out_steps_itself_goes_on() -> None:
+    weight = nn.Parameter(torch.zeros(2, 2))
+    assert leaves_out(torch.optim.AdamW([weight], fused=True))
+    assert leaves_out(Muon([{"params": [weight], "muon": True}]))
+    assert not leaves_out(torch.optim.AdamW([weight])) and not leaves_out(torch.optim.SGD([weight]))

@@ -52,6 +52,10 @@ class JointTask(FlowTask):
         self.moments.append(output["moments"])
         return {**losses, "nats_per_dim": output["nats_per_dim"].mean()}, output["z"]
 
+    @property
+    def has_after_update(self) -> bool:
+        return True
+
     def after_update(self, step: int) -> None:
         super().after_update(step)
         self.objective.update_statistics(self.accelerator.reduce(torch.stack(self.moments).mean(0), "mean"))

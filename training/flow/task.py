@@ -165,7 +165,7 @@ class FlowTask(Task):
     def backward(self, batch: Batch, step: int, total: int, sample_ids: Sequence[int]) -> dict[str, Tensor]:
         inputs = self.inputs.training(batch, step, sample_ids)
         losses, z = self.backward_flow(inputs, step) if self.replayed is None else self.replayed(inputs)
-        if getattr(self.objective.flow, "prior_variance", None) is not None and not self.config.lora.rank:
+        if self.has_after_update:
             self.latents.append(z)
         return losses
 
@@ -189,6 +189,10 @@ class FlowTask(Task):
         loss: Tensor = self.learner.model(**{**inputs, "latents": latents.detach(), "score_target": target})["loss"]
         accelerator.backward(loss)
         return loss.detach()
+
+    @property
+    def has_after_update(self) -> bool:
+        return getattr(self.objective.flow, "prior_variance", None) is not None and not self.config.lora.rank
 
     def after_update(self, step: int) -> None:
         if self.latents:

@@ -58,6 +58,9 @@ class Muon(torch.optim.AdamW):
                 if weight.ndim < 2 or weight.shape[0] % pieces:
                     raise ValueError(f"{pieces} matrices for Muon cannot be made of a tensor {tuple(weight.shape)}")
 
+    #: A number on the device, or None: 1 leaves everything as it is, as fused AdamW takes it, 0 takes the step.
+    found_inf: Tensor | None = None
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of all groups; a closure is not supported."""
@@ -75,36 +78,60 @@ class Muon(torch.optim.AdamW):
         """Muon's step: momentum, then one iteration for all matrices of a shape, then the weights."""
         stacks: dict[tuple[int, int], list[tuple[Tensor, dict[str, Any], Tensor]]] = defaultdict(list)
         for group in groups:
-            for weight, pieces in zip(group["params"], group["pieces"], strict=True):
-                if weight.grad is not None:
-                    update = self.looked_ahead(weight, group["momentum"])
-                    update = update.reshape(pieces, weight.shape[0] // pieces, -1).to(fast_dtype(update.device))
-                    rows, columns = update.shape[1:]
-                    stacks[min(rows, columns), max(rows, columns)].append((weight, group, update))
+            found = [
+                (w, pieces) for w, pieces in zip(group["params"], group["pieces"], strict=True) if w.grad is not None
+            ]
+            if self.found_inf is not None and found:
+                updates = self.looked_ahead_unless(self.found_inf, [weight for weight, _ in found], group["momentum"])
+            else:
+                updates = [self.looked_ahead(weight, group["momentum"]) for weight, _ in found]
+            for (weight, pieces), update in zip(found, updates, strict=True):
+                update = update.reshape(pieces, weight.shape[0] // pieces, -1).to(fast_dtype(update.device))
+                rows, columns = update.shape[1:]
+                stacks[min(rows, columns), max(rows, columns)].append((weight, group, update))
         for entries in stacks.values():
             lying = [update if update.shape[1] <= update.shape[2] else update.mT for _, _, update in entries]
-            parts = orthogonalised(torch.cat(lying)).split([len(part) for part in lying])
+            stack = orthogonalised(torch.cat(lying))
+            if self.found_inf is not None:
+                stack = stack * (1 - self.found_inf).to(stack.dtype)
+            parts = stack.split([len(part) for part in lying])
             for (weight, group, update), part in zip(entries, parts, strict=True):
-                change(weight, part if update.shape[1] <= update.shape[2] else part.mT, group)
+                change(weight, part if update.shape[1] <= update.shape[2] else part.mT, group, self.found_inf)
+
+    def looked_ahead_unless(self, found_inf: Tensor, weights: Sequence[nn.Parameter], momentum: float) -> list[Tensor]:
+        """As `looked_ahead` of each; where ``found_inf`` is 1 the momentum stays as it is, and what is returned is finite."""
+        buffers = []
+        for weight in weights:
+            self.prepare_state(weight)
+            buffers.append(self.state[weight]["momentum_buffer"])
+        gradients = [weight.grad.masked_fill(found_inf > 0, 0) for weight in weights if weight.grad is not None]
+        torch._foreach_mul_(buffers, torch.where(found_inf > 0, 1.0, momentum))
+        torch._foreach_add_(buffers, gradients, alpha=1 - momentum)
+        return list(torch._foreach_lerp(gradients, buffers, momentum))
+
+    def prepare_state(self, weight: nn.Parameter) -> None:
+        if not self.state[weight]:
+            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            self.state[weight]["step"] = torch.zeros(())  # which AdamW wants to find of every parameter
 
     def looked_ahead(self, weight: nn.Parameter, momentum: float) -> Tensor:
         """The gradient with Nesterov's momentum, whole where processes share it."""
-        gradient, state = weight.grad, self.state[weight]
+        gradient = weight.grad
         assert gradient is not None
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-            state["step"] = torch.zeros(())  # which AdamW wants to find of every parameter
+        self.prepare_state(weight)
+        state = self.state[weight]
         update = gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
         return update.full_tensor() if isinstance(update, DTensor) else update
 
 
-def change(weight: Tensor, orthogonal: Tensor, group: dict[str, Any]) -> None:
-    """Decay a weight, and step along its update (pieces, rows, columns)."""
+def change(weight: Tensor, orthogonal: Tensor, group: dict[str, Any], found_inf: Tensor | None = None) -> None:
+    """Decay a weight, unless ``found_inf`` is 1, and step along its update (pieces, rows, columns)."""
     size = 0.2 * max(orthogonal.shape[1:]) ** 0.5
     update = orthogonal.reshape(weight.shape).to(weight.dtype)
     if isinstance(weight, DTensor):  # each process has the whole update, and takes its share
         update = distribute_tensor(update, weight.device_mesh, weight.placements, src_data_rank=None)
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    decay = group["lr"] * group["weight_decay"]
+    weight.mul_(1 - decay if found_inf is None else 1 - decay * (1 - found_inf))
     weight.add_(update, alpha=-group["lr"] * size)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -39,9 +40,12 @@ class Stepper:
         self.bad_steps = self.spikes = 0
         self.skipped: set[str] = set()
         self.waited = self.seconds = 0.0
+        self.waits = not can_go_on(accelerator, task)
+        self.pending: Pending | None = None
 
     def take(self, batches: Iterator[Batch], step: int, total: int) -> dict[str, Tensor]:
-        """One optimizer step; the host waits for the device once, for the gradient's norm.
+        """One optimizer step. On a GPU whether it was finite is decided there, and counted with the next step, so that the
+        host goes on meanwhile; else the host waits for the gradient's norm.
 
         Args:
             batches: this process's, one for each forward pass.
@@ -68,7 +72,9 @@ class Stepper:
                     sums[name] += value
                 if accelerator.sync_gradients:
                     norms = [self.clip_gradients(learner) for learner in learners]
-                    self.update(learners, norms, sums["loss"] / passes, step)
+                    goes_on = not self.waits and all(leaves_out(learner.optimizer) for learner in learners)
+                    update = self.update_on_device if goes_on else self.update
+                    update(learners, norms, sums["loss"] / passes, step)
         self.seconds += time.perf_counter() - begun
         return {name: value / passes for name, value in sums.items()} | {"grad_norm": norms[0].detach()}
 
@@ -107,6 +113,10 @@ class Stepper:
             loss: of the step, mean over its passes.
             step: its number.
         """
+        self.settle()
+        for learner in learners:
+            if leaves_out(learner.optimizer):  # which may have been told by a step before
+                inner_of(learner.optimizer).found_inf = None
         scaler, limit, size = self.accelerator.scaler, self.settings.optim.skip_grad_norm, float(norms[0])
         finite = math.isfinite(size) and all(math.isfinite(float(norm)) for norm in norms[1:])
         spike = limit is not None and finite and size > limit
@@ -124,6 +134,32 @@ class Stepper:
         # Gradients of fp16 may overflow for some steps, until the scale fits; losses may not.
         self.count_bad_step(finite or (scaler is not None and math.isfinite(float(loss))), loss, step)
 
+    def update_on_device(self, learners: list[Learner], norms: list[Tensor], loss: Tensor, step: int) -> None:
+        """As `update`, without waiting: optimizers leave out what is not finite, or too large, themselves."""
+        limit = self.settings.optim.skip_grad_norm
+        finite = torch.stack([norm.detach() for norm in norms]).isfinite().all()
+        spike = finite & (norms[0] > limit) if limit is not None else torch.zeros_like(finite)
+        flags = torch.stack([finite, spike])
+        self.settle()  # the averages take the weights of the step before, which change now
+        for learner in learners:
+            inner_of(learner.optimizer).found_inf = (~finite | spike).float()
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+        self.pending = Pending(flags, loss.detach(), step)
+
+    def settle(self) -> None:
+        """Take into account whether the last step changed the weights: averages, counts, and an end after too many that
+        were not finite. Before anything reads or saves the averages."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        finite, spike = pending.read()
+        self.spikes += spike
+        if finite and not spike:
+            self.averages.step()
+            self.task.after_update(pending.step)
+        self.count_bad_step(finite, pending.loss, pending.step)
+
     def count_bad_step(self, finite: bool, loss: Tensor, step: int) -> None:
         """Stop after too many losses or gradients in a row that are not finite."""
         self.bad_steps = 0 if finite else self.bad_steps + 1
@@ -133,3 +169,48 @@ class Stepper:
                 f"training stopped at step {step}: loss {float(loss)} or its gradient was not finite in "
                 f"{self.bad_steps} steps in a row; lower {name} ({self.settings.optim.lr}) or resume from a checkpoint"
             )
+
+
+class Pending:
+    """A step whose outcome the host does not know yet.
+
+    Args:
+        flags: whether its gradients were finite, and larger than wished, on the device.
+        loss: of it.
+        step: its number.
+    """
+
+    def __init__(self, flags: Tensor, loss: Tensor, step: int):
+        self.loss, self.step, self.event = loss, step, None
+        self.flags = flags
+        if flags.is_cuda:  # a copy and an event of their own: reading a number waits for all that was launched since
+            self.flags = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            self.flags.copy_(flags, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> tuple[bool, bool]:
+        """Both flags; waits for this step, not for later ones."""
+        if self.event is not None:
+            self.event.synchronize()
+        finite, spike = self.flags.tolist()
+        return finite, spike
+
+
+def can_go_on(accelerator: Accelerator, task: Task) -> bool:
+    """Whether steps can be taken without the host's knowing whether they were finite: on one GPU, where nothing but the
+    averages follows from it."""
+    if accelerator.device.type != "cuda" or accelerator.num_processes > 1 or accelerator.scaler is not None:
+        return False
+    return not task.has_after_update
+
+
+def inner_of(optimizer: Any) -> Any:
+    """What Accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def leaves_out(optimizer: Any) -> bool:
+    """Whether an optimizer takes ``found_inf``: fused AdamW, and Muon, whose AdamW is fused."""
+    inner = inner_of(optimizer)
+    return isinstance(inner, torch.optim.AdamW) and all(group.get("fused") for group in inner.param_groups)

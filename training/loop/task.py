@@ -116,6 +116,11 @@ class Task(ABC):
             sample_ids: numbers of the pictures in the step's batch of all processes and passes, for their random draws.
         """
 
+    @property
+    def has_after_update(self) -> bool:
+        """Whether `after_update` has something to do, so that each step waits to know whether the weights have changed."""
+        return False
+
     def after_update(self, step: int) -> None:  # noqa: B027
         """What follows the weights, after they have changed."""
 

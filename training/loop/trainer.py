@@ -124,6 +124,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this step, and note it as ``saved``."""
+        self.stepper.settle()
         state = {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -242,6 +243,7 @@ class Trainer:
     def report(self, stop: StopRequest, at_once: bool, average: int = 0, last: bool = False) -> dict[str, Any]:
         """The task's report on averaged weights. A signal ends it ``at_once`` or not at all, but never while weights
         are swapped: a checkpoint must not contain the average."""
+        self.stepper.settle()
         with self.averages.applied(average), stop.at_once(at_once):
             return self.task.report(self.step, average, last)
 
