@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from test_pipeline import make_pipeline
 from torch import Tensor
 
 from tarflow import TARFlowPipeline
+from tarflow.cli.main import main
+from tarflow.demo.drawing import Request, checked, draw
 from tarflow.flows.denoising import score_denoise
 from tarflow.flows.likelihood import log_prob
 from tarflow.pipeline.call.scheduler import EDMAncestralScheduler
@@ -278,3 +281,31 @@ def test_pipelines_whose_parts_do_not_fit() -> None:
         TARFlowPipeline(plain, noise_levels=LEVELS)
     with pytest.raises(ValueError, match="a scheduler is for a flow of many noise levels"):
         TARFlowPipeline(plain, scheduler=default_scheduler(LEVELS))
+
+
+def test_the_page_shows_each_level() -> None:
+    pipe = make("none")
+    request = checked(pipe, Request(decoding="sequential", steps=3))
+    *_, last = draw(pipe, request, threading.Lock())
+    names = [stage.name for stage in last.stages]
+    assert names == ["noise", "block 1", "block 2, raw", "level 1 of 3", "level 2 of 3", "noise removed"]
+    with pytest.raises(ValueError, match="The number of steps must be a whole number from 1 to 100"):
+        checked(pipe, Request(steps=0))
+    assert checked(make_pipeline("none", vae=False), Request(steps=3)).steps is None  # one level has one step
+
+
+def test_the_command_line_takes_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("none").save_pretrained(tmp_path / "pipeline")
+    options = ["generate", "--pipeline", str(tmp_path / "pipeline"), "--seed", "1", "--device", "cpu"]
+    main([*options, "--out", str(tmp_path / "x.png"), "--steps", "3", "--walk", "sde", "--noise-level", "0.4"])
+    assert (tmp_path / "x.png").is_file()
+    for wrong, message in (
+        (["--noise-level", "0.9"], "noise_level must be in the trained levels, 0.02 to 0.5, got 0.9"),
+        (["--steps", "0"], "--num-inference-steps must be at least 1, got 0"),
+        (["--noise-level", "-1"], "--noise-level must be positive, got -1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*options, "--out", str(tmp_path / "y.png"), *wrong])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "y.png").exists()
