@@ -1,7 +1,8 @@
 """Every command of README and docs, copied out of them, is run in a small form, or stands below with the reason why not.
 
 To add a command to a document is enough: it is run here with the smaller numbers of `SMALL`, in a folder for each document,
-in the order of the text, so that what one command makes is there for the next. What no command makes is in `world`. A
+in the order of the text, so that what one command makes is there for the next (so try a document as a whole, `-k
+training.md`). What no command makes is in `world`. A
 command that cannot run here goes into `CANNOT`, one of another program into `OTHERS`. A new command of `tarflow` needs an
 entry in `SMALL`.
 """
