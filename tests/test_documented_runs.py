@@ -67,6 +67,7 @@ SMALL = {
     "benchmark sampling": "--batches 1 --repeats 1",
     "benchmark exactness": "--pipelines drawings_class --samples 1 --guidance-scales 2",
     "benchmark training": "--batches 1 --repeats 1 --steps 1 --precisions float32",
+    "benchmark data": "--listing 3000",
     "benchmark memory": "--batch 1 --model quickstart_text",
     "check-reference": "",
     "export": "",
@@ -93,6 +94,8 @@ CANNOT = {
     r"OWNER/NAME": "the Hub: test_streams.py reads the like from this machine",
     r"starflow_3B": "published weights of gigabytes: test_conversion.py converts small ones",
     r"compare-flows": "trainings of minutes: test_flow_comparison.py makes small ones",
+    r"compare-peers": "trainings of minutes: test_peers.py makes small ones",
+    r"compare-noise-levels": "trainings of minutes: test_level_training.py makes small ones",
     r"gpu-check": "a GPU, or minutes: test_gpu_check.py makes single checks",
     r"accelerate launch --cpu": "the launcher alone",
 }
