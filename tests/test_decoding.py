@@ -143,6 +143,39 @@ def test_finished_samples_are_left_out(monkeypatch) -> None:
     torch.testing.assert_close(reorder(x, block.config.order), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("length", [16, 8])
+def test_final_tokens_at_the_front_are_swept_no_more(
+    monkeypatch: pytest.MonkeyPatch, length: int, together: int
+) -> None:
+    """Those are at least as many as the sweeps so far, also where some sweeps go before each look at them."""
+    monkeypatch.setattr(jacobi, "sweeps_between_checks", lambda device: together)
+    model = grid_model("rotary-prefix")
+    cond, null = conditions(model, 2)
+    tokens, grid = model.patchify(random_images(model, 2))
+    block, windows = model.blocks[-1], []
+    whole = InversionState.parameters
+
+    def watched(run: InversionState, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        windows.append((start, end))
+        return whole(run, x, start, end)
+
+    monkeypatch.setattr(InversionState, "parameters", watched)
+    ordered = reorder(tokens, block.config.order)
+    run = InversionState(block, 2, grid, cond, null, None)
+    x, log_scales, _ = decode_jacobi(run, ordered, Decoding("gs_jacobi", 1e-13, length))
+    monkeypatch.undo()
+    first = [start for start, end in windows if end == length]
+    sweeps = len(first) - (length < 16)  # without the last pass over a segment that is not the last
+    assert sweeps > 3
+    for count in range(sweeps):
+        assert first[count] >= count // together * together
+    assert first[sweeps - 1] < length
+    expected, expected_scales = decode_sequential(InversionState(block, 2, grid, cond, null, None), ordered)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(log_scales, expected_scales, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(("method", "segment"), [("jacobi", None), ("gs_jacobi", 32)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sweeps_in_16_bits_end_above_rounding(dtype: torch.dtype, method: str, segment: int | None) -> None:

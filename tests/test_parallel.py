@@ -109,6 +109,7 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
     arguments = [*ARGUMENTS, *SMALL_TEXT, "--train.batch_size", "4", "--train.steps", "6"]
     runs = {"whole": [*arguments, "--output", str(tmp_path / "whole"), "--log.sample_every", "3"]}
     muon = [*arguments, "--optim.name", "muon", "--train.steps", "3", "--log.checkpoint_every", "2"]
+    muon += ["--train.sweep_loss.weight", "0.1", "--train.sweep_loss.sweeps", "2"]  # and with the loss of sweeps
     runs["muon"] = [*muon, "--output", str(tmp_path / "muon")]
     if kind == "ddp":  # a checkpoint of one process goes on with two
         resume = ["--resume", str(one_process[0] / "checkpoints" / "step_00000004")]

@@ -18,6 +18,8 @@ class GaveUpError(Exception):
 
 #: The tolerance of all segments but the last, as a share of the given one: segments behind magnify what is left.
 EARLIER_SEGMENTS = 0.1
+#: The same of tokens at the front that are swept no more while those behind them are.
+FRONT_TOLERANCE = 0.1
 #: The smallest change that sweeps of a network with such weights can be asked to end at. Below it rounding moves numbers
 #: from sweep to sweep, so that the sweeps would go on until each token is exact: as many as there are tokens.
 SMALLEST_TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -38,8 +40,8 @@ def decode_jacobi(
 ) -> tuple[Tensor, Tensor, int]:
     """Invert a block segment by segment.
 
-    x ← z·σ(x) + μ(x) from x = z on; after k sweeps the first k tokens of a segment are exact. When no sample of the
-    segment changes any more, a last pass writes the keys and values of its final tokens for the segments behind.
+    x ← z·σ(x) + μ(x) from x = z on; after k sweeps at least the first k tokens of a segment are exact, and are swept no
+    more. When no sample of the segment changes any more, a last pass writes the keys and values of its final tokens for the segments behind.
 
     Args:
         run: the block with an empty cache but for the prefix.
@@ -80,40 +82,59 @@ def sweep_segment(
 ) -> int:
     """Sweep tokens start … end − 1 of ``x`` and ``log_scales`` in place; returns the number of sweeps.
 
-    Samples that are done stop costing: when half of the batch is, the sweeps go on with the others alone.
+    What is done stops costing: tokens at the front that are final in all samples (see `final_tokens`) are swept no more, and
+    when half of the batch is done, the sweeps go on with the other samples alone.
     """
     every = sweeps_between_checks(z.device)
     base, sweeps, length = run.cache.length, 0, end - start
+    front = start  # the first token that is still swept
     samples = None  # indices of the samples that are swept; None: all
     part, current, target = run, x, z
     change = z.new_full((len(z),), torch.inf)
     while sweeps < length:
-        for _ in range(min(every, length - sweeps)):
-            part.cache.truncate(base)
-            shift, log_scale = part.parameters(current, start, end)
-            new = affine_inverse(target[:, start:end], shift, log_scale)
-            before, change = change, (new - current[:, start:end]).abs().flatten(1).amax(1)  # (samples,)
-            change = torch.where(change.isfinite(), change, torch.inf)
-            if sweeps + 1 < length:
-                # Far from the solution numbers may overflow; tokens behind exact ones recover from any finite value.
-                new = torch.nan_to_num(new, posinf=0.0, neginf=0.0)
-            current[:, start:end] = new
+        turns = min(every, length - sweeps)
+        for _ in range(turns):
+            part.cache.truncate(base + front - start)
+            shift, log_scale = part.parameters(current, front, end)
+            new = affine_inverse(target[:, front:end], shift, log_scale)
+            moved = (new - current[:, front:end]).abs().amax(2)  # (samples, tokens)
+            moved = torch.where(moved.isfinite(), moved, torch.inf)
+            before, change = change, moved.amax(1)
+            # Far from the solution numbers may overflow; tokens behind exact ones recover from any finite value.
+            current[:, front:end] = torch.nan_to_num(new, posinf=0.0, neginf=0.0)
             sweeps += 1
-        if samples is None:
-            log_scales[:, start:end] = log_scale
-        else:
-            x[samples, start:end], log_scales[samples, start:end] = current[:, start:end], log_scale
         active = (change > tolerance) & (expected_change(before, change) > tolerance)
-        left = int(active.sum())
+        final = final_tokens(moved, FRONT_TOLERANCE * tolerance)
+        left, done = torch.stack([active.sum(), final]).tolist()  # waits for the device once
+        done = max(done, turns)  # each sweep makes one more token exact
         if give_up is not None and give_up():
             raise GaveUpError
-        if left == 0:
+        current[:, front : front + done] = new[:, :done]  # final numbers as they are, also if they are not finite
+        if samples is None:
+            log_scales[:, front:end] = log_scale
+        else:
+            x[samples, front:end], log_scales[samples, front:end] = current[:, front:end], log_scale
+        front += done
+        if left == 0 or front >= end:
             break
         if left <= len(change) // 2:
             samples = active.nonzero()[:, 0] if samples is None else samples[active]
             part, current, target, change = part.select(active), current[active], target[active], change[active]
     run.cache.truncate(base)
     return sweeps
+
+
+def final_tokens(moved: Tensor, tolerance: float) -> Tensor:
+    """How many tokens at the front will not change any more, in any sample: an int64 scalar.
+
+    Those that stayed, and one more: it was made from tokens that stayed. So the sweep's keys and values of all of them
+    are final too.
+
+    Args:
+        moved: the largest change of each sample's tokens in the last sweep, (B, S); what stands before them is final.
+        tolerance: of a change that counts as none.
+    """
+    return (moved.amax(0) <= tolerance).long().cumprod(0).sum() + 1
 
 
 def expected_change(before: Tensor, change: Tensor) -> Tensor:
