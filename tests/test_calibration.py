@@ -19,9 +19,10 @@ from torch import Tensor
 from tarflow import TARFlowPipeline
 from tarflow.common.cache import cache_folder
 from tarflow.flows.decoding import calibration_store
-from tarflow.flows.decoding.calibration import COMPARISONS, TIMED_STEPS, TURNS, BlockChoice, calibrate
+from tarflow.flows.decoding.calibration import COMPARISONS, TIMED_STEPS, TURNS, BlockChoice, calibrate, decodings
 from tarflow.flows.decoding.calibration_store import FILE_NAME, CalibrationStore, file_of, fingerprint
 from tarflow.flows.decoding.method import InversionState
+from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.decoding.step import DecodeStep
 from tarflow.flows.decoding.watch import DISTANCES, MOST_CALIBRATIONS, Calibration
 from tarflow.flows.model import TARFlowModel
@@ -77,6 +78,26 @@ def test_the_faster_one_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = calibrate(model, z, None, None, None, 1e-4)
     assert methods(choices) == {"sequential"}
     assert all(choice.best_ms == choice.sequential_ms for choice in choices)
+
+
+def test_a_block_that_converges_in_few_sweeps_is_drawn_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same network with weak ties between its tokens and with strong ones, on a machine where a sweep takes 1.5
+    steps: the first is drawn by its sweeps, the second token by token."""
+    torch.manual_seed(0)
+    model = small_model(sample_size=8, layers_per_block=(0, 1))
+    z, block = random_images(model, 2), model.blocks[-1]
+    machine = Machine(monkeypatch, step=1.0, sweep=1.5)
+    (choice,) = calibrate(model, z, None, None, None, 1e-3)
+    assert choice.method == "jacobi"
+    assert choice.sweeps is not None
+    assert choice.sweeps <= 8
+    machine.sweeps = machine.steps = 0
+    generate(model, z, decoding=decodings([choice], 1e-3))
+    assert (machine.sweeps, machine.steps) == (choice.sweeps, 0)
+    with torch.no_grad():
+        block.proj_out.weight.mul_(40)
+    (choice,) = calibrate(model, z, None, None, None, 1e-3)
+    assert (choice.method, choice.sweeps) == ("sequential", None)
 
 
 @pytest.mark.parametrize("busy", ["the first steps", "every second comparison"])

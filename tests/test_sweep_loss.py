@@ -151,6 +151,8 @@ def test_training_with_it_goes_on_as_if_never_interrupted(tmp_path: Path, monkey
         ),
         ('{"block": "inverse_autoregressive"}', r"flow\.block 'inverse_autoregressive' are drawn in one pass: leave"),
         ('{"learned_denoiser": "unconditional"}', r"set train\.sweep_loss\.weight to 0"),
+        ('{"kind": "trajectory"}', r"train\.sweep_loss is for flow\.kind 'flow', not 'trajectory'"),
+        ("--train.cuda_graphs=true", r"train\.cuda_graphs cannot launch as one graph"),
         ("--train.sweep_loss.sweeps=0", r"train\.sweep_loss\.sweeps must be at least 1, got 0"),
         ("--train.sweep_loss.weight=-1", r"train\.sweep_loss\.weight must be 0 or positive, got -1"),
         (

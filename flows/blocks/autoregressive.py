@@ -44,7 +44,7 @@ class FlowBlock(Block):
         z, log_det = affine_forward(x, shift, log_scale)
         return reorder(z, self.config.order), log_det
 
-    def parameters_of(self, x: Tensor, grid: tuple[int, int], cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def parameters_of(self, x: Tensor, grid: tuple[int, int], cond: Condition) -> tuple[Tensor, Tensor]:
         """Shift and log-scale (B, T, C) of all tokens, each from those before it, in the block's order as x is."""
         if self.start_token is None:
             shift, log_scale = self.affine_parameters(x[:, :-1], 0, self.context(cond, grid))
@@ -52,7 +52,7 @@ class FlowBlock(Block):
         start = self.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
         return self.affine_parameters(torch.cat([start, x[:, :-1]], 1), 0, self.context(cond, grid))
 
-    def sweep(self, x: Tensor, z: Tensor, grid: tuple[int, int], cond: Tensor | None = None) -> Tensor:
+    def sweep(self, x: Tensor, z: Tensor, grid: tuple[int, int], cond: Condition = None) -> Tensor:
         """One Jacobi sweep towards the inverse of z, with gradients: z·σ(x) + μ(x), row-major (B, T, C).
 
         The inverse is the only x that a sweep leaves as it is, and T sweeps find it from anywhere.

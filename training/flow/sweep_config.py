@@ -41,6 +41,15 @@ def check_sweep_loss(config: RunConfig) -> None:
     """Errors of a `RunConfig` whose other settings do not fit ``train.sweep_loss``."""
     if config.train.sweep_loss.weight == 0:
         return
+    check(
+        config.flow.get("kind", "flow") == "flow",
+        f"train.sweep_loss is for flow.kind 'flow', not {config.flow.get('kind')!r}: leave it out",
+    )
+    check(
+        not config.train.cuda_graphs,
+        "train.sweep_loss takes another number of sweeps in each step, which train.cuda_graphs cannot launch as one graph: "
+        "leave one of them out",
+    )
     kind = config.flow.get("block", "autoregressive")
     check(
         kind == "autoregressive",

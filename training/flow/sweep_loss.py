@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tarflow.flows.blocks.autoregressive import FlowBlock
+from tarflow.flows.layers.condition import Condition
 from tarflow.flows.token_model import TokenModel
 from tarflow.training.flow.sweep_config import SweepLossConfig
 from tarflow.training.loop.draws import sample_seed
@@ -47,7 +48,7 @@ def sweep_term(config: SweepLossConfig, seed: int, step: int) -> SweepTerm | Non
 
 
 def sweep_loss(
-    model: TokenModel, latents: Tensor, outputs: Sequence[Tensor], condition: Tensor | None, term: SweepTerm
+    model: TokenModel, latents: Tensor, outputs: Sequence[Tensor], condition: Condition, term: SweepTerm
 ) -> Tensor:
     """The mean over the term's blocks of `error_left`, a scalar.
 
@@ -69,7 +70,7 @@ def sweep_loss(
 
 
 def error_left(
-    block: FlowBlock, x: Tensor, z: Tensor, grid: tuple[int, int], condition: Tensor | None, term: SweepTerm
+    block: FlowBlock, x: Tensor, z: Tensor, grid: tuple[int, int], condition: Condition, term: SweepTerm
 ) -> Tensor:
     """What the last sweeps leave of the squared distance to x, as a share, the mean over samples: a scalar.
 
