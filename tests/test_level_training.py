@@ -27,7 +27,8 @@ from tarflow.experiments.settings import LevelComparisonConfig
 from tarflow.flows.likelihood import flow_loss
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.inputs import InputMaker
-from tarflow.training.flow.levels import NoiseLevels, levels_from, loss_weights
+from tarflow.training.flow.levels import levels_from, loss_weights
+from tarflow.training.flow.levels_config import NoiseLevels
 from tarflow.training.flow.objective import FlowObjective
 
 LEVELS = ["--train.noise_levels.low", "0.02", "--train.noise_levels.high", "0.5"]

@@ -20,7 +20,7 @@ from tarflow.common.checks import (
 from tarflow.data.config import DataConfig
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.joint_config import JointConfig, check_joint
-from tarflow.training.flow.levels import NoiseLevels
+from tarflow.training.flow.levels_config import NoiseLevels
 from tarflow.training.flow.lora_config import LoraConfig, check_lora
 from tarflow.training.flow.sweep_config import SweepLossConfig, check_sweep_loss
 from tarflow.training.flow.trajectory_config import check_trajectory_run

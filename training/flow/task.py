@@ -18,7 +18,7 @@ from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
 from tarflow.training.flow.inputs import InputMaker
-from tarflow.training.flow.levels import level_invariants
+from tarflow.training.flow.levels_config import level_invariants
 from tarflow.training.flow.lora import folder_name, prepare_adapters, save_adapters
 from tarflow.training.flow.objective import FlowObjective, parameter_groups, score_target, trained_parameters
 from tarflow.training.flow.report import (
