@@ -42,6 +42,11 @@ class LatentCache:
         if not self.manifest:
             raise no_cache(path)
         self.shards: list[dict[str, Any]] = [shard for shard in self.manifest["shards"] if shard["split"] == split]
+        for shard in self.manifest["shards"]:
+            if shard["file"].startswith(".") or "/" in shard["file"] or "\\" in shard["file"]:
+                raise ValueError(
+                    f"the manifest of the cache {self.name!r} names {shard['file']!r}, which is no file in it"
+                )
         self.missing: dict[int, str] = {}
         self.store: ShardStore | None = None
         self._opened: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
@@ -84,6 +89,11 @@ class LatentCache:
             self._opened.popitem(last=False)
         return tensors
 
+    def close(self) -> None:
+        """End the threads that fetch shards."""
+        if self.store is not None:
+            self.store.close()
+
     def any_shard(self) -> dict[str, Tensor]:
         """The tensors of a shard of any split."""
         shard = self.manifest["shards"][0]
@@ -98,10 +108,7 @@ class LatentCache:
         if not isinstance(self.folder, UrlFolder):
             return self.folder.local / VAE
         assert self.store is not None
-        target = self.store.path / VAE
-        if not (target / "config.json").is_file():
-            self.folder.fetch_folder(VAE, target)
-        return target
+        return self.store.folder_copy(VAE)
 
     def verify(self, process: int, processes: int) -> None:
         """Read this process's share of the shards whole and compare their checksums; copies are compared as they arrive.

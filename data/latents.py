@@ -220,6 +220,12 @@ class CachedLatents(Dataset[dict[str, Any]]):
         while len(self._announced) > 2 * self.mixed * max(1, len(self.streams)):
             self._announced.pop(next(iter(self._announced)))
 
+    def close(self) -> None:
+        """End what fetches in the background; it begins again when something is expected."""
+        self._announced.clear()
+        for cache in self.caches:
+            cache.close()
+
     def spread(self, group: range, count: int) -> list[int]:
         """``count`` items of a group at equal distances; of caches at a URL, from no more shards than are mixed."""
         first, last = (bisect_right(self._firsts, index) - 1 for index in (group.start, group.stop - 1))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 from zlib import crc32
@@ -26,6 +27,10 @@ from tarflow.data.shards import file_hash, map_tensors
 WAITS = (1.0, 2.0, 4.0)
 #: Threads that fetch before shards are needed; locks, of which each is for many shards.
 FETCHERS, LOCKS = 4, 64
+#: Seconds that closing waits for what is being fetched.
+PATIENCE = 5.0
+#: A folder of copies; whatever else lies beside is not ours.
+COPIES = re.compile(r"[0-9a-f]{16}")
 #: A copy that is being made: its size, which counts before it has it. One that is so old (s) is of a killed process.
 ARRIVING, FORGOTTEN = re.compile(r"\..*\.(\d+)\.[0-9a-f]{8}\.tmp"), 3600.0
 
@@ -51,7 +56,8 @@ class ShardStore:
         self.folder, self.limit, self.verify = folder, limit, verify
         self.root = cache_folder() / "shards"
         self.path = self.root / sha256(f"{folder.name}\n{fingerprint}".encode()).hexdigest()[:16]
-        self._queue: SimpleQueue[dict[str, Any]] | None = None
+        self._queue: SimpleQueue[dict[str, Any] | None] | None = None
+        self._threads: list[Thread] = []
         self._process = 0
 
     def open(self, shard: dict[str, Any]) -> dict[str, Tensor]:
@@ -100,20 +106,55 @@ class ShardStore:
             "without it by data.on_error skip"
         )
 
+    def folder_copy(self, name: str) -> Path:
+        """The path of a copy of a folder with its files, which is made, whole or not at all, if it is not there.
+
+        Raises:
+            OSError: if it cannot be.
+        """
+        target = self.path / name
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / f".lock-{name}"):  # of several processes one fetches it
+            if not target.is_dir():
+                for left in self.path.glob(f".{name}.*.tmp"):  # of a killed process
+                    shutil.rmtree(left, ignore_errors=True)
+                temporary = self.path / f".{name}.{secrets.token_hex(4)}.tmp"
+                try:
+                    self.folder.fetch_folder(name, temporary)
+                    temporary.rename(target)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
     def prefetch(self, shards: Iterable[dict[str, Any]]) -> None:
         """Have shards fetched in this order while other things are done; what fails is tried again when it is needed."""
         if self._process != os.getpid():  # threads do not survive a fork
             self._process, self._queue = os.getpid(), SimpleQueue()
-            for _ in range(FETCHERS):
-                Thread(target=self._work, args=(self._queue,), daemon=True).start()
+            self._threads = [Thread(target=self._work, args=(self._queue,), daemon=True) for _ in range(FETCHERS)]
+            for thread in self._threads:
+                thread.start()
         assert self._queue is not None
         for shard in shards:
             self._queue.put(shard)
 
-    def _work(self, queue: SimpleQueue[dict[str, Any]]) -> None:
-        while True:
+    def close(self) -> None:
+        """End the threads that fetch; what they are in the middle of is waited for, but not long."""
+        if self._queue is None or self._process != os.getpid():
+            return
+        with suppress(Empty):
+            while True:
+                self._queue.get_nowait()
+        for _ in self._threads:
+            self._queue.put(None)
+        end = time.monotonic() + PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self._queue, self._threads, self._process = None, [], 0
+
+    def _work(self, queue: SimpleQueue[dict[str, Any] | None]) -> None:
+        while (shard := queue.get()) is not None:
             with suppress(MissingShardError):
-                self.fetched(queue.get())
+                self.fetched(shard)
 
     def _is_here(self, path: Path, shard: dict[str, Any]) -> bool:
         try:
@@ -140,7 +181,7 @@ class ShardStore:
             temporary.unlink(missing_ok=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_queue": None, "_process": 0}
+        return {**self.__dict__, "_queue": None, "_threads": [], "_process": 0}
 
 
 def make_room(root: Path, limit: int, arriving: Path) -> None:
@@ -154,7 +195,7 @@ def make_room(root: Path, limit: int, arriving: Path) -> None:
     with FileLock(root / ".lock"):
         found: list[tuple[float, int, Path]] = []
         total = 0
-        for path in root.glob("*/*"):
+        for path in (path for folder in root.iterdir() if COPIES.fullmatch(folder.name) for path in folder.glob("*")):
             try:
                 about = path.stat()
             except FileNotFoundError:

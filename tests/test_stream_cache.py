@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 from collections import Counter
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_pictures_of_mixed_sizes(tmp_path: Path, vae_path: str) -> None:
 
 
 def test_what_cannot_be_read_is_left_out_or_named(tmp_path: Path, vae_path: str) -> None:
-    pattern = tar_shards(f"memory://{tmp_path.name}", COUNTS)
+    tar_shards(f"memory://{tmp_path.name}", COUNTS)
+    pattern = f"memory://{tmp_path.name}/{{000..004}}.tar"  # the last is not there
     rows = [row(number) for number in range(9, 13)]
     rows[2]["png"] = b"no picture"
     write(f"memory://{tmp_path.name}/001.tar", tar_bytes(rows, 9))
@@ -129,7 +131,28 @@ def test_what_cannot_be_read_is_left_out_or_named(tmp_path: Path, vae_path: str)
     numbers = sorted(int(text.split(",")[0].split()[-1]) for text in train + held_out)
     assert numbers[:19] == [*range(11), *range(12, 20)]
     assert len(numbers) < 24
-    assert manifest["skipped"] == 2
+    assert manifest["skipped"] == 3  # a picture, the rest of a shard, and a whole one
+    again = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, data={"on_error": "skip"}))
+    assert again == manifest
+
+
+def test_a_connection_that_breaks_is_made_again(tmp_path: Path, vae_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = tar_shards(f"memory://{tmp_path.name}", [6])
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    plain, broken = io.BytesIO.read, [2]
+
+    class Breaking(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 10_000 and broken[0]:
+                broken[0] -= 1
+                raise ConnectionResetError("connection reset")
+            return plain(self, size)
+
+    monkeypatch.setattr("tarflow.data.stream.urls.io.BytesIO", Breaking)
+    manifest = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, data={"on_error": "skip"}))
+    assert (broken, manifest["skipped"], sum(manifest["pictures"].values())) == ([0], 0, 6)
+    assert len(waited) >= 2
 
 
 def test_settings_that_streams_have_not(tmp_path: Path, vae_path: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import json
+import re
+import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -15,8 +17,11 @@ from typing import Any
 
 import datasets
 import fsspec
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from fsspec.compression import compr
 from stream_helpers import parquet_shards, png, row, tar_bytes, tar_shards, write
 from test_training import train, weights
 from torch import Tensor
@@ -34,6 +39,7 @@ from tarflow.training.flow.arguments import parse_config
 from tarflow.training.loop.streaming import Share, SizedBatches, StreamReader, plan_sizes
 
 COUNTS = [20, 13, 30, 11]
+FEW = [10, 7, 15, 6]
 NAMES: list[str | int] = ["even", "odd"]
 
 
@@ -101,24 +107,24 @@ def state_of(readers: list[StreamReader]) -> dict[str, Any]:
 @pytest.mark.parametrize("lanes", [None, 3])
 def test_going_on_sees_the_same_rows_or_each_once(kind: str, lanes: int | None) -> None:
     if kind == "tar":
-        stream = Stream(config(tar_shards(f"memory://rows-{lanes}", COUNTS), lanes=lanes), seed=5)
+        stream = Stream(config(tar_shards(f"memory://rows-{lanes}", FEW), lanes=lanes), seed=5)
     else:
-        stream = Stream(table(parquet_shards(f"memory://rows-{lanes}", COUNTS), lanes=lanes), seed=5)
+        stream = Stream(table(parquet_shards(f"memory://rows-{lanes}", FEW), lanes=lanes), seed=5)
     first = readers_of(stream, 3, 2)
     begun = steps(first, 5)
     state = state_of(first)
-    whole = steps(first, 28)
-    assert steps(readers_of(stream, 3, 2, 5, state, workers=2), 28) == whole
+    whole = steps(first, 15)
+    assert steps(readers_of(stream, 3, 2, 5, state, workers=2), 15) == whole
     shares = {"one": (6, 1), "three": (2, 3)}
-    other = {name: steps(readers_of(stream, *share, 5, state), 28) for name, share in shares.items()}
-    other["passes"] = steps(readers_of(stream, 1, 2, 5, state, accumulation=3), 28)
+    other = {name: steps(readers_of(stream, *share, 5, state), 15) for name, share in shares.items()}
+    other["passes"] = steps(readers_of(stream, 1, 2, 5, state, accumulation=3), 15)
     if lanes is None:  # the lanes are shared evenly: the same rows at the same places
         assert all(seen == whole for seen in other.values())
     for seen in other.values():
         counted = Counter(begun + seen)
         assert set(counted.values()) == {1}  # none twice in a pass
         first_pass = sorted(number for turn, number in counted if turn == 0)
-        assert first_pass == list(range(sum(COUNTS)))  # and none lost
+        assert first_pass == list(range(sum(FEW)))  # and none lost
 
 
 def test_few_shards_are_divided_and_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -420,6 +426,50 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted() -> None:
     assert {3, 5, 17, 18} <= numbers
 
 
+def test_a_row_that_cannot_be_read_costs_no_other() -> None:
+    rows: list[dict[str, bytes]] = [row(number) for number in range(9)]
+    rows[4]["json"] = b'{"number": '
+    rows[6]["txt"] = b"\xff"
+    write("memory://rows/broken.tar", tar_bytes(rows))
+    pictures: list[dict[str, Any]] = [{"bytes": png(number), "path": None} for number in range(9)]
+    pictures[4] = pictures[6] = {"bytes": None, "path": "memory://rows/none.png"}
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"image": pictures, "text": [f"picture {n}" for n in range(9)]}), file)
+    write("memory://rows/broken.parquet", file.getvalue())
+    tar, parquet = config("memory://rows/broken.tar"), table("memory://rows/broken.parquet")
+    found = r"'x/0000[46]' of the shard 'memory://rows/broken.tar': the file 'x/0000[46]\.(json|txt)' cannot be read"
+    assert re.match(found, first_error(tar))
+    found = (
+        "row [46] of the shard 'memory:///rows/broken.parquet': cannot open 'memory://rows/none.png': there is no such"
+    )
+    assert re.match(found, first_error(parquet))
+    for settings in (tar, parquet):
+        source = Stream(replace(settings, on_error="skip")).sources(1, shuffled=False)[0]
+        found = list(source.first_pass(0))
+        assert [one.number for one in found if isinstance(one, Row)] == [0, 1, 2, 3, 5, 7, 8]
+        assert len([one for one in found if isinstance(one, str)]) == 2
+
+
+def test_first_captions_leave_out_what_cannot_be_read() -> None:
+    rows: list[dict[str, bytes]] = [row(number) for number in range(6)]
+    del rows[2]["txt"]
+    write("memory://captions/0.tar", tar_bytes(rows))
+    stream = Stream(config("memory://captions/0.tar", on_error="skip"))
+    assert {stream.caption(index) for index in range(6)} == {f"picture {n}, red, round" for n in (0, 1, 3, 4, 5)}
+    with pytest.raises(ValueError, match=r"'x/00002' of the shard .* has no column 'txt'"):
+        [Stream(config("memory://captions/0.tar")).caption(index) for index in range(6)]
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_no_thread_outlives_a_reader(used: bool) -> None:
+    before = set(threading.enumerate())
+    with StreamReader(Stream(config(tar_shards("memory://ended", COUNTS))), Share(4, 0, 1, 1), 2, 0) as reader:
+        if used:
+            next(reader)
+        assert len(set(threading.enumerate()) - before) >= 4  # one reads ahead in each lane
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.daemon]
+
+
 def test_a_connection_that_breaks_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
@@ -467,7 +517,7 @@ def test_classes_must_be_known_from_the_beginning() -> None:
     assert "none of the 2 classes (even, odd)" in found
 
 
-def test_wrong_places_and_settings_are_one_sentence(tmp_path: Path) -> None:
+def test_wrong_places_and_settings_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="needs the package s3fs, which is not installed: pip install s3fs"):
         check_data(config("s3://bucket/{00..99}.tar"))
     with pytest.raises(ValueError, match="fsspec knows no scheme 'nowhere'"):
@@ -475,6 +525,9 @@ def test_wrong_places_and_settings_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot open '.*7.tar': there is no such file"):
         first = Stream(config(f"{tmp_path}/{{7..8}}.tar"))
         first.check_length(1)
+    with pytest.raises(ValueError, match=r"cannot open '.*7.tar.zst': it needs the package zstandard, which is not"):
+        monkeypatch.delitem(compr, "zstd", raising=False)
+        Stream(config(f"{tmp_path}/7.tar.zst")).check_length(1)
     with pytest.raises(ValueError, match="no file fits"):
         Stream(config(f"{tmp_path}/*.tar"))
     short = Stream(config(tar_shards("memory://short", [5])))

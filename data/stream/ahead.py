@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any, Generic, TypeVar
@@ -41,8 +43,15 @@ class Ahead(Generic[Value]):
         return found
 
     def close(self) -> None:
-        """End the thread."""
+        """Have the thread end, and its values let go."""
         self._closed.set()
+        with suppress(Empty):  # a thread that waits for room has some at once
+            while True:
+                self._queue.get_nowait()
+
+    def wait(self, end: float) -> None:
+        """Wait until the thread has ended, or until the monotonic clock shows ``end``."""
+        self._thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self, values: Iterator[Value]) -> None:
         try:

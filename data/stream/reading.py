@@ -98,27 +98,13 @@ class Source:
 
     def _walk_shard(self, place: Place, shard: int, part: int) -> Iterator[tuple[Place, Row | str | None]]:
         try:
-            for number, values in self._rows(shard, place.row):
+            for number, values in shard_rows(self.shards, shard, place.row):
                 if number % self.parts == part:
                     yield from self._wanted(place, shard, number, values)
         except ValueError as error:
             if not self.skip:
                 raise
             yield Place(place.turn, place.shard + 1), str(error)
-
-    def _rows(self, shard: int, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """A shard's rows with their numbers; a connection that breaks is made again, three times without a row between."""
-        number, waits = start, list(WAITS)
-        while True:
-            try:
-                for values in self.shards.rows(shard, number):
-                    yield number, values
-                    number, waits = number + 1, list(WAITS)
-                return
-            except UnreachableError:
-                if not waits:
-                    raise
-                time.sleep(waits.pop(0))
 
     def _wanted(
         self, place: Place, shard: int, number: int, values: dict[str, Any]
@@ -177,6 +163,21 @@ class Source:
         return [rows[int(index)] for index in np.random.default_rng(place).permutation(len(rows))]
 
 
+def shard_rows(shards: Shards, shard: int, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A shard's rows with their numbers; a connection that breaks is made again, three times without a row between."""
+    number, waits = start, list(WAITS)
+    while True:
+        try:
+            for values in shards.rows(shard, number):
+                yield number, values
+                number, waits = number + 1, list(WAITS)
+            return
+        except UnreachableError:
+            if not waits:
+                raise
+            time.sleep(waits.pop(0))
+
+
 class Reading:
     """A lane's items of one source, from a place on.
 
@@ -219,6 +220,11 @@ class Reading:
         """End what reads ahead."""
         if self._feeder is not None:
             self._feeder.close()
+
+    def wait(self, end: float) -> None:
+        """After `close`, wait until it has ended, or until the monotonic clock shows ``end``."""
+        if self._feeder is not None:
+            self._feeder.wait(end)
 
     def _places(self, blocks: Iterator[tuple[Place, list[Row | str]]], given: int) -> Iterator[tuple[Place, Row | str]]:
         for begin, rows in blocks:
@@ -289,3 +295,8 @@ class Lane:
     def close(self) -> None:
         for reading in self.readings:
             reading.close()
+
+    def wait(self, end: float) -> None:
+        """See `Reading.wait`."""
+        for reading in self.readings:
+            reading.wait(end)

@@ -16,7 +16,7 @@ from tarflow.data.config import DataConfig
 from tarflow.data.folder import flattened, is_held_out, read_image
 from tarflow.data.images import background_colour, fit
 from tarflow.data.stream.shards import PICTURE, Shards, has_own_split
-from tarflow.data.stream.tar import KEY
+from tarflow.data.stream.tar import BROKEN, KEY
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,10 @@ class RowReader:
         """Whether a row is of this split, and what ``where`` asks for.
 
         Raises:
-            ValueError: if a column is missing.
+            ValueError: if a column is missing, or the row cannot be read.
         """
+        if BROKEN in row.values:
+            raise ValueError(f"{row.place}: {row.values[BROKEN]}")
         if self.config.where:
             try:
                 if not keep(row.values, self.config):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
 from tarflow.data.config import DataConfig
-from tarflow.data.stream.tar import is_picture, tar_rows
+from tarflow.data.stream.tar import BROKEN, is_picture, tar_rows
 from tarflow.data.stream.urls import FINAL, UnreachableError, listed, opened, reason_of
 
 #: The column that a picture's bytes have in every row.
@@ -109,11 +110,10 @@ class TableShards:
         name, column = self.names[shard], self.config.image_column
         try:
             for row in self.data.shard(self.data.num_shards, shard).skip(start):
-                value = row.pop(column)
-                row[PICTURE] = None if value is None else picture_bytes(value)
-                yield row
+                yield with_picture(row, row.pop(column))
         except Exception as error:
-            kind = ValueError if isinstance(error, FINAL) else UnreachableError
+            final = isinstance(error, FINAL) and not isinstance(error, UnreachableError)
+            kind = ValueError if final else UnreachableError
             raise kind(f"the shard {name!r} cannot be read to its end: {reason_of(error)}") from error
 
 
@@ -127,6 +127,18 @@ def by_row_groups(data: Any) -> Any:
         return data
     except Exception as error:
         raise ValueError(f"the shards of a data set cannot be opened: {reason_of(error)}") from error
+
+
+def with_picture(row: dict[str, Any], value: dict[str, Any] | None) -> dict[str, Any]:
+    """A row with its picture's bytes, or with the reason why they are not there."""
+    row[PICTURE] = None
+    try:
+        row[PICTURE] = None if value is None else picture_bytes(value)
+    except UnreachableError:
+        raise
+    except ValueError as error:
+        row[BROKEN] = str(error)
+    return row
 
 
 def picture_bytes(value: dict[str, Any]) -> bytes | None:
@@ -143,10 +155,10 @@ def shard_names(data: Any, otherwise: str) -> list[str]:
     arguments = getattr(getattr(data, "_ex_iterable", None), "kwargs", {})
     for files in arguments.values():
         if isinstance(files, list) and len(files) == data.num_shards and all(isinstance(file, str) for file in files):
-            counts: dict[str, int] = {}
+            parts, seen = Counter(files), Counter[str]()
             names = []
             for file in files:
-                counts[file] = counts.get(file, 0) + 1
-                names.append(file if files.count(file) == 1 else f"{file} (part {counts[file]})")
+                seen[file] += 1
+                names.append(file if parts[file] == 1 else f"{file} (part {seen[file]})")
             return names
     return [f"{otherwise}, shard {number} of {data.num_shards}" for number in range(data.num_shards)]

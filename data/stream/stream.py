@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from copy import copy
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -20,6 +20,7 @@ from tarflow.data.stream.reading import Lane, Source
 from tarflow.data.stream.rows import Row, RowReader
 from tarflow.data.stream.shards import open_shards
 
+Made = TypeVar("Made")
 #: As many items as an endless data set is said to have.
 LENGTH = 2**40
 #: Lanes of a stream that is read by one process alone.
@@ -115,19 +116,24 @@ class Stream(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Item ``index`` of the first ones. With ``on_error: skip`` the next one stands for one that cannot be read."""
+        return self._first_of(index, lambda row: self.readers[row.source].item(row))
+
+    def caption(self, index: int) -> str | None:
+        """The caption of item ``index`` alone, or of the next that has one."""
+        if not self.has_captions:
+            return None
+        return self._first_of(index, lambda row: self.readers[row.source].caption(row))
+
+    def _first_of(self, index: int, make: Callable[[Row], Made]) -> Made:
+        """What is made of row ``index``, or of the next that can be read where that is wished."""
         for step in range(MAX_SKIPS):
             row = self._row(index + step)
             try:
-                return self.readers[row.source].item(row)
+                return make(row)
             except ValueError:
                 if self.config.on_error == "raise" or step == MAX_SKIPS - 1:
                     raise
         raise AssertionError
-
-    def caption(self, index: int) -> str | None:
-        """The caption of item ``index`` alone."""
-        row = self._row(index)
-        return self.readers[row.source].caption(row) if self.has_captions else None
 
     def check_length(self, count: int) -> None:
         """Refuse a stream of fewer rows.

@@ -20,13 +20,16 @@ from tarflow.data.formats import PICTURE_SUFFIXES, is_of_system
 from tarflow.data.stream.urls import UnreachableError, opened, reason_of
 
 KEY, FOLDER = "__key__", "__folder__"
+#: Why a row cannot be used, if one of its files cannot be read.
+BROKEN = "__broken__"
 TEXTS = ("txt", "text", "caption")
 #: How a tar file is compressed, by its ending; fsspec's names.
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 
 def tar_rows(url: str) -> Iterator[dict[str, Any]]:
-    """The rows of a tar file in its order; none is held longer than it takes.
+    """The rows of a tar file in its order; none is held longer than it takes. One of which a file is not what its ending
+    says has the reason in `BROKEN`.
 
     Raises:
         ValueError: that names the file, if it cannot be read to its end; `UnreachableError` if it may be later.
@@ -42,7 +45,7 @@ def tar_rows(url: str) -> Iterator[dict[str, Any]]:
         try:
             row.update(columns_of_file(ending, content))
         except ValueError as error:
-            raise ValueError(f"the file {name!r} in {url!r} cannot be read: {error}") from error
+            row[BROKEN] = f"the file {name!r} cannot be read: {error}"
     if row:
         yield row
 

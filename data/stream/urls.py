@@ -15,6 +15,8 @@ from tarflow.common.folders import open_url, scheme_of
 #: ``{00000..00099}`` counts; ``{a,b}`` lists.
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
+#: Packages that fsspec needs for kinds of compression beyond Python's own.
+PACKAGES = {"zstd": "zstandard"}
 #: Errors that stay when something is tried again.
 FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError, ImportError)
 
@@ -78,6 +80,13 @@ def opened(url: str, compression: str | None = None) -> Iterator[IO[bytes]]:
     Raises:
         ValueError: that names it, if it is not there or cannot be opened; `UnreachableError` if it may be later.
     """
+    from fsspec.compression import compr as known  # as commands that read no data need no fsspec
+
+    if compression not in known:
+        package = PACKAGES.get(compression or "", compression)
+        raise ValueError(
+            f"cannot open {url!r}: it needs the package {package}, which is not installed: pip install {package}"
+        )
     fs, path = open_url(os.path.expanduser(url))
     try:
         if fs.protocol == "memory" and compression is None:  # whose files have one position for all readers

@@ -147,6 +147,7 @@ def write_manifest(plan: Plan | StreamPlan, encoder: Encoder, folder: Folder, re
         records: of all processes, in any order.
     """
     config = plan.config
+    left_out = [record for record in records if record["skipped"]]
     records = plan.in_order(records)
     counts = {split: sum(record["count"] for record in records if record["split"] == split) for split in SPLITS}
     sums = [torch.tensor(record["sums"], dtype=torch.float64) for record in records if record["split"] == "train"]
@@ -174,12 +175,12 @@ def write_manifest(plan: Plan | StreamPlan, encoder: Encoder, folder: Folder, re
         "has_captions": plan.has_captions,
         "text": text,
         "class_names": None if names is None else list(names),
-        "skipped": sum(record["skipped"] for record in records),
+        "skipped": sum(record["skipped"] for record in left_out),
         "versions": {name: version(name) for name in ("tarflow", "torch", "diffusers", "transformers", "safetensors")},
         "settings": plan.settings,
         "shards": [{key: record[key] for key in kept} for record in records],
     }
     finish_folder(folder, manifest)
     if manifest["skipped"]:
-        example = min(record["example"] for record in records if record["example"])
+        example = min(record["example"] for record in left_out)
         write_line(f"{manifest['skipped']} unreadable images were skipped, for example: {example}")

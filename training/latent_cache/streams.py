@@ -15,6 +15,7 @@ from tarflow.common.folders import Folder, UrlFolder
 from tarflow.common.progress import progress_bar
 from tarflow.data.images import collate
 from tarflow.data.shards import FORMAT, file_hash
+from tarflow.data.stream.reading import shard_rows
 from tarflow.data.stream.rows import Row, RowReader
 from tarflow.data.stream.shards import has_own_split
 from tarflow.data.stream.stream import Stream
@@ -151,7 +152,7 @@ def kept_unit(plan: StreamPlan, unit: Unit, folder: Folder) -> list[dict[str, An
         if note is None or (note["format"], note["fingerprint"]) != (FORMAT, plan.fingerprint):
             return None
         records: list[dict[str, Any]] = note["records"]
-        for record in records:
+        for record in (record for record in records if record["count"]):
             if folder.size(record["file"]) != record["bytes"]:
                 return None
             if not isinstance(folder, UrlFolder) and file_hash(record["file"], folder) != record["sha256"]:
@@ -206,8 +207,9 @@ def write_unit(
         put(kind)
     for kind in sorted(encoded):
         write(kind)
-    if skipped and records:
-        records[0] = {**records[0], "skipped": len(skipped), "example": min(skipped)}
+    if skipped:  # also where nothing was left that has a file
+        first = records[0] if records else {"split": None, "count": 0}
+        records[:1] = [{**first, "skipped": len(skipped), "example": min(skipped)}]
     return records
 
 
@@ -240,7 +242,7 @@ def rows_of(plan: StreamPlan, unit: Unit, skip: bool) -> Iterator[tuple[str, Row
     readers = {split: plan.streams[split].readers[unit.source] for split in unit.splits}
     name = shards.names[unit.shard]
     try:
-        for number, values in enumerate(shards.rows(unit.shard, 0)):
+        for number, values in shard_rows(shards, unit.shard, 0):
             key = values.get(KEY)
             said = f"row {number} of the shard {name!r}" if key is None else f"{key!r} of the shard {name!r}"
             row = Row(values, unit.source, unit.shard, number, 0, said)

@@ -196,6 +196,7 @@ class BatchReader:
     """
 
     def __init__(self, loader: DataLoader[Any]):
+        self._images = loader.dataset
         before = set(active_children())
         self._batches = iter(loader)
         self._readers = [process for process in active_children() if process not in before]
@@ -226,7 +227,9 @@ class BatchReader:
             raise ValueError(f"the training data cannot be read: {kind}{sentence(error)}") from error
 
     def close(self) -> None:
-        """End the reading processes, which may be in the middle of something, within seconds."""
+        """End what reads, processes and threads, which may be in the middle of something, within seconds."""
+        if (close := getattr(self._images, "close", None)) is not None:
+            close()
         if not self._readers:
             return
         timer = Timer(PATIENCE, self._end)
@@ -271,15 +274,18 @@ def read_batch(images: Items, indices: Sequence[int]) -> dict[str, Any]:
 
 
 def read_batches(images: Items, indices: Sequence[int]) -> list[dict[str, Any]]:
-    """Some pictures as batches of one size each, the largest first."""
+    """Some pictures as batches of one size each, the largest first; of a cache those of one shape."""
+    found = read_items(images, indices)
+    if isinstance(found, dict):
+        return [found]
     sizes: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    for item in read_items(images, indices):
+    for item in found:
         sizes.setdefault(tuple(item["image" if "image" in item else "latent_mean"].shape), []).append(item)
     return [collate(items) for items in sorted(sizes.values(), key=len, reverse=True)]
 
 
-def read_items(images: Items, indices: Sequence[int]) -> list[dict[str, Any]]:
-    """Some pictures, together where the data can."""
+def read_items(images: Items, indices: Sequence[int]) -> list[dict[str, Any]] | dict[str, Any]:
+    """Some pictures, or a batch of them where the data makes one."""
     read = getattr(images, "__getitems__", None)
-    found: list[dict[str, Any]] = [images[index] for index in indices] if read is None else read(indices)
+    found: list[dict[str, Any]] | dict[str, Any] = [images[i] for i in indices] if read is None else read(indices)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from tarflow.training.loop.reading import reading
 
 #: A checkpoint's pictures that wait for others of their size, a file for each process.
 WAITING = "stream_{}.pt"
+#: Seconds that closing waits for threads.
+PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -154,11 +157,14 @@ class StreamReader:
         return batch
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; those in the middle of something are waited for, but not long: Python must not end before."""
         for lane in self._lanes.values():
             lane.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+        end = time.monotonic() + PATIENCE
+        for lane in self._lanes.values():
+            lane.wait(end)
 
     def state(self) -> dict[str, Any]:
         """Where all processes' lanes stand, as JSON has it; every process calls this, between two steps."""
