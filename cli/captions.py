@@ -100,7 +100,7 @@ def pictures_and_captions(config: CaptionScoreConfig) -> tuple[Any, list[str]]:
     data: Any = images.data  # type: ignore[attr-defined]
     if not data.has_captions:
         raise ValueError("the data has no captions")
-    return images, [data.caption(index) for index in range(len(images))]
+    return images, [data.caption(index) or "" for index in range(len(images))]
 
 
 def check_paths(config: CaptionScoreConfig) -> None:

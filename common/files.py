@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -184,3 +184,25 @@ def json_lines(text: str | bytes, name: str) -> list[tuple[int, Any]]:
 def read_json_lines(path: str | Path) -> list[tuple[int, Any]]:
     """`json_lines` of a file."""
     return json_lines(Path(path).read_bytes(), str(path))
+
+
+def keep_settings(path: str | Path, settings: Mapping[str, Any], what: str) -> None:
+    """Note what decides the contents of a folder, or refuse a folder of others.
+
+    Args:
+        path: of the JSON file; its folder is the result's.
+        settings: by name, as JSON knows them; of what an earlier version did not note nothing is refused.
+        what: the folder has, such as "a comparison".
+
+    Raises:
+        ValueError: that names the first setting that is another one.
+    """
+    path = Path(path).expanduser()
+    here = json.loads(json.dumps(settings))
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, value in here.items():
+        if name in there and there[name] != value:
+            raise ValueError(
+                f"{str(path.parent)!r} has {what} with {name} {there[name]!r}, not {value!r}: give another folder"
+            )
+    write_json(path, there | here)

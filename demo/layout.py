@@ -13,6 +13,8 @@ from tarflow.demo.drawing import LARGEST_GUIDANCE, MOST_IMAGES, MOST_STEPS, deco
 
 #: Below a million, so that it is easily typed.
 NEW_SEED = "() => Math.floor(Math.random() * 1e6)"
+#: In the browser, before the server answers: a second press would draw twice.
+PRESSED = "() => [{__type__: 'update', interactive: false}]"
 #: Uploads and downloads are looked for every so many seconds, and deleted when older than that.
 CACHE_SECONDS = (300, 3600)
 NOISE_REMOVAL_NAMES = {
@@ -66,8 +68,10 @@ def generate_tab(actions: Actions) -> None:
                 seed = gr.Number(0, label="Seed", min_width=120, scale=3, elem_id="seed")
                 new_seed = gr.Button("New seed", size="md", min_width=90, scale=1, elem_id="new-seed")
             scale, removal, steps, decoding = expert_options(actions)
+    pressed = [button.click, *([prompt.submit] if actions.kind == "prefix" else [])]
+    gr.on(pressed, None, None, button, js=PRESSED)
     begun = gr.on(
-        [button.click, *([prompt.submit] if actions.kind == "prefix" else [])],
+        pressed,
         actions.begin,
         None,
         [button, stop, status],

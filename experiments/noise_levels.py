@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tarflow.common.charts import markdown_table
-from tarflow.common.files import check_writable, write_json, write_picture, write_text
+from tarflow.common.files import check_writable, keep_settings, write_json, write_picture, write_text
 from tarflow.common.machine import machine
 from tarflow.common.seeds import image_seed
 from tarflow.evaluation.features.names import INCEPTION
@@ -28,6 +28,8 @@ from tarflow.experiments.settings import LevelComparisonConfig
 
 #: One level, which one score step removes; or all levels up to it.
 KINDS = ("fixed", "levels")
+#: What decides the trainings: another value wants another folder.
+DECIDE = ("train", "options", "minutes", "low")
 
 
 def training_options(config: LevelComparisonConfig, kind: str, high: float, folder: Path) -> list[str]:
@@ -73,6 +75,8 @@ def compare_noise_levels(
     """
     out = Path(config.out).expanduser()
     check_writable(out, folder=True)
+    settings = dataclasses.asdict(config)
+    keep_settings(out / "settings.json", {name: settings[name] for name in DECIDE}, "trainings")
     rows: list[dict[str, Any]] = []
     for high in config.highest:
         shown: dict[str, Tensor] = {}
@@ -80,6 +84,8 @@ def compare_noise_levels(
             folder = out / f"{kind}_{high:g}"
             if not (folder / "pipeline").is_dir():
                 trained(training_options(config, kind, high, folder))
+                if not (folder / "pipeline").is_dir():
+                    raise ValueError(f"the training in {str(folder)!r} was stopped: the same command goes on")
             sweep = sweep_of(config, folder, kind)
             for row in run_sweep(sweep, measure, device=device):
                 steps = row["settings"]["num_inference_steps"] or 1

@@ -44,6 +44,13 @@ def test_chances_are_those_of_all_draws(before: int, places: int) -> None:
     assert chance_of(before, captions, among, places) == pytest.approx(sum(hits) / len(hits))
 
 
+def test_many_pictures_are_ranked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, captions, own = torch.randn(7, 3), torch.randn(5, 3), torch.arange(7) % 5
+    whole = captions_before(pictures, captions, own)
+    monkeypatch.setattr("tarflow.evaluation.features.caption_ranks.TOGETHER", 3)
+    assert captions_before(pictures, captions, own).tolist() == whole.tolist() and whole.max() > 0
+
+
 def test_shares_of_embeddings_with_known_ranks() -> None:
     captions = torch.eye(4)
     pictures = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.4, 0, 0], [0, 0, 0, 0]])
@@ -155,6 +162,16 @@ def test_a_column_holds_out_what_has_another_name(tmp_path: Path, vision: str) -
     names = {caption.casefold().rsplit(" ", 1)[0] for caption in held_out.first}
     assert train.left_out > 0
     assert names.isdisjoint(caption.casefold().rsplit(" ", 1)[0] for caption in train.first)
+
+
+def test_all_rows_of_a_picture_hold_out_what_they_name(tmp_path: Path, vision: str) -> None:
+    config = settings(tmp_path, vision, concept=["emoji"])
+    path = tmp_path / "data/metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, *({**row, "emoji": ""} for row in rows)]))
+    left_out = open_pairs(config)[0].left_out
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert left_out == open_pairs(config)[0].left_out > 0
 
 
 def test_it_learns_and_is_a_model_of_transformers(

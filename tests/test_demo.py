@@ -357,6 +357,8 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Draw, refuse, upload, stop; and neither the browser nor the server asks another host for anything."""
     pytest.importorskip("gradio")
     pytest.importorskip("playwright")
+    from tarflow.demo.actions import Actions
+
     if screenshot.browser() is None:
         pytest.skip(f"no browser: none of {', '.join(screenshot.BROWSERS)} is installed")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
@@ -377,6 +379,9 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Image.new("RGB", (9, 9)).save(folder / "near.png")
     (folder / "examples.json").write_text('["a red ring", "a blue star"]')
     pipe = open_pipeline(str(folder), "cpu")
+    answer, begin = threading.Event(), Actions.begin
+    answer.set()
+    monkeypatch.setattr(Actions, "begin", lambda actions: begin(actions) if answer.wait(20) else None)
     app = page.start(page.build(pipe), "127.0.0.1", screenshot.free_port())
     try:
         with screenshot.opened(app.local_url, 1280, 900) as view:
@@ -398,7 +403,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             view.wait_for_selector("#draw:enabled")
             assert view.locator("#pictures img").count() == view.locator("#strip img").count() == 0
             assert not view.locator("#download").is_visible()
-            stopped_in(view, pipe)
+            stopped_in(view, pipe, answer)
             screenshot.draw(view, "a red ring", 3, 2)
             with view.expect_download() as download:
                 view.click("#download")
@@ -429,8 +434,8 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.1)
 
 
-def stopped_in(view, pipe) -> None:
-    """Draw, and stop in the middle."""
+def stopped_in(view, pipe, answer: threading.Event) -> None:
+    """Draw, which cannot be pressed again even before the server answers, and stop in the middle."""
     go_on, decode = threading.Event(), pipe.decode_latents
 
     def slow(*arguments):
@@ -440,7 +445,10 @@ def stopped_in(view, pipe) -> None:
     pipe.decode_latents = slow
     try:
         view.get_by_label("Prompt").fill("a red ring")
+        answer.clear()
         view.click("#draw")
+        view.wait_for_selector("#draw:disabled")
+        answer.set()
         view.wait_for_selector("#stop:enabled")
         assert view.locator("#draw").is_disabled()
         view.wait_for_selector("#status .progress")
@@ -450,6 +458,7 @@ def stopped_in(view, pipe) -> None:
         view.wait_for_selector("#draw:enabled")
         assert view.locator("#stop").is_disabled()
     finally:
+        answer.set()
         go_on.set()
         pipe.decode_latents = decode
 

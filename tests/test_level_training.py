@@ -204,6 +204,10 @@ def test_one_level_is_compared_with_all(tmp_path: Path) -> None:
     assert (tmp_path / "samples_0.5.png").is_file() and (tmp_path / "noise_levels.json").is_file()
     again = compare_noise_levels(config, trained=trained, measure=lambda folder: {})
     assert again == rows and len(began) == 2  # nothing is done twice
+    with pytest.raises(ValueError, match=r"has trainings with minutes 20\.0, not 5\.0: give another folder"):
+        compare_noise_levels(replace(config, minutes=5.0), trained=trained)
+    with pytest.raises(ValueError, match=r"the training in '.*fixed_0\.7' was stopped: the same command goes on"):
+        compare_noise_levels(replace(config, highest=[0.7]), trained=lambda options: None)
     for changes, message in (
         ({"highest": [0.1]}, r"levels above low, 0\.1, got \[0\.1\]"),
         ({"steps": [0]}, r"steps must list numbers of at least 1, got \[0\]"),

@@ -182,6 +182,10 @@ def test_a_decoder_learns_with_it(tmp_path: Path) -> None:
     [
         (["--optim.name", "lion"], r"optim\.name must be one of 'adamw', 'muon', got 'lion'"),
         (["--optim.muon_lr", "1e-3"], r"optim\.muon_lr is 0\.001, but the optimizer is 'adamw'"),
+        (
+            ["--optim.muon_lr", "1e-3", "--optim.muon_momentum", "0.9"],
+            r"has no such setting: set optim\.muon_lr null, optim\.muon_momentum 0\.95$",
+        ),
         (["--optim.name", "muon", "--optim.muon_lr", "0"], r"optim\.muon_lr must be positive, got 0"),
         (
             ["--optim.name", "muon", "--lora.rank", "4", "--init_from", "drawings_class"],

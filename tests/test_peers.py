@@ -14,11 +14,16 @@ from PIL import Image
 from torch import nn
 
 from tarflow.cli.main import main
+from tarflow.configs import resolve
 from tarflow.data.config import DataConfig
+from tarflow.data.latents import CachedLatents
 from tarflow.experiments.peers import comparison
 from tarflow.experiments.peers.comparison import compare_peers, conditions, in_turns, scores
 from tarflow.experiments.peers.diffusion import DiffusionModel, matched_layers, parameters_of, sample, to_noise
+from tarflow.experiments.peers.diffusion_task import make_model
+from tarflow.experiments.peers.runs import Trainings
 from tarflow.experiments.peers.settings import TRAINED, DiffusionConfig, PeersComparison
+from tarflow.training.flow.arguments import parse_config
 from tarflow.training.loop.optimizer import hidden_matrices
 
 SIZES: dict[str, Any] = {"cache": "c", "output": "o", "condition": "class", "width": 32, "head_dim": 16, "layers": 2}
@@ -92,6 +97,14 @@ def test_a_small_comparison_and_the_same_again(tmp_path: Path, monkeypatch: pyte
     saved = json.loads((tmp_path / "peers.json").read_text())["rows"]
     assert [row["key"] for row in saved] == ["flow_muon_2", "student_2", "dit_muon_2_2"]
 
+    trainings = Trainings(config)
+    recipe = trainings.recipe.optim
+    assert recipe.muon_lr is not None and recipe.muon_momentum != 0.95
+    adamw = parse_config(trainings.flow_arguments("flow_adamw"))[0].optim
+    assert (adamw.name, adamw.lr, adamw.muon_lr) == ("adamw", recipe.lr, None)
+    rates = [(one.muon_lr, one.muon_momentum) for one in map(trainings.diffusion, ("dit_muon", "dit_adamw"))]
+    assert rates == [(recipe.muon_lr, recipe.muon_momentum), (None, 0.95)]  # as the flow's
+
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("this is there already")
 
@@ -100,10 +113,43 @@ def test_a_small_comparison_and_the_same_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(comparison, "scores", never)
     again = compare_peers(config)
     assert [row["match_all"] for row in again] == [row["match_all"] for row in rows]
-    with pytest.raises(ValueError, match="has a comparison with steps 2, not 3: give another output"):
+    with pytest.raises(ValueError, match="has a comparison with steps 2, not 3: give another folder"):
         compare_peers(dataclasses.replace(config, steps=3))
-    with pytest.raises(AssertionError, match="there already"):  # other samples are drawn anew
-        compare_peers(dataclasses.replace(config, num=5))
+    for changes in (
+        {"num": 5},
+        {"remove": "a"},
+        {"extractor_normalize": "half"},
+    ):  # other samples and scores are made anew
+        with pytest.raises(AssertionError, match="there already"):
+            compare_peers(dataclasses.replace(config, **changes))
+
+
+def test_a_small_one_is_small() -> None:
+    config = PeersComparison(small=True)
+    assert (config.steps, config.pictures, config.held_out, config.num, config.repeats) == (4, 16, 8, 8, 1)
+    assert PeersComparison(small=True, num=500, caption_model="m").num == 100
+
+
+def test_tokens_of_captions_are_those_of_the_flow(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    text = (
+        Path(resolve("quickstart_text"))
+        .read_text()
+        .replace("kind: small", "kind: small\n  unit: bpe\n  vocab_size: 70")
+    )
+    path.write_text(text)
+    trainings = Trainings(small(tmp_path / "runs", recipe=str(path)))
+    trainings.make_cache()
+    trainings.matched = 1
+    config = trainings.diffusion("dit_adamw")
+    tokens = make_model(config, CachedLatents(config.cache, "train"))[1]
+    assert tokens is not None and (config.text_unit, config.vocab_size) == ("bpe", 70)
+    assert len(tokens.tokenizer) <= 70
+    path.write_text(
+        text.replace("kind: small", "kind: pretrained\n  name: some/encoder").replace("unit: bpe", "shard: false")
+    )
+    with pytest.raises(ValueError, match=r"has text\.kind 'pretrained': a DiT learns with 'small' here"):
+        Trainings(small(tmp_path / "others", recipe=str(path)))
 
 
 def test_by_class(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from tarflow.evaluation.images.sets import ImageSet
 
 #: The right caption must be among so many first ones, for each of the shares.
 FIRST, TOP = 1, 5
+#: Pictures that are compared with all captions at once: with 50,000 captions 200 MB.
+TOGETHER = 1024
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ def caption_score(
         ValueError: if there are fewer different captions than ``among``, captions are missing, or the model cannot be
             loaded.
     """
-    distinct = list(dict.fromkeys(captions))
-    check_among(among, len(distinct))
+    first: dict[str, int] = {}
+    for number, caption in enumerate(captions):
+        first.setdefault(caption, number)
+    check_among(among, len(first))
     pictures, texts = embeddings(images, captions, model, batch_size, device)
-    place = {caption: number for number, caption in enumerate(distinct)}
+    place = {caption: number for number, caption in enumerate(first)}
     own = torch.tensor([place[caption] for caption in captions])
-    one_each = torch.tensor([captions.index(caption) for caption in distinct])
-    return score_of(pictures, texts[one_each], own, among)
+    return score_of(pictures, texts[torch.tensor(list(first.values()))], own, among)
 
 
 def score_of(pictures: Tensor, captions: Tensor, own: Tensor, among: int) -> CaptionScore:
@@ -101,8 +104,12 @@ def standard_error(values: Tensor) -> float:
 
 def captions_before(pictures: Tensor, captions: Tensor, own: Tensor) -> Tensor:
     """How many other captions are at least as near to each picture as its own: (N,) int64; see `score_of`."""
-    similar = F.normalize(pictures.float(), dim=1) @ F.normalize(captions.float(), dim=1).T  # (N, M)
-    return (similar >= similar.gather(1, own[:, None])).sum(1) - 1
+    pictures, captions = F.normalize(pictures.float(), dim=1), F.normalize(captions.float(), dim=1)
+    found = []
+    for part, right in zip(pictures.split(TOGETHER), own.split(TOGETHER), strict=True):
+        similar = part @ captions.T  # (n, M)
+        found.append((similar >= similar.gather(1, right[:, None])).sum(1) - 1)
+    return torch.cat(found)
 
 
 def chance_of(before: int, captions: int, among: int, places: int) -> float:
@@ -148,7 +155,7 @@ def without(captions: Sequence[str], remove: str | None) -> list[str]:
     except re.error as error:
         raise ValueError(f"remove {remove!r} is no regular expression: {error}") from error
     for caption, rest in zip(captions, found, strict=True):
-        if not rest:
+        if caption.strip() and not rest:
             raise ValueError(f"remove {remove!r} leaves nothing of the caption {caption!r}")
     return found
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tarflow.common.charts import markdown_table
 from tarflow.common.clock import clock
-from tarflow.common.files import check_writable, read_json_lines, write_json, write_picture, write_text
+from tarflow.common.files import check_writable, keep_settings, read_json_lines, write_json, write_picture, write_text
 from tarflow.common.machine import machine
 from tarflow.data.drawing_checker import class_shares, match_shares
 from tarflow.data.drawings import CLASS_NAMES
@@ -37,6 +37,8 @@ from tarflow.pipeline.call.choices import STUDENT
 SHOWN, TIMED, TRIPS, STEPS = 24, 8, 8, 5
 #: What decides the trainings: another value wants another folder.
 DECIDE = ("data", "condition", "recipe", "steps", "pictures", "held_out", "small", "seed")
+#: What decides the scores of a row: with another value it is drawn and measured anew.
+SCORED = ("num", "extractor", "extractor_weights", "extractor_normalize", "caption_model", "remove")
 TITLES = {
     "flow_muon": "flow, Muon",
     "flow_adamw": "flow, AdamW",
@@ -73,10 +75,10 @@ def compare_peers(config: PeersComparison) -> list[dict[str, Any]]:
     """
     folder = Path(config.output).expanduser()
     check_writable(folder, folder=True)
-    keep_settings(config, folder)
     values = conditions(config)
     check_scores(config, values)
-    trainings = Trainings(config)
+    trainings, settings = Trainings(config), dataclasses.asdict(config)
+    keep_settings(folder / "settings.json", {name: settings[name] for name in DECIDE}, "a comparison")
     trainings.make_cache()
     rows: list[dict[str, Any]] = []
     drawers: dict[str, Callable[[], Drawer]] = {}
@@ -96,19 +98,6 @@ def compare_peers(config: PeersComparison) -> list[dict[str, Any]]:
         row |= {"picture_seconds": pictures[row["key"]], "step_seconds": steps[row["trained"]]}
     write_tables(config, rows)
     return rows
-
-
-def keep_settings(config: PeersComparison, folder: Path) -> None:
-    """Note what the trainings are made of, or refuse a folder of others."""
-    path = folder / "settings.json"
-    settings = json.loads(json.dumps({name: dataclasses.asdict(config)[name] for name in DECIDE}))
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{str(folder)!r} has a comparison with {name} {found.get(name)!r}, not {value!r}: give another output"
-            )
-    write_json(path, settings)
 
 
 def conditions(config: PeersComparison) -> list[Any]:
@@ -164,10 +153,7 @@ def measured_row(
 ) -> dict[str, Any]:
     """A row with its scores: what ``rows.jsonl`` has of the same settings, or else measured and written there."""
     folder = Path(config.output).expanduser()
-    path, wanted = (
-        folder / "rows.jsonl",
-        {"num": config.num, "extractor": config.extractor, "caption_model": config.caption_model},
-    )
+    path, wanted = folder / "rows.jsonl", {name: getattr(config, name) for name in SCORED}
     before = [row for _, row in read_json_lines(path)] if path.is_file() else []
     for row in before:
         if row["key"] == facts["key"] and row["scored"] == wanted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tarflow.common.files import replaced, write_json
+from tarflow.common.files import replaced
 from tarflow.data.latents import CachedLatents
 from tarflow.experiments.peers.diffusion import DiffusionModel
 from tarflow.experiments.peers.settings import DiffusionConfig
@@ -24,7 +23,7 @@ from tarflow.training.loop.network_task import NetworkTask
 from tarflow.training.loop.task import Batch, State
 from tarflow.vae.codec import LatentCodec
 
-MODEL, CONFIG = "model.pt", "model.json"
+MODEL = "model.pt"
 
 
 class DiffusionTask(NetworkTask):
@@ -91,7 +90,7 @@ class DiffusionTask(NetworkTask):
                 losses.append(float(self.network(**inputs)) * len(indices))
                 counts.append(len(indices))
         if last:
-            save_model(self.network, self.config, self.folder)
+            save_model(self.network, self.folder)
         return {"loss": sum(losses) / sum(counts)} if counts else {}
 
 
@@ -113,6 +112,9 @@ def make_model(config: DiffusionConfig, data: CachedLatents) -> tuple[DiffusionM
         raise ValueError("the condition is 'caption', but the data have no captions")
     text = TextConfig(
         kind="small",
+        unit=config.text_unit,
+        vocab_size=config.vocab_size,
+        vocab_captions=config.vocab_captions,
         width=config.text_width,
         layers=config.text_layers,
         heads=config.text_heads,
@@ -123,12 +125,11 @@ def make_model(config: DiffusionConfig, data: CachedLatents) -> tuple[DiffusionM
     return DiffusionModel(config, channels, side, 0, encoder), CaptionTokens(tokenizer, config.max_length)
 
 
-def save_model(model: DiffusionModel, config: DiffusionConfig, folder: Path) -> None:
+def save_model(model: DiffusionModel, folder: Path) -> None:
     """Write the weights; the sizes stand in the run's settings, and the tokens come from the cache."""
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     with replaced(folder / MODEL) as temporary:
         torch.save(weights, temporary)
-    write_json(folder / CONFIG, {"layers": config.layers, "width": config.width})
 
 
 def load_model(config: DiffusionConfig) -> tuple[DiffusionModel, CaptionTokens | None]:
@@ -137,10 +138,3 @@ def load_model(config: DiffusionConfig) -> tuple[DiffusionModel, CaptionTokens |
     model, tokens = make_model(config, CachedLatents(config.cache, "train"))
     model.load_state_dict(torch.load(config.folder / MODEL, weights_only=True))
     return model.eval().requires_grad_(False), tokens
-
-
-def is_trained(config: DiffusionConfig) -> bool:
-    """Whether the run has its model."""
-    path = config.folder / CONFIG
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return bool(found == {"layers": config.layers, "width": config.width})

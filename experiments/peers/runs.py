@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tarflow.training.flow.setup import make_parts
 from tarflow.training.flow.trainer import flow_trainer
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
+from tarflow.training.loop.config import RateSettings
 from tarflow.training.loop.network_trainer import network_trainer
 from tarflow.training.loop.stopping import exit_status
 from tarflow.training.loop.trainer import Trainer
@@ -59,6 +60,10 @@ class Trainings:
             raise ValueError(
                 f"the recipe {config.recipe!r} is not for the condition {config.condition!r}: its flow.conditioning is {self.recipe.flow.get('conditioning', 'none')!r}"
             )
+        if config.condition == "caption" and self.recipe.text.kind != "small":
+            raise ValueError(
+                f"the recipe {config.recipe!r} has text.kind {self.recipe.text.kind!r}: a DiT learns with 'small' here"
+            )
 
     def flow_arguments(self, name: str) -> list[str]:
         """The command line of a flow's training."""
@@ -84,7 +89,7 @@ class Trainings:
             "log.keep_checkpoints": 1,
         }
         if optimizer == "adamw":
-            given |= {"optim.muon_lr": "null", "optim.muon_weight_decay": "null"}
+            given |= {"optim.muon_lr": "null", "optim.muon_weight_decay": "null", "optim.muon_momentum": 0.95}
         return arguments + [f"--{key}={value}" for key, value in given.items()]
 
     def make_cache(self) -> CachedLatents:
@@ -110,6 +115,8 @@ class Trainings:
             self.recipe.train,
             self.recipe.optim,
         )
+        own = [field.name for field in fields(RateSettings) if field.name.startswith("muon_")]
+        muon = {rate: getattr(optim, rate) for rate in own} if name.endswith("muon") and optim.name == "muon" else {}
         found = DiffusionConfig(
             cache=str(self.cache),
             output=str(self.folder / name),
@@ -117,6 +124,9 @@ class Trainings:
             width=flow["width"],
             head_dim=flow["head_dim"],
             layers=1,
+            text_unit=text.unit,
+            vocab_size=text.vocab_size,
+            vocab_captions=text.vocab_captions,
             text_width=text.width,
             text_layers=text.layers,
             text_heads=text.heads,
@@ -131,6 +141,7 @@ class Trainings:
             weight_decay=optim.weight_decay,
             max_grad_norm=optim.max_grad_norm,
             optimizer="muon" if name.endswith("muon") else "adamw",
+            **muon,
             trackers=[],
             eval_every=0,
             checkpoint_every=max(1, config.steps // 4),

@@ -15,6 +15,10 @@ from tarflow.training.loop.network_config import NetworkConfig
 TRAINED = ("flow_muon", "flow_adamw", "student", "dit_muon", "dit_adamw")
 
 
+#: The most of a small comparison; with a caption model it has 100 samples, whose captions that chooses from.
+SMALL = {"steps": 4, "pictures": 16, "held_out": 8, "num": 8, "repeats": 1}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PeersComparison(OptionalExtractor):
     """What to compare.
@@ -39,7 +43,7 @@ class PeersComparison(OptionalExtractor):
         extractor: of a Fréchet distance to the held-out pictures; null leaves it out.
         caption_model: folder of ``tarflow train-captions``, for a caption score; null leaves it out.
         remove: what is left out of captions for it, a regular expression.
-        small: tiny models and few samples, to see that it runs.
+        small: tiny models, and at most `SMALL` of these numbers, to see that it runs.
         seed: of weights, batches and samples.
     """
 
@@ -82,6 +86,9 @@ class PeersComparison(OptionalExtractor):
             raise ValueError("drawings have no end: pictures and held_out must be numbers")
         if self.caption_model is not None and self.condition != "caption":
             raise ValueError("caption_model is for captions, but the condition is 'class'")
+        for name, most in SMALL.items() if self.small else ():
+            most = 100 if name == "num" and self.caption_model is not None else most
+            object.__setattr__(self, name, min(getattr(self, name) or most, most))  # null takes all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,7 @@ class DiffusionConfig(NetworkConfig):
         condition: "caption" or "class".
         width, head_dim, layers: of the Transformer.
         text_width, text_layers, text_heads, max_length: of the small text encoder that learns along.
+        text_unit, vocab_size, vocab_captions: of its tokens, see `TextConfig`.
         drop_rate: share of pictures that are learned without their condition.
     """
 
@@ -103,6 +111,9 @@ class DiffusionConfig(NetworkConfig):
     width: AtLeastOne
     head_dim: AtLeastOne
     layers: AtLeastOne
+    text_unit: Literal["word", "bpe"] = "word"
+    vocab_size: AtLeastOne = 4000
+    vocab_captions: AtLeastOne = 4000
     text_width: AtLeastOne = 64
     text_layers: AtLeastOne = 2
     text_heads: AtLeastOne = 4

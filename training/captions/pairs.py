@@ -95,10 +95,11 @@ def concept_columns(splits: Sequence[Images], columns: Sequence[str]) -> dict[st
     known = set().union(*rows)
     if unknown := [column for column in columns if column not in known]:
         raise ValueError(f"concept names the column {unknown[0]!r}, but the data has {', '.join(sorted(known))}")
-    return {
-        row["file_name"]: [(column, str(row[column]).casefold()) for column in columns if row.get(column)]
-        for row in rows
-    }
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:  # a picture may have several
+        values = [(column, str(row[column]).casefold()) for column in columns if row.get(column)]
+        found.setdefault(row["file_name"], []).extend(values)
+    return found
 
 
 def keys(

@@ -4,7 +4,6 @@ al., 2021, arXiv:2103.00020)."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -169,9 +168,3 @@ def measure(
     own = torch.tensor([place[caption] for caption in pairs.first])
     captions = torch.cat([embed(model, tokenizer, distinct[i : i + 256]) for i in range(0, len(distinct), 256)])
     return score_of(model.visual_projection(features), captions, own, min(among, len(distinct)))
-
-
-def read_report(folder: str | Path) -> dict[str, Any]:
-    """What `train_captions` wrote about a model."""
-    found: dict[str, Any] = json.loads((Path(folder).expanduser() / REPORT).read_text(encoding="utf-8"))
-    return found

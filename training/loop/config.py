@@ -122,10 +122,13 @@ def check_muon(settings: RateSettings, name: str, begin: str = "") -> None:
         name: of the optimizer.
         begin: what the settings' names begin with.
     """
-    for own in fields(RateSettings) if name != "muon" else ():
-        value = getattr(settings, own.name)
-        if own.name.startswith("muon_") and value != own.default:
-            raise ValueError(f"{begin}{own.name} is {value}, but the optimizer is {name!r}: it is for 'muon' alone")
+    own = [field for field in fields(RateSettings) if field.name.startswith("muon_") and name != "muon"]
+    if given := [field for field in own if getattr(settings, field.name) != field.default]:
+        remedy = ", ".join(
+            f"{begin}{field.name} {'null' if field.default is None else field.default}" for field in given
+        )
+        first = f"{begin}{given[0].name} is {getattr(settings, given[0].name)}"
+        raise ValueError(f"{first}, but the optimizer is {name!r}, which has no such setting: set {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
