@@ -16,7 +16,7 @@ SCALES, SAMPLES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0), 24
 #: Checks of `tarflow gpu-check`, what is worth most first, with the seconds that each may take on an H100.
 GPU_CHECKS = {
     "agreement": 15,
-    "sampling": 150,
+    "sampling": 170,
     "training-speed": 110,
     "emoji": 100,
     "cards": 5,
@@ -29,7 +29,7 @@ GPU_CHECKS = {
     "training": 70,
     "compiled-training": 30,
     "tests": 55,
-    "sharded": 45,
+    "sharded": 80,
 }
 #: The calls of a run, of five to seven minutes.
 GPU_PARTS = {

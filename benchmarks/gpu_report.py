@@ -56,7 +56,7 @@ class Report:
         self.content: dict[str, Any] = {**facts, "checks": {}}
         file = folder / "gpu_check.json"
         if file.is_file():
-            earlier = json.loads(file.read_text(encoding="utf-8"))
+            earlier = read_report(file)
             if all(earlier.get(key) == value for key, value in facts.items()):
                 self.content["checks"] = earlier["checks"]
 
@@ -64,6 +64,21 @@ class Report:
         self.content["checks"][title] = entry
         write_text(self.folder / "gpu_check.json", json.dumps(self.content, indent=2) + "\n")
         write_text(self.folder / "gpu_check.md", markdown(self.content))
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """What an earlier call wrote.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not (isinstance(found, dict) and isinstance(found.get("checks"), dict)):
+        raise ValueError(f"{str(file)!r} is no report of earlier checks: move it away, or give another --output")
+    return found
 
 
 def run_checks(folder: Path, chosen: dict[str, float], minutes: float, task: Task) -> bool:

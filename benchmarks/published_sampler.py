@@ -8,6 +8,7 @@ are those of `tarflow.flows.decoding.sampling.decode`.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -89,8 +90,17 @@ def decode_as_published(
     cond: Tensor | None = None,
     null_cond: Tensor | None = None,
     guidance: Guidance | None = None,
+    deadline: float = math.inf,
 ) -> Tensor:
-    """Invert one block; arguments as of `tarflow.flows.decoding.sampling.decode`; returns x (B, T, C), row-major."""
+    """Invert one block; returns x (B, T, C), row-major.
+
+    Args:
+        deadline: by `time.perf_counter`.
+        others: as of `tarflow.flows.decoding.sampling.decode`.
+
+    Raises:
+        TimeoutError: at the deadline.
+    """
     run = InversionState(block, len(z), grid, cond, null_cond, guidance, cached=False)
     context, batch, tokens = run.context, run.batch, run.num_tokens
     z = run.doubled(reorder(z, block.config.order))
@@ -109,6 +119,10 @@ def decode_as_published(
         layers(context.prefix)
     x = z.clone()
     for token in range(run.first, tokens):
+        if time.perf_counter() > deadline:
+            raise TimeoutError(
+                f"the published algorithm was at token {token} of {tokens} in a block when its time was up"
+            )
         inputs = x[:, token - 1 : token] if token else block.start_token.expand(len(z), 1, -1)
         hidden = block.proj_in(inputs.to(block.proj_in.weight.dtype))
         if context.added is not None:
@@ -126,10 +140,11 @@ def decode_as_published(
 
 @torch.no_grad()
 def generate_as_published(
-    model: Any, z: Tensor, cond: Any = None, null_cond: Any = None, guidance: Any = None
+    model: Any, z: Tensor, cond: Any = None, null_cond: Any = None, guidance: Any = None, limit: float = math.inf
 ) -> Tensor:
-    """Noise (B, C, H, W) to data, all blocks, the deep one first."""
+    """Noise (B, C, H, W) to data, all blocks, the deep one first, in so many seconds at most; see `decode_as_published`."""
     tokens, grid = model.patchify(z)
+    deadline = time.perf_counter() + limit
     for block in reversed(model.blocks):
-        tokens = decode_as_published(block, tokens, grid, cond, null_cond, guidance)
+        tokens = decode_as_published(block, tokens, grid, cond, null_cond, guidance, deadline)
     return model.unpatchify(tokens, grid)

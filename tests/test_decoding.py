@@ -176,6 +176,26 @@ def test_final_tokens_at_the_front_are_swept_no_more(
     torch.testing.assert_close(log_scales, expected_scales, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("ties", [0.0, 1e-3, 1.0])
+def test_segments_whose_tokens_are_all_final_at_once(
+    monkeypatch: pytest.MonkeyPatch, ties: float, together: int
+) -> None:
+    """Also of a network that is not trained yet, and where more sweeps go before a look than tokens are left."""
+    monkeypatch.setattr(jacobi, "sweeps_between_checks", lambda device: together)
+    model = grid_model("rotary-prefix")
+    with torch.no_grad():
+        model.blocks[-1].proj_out.weight.mul_(ties)
+    cond, null = conditions(model, 2)
+    tokens, grid = model.patchify(random_images(model, 2))
+    block = model.blocks[-1]
+    expected, _ = decode(block, tokens, grid, cond, null)
+    for segment in (3, 6, 8):
+        for tolerance in (1e-4, 1e-13):
+            x, _ = decode(block, tokens, grid, cond, null, None, Decoding("gs_jacobi", tolerance, segment))
+            torch.testing.assert_close(x, expected, rtol=0, atol=10 * tolerance + 1e-9)
+
+
 @pytest.mark.parametrize(("method", "segment"), [("jacobi", None), ("gs_jacobi", 32)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sweeps_in_16_bits_end_above_rounding(dtype: torch.dtype, method: str, segment: int | None) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from test_training import CLASS_FLOW, TEXT_FLOW, train, weights
 from torch import nn
 
 from tarflow.training.loop.muon import Muon
-from tarflow.training.loop.replay import MOST_SHAPES, WARM_UP, Outputs, ReplayedPass
-from tarflow.training.loop.step import leaves_out
+from tarflow.training.loop.replay import MOST_SHAPES, WARM_UP, Outputs, ReplayedPass, check_graphs
+from tarflow.training.loop.step import can_go_on, leaves_out
 
 
 class Captured:
@@ -181,10 +183,31 @@ def test_steps_whose_outcome_is_known_later_train_as_others(
 def test_too_many_bad_steps_end_a_run_one_step_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_waiting(monkeypatch)
     monkeypatch.setattr(
-        "tarflow.training.flow.objective.flow_loss", lambda z, log_det: (z * float("nan")).sum() + log_det.sum()
+        "tarflow.training.flow.objective.flow_loss", lambda z, log_det, *_: (z * float("nan")).sum() + log_det.sum()
     )
     with pytest.raises(ValueError, match=r"stopped at step 2: loss nan .* not finite in 3 steps in a row"):
         train(tmp_path, "--train.steps", "9", "--train.max_bad_steps", "3")
+
+
+@pytest.mark.parametrize(
+    ("change", "goes_on"),
+    [
+        ({}, True),
+        ({"device": torch.device("cpu")}, False),
+        ({"num_processes": 2, "distributed_type": DistributedType.MULTI_GPU}, False),
+        ({"scaler": "of fp16"}, False),
+        ({"distributed_type": DistributedType.FSDP}, False),
+        ({"has_after_update": True}, False),
+    ],
+)
+def test_steps_go_on_where_nothing_follows_from_their_outcome(change: dict[str, Any], goes_on: bool) -> None:
+    """Not where one process has its weights as shares either: those cannot be mixed with a number on the device."""
+    usual = {"device": torch.device("cuda"), "num_processes": 1, "scaler": None, "has_after_update": False}
+    given = SimpleNamespace(**{**usual, "distributed_type": DistributedType.NO, **change})
+    assert can_go_on(given, given) == goes_on
+    if given.distributed_type == DistributedType.FSDP:
+        with pytest.raises(ValueError, match=r"train\.cuda_graphs is for weights that are whole, not sharded"):
+            check_graphs(given)
 
 
 def test_only_what_leaves_out_steps_itself_goes_on() -> None:

@@ -44,7 +44,7 @@ def updated(stepper: Stepper, *norms: float) -> list[str]:
 
 def test_a_discriminators_gradient_is_no_spike_of_the_flow(tmp_path: Any) -> None:
     task: Any = Discriminated()
-    accelerator: Any = SimpleNamespace(scaler=None)
+    accelerator: Any = SimpleNamespace(scaler=None, device=torch.device("cpu"))
     averages: Any = SimpleNamespace(step=lambda: task.done.append("average"))
     settings = LoopSettings(
         folder=tmp_path,

@@ -222,7 +222,7 @@ def test_max_minutes_follows_a_changing_speed(tmp_path, monkeypatch):
 
 def test_non_finite_loss_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "tarflow.training.flow.objective.flow_loss", lambda z, log_det: (z * float("nan")).sum() + log_det.sum()
+        "tarflow.training.flow.objective.flow_loss", lambda z, log_det, *_: (z * float("nan")).sum() + log_det.sum()
     )
     with pytest.raises(ValueError, match=r"not finite in 3 steps in a row; lower optim.lr"):
         train(tmp_path, "--train.steps", "9", "--train.max_bad_steps", "3")

@@ -40,22 +40,24 @@ LAYERS: tuple[dict[str, Any], ...] = (
     {"dtype": torch.bfloat16, "norm": "rms_norm", "mlp": "geglu", "qk_norm": True},
     {"norm": "rms_norm", "mlp": "geglu", "qk_norm": True, "num_kv_heads": 1, "width": 96, "temperature": 1.5},
     {"positions": "learned", "batch": 2},
+    {"sample_size": 24, "layers_per_block": (1, 1), "qk_norm": True},  # whose keys are two programs'
 )
 
 
 def layers_agree(dtype: torch.dtype = torch.float32, temperature: float = 1.0, batch: int = 1, **options: Any) -> int:
     """All layers of a guided step by the kernels, and by the operations one by one: hidden numbers and the cache."""
-    model = small_model(conditioning="class_prefix", condition_blocks="deep", sample_size=8, **options).to(dtype)
-    block, count = model.blocks[-1], 0
+    options = {"sample_size": 8, **options}
+    model = small_model(conditioning="class_prefix", condition_blocks="deep", **options).to(dtype)
+    block, count, side = model.blocks[-1], 0, options["sample_size"] // 2
     cond, null = model.condition(torch.arange(batch), None, batch), model.condition(None, None, batch)
     rounding = {"rtol": 2e-2, "atol": 7e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     with torch.no_grad():
         how = Guidance(1.0, "linear" if temperature != 1 else "gaussian", temperature=temperature)
-        run = InversionState(block, batch, (4, 4), cond, null, how)
+        run = InversionState(block, batch, (side, side), cond, null, how)
         step = StaticStep(block, run.context, run.cache, run.temperature)
         assert can_be_fused(list(block.layers), 2 * batch, step)
         fused, cache = FusedLayers(block, step, 2048), step.cache.keys_values
-        for position in (1, cache.shape[-2] - 1):
+        for position in (kernel.PART if side > 4 else 1, cache.shape[-2] - 1):
             earlier = torch.randn(cache.shape).to(dtype)
             hidden = torch.randn(2 * batch, block.config.transformer.width).to(dtype)
             results = []

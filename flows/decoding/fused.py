@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tarflow.flows.decoding.attention import DTYPES, HEAD_SIZES
@@ -26,8 +27,8 @@ ELEMENTS, LONGEST = (16384, 32768), 16384
 def suits(block: Block, step: StaticStep) -> bool:
     """Whether these kernels can take a block's steps."""
     stored, modules = step.cache.keys_values, list(block.layers)
-    if stored.device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
+    if stored.device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False  # as `cached_attention`, which reads slots that a trial has filled where there is no kernel
     return stored.dtype in DTYPES and step.dtype == stored.dtype and can_be_fused(modules, stored.shape[1], step)
 
 

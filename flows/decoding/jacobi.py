@@ -106,7 +106,7 @@ def sweep_segment(
         active = (change > tolerance) & (expected_change(before, change) > tolerance)
         final = final_tokens(moved, FRONT_TOLERANCE * tolerance)
         left, done = torch.stack([active.sum(), final]).tolist()  # waits for the device once
-        done = max(done, turns)  # each sweep makes one more token exact
+        done = min(max(done, turns), end - front)  # each sweep makes one more token exact
         if give_up is not None and give_up():
             raise GaveUpError
         current[:, front : front + done] = new[:, :done]  # final numbers as they are, also if they are not finite

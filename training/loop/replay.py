@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 #: Passes of a shape that are made as usual, before one is captured: libraries then have what they make at first use.
@@ -40,8 +41,10 @@ def check_graphs(accelerator: Accelerator) -> None:
     """Whether passes can be captured.
 
     Raises:
-        ValueError: on another device, or with several processes.
+        ValueError: on another device, with several processes, or of weights that are divided (FSDP).
     """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("train.cuda_graphs is for weights that are whole, not sharded (FSDP): leave one of them out")
     if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
         where = f"{accelerator.num_processes} processes on {accelerator.device.type}"
         raise ValueError(f"train.cuda_graphs is for one process on a CUDA device, not {where}: leave it out")

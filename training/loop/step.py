@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -198,9 +199,11 @@ class Pending:
 
 
 def can_go_on(accelerator: Accelerator, task: Task) -> bool:
-    """Whether steps can be taken without the host's knowing whether they were finite: on one GPU, where nothing but the
-    averages follows from it."""
+    """Whether steps can be taken without the host's knowing whether they were finite: on one GPU with whole weights (one
+    process may have them sharded too), where nothing but the averages follows from it."""
     if accelerator.device.type != "cuda" or accelerator.num_processes > 1 or accelerator.scaler is not None:
+        return False
+    if accelerator.distributed_type != DistributedType.NO:
         return False
     return not task.has_after_update
 
