@@ -15,6 +15,7 @@ from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 from tarflow.configs import resolve
+from tarflow.data.place import status_of
 from tarflow.experiments.settings import LevelComparisonConfig
 
 
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_comparison(config: LevelComparisonConfig) -> None:
-    """Whether there is such a configuration, and the result can be written."""
+    """Whether there are such a configuration and such pictures, and the result can be written."""
     check_writable(config.out, folder=True)
     resolve(config.train)
+    if config.ref is not None:
+        status_of(config.ref)  # not after the first trainings

@@ -19,12 +19,21 @@ from torch import Tensor
 from tarflow import TARFlowPipeline
 from tarflow.common.cache import cache_folder
 from tarflow.flows.decoding import calibration_store
-from tarflow.flows.decoding.calibration import COMPARISONS, TIMED_STEPS, TURNS, BlockChoice, calibrate, decodings
+from tarflow.flows.decoding.calibration import (
+    COMPARISONS,
+    TIMED_STEPS,
+    TURNS,
+    BlockChoice,
+    calibrate,
+    conditions_key,
+    decodings,
+)
 from tarflow.flows.decoding.calibration_store import FILE_NAME, CalibrationStore, file_of, fingerprint
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.decoding.step import DecodeStep
 from tarflow.flows.decoding.watch import DISTANCES, MOST_CALIBRATIONS, Calibration
+from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 
 
@@ -328,3 +337,13 @@ def test_steps_and_blocks_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     draw(pipe, num_images=2, callback_on_step_end=slow)
     (calibration,) = pipe.calibration_store().calibrations.values()
     assert calibration.least_ms == [16e3, 16e3]
+
+
+def test_guidance_of_the_deep_block_alone_is_a_condition_of_its_own() -> None:
+    model = small_model(conditioning="class_vectors")
+    keys = [
+        conditions_key(model, 2, (2, 2), guidance, 1e-3)
+        for guidance in (None, Guidance(0.0, blocks="deep"), Guidance(1.0), Guidance(1.0, blocks="deep"))
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+    assert "deep" not in keys[2]  # as earlier versions have it

@@ -166,7 +166,7 @@ def test_a_bad_upload_is_refused_when_it_is_chosen(tmp_path: Path) -> None:
 
 def test_shipped_cards_speak_of_no_picture_that_the_page_lacks() -> None:
     for name in shipped():
-        pipe = SimpleNamespace(config={"_name_or_path": str(ROOT / "models" / name)})
+        pipe = SimpleNamespace(config={"_name_or_path": str(ROOT / "models" / name)}, noise_levels=None)
         text = about.card(pipe)
         assert text.startswith(f"# {name}") and "## Licence" in text
         assert "last row" not in text and "below each" not in text and "![" not in text

@@ -251,6 +251,55 @@ def test_calls_that_cannot_be_are_one_sentence(options: dict[str, Any], message:
         make()(class_labels=[0], **options)
 
 
+def test_from_the_lowest_level_there_is_one_step_whatever_the_default() -> None:
+    pipe = make()
+    pipe.register_to_config(num_inference_steps=4)
+    assert pipe(class_labels=[0], noise_level=0.02, output_type="latent").images.isfinite().all()
+    assert pipe.num_timesteps == 2
+    with pytest.raises(ValueError, match="is the lowest, from which there is one step"):
+        pipe(class_labels=[0], noise_level=0.02, num_inference_steps=2)
+
+
+def test_no_scheduler_leads_below_the_trained_levels() -> None:
+    for kind in (EDMEulerScheduler, EDMDPMSolverMultistepScheduler):
+        own = scheduler_for(kind(), 0.5, 4, None, torch.device("cpu"), 0.02)  # its own lowest level is 0.002
+        assert own.sigmas.tolist() == pytest.approx(sorted(own.sigmas.tolist(), reverse=True))
+        assert [float(own.sigmas[i]) for i in (0, 3, 4)] == pytest.approx([0.5, 0.02, 0])
+        low = scheduler_for(kind(sigma_min=0.3), 0.1, 3, None, torch.device("cpu"), 0.02)
+        assert low.sigmas.tolist() == pytest.approx([0.1, 0.1, 0.1, 0])
+    pipe, seen = make(), []
+    pipe.scheduler = EDMEulerScheduler()
+    pipe.remove_noise(
+        torch.randn(1, 3, 4, 4),
+        True,
+        torch.tensor([1]),
+        num_inference_steps=3,
+        after_level=lambda _, timestep, x: (seen.append(float((4 * timestep).exp())), (x, False))[1],
+    )
+    assert seen[-1] == pytest.approx(0.02)
+
+
+def test_edits_repeat_with_their_generator_whatever_the_scheduler() -> None:
+    pipe = make()
+    pipe.scheduler = EDMAncestralScheduler.from_config(pipe.scheduler.config)
+    pipe.register_to_config(num_inference_steps=3)
+    picture = Image.new("RGB", (4, 4), (200, 30, 60))
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[0] = True
+    given: dict[str, Any] = {"class_labels": 1, "output_type": "latent"}
+    for edit in (
+        lambda generator: pipe.vary(picture, 0.3, generator=generator, **given),
+        lambda generator: pipe.interpolate(picture, picture, 3, generator=generator, **given),
+        lambda generator: pipe.inpaint(picture, mask, generator=generator, passes=1, **given),
+        lambda generator: pipe.best_of(2, generator=generator, **given),
+    ):
+        torch.manual_seed(0)
+        first = edit(torch.Generator().manual_seed(5)).latents
+        assert torch.equal(edit(torch.Generator().manual_seed(5)).latents, first)
+    each = pipe.interpolate(picture, picture, 3, generator=seeds(), **given)  # one for each picture that is given
+    assert each.latents.shape == (3, 3, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,14 @@ from transformers import T5EncoderModel
 
 from tarflow import TARFlowPipeline, TrajectoryFlowModel
 from tarflow.cli.main import main
+from tarflow.evaluation.reports.settings import SweepConfig
+from tarflow.evaluation.reports.sweep import run_sweep
+from tarflow.evaluation.samples.generation import generate_images
+from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.flows.trajectory.chain import level_of
 from tarflow.pipeline.call.limits import estimate_bytes
 from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.start import Start
 from tarflow.training.flow.text import small_t5, train_tokenizer
 from tarflow.vae.codec import load_autoencoder
 
@@ -94,10 +100,10 @@ def test_callbacks_see_each_step_and_may_change_or_end_it(pipe):
     assert seen == [(i, i, torch.Size([2, 8, 4, 4])) for i in range(3)]
     assert pipe.num_timesteps == 3
 
-    def replace(pipe, index, step, tensors):
+    def swap(pipe, index, step, tensors):
         return {"latents": torch.zeros_like(tensors["latents"])} if index == 2 else {}
 
-    zeros = draw(pipe, num_inference_steps=3, denoise=False, callback_on_step_end=replace)
+    zeros = draw(pipe, num_inference_steps=3, denoise=False, callback_on_step_end=swap)
     u, _ = pipe.flow(zeros * (1 - level_of(0.3)))
     assert u.abs().max() < 1e-4
 
@@ -190,3 +196,42 @@ def test_weights_that_are_fetched_and_inference_mode(pipe):
 
 def test_memory_is_estimated_with_the_predictor(pipe):
     assert estimate_bytes(pipe, 8) > estimate_bytes(pipe, 1) > 0
+
+
+def test_images_are_drawn_measured_and_recorded_by_their_number_of_steps(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
+    gen = {
+        "pipeline": str(tmp_path / "pipeline"),
+        "num": 2,
+        "batch_size": 2,
+        "captions": str(tmp_path / "captions.txt"),
+    }
+    config = GenerationConfig(**gen, out=str(tmp_path / "images"))
+    generate_images(config, pipe=pipe)
+    for steps in (2, None):  # the first one is the default
+        assert generate_images(replace(config, num_inference_steps=steps), pipe=pipe)["generated"] == 0
+    with pytest.raises(ValueError, match="num_inference_steps was 2 there and is 3 here"):
+        generate_images(replace(config, num_inference_steps=3), pipe=pipe)
+    with pytest.raises(ValueError, match=r"noise_std is 0\.2, but a trajectory model's chain ends at the noise"):
+        generate_images(replace(config, noise_std=0.2), pipe=pipe)
+    sweep = SweepConfig(
+        gen=GenerationConfig(**gen, out=str(tmp_path / "sweep")),
+        denoise=[True, False],
+        num_inference_steps=[2, 3],
+        match=True,
+    )
+    rows = run_sweep(sweep, measure=lambda folder: {"match_all": 0.5})
+    settings = [(row["settings"]["denoise"], row["settings"]["num_inference_steps"]) for row in rows]
+    assert sorted(settings) == [(False, 2), (False, 3), (True, 2), (True, 3)]
+    with pytest.raises(ValueError, match="trained with 2, 3 steps: num_inference_steps cannot be 5"):
+        run_sweep(replace(sweep, num_inference_steps=[5]), measure=lambda folder: {})
+
+
+def test_settings_of_another_kind_of_model_are_refused_by_name(pipe):
+    start = Start(pipe, "runs/some")
+    with pytest.raises(ValueError, match=r"flow\.actnorm is True, but the pipeline 'runs/some' has a model of kind"):
+        start.flow_settings({"actnorm": True})
+    with pytest.raises(ValueError, match=r"flow\.kind is flow, but the pipeline 'runs/some' has trajectory"):
+        start.flow_settings({"actnorm": True, "kind": "flow"})
+    assert start.flow_settings({"width": 64})["kind"] == "trajectory"

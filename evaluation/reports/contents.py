@@ -27,6 +27,7 @@ from tarflow.evaluation.samples.generation import conditions_of, draw_chunk, loa
 from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig, Split
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
+from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 
 PIXELS = "pixels"
 
@@ -82,6 +83,12 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     extractor = config.load_extractor(device)
     gen = generation_of(config, images)
     pipe = load_pipeline(gen, device)
+    along = trajectory_steps(pipe.flow, gen.num_inference_steps, gen.decoding, gen.denoise)
+    if config.likelihood_images and along is not None:
+        raise ValueError(
+            f"likelihood_images is {config.likelihood_images}, but a trajectory model has no likelihoods of single pictures: "
+            "set it to 0"
+        )
     # Data may have captions that the model, one of classes, does not take.
     if gen.captions is None and pipe.flow.config.conditioning == "prefix" and images[gen.split].has_captions:
         gen = dataclasses.replace(gen, captions="data")
@@ -179,6 +186,7 @@ def settings_of(
     model |= {"training noise σ": pipe.config.noise_std, "SHA-256": pipeline_hash(pipe)}
     guidance_scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
     denoise, decoder = pipe.check_outputs(gen.denoise, "np", gen.decoder, gen.decoding)
+    along = trajectory_steps(pipe.flow, gen.num_inference_steps, gen.decoding, gen.denoise)
     sampling = {
         "guidance scale": guidance_scale,
         "guidance method": pipe.config.guidance_method,
@@ -187,7 +195,7 @@ def settings_of(
         "σ": pipe.config.noise_std if gen.noise_std is None else gen.noise_std,
         "decoding": gen.decoding,
         "noise level": gen.noise_level,
-        "steps": (gen.num_inference_steps or pipe.config.num_inference_steps) if denoise else None,
+        "steps": along or ((gen.num_inference_steps or pipe.config.num_inference_steps) if denoise else None),
         "walk": gen.walk,
         "seed": gen.seed,
     }

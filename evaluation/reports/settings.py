@@ -69,8 +69,8 @@ class SweepConfig(RequiredExtractor):
         gen: what all rows share; ``gen.out`` is the sweep's folder. Its swept settings have an effect where no list is
             given.
         guidance_scale, denoise, decoder, noise_std, decoding, num_inference_steps: lists of settings of which every
-            combination is a row; see `GenerationConfig`. Rows without denoising have no σ and no steps. The finetuned decoder, which takes noisy latents,
-            is combined with no ``denoise`` but false.
+            combination is a row; see `GenerationConfig`. Rows without denoising have no σ, and no steps from noise level
+            to noise level. The finetuned decoder, which takes noisy latents, is combined with no ``denoise`` but false.
         ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
         metrics: see ``tarflow evaluate fid calc``.
         match: measure the shares of drawings that are what their caption or class says.
@@ -113,8 +113,6 @@ class SweepConfig(RequiredExtractor):
         rows = [dict(zip(SWEPT, values, strict=True)) for values in itertools.product(*lists)]
         same = {"score": True, "none": False}  # names of the same
         rows = [{**row, "denoise": same.get(row["denoise"], row["denoise"])} for row in rows]
-        stepless = {"num_inference_steps": None}
-        rows = [{**row, **(stepless if row["denoise"] is False else {})} for row in rows]
         rows = unique([row for row in rows if not (row["denoise"] and row["decoder"] == "finetuned")])
         if not rows:
             raise ValueError("no row is left: the finetuned decoder takes noisy latents, so give denoise [false] too")

@@ -28,6 +28,7 @@ from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
+from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.call.walk import resolve_steps
 
 Measure = Callable[[Path], dict[str, float]]
@@ -96,14 +97,14 @@ def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
     own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"], values["decoding"])
     found = {name: own.get(name) if value is None else value for name, value in values.items()}
     steps = values["num_inference_steps"]
-    if pipe.noise_levels is None:
+    along = trajectory_steps(pipe.flow, steps, values["decoding"], values["denoise"])
+    if pipe.noise_levels is None and along is None:
         resolve_steps(None, steps, 1, True, None)  # an error for more than one
-    if not found["denoise"]:
-        found["noise_std"] = None
-    if pipe.noise_levels is None or not found["denoise"]:
-        found["num_inference_steps"] = None
-    elif values["noise_std"] is None:
-        found["noise_std"] = None  # steps take the levels' own
+    walks = pipe.noise_levels is not None and bool(found["denoise"])
+    if not found["denoise"] or (values["noise_std"] is None and (walks or along is not None)):
+        found["noise_std"] = None  # steps have levels of their own
+    if not walks:
+        found["num_inference_steps"] = along
     return found
 
 

@@ -34,6 +34,7 @@ from tarflow.evaluation.samples.record import (
 )
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import CONDITIONS
+from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.opening import locate
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline, TARFlowPipelineOutput
@@ -75,6 +76,10 @@ def generate_images(
         raise ValueError(
             f"noise_std is {config.noise_std:g}, but this flow knows many noise levels, and which its samples have: give "
             "noise_level to draw at another"
+        )
+    if config.noise_std is not None and isinstance(pipe.flow, TrajectoryFlowModel):
+        raise ValueError(
+            f"noise_std is {config.noise_std:g}, but a trajectory model's chain ends at the noise of its training: leave it out"
         )
     conditions = conditions_of(pipe, config)
     out, first = Path(config.out).expanduser(), process == 0

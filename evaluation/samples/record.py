@@ -12,6 +12,7 @@ from typing import Any
 from tarflow.common.files import read_json_lines, replaced, write_json
 from tarflow.evaluation.samples.conditions import Conditions
 from tarflow.evaluation.samples.told import CONDITIONS
+from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.call.walk import resolve_level, resolve_steps
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.vae.codec import weights_hash
@@ -33,6 +34,9 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
         asked, default = config.num_inference_steps, pipe.config.num_inference_steps
         steps = resolve_steps(pipe.noise_levels, asked, default, bool(settings["denoise"]), level)
         settings |= {"noise_level": level, "num_inference_steps": steps, "walk": config.walk}
+    along = trajectory_steps(pipe.flow, config.num_inference_steps, config.decoding, config.denoise)
+    if along is not None:
+        settings["num_inference_steps"] = along
     if config.decoding in ("auto", "jacobi"):
         settings["tolerance"] = config.tolerance
     return json.loads(json.dumps({**settings, "conditions": conditions.summary}))

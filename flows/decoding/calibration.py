@@ -243,11 +243,13 @@ def conditions_key(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
         name = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    temperature = guidance.temperature if guidance is not None and guidance.active else None
+    active = guidance if guidance is not None and guidance.active else None
+    temperature = None if active is None else active.temperature
     bucket = 1 << max(0, batch - 1).bit_length()
     return (
-        f"{name} | {dtype} | batch {bucket} | grid {grid[0]}x{grid[1]} | guided {temperature is not None} | tolerance {tolerance:g}"
+        f"{name} | {dtype} | batch {bucket} | grid {grid[0]}x{grid[1]} | guided {active is not None} | tolerance {tolerance:g}"
         + (f" | attention {temperature:g}" if temperature not in (None, 1) else "")
+        + (" | deep block alone" if active is not None and active.blocks == "deep" else "")
         + (" | compiled" if fast else "")
         + (" | offloaded" if offloaded else "")
     )

@@ -118,9 +118,10 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         check_flow_kind(self.flow, "removing the noise of single pictures is")
         self.run_offload_hook(self.flow)
         level = resolve_level(self.noise_levels, noise_level)
-        if level is not None:
+        if level is not None and self.noise_levels is not None:
+            lowest, _ = self.noise_levels
             steps = resolve_steps(self.noise_levels, num_inference_steps, self.config.num_inference_steps, True, level)
-            scheduler = scheduler_for(self.scheduler, level, steps, walk, latents.device)
+            scheduler = scheduler_for(self.scheduler, level, steps, walk, latents.device, lowest)
 
             def clean(x: Tensor, at: float) -> Tensor:
                 return without_noise(self.flow, x, "score", at, class_labels, cond)

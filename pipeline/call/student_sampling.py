@@ -46,8 +46,8 @@ def check_student_call(student: StudentModel, scale: float, guidance: Guidance, 
     plain = Guidance(guidance.weight, student.config.guidance_method)
     if guidance != plain:
         raise ValueError(
-            f"this student knows the guidance method {plain.method!r} alone, with both parts, not annealed, and an "
-            "attention temperature of 1: leave the others out, or take another decoding"
+            f"this student knows the guidance method {plain.method!r} alone, with both parts, in all blocks, not annealed, "
+            "and an attention temperature of 1: leave the others out, or take another decoding"
         )
     if negative:
         raise ValueError("a student has learned guidance away from no condition: leave negative_prompt out")

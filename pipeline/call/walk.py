@@ -117,16 +117,15 @@ def resolve_steps(
                 "leave num_inference_steps out"
             )
         return 0
-    steps = default if steps is None else int(steps)
     if levels is None:
         return 1
     if level is not None and level <= levels[0]:
-        if steps > default:
+        if steps is not None and steps > 1:
             raise ValueError(
                 f"noise_level {level:g} is the lowest, from which there is one step: num_inference_steps=1"
             )
         return 1
-    return steps
+    return default if steps is None else int(steps)
 
 
 def check_walk(walk: str | None, levels: Sequence[float] | None) -> str | None:
@@ -144,13 +143,16 @@ def check_walk(walk: str | None, levels: Sequence[float] | None) -> str | None:
     return walk
 
 
-def scheduler_for(scheduler: Any, level: float, steps: int, walk: str | None, device: torch.device) -> Any:
+def scheduler_for(
+    scheduler: Any, level: float, steps: int, walk: str | None, device: torch.device, lowest: float = 0.0
+) -> Any:
     """A scheduler of a call's own, with its levels: the pipeline's, or of the class that ``walk`` names.
 
     Args:
         scheduler: the pipeline's.
         level: to start at.
         steps: how many.
+        lowest: level that the flow knows, below which no step but the last one leads.
 
     Raises:
         ValueError: for a scheduler that is not one of levels.
@@ -162,7 +164,8 @@ def scheduler_for(scheduler: Any, level: float, steps: int, walk: str | None, de
             "EDMDPMSolverMultistepScheduler or EDMAncestralScheduler, each by from_config(pipe.scheduler.config)"
         )
     kind = type(scheduler) if walk is None else kinds[walk]
-    own = kind.from_config({**scheduler.config, "sigma_max": level})
+    least = min(level, max(lowest, scheduler.config.sigma_min))
+    own = kind.from_config({**scheduler.config, "sigma_max": level, "sigma_min": least})
     own.set_timesteps(steps, device=device)
     own.set_begin_index(0)
     return own

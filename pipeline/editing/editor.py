@@ -27,15 +27,16 @@ class FlowEditor:
     Args:
         pipe: the pipeline.
         noise_level: of the noise that pictures get, for a flow of many levels; None is its highest.
+        generator: of the noise that a stochastic scheduler draws on the way down from it.
 
     Attributes:
         level: that level; None for a flow of one.
     """
 
-    def __init__(self, pipe: FlowPipeline, noise_level: float | None = None):
+    def __init__(self, pipe: FlowPipeline, noise_level: float | None = None, generator: Generators = None):
         check_flow_kind(pipe.flow, "encoding, likelihoods and editing are")
         self.pipe, self.flow = pipe, pipe.flow
-        self.level = resolve_level(pipe.noise_levels, noise_level)
+        self.level, self.generator = resolve_level(pipe.noise_levels, noise_level), generator
 
     @property
     def size(self) -> tuple[int, int]:
@@ -112,7 +113,10 @@ class FlowEditor:
     def denoised(self, x: Tensor, condition: dict[str, Any]) -> tuple[Tensor, str]:
         """Latents for the pipeline's decoder, and which that is: a finetuned one takes them as they are."""
         denoise, decoder = self.pipe.check_outputs(None, "pil")
-        return self.pipe.remove_noise(x, denoise, **condition), decoder
+        generator = self.generator
+        if isinstance(generator, list) and len(generator) != len(x):
+            generator = generator[0]  # there are more pictures than those that were given
+        return self.pipe.remove_noise(x, denoise, **condition, generator=generator), decoder
 
     def postprocessed(self, images: Tensor, latents: Tensor, output_type: str) -> Any:
         """Decoded images, or latents, as ``output_type`` says; parts that were brought for the call are let go."""

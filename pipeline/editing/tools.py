@@ -101,7 +101,7 @@ class ExactFlowTools(FlowPipeline):
             first, second: one picture each.
             path: "spherical" or "linear", see `tarflow.flows.editing.interpolate`.
         """
-        editor = FlowEditor(self)
+        editor = FlowEditor(self, generator=generator)
         ends = torch.cat([read_images(end, editor.size, fit)[:1] for end in (first, second)])
         x = editor.noisy(editor.latents(ends), generator, noise)
         first_z, second_z = editor.encoded(x, editor.condition(2, prompt, class_labels))
@@ -125,7 +125,7 @@ class ExactFlowTools(FlowPipeline):
         Args:
             strength: 0 gives the picture itself, 1 one that has nothing to do with it but the condition.
         """
-        editor = FlowEditor(self)
+        editor = FlowEditor(self, generator=generator)
         x = editor.read(image, fit, generator, noise)
         condition = editor.condition(len(x), prompt, class_labels)
         z = editor.encoded(x, condition)
@@ -156,7 +156,7 @@ class ExactFlowTools(FlowPipeline):
             guidance_scale: of the decoding, away from no condition; 1 is off. With guidance the same condition no longer
                 gives the same picture.
         """
-        editor = FlowEditor(self)
+        editor = FlowEditor(self, generator=generator)
         x = editor.read(image, fit, generator, noise)
         z = editor.encoded(x, editor.condition(len(x), source_prompt, source_labels))
         return editor.edited(z, editor.condition(len(x), target_prompt, target_labels), output_type, guidance_scale)
@@ -194,7 +194,7 @@ class ExactFlowTools(FlowPipeline):
         Returns:
             pictures; with "metropolis" also the chain's log_prob and acceptance.
         """
-        editor = FlowEditor(self)
+        editor = FlowEditor(self, generator=generator)
         if method not in INPAINTINGS:
             raise ValueError(f"the method must be one of {', '.join(INPAINTINGS)}, got {method!r}")
         if passes < 1 or steps < 0:
@@ -236,7 +236,7 @@ class ExactFlowTools(FlowPipeline):
         Args:
             guidance_scale: of the drawing, as of a call; the likelihood is the model's own, without guidance.
         """
-        editor = FlowEditor(self)
+        editor = FlowEditor(self, generator=generator)
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}")
         drawn = self(

@@ -87,7 +87,13 @@ class Start:
             ValueError: that names the first setting that differs.
         """
         own: dict[str, Any] = {"kind": name_of(self.pipeline.flow), **self.pipeline.flow.arguments}
-        for key, value in given.items():
+        kind = own["kind"]
+        for key, value in sorted(given.items(), key=lambda pair: pair[0] != "kind"):
+            if key not in own:
+                raise ValueError(
+                    f"flow.{key} is {value}, but the pipeline {self.name!r} has a model of kind {kind!r}, which does not "
+                    "have it: take it out of the configuration"
+                )
             found = list(own[key]) if isinstance(own[key], tuple) else own[key]
             if key != "sample_size" and found != value:
                 raise ValueError(
