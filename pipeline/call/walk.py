@@ -165,7 +165,9 @@ def scheduler_for(
         )
     kind = type(scheduler) if walk is None else kinds[walk]
     least = min(level, max(lowest, scheduler.config.sigma_min))
-    own = kind.from_config({**scheduler.config, "sigma_max": level, "sigma_min": least})
+    # Of names in the last of these Diffusers takes the defaults, whatever values are given.
+    config = {**scheduler.config, "sigma_max": level, "sigma_min": least, "_use_default_values": []}
+    own = kind.from_config(config)
     own.set_timesteps(steps, device=device)
     own.set_begin_index(0)
     return own
