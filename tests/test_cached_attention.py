@@ -291,11 +291,11 @@ def test_any_number_of_batch_sizes_is_compiled() -> None:
         small_model(layers_per_block=[1, 1], conditioning="class_prefix", condition_blocks="deep"),
         FastSteps("eager"),
     )
-    for batch in range(1, 7):
+    for batch in range(1, 6):
         cond = model.condition(condition_of(model, batch)["class_labels"], None, batch)
         null = model.condition(None, None, batch)
         noise = random_images(model, batch)
         expected, _ = generate(model, noise, cond, null, Guidance(1.0))
         found, _ = generate(model, noise, cond, null, Guidance(1.0), fast=steps)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert len(steps.steps) == 12
+    assert len(steps.steps) == 10

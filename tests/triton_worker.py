@@ -56,7 +56,7 @@ def layers_agree(dtype: torch.dtype = torch.float32, temperature: float = 1.0, b
         run = InversionState(block, batch, (side, side), cond, null, how)
         step = StaticStep(block, run.context, run.cache, run.temperature)
         assert can_be_fused(list(block.layers), 2 * batch, step)
-        fused, cache = FusedLayers(block, step, 2048), step.cache.keys_values
+        fused, cache = FusedLayers(block, step, 8192), step.cache.keys_values
         for position in (kernel.PART if side > 4 else 1, cache.shape[-2] - 1):
             earlier = torch.randn(cache.shape).to(dtype)
             hidden = torch.randn(2 * batch, block.config.transformer.width).to(dtype)
