@@ -217,13 +217,13 @@ def test_images_are_drawn_measured_and_recorded_by_their_number_of_steps(pipe, t
         generate_images(replace(config, noise_std=0.2), pipe=pipe)
     sweep = SweepConfig(
         gen=GenerationConfig(**gen, out=str(tmp_path / "sweep")),
-        denoise=[True, False],
+        denoise=[False],
         num_inference_steps=[2, 3],
         match=True,
     )
     rows = run_sweep(sweep, measure=lambda folder: {"match_all": 0.5})
     settings = [(row["settings"]["denoise"], row["settings"]["num_inference_steps"]) for row in rows]
-    assert sorted(settings) == [(False, 2), (False, 3), (True, 2), (True, 3)]
+    assert settings == [(False, 2), (False, 3)]
     with pytest.raises(ValueError, match="trained with 2, 3 steps: num_inference_steps cannot be 5"):
         run_sweep(replace(sweep, num_inference_steps=[5]), measure=lambda folder: {})
 

@@ -17,13 +17,13 @@ FLOW = (
     '{"kind": "trajectory", "layers_per_block": [1, 1], "width": 64, "head_dim": 32, "conditioning": "prefix", '
     '"steps": [2, 4]}'
 )
-TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
+TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1", "--text.vocab_captions", "200"]
 
 
 def test_the_loss_falls_and_the_pipeline_draws(tmp_path):
     shown = ["--log.sample_every", "1", "--log.sample_images", "1"]
     _, early = train(tmp_path / "a", *TEXT, *shown, "--train.steps", "1", flow=FLOW)
-    _, late = train(tmp_path / "b", *TEXT, "--train.steps", "25", flow=FLOW)
+    _, late = train(tmp_path / "b", *TEXT, "--train.steps", "15", flow=FLOW)
     for steps in (2, 4):
         assert late[f"trajectory_nats_per_dim_{steps}"] < early[f"trajectory_nats_per_dim_{steps}"]
         name = f"latent_nats_per_dim_bound_{steps}"
@@ -44,9 +44,10 @@ def test_resume_is_bit_identical(tmp_path, mode):
     train(tmp_path / "again", *options, "--resume", resume, flow=FLOW)
     whole, again = weights(tmp_path / "whole"), weights(tmp_path / "again")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
-    other = FLOW.replace('"kind": "trajectory", ', "").replace(', "steps": [2, 4]', "")
-    with pytest.raises(ValueError, match=r"is of flow\.kind 'trajectory', not 'flow'"):
-        train(tmp_path / "again", *TEXT, "--train.steps", "2", "--resume", resume, flow=other)
+    if mode == "pair":
+        other = FLOW.replace('"kind": "trajectory", ', "").replace(', "steps": [2, 4]', "")
+        with pytest.raises(ValueError, match=r"is of flow\.kind 'trajectory', not 'flow'"):
+            train(tmp_path / "again", *TEXT, "--train.steps", "2", "--resume", resume, flow=other)
 
 
 def test_a_bound_of_white_noise_is_its_entropy():
