@@ -255,7 +255,9 @@ def student_objective(guidance: str) -> Any:
     flow = SimpleNamespace(
         config=SimpleNamespace(conditioning="class_prefix"), device=CPU, null_label=CLASSES, scale_noise=lambda z: z
     )
-    objective.pipe = SimpleNamespace(codec=Codec(), flow=flow, config=SimpleNamespace(noise_std=1e-3))
+    objective.pipe = SimpleNamespace(
+        codec=Codec(), flow=flow, config=SimpleNamespace(noise_std=1e-3, noise_levels=None)
+    )
     objective.accelerator = SimpleNamespace(device=CPU, autocast=nullcontext)
     objective.config = SimpleNamespace(
         seed=0,

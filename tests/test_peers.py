@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from fid_helpers import save_clip, tiny, write_pictures
 from PIL import Image
 from torch import nn
@@ -27,6 +28,13 @@ from tarflow.training.flow.arguments import parse_config
 from tarflow.training.loop.optimizer import hidden_matrices
 
 SIZES: dict[str, Any] = {"cache": "c", "output": "o", "condition": "class", "width": 32, "head_dim": 16, "layers": 2}
+
+
+@pytest.fixture(autouse=True)
+def new_accelerators() -> None:
+    """Trainings take another precision than those of tests before, in one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 class Straight(nn.Module):
