@@ -66,7 +66,7 @@ SMALL = {
     "compare-student": "--num 2 --batch_sizes [1] --repeats 1 --compile false",
     "benchmark sampling": "--batches 1 --repeats 1",
     "benchmark exactness": "--pipelines drawings_class --samples 1 --guidance-scales 2",
-    "benchmark training": "--batches 1 --repeats 1 --steps 1 --precisions float32",
+    "benchmark training": "--batches 1 --repeats 1 --steps 1 --precisions float32 --variants published eager",
     "benchmark data": "--listing 3000",
     "benchmark memory": "--batch 1 --model quickstart_text",
     "check-reference": "",
@@ -96,6 +96,7 @@ CANNOT = {
     r"compare-flows": "trainings of minutes: test_flow_comparison.py makes small ones",
     r"compare-peers": "trainings of minutes: test_peers.py makes small ones",
     r"compare-noise-levels": "trainings of minutes: test_level_training.py makes small ones",
+    r"pipeline_00001800": "a training of a GPU's minutes: test_export.py exports a small one",
     r"gpu-check": "a GPU, or minutes: test_gpu_check.py makes single checks",
     r"accelerate launch --cpu": "the launcher alone",
 }
@@ -128,6 +129,7 @@ def pictures(path: Path, classes: tuple[str, ...] = (), count: int = 9) -> Path:
                 Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
             row = {
                 "text": f"thing {i}",
+                "caption": f"a thing {i}",
                 "style": ("twemoji", "noto", "fluent")[i % 3],
                 "keywords": f"kind {i % 5}",
                 "emoji": f"e{i}",
@@ -152,7 +154,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     ViTModel(ViTConfig(image_size=16, patch_size=8, **size)).save_pretrained(folder / "vit")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
-    for name, target in (("pictures.zip", "data"), ("nette.zip", "my_pictures")):
+    for name, target in (("pictures.zip", "data"), ("pictures.zip", "pictures"), ("nette.zip", "my_pictures")):
         with zipfile.ZipFile(folder / name) as archive:
             archive.extractall(folder / target)
     for name, conditioning in (("captions", "prefix"), ("classes", "class_prefix")):
@@ -193,7 +195,8 @@ def world(case: tuple[Path, str], base: Path) -> Path:
 
 def taken_for_granted(command: str) -> str:
     """Pipelines that a configuration names."""
-    return "runs/quickstart/pipeline" if "fid_example" in command else ""
+    named = {"fid_example": "runs/quickstart/pipeline", "finetune-decoder --config decoder": "runs/emoji_text/pipeline"}
+    return " ".join(pipeline for config, pipeline in named.items() if config in command)
 
 
 def free_port() -> int:
