@@ -256,7 +256,7 @@ def student_objective(guidance: str) -> Any:
         config=SimpleNamespace(conditioning="class_prefix"), device=CPU, null_label=CLASSES, scale_noise=lambda z: z
     )
     objective.pipe = SimpleNamespace(
-        codec=Codec(), flow=flow, config=SimpleNamespace(noise_std=1e-3, noise_levels=None)
+        codec=Codec(), flow=flow, config=SimpleNamespace(noise_std=1e-3), noise_levels=None
     )
     objective.accelerator = SimpleNamespace(device=CPU, autocast=nullcontext)
     objective.config = SimpleNamespace(
