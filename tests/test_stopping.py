@@ -223,7 +223,8 @@ def test_a_signal_while_a_networks_weights_are_averaged(
         metrics=tmp_path / "metrics.jsonl",
     )
     task.report = lambda step, average, last: NetworkTask.report(task, step, average, last)
-    trainer: Any = SimpleNamespace(averages=averages, task=task, step=1)
+    stepper = SimpleNamespace(settle=lambda: None)
+    trainer: Any = SimpleNamespace(averages=averages, task=task, step=1, stepper=stepper)
     signal_in_copy(monkeypatch, copy)
     with StopRequest() as stop:
         if copy == 1:
