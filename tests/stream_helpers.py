@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pyarrow
 import pyarrow.parquet
+import pytest
 from PIL import Image
 
 
@@ -72,3 +73,20 @@ def parquet_shards(base: str, counts: Sequence[int], lacking: int = -1) -> str:
         write(f"{base}/{shard:03d}.parquet", file.getvalue())
         first += count
     return f"{base}/*.parquet"
+
+
+def breaking_connections(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[float]]:
+    """Two reads from `memory://` break. Returns how many are to come, and the seconds that were waited in between."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    plain, broken = io.BytesIO.read, [2]
+
+    class Breaking(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 10_000 and broken[0]:
+                broken[0] -= 1
+                raise ConnectionResetError("connection reset")
+            return plain(self, size)
+
+    monkeypatch.setattr("tarflow.data.stream.urls.io.BytesIO", Breaking)
+    return broken, waited

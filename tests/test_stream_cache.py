@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from stream_helpers import parquet_shards, row, tar_bytes, tar_shards, write
+from stream_helpers import breaking_connections, parquet_shards, row, tar_bytes, tar_shards, write
 from test_cache_at_urls import run_two
 from test_cache_folder import save_autoencoder
 
@@ -138,18 +137,7 @@ def test_what_cannot_be_read_is_left_out_or_named(tmp_path: Path, vae_path: str)
 
 def test_a_connection_that_breaks_is_made_again(tmp_path: Path, vae_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = tar_shards(f"memory://{tmp_path.name}", [6])
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    plain, broken = io.BytesIO.read, [2]
-
-    class Breaking(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            if self.tell() > 10_000 and broken[0]:
-                broken[0] -= 1
-                raise ConnectionResetError("connection reset")
-            return plain(self, size)
-
-    monkeypatch.setattr("tarflow.data.stream.urls.io.BytesIO", Breaking)
+    broken, waited = breaking_connections(monkeypatch)
     manifest = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, data={"on_error": "skip"}))
     assert (broken, manifest["skipped"], sum(manifest["pictures"].values())) == ([0], 0, 6)
     assert len(waited) >= 2

@@ -22,7 +22,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from fsspec.compression import compr
-from stream_helpers import parquet_shards, png, row, tar_bytes, tar_shards, write
+from stream_helpers import breaking_connections, parquet_shards, png, row, tar_bytes, tar_shards, write
 from test_training import train, weights
 from torch import Tensor
 
@@ -471,19 +471,8 @@ def test_no_thread_outlives_a_reader(used: bool) -> None:
 
 
 def test_a_connection_that_breaks_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
     path = tar_shards("memory://broken", [9])
-    plain, broken = io.BytesIO.read, [2]
-
-    class Breaking(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            if self.tell() > 10_000 and broken[0]:
-                broken[0] -= 1
-                raise ConnectionResetError("connection reset")
-            return plain(self, size)
-
-    monkeypatch.setattr("tarflow.data.stream.urls.io.BytesIO", Breaking)
+    broken, waited = breaking_connections(monkeypatch)
     stream = Stream(config(path))
     source = stream.sources(1, shuffled=False)[0]
     numbers = [row.number for row in source.first_pass(0) if isinstance(row, Row)]

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Keys of a program of attention, and those that it looks at together.
-PART, TURN = 128, 64
+from tarflow.flows.decoding.triton_attention import PART, TURN
+
 WARPS = 8
 
 
