@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -187,7 +188,28 @@ def follow_trainer(worker: int) -> None:
         signal.signal(END, lambda *_: os._exit(0))
 
 
-class BatchReader:
+class Reader(ABC):
+    """Batches of a process, one after the other. As a context manager it ends what reads them, also after an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __next__(self) -> dict[str, Any]:
+        """The next batch."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what reads, within seconds."""
+
+
+class BatchReader(Reader):
     """The batches of a process. As a context manager it ends the reading processes, also after an error: they ignore
     the SIGTERM by which Python would end them at exit, and Python would wait for them.
 
@@ -200,15 +222,6 @@ class BatchReader:
         before = set(active_children())
         self._batches = iter(loader)
         self._readers = [process for process in active_children() if process not in before]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> dict[str, Any]:
         """The next batch.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tarflow.common.processes import gather_objects
 from tarflow.data.folder import say_once
 from tarflow.data.images import collate
 from tarflow.data.stream.stream import USUAL_LANES, Stream
+from tarflow.training.loop.batches import Reader
 from tarflow.training.loop.reading import reading
 
 #: A checkpoint's pictures that wait for others of their size, a file for each process.
@@ -85,7 +86,7 @@ class Share:
         return [mine[place % len(mine)] for place in range(step * self.own, (step + 1) * self.own)]
 
 
-class StreamReader:
+class StreamReader(Reader):
     """The batches of a process, one for each forward pass. As a context manager it ends the threads that read.
 
     Args:
@@ -129,15 +130,6 @@ class StreamReader:
         }
         self.sizes = SizedBatches(stream, share, waiting or []) if len(stream.sizes) > 1 else None
         self._passes = self._batches()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> dict[str, Any]:
         """The next batch.

@@ -19,7 +19,7 @@ from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.stream.stream import Stream
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.averages import WeightAverages
-from tarflow.training.loop.batches import BatchReader, step_sampler, train_loader
+from tarflow.training.loop.batches import BatchReader, Reader, step_sampler, train_loader
 from tarflow.training.loop.checkpoint import checkpoint_name, checkpoint_to_resume, read_state, save_checkpoint
 from tarflow.training.loop.config import LoopSettings
 from tarflow.training.loop.reading import check_random_states, reading
@@ -71,7 +71,7 @@ class Trainer:
         self.longest = self.total_steps = settings.total_steps(accelerator.num_processes)
         self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
         self.speed: dict[str, float] = {}
-        self.reader: BatchReader | StreamReader | None = None
+        self.reader: Reader | None = None
         self.stream: dict[str, Any] | None = None  # of the checkpoint, where the training pictures are a stream
         if self.saved is not None and state is not None:
             self.load(self.saved, state)
@@ -158,7 +158,7 @@ class Trainer:
                     raise
                 return self.stop(stop.received)
 
-    def train(self, batches: BatchReader | StreamReader, stop: StopRequest) -> str:
+    def train(self, batches: Reader, stop: StopRequest) -> str:
         """Train to the last step; returns the name of a signal that is to stop the run before."""
         accelerator, name, first, limit = self.accelerator, "", self.step, None
         progress = progress_bar(
@@ -188,7 +188,7 @@ class Trainer:
                     self.at_intervals(stop)
         return name
 
-    def batches(self) -> BatchReader | StreamReader:
+    def batches(self) -> Reader:
         """This process's batches from the current step on, one for each forward pass."""
         train, accelerator, pictures = self.settings.train, self.accelerator, self.task.train
         pinned = accelerator.device.type == "cuda"
