@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ def remove(url: str, name: str) -> None:
 
 
 def copies() -> int:
-    """Bytes of all copies."""
-    return sum(file.stat().st_size for file in (cache_folder() / "shards").rglob("*.safetensors"))
+    """Bytes of all copies: those that are removed or written while they are counted, too or not."""
+    total = 0
+    for file in (cache_folder() / "shards").rglob("*.safetensors"):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
