@@ -13,6 +13,8 @@ from tarflow.demo.drawing import LARGEST_GUIDANCE, MOST_IMAGES, MOST_STEPS, deco
 
 #: Below a million, so that it is easily typed.
 NEW_SEED = "() => Math.floor(Math.random() * 1e6)"
+#: Enter in the prompt presses Draw, so that it does nothing while one draws.
+PRESS = "() => { document.querySelector('#draw').click() }"
 #: In the browser, before the server answers: a second press would draw twice.
 PRESSED = "() => [{__type__: 'update', interactive: false}]"
 #: Uploads and downloads are looked for every so many seconds, and deleted when older than that.
@@ -68,16 +70,9 @@ def generate_tab(actions: Actions) -> None:
                 seed = gr.Number(0, label="Seed", min_width=120, scale=3, elem_id="seed")
                 new_seed = gr.Button("New seed", size="md", min_width=90, scale=1, elem_id="new-seed")
             scale, removal, steps, decoding = expert_options(actions)
-    pressed = [button.click, *([prompt.submit] if actions.kind == "prefix" else [])]
-    gr.on(pressed, None, None, button, js=PRESSED)
-    begun = gr.on(
-        pressed,
-        actions.begin,
-        None,
-        [button, stop, status],
-        show_progress="hidden",
-        queue=False,
-    )
+    prompt.submit(None, None, None, js=PRESS)
+    button.click(None, None, button, js=PRESSED)
+    begun = button.click(actions.begin, None, [button, stop, status], show_progress="hidden", queue=False)
     run = begun.then(
         actions.generate,
         [prompt, label, scale, count, decoding, removal, seed, steps],

@@ -379,9 +379,14 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Image.new("RGB", (9, 9)).save(folder / "near.png")
     (folder / "examples.json").write_text('["a red ring", "a blue star"]')
     pipe = open_pipeline(str(folder), "cpu")
-    answer, begin = threading.Event(), Actions.begin
+    answer, begin, begun = threading.Event(), Actions.begin, []
     answer.set()
-    monkeypatch.setattr(Actions, "begin", lambda actions: begin(actions) if answer.wait(20) else None)
+
+    def late(actions):
+        begun.append(time.monotonic())
+        return begin(actions) if answer.wait(20) else None
+
+    monkeypatch.setattr(Actions, "begin", late)
     app = page.start(page.build(pipe), "127.0.0.1", screenshot.free_port())
     try:
         with screenshot.opened(app.local_url, 1280, 900) as view:
@@ -403,7 +408,9 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             view.wait_for_selector("#draw:enabled")
             assert view.locator("#pictures img").count() == view.locator("#strip img").count() == 0
             assert not view.locator("#download").is_visible()
+            before = len(begun)
             stopped_in(view, pipe, answer)
+            assert len(begun) == before + 1
             screenshot.draw(view, "a red ring", 3, 2)
             with view.expect_download() as download:
                 view.click("#download")
@@ -435,7 +442,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def stopped_in(view, pipe, answer: threading.Event) -> None:
-    """Draw, which cannot be pressed again even before the server answers, and stop in the middle."""
+    """Draw by Enter, which cannot be pressed again even before the server answers, and stop in the middle."""
     go_on, decode = threading.Event(), pipe.decode_latents
 
     def slow(*arguments):
@@ -446,11 +453,13 @@ def stopped_in(view, pipe, answer: threading.Event) -> None:
     try:
         view.get_by_label("Prompt").fill("a red ring")
         answer.clear()
-        view.click("#draw")
+        view.get_by_label("Prompt").press("Enter")
         view.wait_for_selector("#draw:disabled")
+        view.get_by_label("Prompt").press("Enter")
         answer.set()
         view.wait_for_selector("#stop:enabled")
         assert view.locator("#draw").is_disabled()
+        view.get_by_label("Prompt").press("Enter")
         view.wait_for_selector("#status .progress")
         view.click("#stop")
         view.wait_for_selector("#status .note")
