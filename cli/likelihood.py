@@ -62,11 +62,12 @@ def main(
     """
     with ending():
         config, _ = read_settings(LikelihoodConfig, argv, description, prog, check_place)
-        from tarflow.data.images import Images
+        from tarflow.data.stream.first import open_pictures
         from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
         from tarflow.pipeline.opening import open_pipeline
 
-        pipe, images = open_pipeline(config.pipeline), Images(config.data, config.split)
+        pipe = open_pipeline(config.pipeline)
+        images = open_pictures(config.data, config.split, config.num_images, "num_images", config.seed)
         count = len(images) if config.num_images is None else min(config.num_images, len(images))
         draws = max(config.draws, config.importance)
         passes = (

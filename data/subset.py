@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tarflow.data.images import Images
+from tarflow.data.images import Pictures
 
 
 class Subset:
@@ -16,7 +16,7 @@ class Subset:
         indices: of the pictures there.
     """
 
-    def __init__(self, images: Images, indices: Sequence[int]):
+    def __init__(self, images: Pictures, indices: Sequence[int]):
         self.images, self.indices = images, indices
         self.config, self.split = images.config, images.split
 
@@ -27,7 +27,7 @@ class Subset:
         return self.images[self.indices[index]]
 
 
-def spread(images: Images, count: int) -> Subset:
+def spread(images: Pictures, count: int) -> Subset:
     """At most ``count`` pictures that lie evenly in a split, as folders are sorted by class; of endless drawings, which
     are not, the first ones."""
     count = min(count, len(images))

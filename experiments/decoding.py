@@ -19,7 +19,8 @@ from tarflow.common.files import check_writable, write_json, write_picture, writ
 from tarflow.common.machine import machine
 from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
-from tarflow.data.images import Images, to_uint8
+from tarflow.data.images import to_uint8
+from tarflow.data.stream.first import open_pictures
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
 from tarflow.evaluation.features.statistics import Moments, compute_statistics
@@ -63,7 +64,7 @@ def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]
         captions = "data"
     conditions = make_conditions(pipe, config.seed, config.labels, None, captions, config.data, config.split)
     extractor = config.load_extractor(pipe.flow.device)
-    images = Images(config.data, config.split)
+    images = open_pictures(config.data, config.split, config.pictures, "pictures")
     held_out = noisy_pictures(pipe, images, config.pictures, config.batch_size, config.seed)
     rows: list[dict[str, Any]] = [{"method": method} for method in methods]
     reconstructions = {"original": held_out.originals}
@@ -157,7 +158,7 @@ def reference_moments(config: ComparisonConfig, extractor: Extractor) -> Moments
     """Of the features of real pictures."""
     if config.ref is not None:
         return open_reference(config.ref, extractor, config.batch_size, None, None, 0).moments
-    endless = config.data.source == "drawings"
+    endless = config.data.source == "drawings" or config.data.is_stream
     images = open_images(config.data, config.split, num=config.num if endless else None)
     return compute_statistics(images, extractor, config.batch_size, keep_features=0).moments
 

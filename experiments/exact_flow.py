@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from tarflow.common.files import write_picture
 from tarflow.data.config import DataConfig
-from tarflow.data.images import Images, collate, to_uint8
+from tarflow.data.images import collate, to_uint8
+from tarflow.data.stream.first import open_pictures
 from tarflow.data.subset import Subset, spread
 from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_chart
 from tarflow.experiments.decoding import labelled_rows
@@ -37,7 +38,7 @@ class Batch:
 
 
 def read_batch(config: ExactFlowConfig, pipe: Any) -> Batch:
-    images = Images(config.data, config.split)
+    images = open_pictures(config.data, config.split, config.num, "num")
     items = spread(images, config.num)
     batch = collate([items[i] for i in range(len(items))])
     kind, conditions = pipe.flow.config.conditioning, {}
@@ -165,9 +166,9 @@ def name_of(data: DataConfig) -> str:
 def out_of_distribution(config: ExactFlowConfig, pipe: Any) -> None:
     if config.outside is None:
         raise ValueError("the tool 'ood' needs outside, the pictures to tell from those of data")
-    images, outside = Images(config.data, config.split), Images(config.outside, config.split)
+    images, outside = (open_pictures(data, config.split, config.num, "num") for data in (config.data, config.outside))
     inside = spread(images, config.num)
-    train = Images(config.data, "train")
+    train = open_pictures(config.data, "train", config.num, "num")
     own = Subset(train, range(min(config.num, len(train))))
     detections = detect(pipe, inside, spread(outside, config.num), own, seed=config.seed)
     for one in detections:

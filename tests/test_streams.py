@@ -30,10 +30,11 @@ from tarflow.data.config import DataConfig, MixedSource
 from tarflow.data.folder import is_held_out
 from tarflow.data.images import Images
 from tarflow.data.place import check_data
+from tarflow.data.stream.first import FirstPictures
 from tarflow.data.stream.reading import Place, Source
 from tarflow.data.stream.rows import Row, RowReader
 from tarflow.data.stream.shards import PICTURE
-from tarflow.data.stream.stream import HeldOutRows, Stream
+from tarflow.data.stream.stream import Stream
 from tarflow.data.stream.urls import expanded, listed
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.loop.streaming import Share, SizedBatches, StreamReader, plan_sizes
@@ -167,17 +168,17 @@ def test_rows_are_held_out_by_the_hash_of_a_column() -> None:
     for column in ("number", "__key__"):
         settings = config(path, key_column=None if column == "__key__" else column, validation_fraction=0.3)
         train_rows = {number_of(stream_item) for stream_item in items_of(Stream(settings))}
-        held_out = HeldOutRows(Stream(settings, "validation"), 1000)
+        held_out = FirstPictures(Stream(settings, "validation"), 1000)
         numbers = {number_of(held_out[index]) for index in range(len(held_out))}
         keys = {number: f"x/{number:05d}" if column == "__key__" else str(number) for number in range(sum(COUNTS))}
         assert numbers == {number for number, key in keys.items() if is_held_out(key, 0.3)}
         assert train_rows == set(keys) - numbers
-        assert len(HeldOutRows(Stream(settings, "validation"), 5)) == 5
+        assert len(FirstPictures(Stream(settings, "validation"), 5)) == 5
         assert all(held_out.caption(i) == f"picture {number_of(held_out[i])}, red, round" for i in range(len(held_out)))
     apart = config(path, validation_path=tar_shards("memory://apart", [4]), validation_fraction=0.3)
     assert len(items_of(Stream(apart))) == sum(COUNTS)
-    assert len(HeldOutRows(Stream(apart, "validation"), 1000)) == 4
-    assert len(HeldOutRows(Stream(config(path), "validation"), 1000)) == 0
+    assert len(FirstPictures(Stream(apart, "validation"), 1000)) == 4
+    assert len(FirstPictures(Stream(config(path), "validation"), 1000)) == 0
 
 
 def items_of(stream: Stream) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from tarflow.data.images import MAX_SKIPS
 from tarflow.data.stream.ahead import Ahead
+from tarflow.data.stream.numbered import NumberedReader
 from tarflow.data.stream.rows import Row, RowReader
 from tarflow.data.stream.shards import Shards
 from tarflow.data.stream.tar import KEY
@@ -62,7 +63,7 @@ class Source:
 
     number: int
     shards: Shards
-    reader: RowReader
+    reader: RowReader | NumberedReader
     seed: int | None
     lanes: int
     block: int
@@ -211,7 +212,7 @@ class Reading:
             self.place, result = self._waiting.popleft()
             found = result()
             if not isinstance(found, str):
-                return {**found, "skipped": skipped}
+                return {**found, "skipped": [*found["skipped"], *skipped]}
             skipped.append(found)
             if len(skipped) > MAX_SKIPS:
                 raise ValueError(f"{len(skipped)} rows in a row cannot be read, the last: {found}")

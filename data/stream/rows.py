@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from tarflow.data.captions import columns_of, fill, keep, readable_names
 from tarflow.data.config import DataConfig
@@ -17,6 +19,9 @@ from tarflow.data.folder import flattened, is_held_out, read_image
 from tarflow.data.images import background_colour, fit
 from tarflow.data.stream.shards import PICTURE, Shards, has_own_split
 from tarflow.data.stream.tar import BROKEN, KEY
+
+#: Sets what is mirrored apart from what captions draw of the same numbers.
+MIRRORED = 1
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,22 @@ class RowReader:
         shards: of the stream.
         seed: of captions and backgrounds.
         sizes: height and width of the pictures, of which the nearest is taken.
+        mirrored: mirror half of the pictures.
 
     Raises:
         ValueError: if its classes are not known.
     """
 
-    def __init__(self, config: DataConfig, split: str, shards: Shards, seed: int, sizes: Sequence[tuple[int, int]]):
-        self.config, self.split, self.seed, self.sizes = config, split, seed, list(sizes)
+    def __init__(
+        self,
+        config: DataConfig,
+        split: str,
+        shards: Shards,
+        seed: int,
+        sizes: Sequence[tuple[int, int]],
+        mirrored: bool = False,
+    ):
+        self.config, self.split, self.seed, self.sizes, self.mirrored = config, split, seed, list(sizes), mirrored
         self.classes = None if config.label_column is None else Classes(config, shards.classes)
         self.by_hash = not has_own_split(config)
         column = config.caption_column or "text"
@@ -132,20 +146,32 @@ class RowReader:
         Raises:
             ValueError: that names shard and key, if the picture cannot be read, or caption or label are missing.
         """
-        content = row.values[PICTURE]
-        if content is None:
-            columns = ", ".join(sorted(name for name in row.values if not name.startswith("__")))
-            raise ValueError(f"{row.place} has no picture in the column {self.config.image_column!r}; it has {columns}")
-        index = zlib.crc32(repr((row.source, row.shard, row.number)).encode())
-        colour = background_colour(self.config.background, self.config.seed, index)
-        image = flattened(read_image(lambda: content, row.place), colour)
-        image = fit(image, *self.size_for(image.height, image.width))
-        item: dict[str, Any] = {"image": torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()}
+        item: dict[str, Any] = {"image": self.pixels(row, self.picture(row))}
         if self.has_captions:
             item["caption"] = self.caption(row)
         if self.classes is not None:
             item["label"] = self.classes.number(self._value(row, str(self.config.label_column)), row.place)
         return {**item, "key": row.place, "skipped": []}
+
+    def picture(self, row: Row) -> Image.Image:
+        """A row's picture as it is, upright.
+
+        Raises:
+            ValueError: that names shard and key, if it is not there or cannot be read.
+        """
+        content = row.values[PICTURE]
+        if content is None:
+            columns = ", ".join(sorted(name for name in row.values if not name.startswith("__")))
+            raise ValueError(f"{row.place} has no picture in the column {self.config.image_column!r}; it has {columns}")
+        return read_image(lambda: content, row.place)
+
+    def pixels(self, row: Row, picture: Image.Image) -> Tensor:
+        """A row's picture on its background, uint8 (3, H, W) of the nearest size."""
+        index = zlib.crc32(repr((row.source, row.shard, row.number)).encode())
+        image = flattened(picture, background_colour(self.config.background, self.config.seed, index))
+        image = fit(image, *self.size_for(image.height, image.width))
+        found = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return found.flip(-1) if self.mirrored and mirrors(row, self.seed) else found
 
     def size_for(self, height: int, width: int) -> tuple[int, int]:
         """The size whose ratio is nearest to a picture's, on a logarithmic scale."""
@@ -190,3 +216,9 @@ class RowReader:
         if row.values[column] is None:
             raise ValueError(f"{row.place} has no value in the column {column!r}")
         return row.values[column]
+
+
+def mirrors(row: Row, seed: int) -> bool:
+    """Whether a row is among the half that is mirrored in its pass."""
+    rng = np.random.default_rng((seed, row.source, row.shard, row.number, row.turn, MIRRORED))
+    return bool(rng.random() < 0.5)

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from tarflow.data.config import DataConfig
 from tarflow.data.files import hash_of
-from tarflow.data.folder import say_once
-from tarflow.data.images import MAX_SKIPS
+from tarflow.data.images import MAX_SKIPS, Images
+from tarflow.data.stream.numbered import NumberedReader, NumberedShards, reader_of
 from tarflow.data.stream.reading import Lane, Source
 from tarflow.data.stream.rows import Row, RowReader
-from tarflow.data.stream.shards import open_shards
+from tarflow.data.stream.shards import Shards, open_shards
 
 Made = TypeVar("Made")
 #: As many items as an endless data set is said to have.
@@ -36,22 +36,30 @@ class Stream(Dataset[dict[str, Any]]):
         split: "train" or "validation".
         seed: of the orders of shards and rows, and of captions.
         sizes: height and width that pictures are brought to; None is the square of ``data.image_size``.
+        parts: what is read together, by name, with its weight and settings; None takes the streams that ``config`` names.
+            Pictures that are no stream may be among them, as pictures alone.
+        mirrored: mirror half of the pictures where ``flip`` is set, as nobody else will.
 
     Raises:
         ValueError: if there are no shards, columns or rows as the settings name them.
     """
 
     def __init__(
-        self, config: DataConfig, split: str = "train", seed: int = 0, sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        config: DataConfig,
+        split: str = "train",
+        seed: int = 0,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        parts: dict[str, tuple[float, DataConfig]] | None = None,
+        mirrored: bool = False,
     ):
-        self.config, self.split, self.seed = config, split, seed
+        self.config, self.split, self.seed, self.mirrored = config, split, seed, mirrored
         self.sizes = list(sizes or [(config.image_size, config.image_size)])
-        parts = config.parts
-        self.weights = [weight for weight, _ in parts.values()]
-        self.configs = [part for _, part in parts.values()]
-        self.shards = [open_shards(part, split) for part in self.configs]
-        pairs = zip(self.configs, self.shards, strict=True)
-        self.readers = [RowReader(part, split, shards, seed, self.sizes) for part, shards in pairs]
+        self.parts = parts or config.parts
+        self.weights = [weight for weight, _ in self.parts.values()]
+        self.configs = [part for _, part in self.parts.values()]
+        self.shards = [shards_of(name, part, split, seed) for name, (_, part) in self.parts.items()]
+        self.readers = self._readers()
         classes = {None if reader.classes is None else reader.classes.names for reader in self.readers}
         if len(classes) > 1:
             raise ValueError("the streams of data.mix have different classes: name them all by data.class_names")
@@ -66,12 +74,16 @@ class Stream(Dataset[dict[str, Any]]):
         """The same stream with pictures of other sizes."""
         found = copy(self)
         found.sizes = list(sizes)
-        found.readers = [
-            RowReader(part, self.split, shards, self.seed, sizes)
-            for part, shards in zip(self.configs, self.shards, strict=True)
-        ]
+        found.readers = found._readers()
         found._first, found._pass = [], None
         return found
+
+    def _readers(self) -> list[RowReader | NumberedReader]:
+        pairs = zip(self.configs, self.shards, strict=True)
+        return [
+            reader_of(part, self.split, shards, self.seed, self.sizes, self.mirrored and part.flip)
+            for part, shards in pairs
+        ]
 
     @property
     def identity(self) -> str:
@@ -79,7 +91,9 @@ class Stream(Dataset[dict[str, Any]]):
         # Without folders: the same shards may lie elsewhere when a run goes on.
         names = [[posixpath.basename(name) for name in shards.names] for shards in self.shards]
         about = [(part.where, part.validation_fraction, part.key_column) for part in self.configs]
-        return hash_of([self.split, self.seed, self.config.shuffle_buffer, self.weights, about, names])
+        buffers = [part.shuffle_buffer for part in self.configs]
+        others = [] if set(buffers) == {self.config.shuffle_buffer} else [buffers]
+        return hash_of([self.split, self.seed, self.config.shuffle_buffer, self.weights, about, names, *others])
 
     def lane(
         self, number: int, lanes: int, state: list[Any] | None = None, pool: Executor | None = None, ahead: int = 1
@@ -89,11 +103,18 @@ class Stream(Dataset[dict[str, Any]]):
 
     def sources(self, lanes: int, shuffled: bool = True) -> list[Source]:
         """The streams as ``lanes`` lanes read them."""
-        block, skip = -(-self.config.shuffle_buffer // lanes), self.config.on_error == "skip"
-        found = enumerate(zip(self.shards, self.readers, strict=True))
+        found = enumerate(zip(self.configs, self.shards, self.readers, strict=True))
         return [
-            Source(number, shards, reader, self.seed if shuffled else None, lanes, block, skip)
-            for number, (shards, reader) in found
+            Source(
+                number,
+                shards,
+                reader,
+                self.seed if shuffled else None,
+                lanes,
+                block=-(-part.shuffle_buffer // lanes),
+                skip=part.on_error == "skip",
+            )
+            for number, (part, shards, reader) in found
         ]
 
     def one_pass(self, shuffled: bool = True) -> Iterator[Row | str]:
@@ -144,7 +165,7 @@ class Stream(Dataset[dict[str, Any]]):
         self._fill(count)
         if len(self._first) < count:
             raise ValueError(
-                f"the stream {', '.join(self.config.parts)} has only {len(self._first)} training rows, fewer than the {count} "
+                f"the stream {', '.join(self.parts)} has only {len(self._first)} training rows, fewer than the {count} "
                 "pictures of a step: lower train.batch_size or train.accumulation, or give more shards"
             )
 
@@ -157,7 +178,7 @@ class Stream(Dataset[dict[str, Any]]):
         self._fill(index + 1)
         if not self._first:
             raise ValueError(
-                f"no rows are left in the stream {', '.join(self.config.parts)} for the split {self.split!r} with "
+                f"no rows are left in the stream {', '.join(self.parts)} for the split {self.split!r} with "
                 f"where={self.config.where}"
             )
         return self._first[index % len(self._first)]
@@ -172,52 +193,9 @@ class Stream(Dataset[dict[str, Any]]):
         self._first += islice(self._pass, count - len(self._first))
 
 
-class HeldOutRows(Dataset[dict[str, Any]]):
-    """The first held-out pictures of a stream, read and decoded once, in groups of one size.
-
-    Args:
-        stream: of the split "validation".
-        count: how many at most. Where held-out rows lie among the others, the stream is read until so many are found.
-
-    Attributes:
-        groups: numbers of the pictures of each size.
-
-    Raises:
-        ValueError: that names shard and key of a row that cannot be read.
-    """
-
-    def __init__(self, stream: Stream, count: int):
-        self.config, self.split = stream.config, stream.split
-        self.class_names, self.has_captions = stream.class_names, stream.has_captions
-        items: list[dict[str, Any]] = []
-        skipped: list[str] = []
-        none = not any(reader.config.validation_fraction or not reader.by_hash for reader in stream.readers)
-        for row in () if none else stream.one_pass(shuffled=False):
-            if len(items) == count:
-                break
-            try:
-                items += [] if isinstance(row, str) else [stream.readers[row.source].item(row)]
-                skipped += [row] if isinstance(row, str) else []
-            except ValueError as error:
-                if self.config.on_error == "raise":
-                    raise
-                skipped.append(str(error))
-        if skipped:
-            say_once(f"{len(skipped)} held-out rows cannot be read and are left out, for example: {skipped[0]}")
-        self.items = sorted(items, key=lambda item: tuple(item["image"].shape))
-        shapes = [tuple(item["image"].shape) for item in self.items]
-        self.groups = [range(shapes.index(one), shapes.index(one) + shapes.count(one)) for one in sorted(set(shapes))]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self.items[index])
-
-    def caption(self, index: int) -> str | None:
-        """The caption alone."""
-        found: str | None = self.items[index].get("caption")
-        return found
+def shards_of(name: str, config: DataConfig, split: str, seed: int) -> Shards:
+    """The shards of one of the things that are read together; of pictures that are no stream, of their numbers."""
+    return open_shards(config, split) if config.is_stream else NumberedShards(Images(config, split), name, seed)
 
 
 def in_turn(walks: Sequence[Iterator[Row | str]]) -> Iterator[Row | str]:

@@ -1,4 +1,4 @@
 """Sets of pictures to compare, wherever they lie, and the store of sampled ones.
 
-May import: common, data.
+May import: common, data, data.stream.
 """

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import abc
-import hashlib
-import os
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +18,13 @@ from tarflow.data.folder import ImageFolder, flattened, read_image, read_size, u
 from tarflow.data.images import Images, fit
 from tarflow.data.layout import SPLIT_FOLDERS, place_pictures
 from tarflow.evaluation.images.arrays import open_array, read_whole
-from tarflow.evaluation.images.conversions import Watched, conversions_of, notes_of
+from tarflow.evaluation.images.conversions import Watched, conversions_of
+from tarflow.evaluation.images.image_set import READERS, REPLACED, ImageSet
+from tarflow.evaluation.images.streams import StreamImages
 
-READERS = min(8, os.cpu_count() or 1)
 #: The name of generated pictures that are kept as one array in a folder.
 ARRAY_NAME = "samples.npz"
 CHUNK = 2**20
-
-
-class ImageSet(abc.ABC):
-    """Pictures of one size, in a fixed order.
-
-    Attributes:
-        name: where they come from, for messages.
-        size: height and width in pixels.
-        conversions: what was done to how many of the pictures that the last `batches` read in this process.
-    """
-
-    def __init__(self, name: str, length: int, size: tuple[int, int]):
-        self.name, self.size, self._length = name, size, length
-        self.conversions: Counter[str] = Counter()
-
-    def __len__(self) -> int:
-        return self._length
-
-    def batches(self, batch_size: int, process: int = 0, processes: int = 1) -> Iterator[Tensor]:
-        """Batches uint8 (B, 3, H, W) in order; of several processes each gets every ``processes``-th one.
-
-        Raises:
-            ValueError: that names a picture which cannot be read.
-        """
-        self.conversions = Counter()
-        waiting: list[list[Future[Any]]] = []
-        with ThreadPoolExecutor(READERS) as pool:
-            for first in range(process * batch_size, len(self), processes * batch_size):
-                indices = range(first, min(first + batch_size, len(self)))
-                waiting.append([pool.submit(self._read, index) for index in indices])
-                if len(waiting) > 1:  # one batch is read ahead
-                    yield self._stack(waiting.pop(0))
-            for futures in waiting:
-                yield self._stack(futures)
-
-    def _stack(self, futures: list[Future[Any]]) -> Tensor:
-        pictures = []
-        for future in futures:
-            picture, conversions = future.result()
-            pictures.append(picture)
-            self.conversions.update(conversions)
-        return torch.stack(pictures)
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences on what was done to the pictures that the last `batches` read."""
-        return notes_of(self.conversions)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of names, sizes and content, and of how the pictures are fitted to a size."""
-        digest = hashlib.sha256(repr((len(self), self.size)).encode())
-        self._hash_content(digest)
-        return digest.hexdigest()
-
-    def indices(self) -> list[int]:
-        """The number by which each picture's condition is known."""
-        return list(range(len(self)))
-
-    def _read(self, index: int) -> tuple[Tensor, list[str]]:
-        """A picture (3, H, W), and what was done to it; of sets that are read picture by picture."""
-        raise NotImplementedError
-
-    @abc.abstractmethod
-    def _hash_content(self, digest: Any) -> None:
-        """Feed everything to a hash that decides what the pictures are."""
 
 
 class FileImages(ImageSet):
@@ -210,7 +140,7 @@ class DataImages(ImageSet):
     def _read(self, index: int) -> tuple[Tensor, list[str]]:
         item = self.data[index]
         conversions = self.watched.conversions.pop(index, [])
-        return item["image"], conversions + ["unreadable and replaced by others"] * bool(item["skipped"])
+        return item["image"], conversions + [REPLACED] * bool(item["skipped"])
 
     def _hash_content(self, digest: Any) -> None:
         source, config = self.watched.source, self.data.config
@@ -242,7 +172,7 @@ def open_images(
     if isinstance(source, DataConfig):
         if image_size is not None:
             raise ValueError("image_size fits the pictures of a path; a data section has its own, data.image_size")
-        return DataImages(source, split or "train", num)
+        return (StreamImages if source.is_stream else DataImages)(source, split or "train", num)
     path = Path(source).expanduser()
     if path.is_dir() and (path / ARRAY_NAME).is_file():
         path = path / ARRAY_NAME

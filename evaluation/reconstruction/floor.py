@@ -9,7 +9,8 @@ from torchvision.io import write_png
 
 from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
-from tarflow.data.images import Images, collate, to_model, to_uint8
+from tarflow.data.images import collate, to_model, to_uint8
+from tarflow.data.stream.first import open_pictures
 from tarflow.data.subset import evenly
 from tarflow.evaluation.reconstruction.quality import psnr
 from tarflow.evaluation.reconstruction.settings import ReconstructConfig
@@ -32,7 +33,7 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
     pipe = open_pipeline(config.pipeline)
     if pipe.vae is None:
         raise ValueError(f"the pipeline {config.pipeline!r} models pixels: it has no autoencoder")
-    images = Images(config.data, config.split)
+    images = open_pictures(config.data, config.split, config.num, "num")
     count = len(images) if config.num is None else min(config.num, len(images))
     if count == 0:
         raise ValueError(f"the data's split {config.split!r} is empty")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tarflow.common.progress import progress_bar
-from tarflow.data.images import Images, collate, to_uint8
+from tarflow.data.images import Pictures, collate, to_uint8
 from tarflow.data.subset import spread
 from tarflow.evaluation.likelihood.held_out import check_arguments, noisy
 from tarflow.evaluation.reconstruction.quality import psnr, ssim
@@ -65,7 +65,7 @@ class NoisyPictures:
 
 
 @torch.no_grad()
-def noisy_pictures(pipe: FlowPipeline, images: Images, count: int, batch_size: int, seed: int = 0) -> NoisyPictures:
+def noisy_pictures(pipe: FlowPipeline, images: Pictures, count: int, batch_size: int, seed: int = 0) -> NoisyPictures:
     """Encode some pictures of a split, which lie evenly in it, and add the pipeline's training noise.
 
     Raises:

@@ -1,4 +1,4 @@
 """What is read at the end: metrics of samples, sweeps of settings, pages with charts.
 
-May import: common, data, pipeline.*, evaluation.*.
+May import: common, data, data.stream, pipeline.*, evaluation.*.
 """

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tarflow.common.machine import machine
 from tarflow.data.config import DataConfig
-from tarflow.data.images import Images, collate
+from tarflow.data.images import collate
+from tarflow.data.stream.first import AnyPictures, open_pictures
 from tarflow.data.subset import Subset, evenly, spread
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.likelihood.held_out import mean_and_error, picture_likelihoods
@@ -79,7 +80,10 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     """
     metrics, warnings = read_metrics(config.metrics) if config.metrics else ({}, [])
     curves = read_curves(config.run) if config.run else {}
-    images = {split: Images(config.data, split) for split in ("train", "validation")}
+    wanted = {"train": config.train_images, "validation": max(config.likelihood_images, config.yardstick_images)}
+    images: dict[str, AnyPictures] = {
+        split: open_pictures(config.data, split, count, split) for split, count in wanted.items()
+    }
     extractor = config.load_extractor(device)
     gen = generation_of(config, images)
     pipe = load_pipeline(gen, device)
@@ -114,7 +118,7 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     )
 
 
-def generation_of(config: ReportConfig, images: dict[str, Images]) -> GenerationConfig:
+def generation_of(config: ReportConfig, images: dict[str, AnyPictures]) -> GenerationConfig:
     """How the samples are drawn; nothing is written to ``out``."""
     split: Split = "validation" if len(images["validation"]) else "train"
     more = {"out": config.out, "batch_size": config.batch_size, "num": config.samples, "split": split}
@@ -140,7 +144,7 @@ def texts_of(pipe: FlowPipeline, conditions: Conditions, count: int) -> list[str
 
 
 def search(
-    config: ReportConfig, train: Subset, held_out: Images, samples: Tensor, extractor: Extractor | None
+    config: ReportConfig, train: Subset, held_out: AnyPictures, samples: Tensor, extractor: Extractor | None
 ) -> dict[str, dict[str, Neighbours]]:
     """Nearest training pictures of the samples, and of the pictures that are the yardstick."""
     own = evenly(len(train), min(config.yardstick_images, len(train)))
@@ -154,7 +158,7 @@ def search(
     return nearest_neighbours(queries, train, spaces, {"train": torch.tensor(own)}, NEIGHBOURS)
 
 
-def all_likelihoods(config: ReportConfig, pipe: FlowPipeline, images: dict[str, Images]) -> Likelihoods:
+def all_likelihoods(config: ReportConfig, pipe: FlowPipeline, images: dict[str, AnyPictures]) -> Likelihoods:
     """Of some pictures of each split that has any."""
     values, name = {}, ""
     for group, split in (("training", "train"), ("held-out", "validation")):

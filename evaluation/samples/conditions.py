@@ -16,6 +16,7 @@ from tarflow.data.drawings import random_drawing
 from tarflow.data.folder import ImageFolder
 from tarflow.data.images import Images
 from tarflow.data.named import NamedDataset
+from tarflow.data.stream.first import FirstCaptions
 from tarflow.evaluation.samples.match import all_captions
 from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -98,6 +99,8 @@ def caption_conditions(captions: str, data: DataConfig | None, split: str, examp
     if captions == "data":
         if data is None:
             raise ValueError("captions are to be the data's, but no data is given")
+        if data.is_stream:
+            return stream_captions(data, split)
         images = Images(data, split)
         if not len(images) or not images.has_captions:
             raise ValueError(f"the data's split {split!r} has no captions")
@@ -109,6 +112,14 @@ def caption_conditions(captions: str, data: DataConfig | None, split: str, examp
     summary = {"kind": "caption", "count": count, "sha256": hashlib.sha256(digest.encode()).hexdigest()}
     fixed = captions != "data" or (data is not None and data.source == "drawings")
     return Conditions("caption", lambda indices: [texts(index % count) for index in indices], summary, fixed)
+
+
+def stream_captions(data: DataConfig, split: str) -> Conditions:
+    """Image i has caption i of a stream's shards, which are read as far as it takes."""
+    found = FirstCaptions(data, split)
+    digest = hashlib.sha256(repr((data, split, found.stream.identity)).encode()).hexdigest()
+    summary = {"kind": "caption", "count": None, "sha256": digest}
+    return Conditions("caption", lambda indices: [found[index] for index in indices], summary, fixed=False)
 
 
 def read_captions(path: str) -> list[str]:
@@ -185,6 +196,10 @@ def data_label_counts(data: DataConfig, split: str, classes: int) -> list[int]:
     Raises:
         ValueError: if the data has no labels, or others than the model.
     """
+    if data.is_stream:
+        raise ValueError(
+            "labels are to be drawn as in the data, but a stream does not tell how often each class comes: give label_counts"
+        )
     images = Images(data, split)
     source = images.source
     if images.class_names is None or not len(images):

@@ -1,4 +1,4 @@
 """Training autoencoders, and finetuning a pipeline's decoder.
 
-May import: common, data, vae, pipeline.*, evaluation.*, training.loop, training.losses.
+May import: common, data, data.stream, vae, pipeline.*, evaluation.*, training.loop, training.losses.
 """

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tarflow.data.images import Images
+from tarflow.data.images import Pictures
+from tarflow.data.stream.first import AnyPictures
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.training.autoencoder.decoder_config import DecoderConfig
 from tarflow.training.loop.agreement import on_main
@@ -34,7 +35,7 @@ class DecoderTask(PictureTask):
     """
 
     config: DecoderConfig
-    train: Images
+    train: AnyPictures
     network: LatentDecoder
 
     def __init__(self, config: DecoderConfig, accelerator: Accelerator):
@@ -63,7 +64,7 @@ class DecoderTask(PictureTask):
         line = example_line(self.folders.target, self.train, self.pipe.flow.config.conditioning)
         return f"to draw with it:\n  {line}"
 
-    def prepare_held_out(self, images: Images) -> None:
+    def prepare_held_out(self, images: Pictures) -> None:
         """Noisy held-out latents, and how they are decoded without the new decoder."""
         self.pipe.to(self.accelerator.device)
         self.held_out = noisy_pictures(self.pipe, images, self.config.eval_images, self.config.batch_size)

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from tarflow.data.images import Images, to_model, to_uint8
+from tarflow.data.images import to_model, to_uint8
+from tarflow.data.stream.first import open_pictures, without_conditions
 from tarflow.data.subset import spread
 from tarflow.evaluation.reconstruction.quality import psnr, ssim
 from tarflow.training.autoencoder.config import TrainVaeConfig
@@ -34,7 +35,10 @@ class HeldOutPictures:
     def __init__(self, config: TrainVaeConfig):
         self.config, self.sources = config, {}
         for name, source in config.sources.items():
-            pictures = spread(Images(source.data, "validation"), config.eval_images)
+            found = open_pictures(
+                without_conditions(source.data), "validation", config.eval_images, "eval_images", config.seed
+            )
+            pictures = spread(found, config.eval_images)
             if len(pictures) == 0:
                 raise ValueError(f"the source {name!r} holds no pictures out: raise its data.validation_fraction")
             self.sources[name] = torch.stack([pictures[i]["image"] for i in range(len(pictures))])

@@ -9,9 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tarflow.data.images import Images, to_model
+from tarflow.data.images import to_model
+from tarflow.data.stream.stream import Stream
 from tarflow.training.autoencoder.config import TrainVaeConfig
-from tarflow.training.autoencoder.mixture import Mixture
+from tarflow.training.autoencoder.mixture import Mixture, open_sources
 from tarflow.training.autoencoder.model import (
     Reconstruction,
     copy_for_use,
@@ -38,7 +39,7 @@ class AutoencoderTask(PictureTask):
     """
 
     config: TrainVaeConfig
-    train: Mixture
+    train: Mixture | Stream
     network: Reconstruction
 
     def __init__(self, config: TrainVaeConfig, accelerator: Accelerator):
@@ -46,8 +47,7 @@ class AutoencoderTask(PictureTask):
 
     def make_parts(self, state: State | None) -> None:
         config = self.config
-        sources = [Images(source.data, "train") for source in config.sources.values()]
-        self.train = Mixture(sources, [source.share for source in config.sources.values()], config.seed)
+        self.train = open_sources(config)
         self.held_out = HeldOutPictures(config)
         vae = make_autoencoder(config)
         self.network = Reconstruction(vae, config.constant_std)
@@ -55,6 +55,10 @@ class AutoencoderTask(PictureTask):
         self.latent_shape = (vae.config.latent_channels, side, side)
 
     def about(self) -> str:
+        if isinstance(self.train, Stream):
+            return " and ".join(
+                f"{name} (a stream)" if data.data.is_stream else name for name, data in self.config.sources.items()
+            )
         named = zip(self.config.sources, self.train.sources, strict=True)
         counts = {name: number_of_pictures(images) for name, images in named}
         return " and ".join(

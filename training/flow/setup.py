@@ -18,7 +18,8 @@ from tarflow.data.images import Images, to_model
 from tarflow.data.latents import CachedLatents, open_latents
 from tarflow.data.place import paths_of
 from tarflow.data.shards import read_manifest
-from tarflow.data.stream.stream import HeldOutRows, Stream
+from tarflow.data.stream.first import FirstPictures
+from tarflow.data.stream.stream import Stream
 from tarflow.flows.trajectory.kinds import KINDS, FlowModel, kind_of
 from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.pipeline.text.encoding import embedding_width
@@ -30,7 +31,7 @@ from tarflow.training.loop.batches import Items, fixed_batches, read_batches
 from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
 
 #: What is trained on, or held out.
-Data = Images | CachedLatents | Stream | HeldOutRows
+Data = Images | CachedLatents | Stream | FirstPictures
 #: Larger vocabularies are kept as a hash.
 LISTED_TOKENS = 10_000
 
@@ -217,7 +218,7 @@ def held_out_of(train: Data, config: RunConfig) -> Data:
     if not isinstance(train, Stream):
         return open_split(config, "validation", train)
     count = max(config.log.eval_images, config.metric.images if config.metric.every else 0)
-    return HeldOutRows(Stream(config.data, "validation", config.train.seed, train.sizes), count)
+    return FirstPictures(Stream(config.data, "validation", config.train.seed, train.sizes), count)
 
 
 def open_split(config: RunConfig, split: str, beside: Data | None = None) -> Data:

@@ -88,8 +88,6 @@ class FlowTask(Task):
             self.notes = self.start.differences(config.text, names)
         self.adapter = prepare_adapters(config, self.parts, self.start)
         self.begins_anew, self.start = self.start is None, None  # of a pipeline only the parts are kept
-        if isinstance(self.parts.train, Stream):
-            self.parts.train.check_length(config.loop.images_per_step(self.accelerator.num_processes))
         if state is None and config.data.verify:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
 

@@ -15,6 +15,7 @@ from tarflow.common.folders import Folder, UrlFolder
 from tarflow.common.progress import progress_bar
 from tarflow.data.images import collate
 from tarflow.data.shards import FORMAT, file_hash
+from tarflow.data.stream.numbered import NumberedReader
 from tarflow.data.stream.reading import shard_rows
 from tarflow.data.stream.rows import Row, RowReader
 from tarflow.data.stream.shards import has_own_split
@@ -227,7 +228,7 @@ def items_of(plan: StreamPlan, unit: Unit, pool: Executor) -> Iterator[tuple[str
         yield split, result if isinstance(result, str) else result.result()
 
 
-def decoded(reader: RowReader, row: Row, skip: bool) -> dict[str, Any] | str:
+def decoded(reader: RowReader | NumberedReader, row: Row, skip: bool) -> dict[str, Any] | str:
     try:
         return reader.item(row)
     except ValueError as error:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from tarflow.common.checks import check
-from tarflow.data.images import Images, to_model
+from tarflow.data.images import to_model
+from tarflow.data.stream.first import AnyPictures, open_pictures, open_training
 from tarflow.pipeline.loading.folder import add_component, own_folder
 from tarflow.pipeline.opening import locate, open_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
@@ -49,13 +50,14 @@ class ComponentFolders:
         print(f"the {name.replace('_', ' ')} is in {self.target}")
 
 
-def open_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[Images, Images]:
-    """Training and held-out pictures.
+def open_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[AnyPictures, AnyPictures]:
+    """Training and held-out pictures; of a stream the first held-out ones.
 
     Raises:
         ValueError: if they do not fit the pipeline, or there are none to train on.
     """
-    train, held_out = Images(config.data, "train"), Images(config.data, "validation")
+    train = open_training(config.data, config.seed)
+    held_out = open_pictures(config.data, "validation", config.eval_images, "eval_images", config.seed)
     size = pipe.flow.config.sample_size * pipe.codec.factor
     check(
         config.data.image_size == size,
@@ -66,7 +68,7 @@ def open_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[Images,
     return train, held_out
 
 
-def example_line(pipeline: Path, images: Images, conditioning: str, *options: str) -> str:
+def example_line(pipeline: Path, images: AnyPictures, conditioning: str, *options: str) -> str:
     """The command that draws from a pipeline, with a caption or class of its training pictures."""
     caption = images.caption(0) if images.has_captions else None
     prompts = [caption or "a caption"] if conditioning == "prefix" else []

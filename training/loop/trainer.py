@@ -61,6 +61,8 @@ class Trainer:
         self.saved = checkpoint_to_resume(self.folder, settings.resume)
         state = None if self.saved is None else read_state(self.saved)
         task.make_parts(state)
+        if isinstance(task.train, Stream):
+            task.train.check_length(settings.images_per_step(accelerator.num_processes))
         if self.saved is not None and state is not None:
             task.check_resume(self.saved, state)
             self.check_optimizer(self.saved, state)

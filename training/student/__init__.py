@@ -1,4 +1,4 @@
 """Training students, which map noise to data in one pass.
 
-May import: common, data, flows.*, vae, pipeline.*, evaluation.*, training.loop, training.losses.
+May import: common, data, data.stream, flows.*, vae, pipeline.*, evaluation.*, training.loop, training.losses.
 """

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tarflow.common.checks import check
-from tarflow.data.images import Images, to_uint8
+from tarflow.data.images import to_uint8
+from tarflow.data.stream.first import AnyPictures
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
@@ -38,7 +39,7 @@ class StudentTask(NetworkTask):
     """
 
     config: StudentConfig
-    train: Images
+    train: AnyPictures
     network: StudentModel
     betas = (0.9, 0.95)
 
@@ -70,14 +71,14 @@ class StudentTask(NetworkTask):
         self.accelerator.backward(losses["loss"])
         return {**losses, "loss": losses["loss"].detach()}
 
-    def prepare_held_out(self, held_out: Images | None, train: Images) -> None:
+    def prepare_held_out(self, held_out: AnyPictures | None, train: AnyPictures) -> None:
         """What the student is measured by: held-out pictures if there are any, and the flow's own samples."""
         if held_out is not None and self.pipe.vae is not None:
             self.held_out = noisy_pictures(self.pipe, held_out, self.config.eval_images, self.config.batch_size)
         self.prepare_samples(train if held_out is None else held_out)
 
     @torch.no_grad()
-    def prepare_samples(self, images: Images) -> None:
+    def prepare_samples(self, images: AnyPictures) -> None:
         """The flow's own samples from fixed noise and their pictures, which the student's are held against."""
         pipe, count = self.pipe, min(self.config.grid_images, len(images))
         kind, items = pipe.flow.config.conditioning, [images[place] for place in range(count)]
@@ -139,7 +140,7 @@ class StudentTask(NetworkTask):
         return to_uint8(pipe.decode_latents(x)).cpu()
 
 
-def check_conditions(pipe: TARFlowPipeline, images: Images) -> None:
+def check_conditions(pipe: TARFlowPipeline, images: AnyPictures) -> None:
     """Whether pictures have what the pipeline draws from.
 
     Raises:

@@ -1,0 +1,198 @@
+"""Streams where pictures by number were: other trainings than the flow's, and evaluations."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_autoencoder
+import test_decoder
+import test_student
+import torch
+from fid_helpers import tiny
+from PIL import Image
+from safetensors.torch import load_file
+from stream_helpers import png, row, tar_bytes, tar_shards, write
+from test_streams import config, number_of
+
+from tarflow.common.arguments import parse_dataclass
+from tarflow.data.config import DataConfig
+from tarflow.data.stream.first import FirstCaptions, open_pictures
+from tarflow.data.stream.stream import Stream
+from tarflow.evaluation.features.statistics import compute_statistics
+from tarflow.evaluation.images.sets import open_images
+from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
+from tarflow.evaluation.samples.conditions import caption_conditions, data_label_counts
+from tarflow.training.autoencoder.config import TrainVaeConfig
+from tarflow.training.autoencoder.mixture import open_sources
+from tarflow.training.loop.streaming import Share, StreamReader
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def sources(*found: dict[str, Any]) -> list[str]:
+    return ["--sources", json.dumps({f"s{number}": source for number, source in enumerate(found)})]
+
+
+def shards(base: str, size: int, **changes: Any) -> dict[str, Any]:
+    """A data section of tar files as JSON has it."""
+    path = tar_shards(base, [20, 13, 30, 11], (size, size))
+    settings = {"source": "webdataset", "path": path, "image_size": size, "shuffle_buffer": 16}
+    return {**settings, "validation_fraction": 0.2, **changes}
+
+
+class TestAutoencoders:
+    def test_one_that_goes_on_is_the_same_to_the_bit(self, tmp_path: Path) -> None:
+        mixed = sources({"data": shards("memory://vae", 32)}, {"data": {"source": "drawings", "image_size": 32}})
+        settings = [*mixed, "--steps", "4", "--checkpoint_every", "2"]
+        whole = test_autoencoder.train(tmp_path / "whole", *settings)
+        assert {"psnr_s0", "psnr_s1"} <= set(whole)
+        checkpoint = tmp_path / "whole_run" / "checkpoints" / "step_00000002"
+        test_autoencoder.train(tmp_path / "again", *settings, "--resume", str(checkpoint))
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+
+    def test_sources_come_by_their_shares_each_picture_once_a_pass(self, tmp_path: Path) -> None:
+        """Tar files, two of them as one source, and a folder: mirrored where it is wished, as pictures alone."""
+        (tmp_path / "folder").mkdir()
+        for number in range(200, 210):
+            (tmp_path / "folder" / f"{number}.png").write_bytes(png(number))
+        folder = {"source": "folder", "path": str(tmp_path / "folder"), "image_size": 8, "validation_fraction": 0}
+        mix = {"a": {"path": tar_shards("memory://a", [20], (8, 8)), "label_column": "cls"}}
+        mix["b"] = {"path": "memory://b.tar", "caption_column": "txt"}
+        write("memory://b.tar", tar_bytes([row(number) for number in range(100, 120)], 100))
+        settings = {"source": "webdataset", "image_size": 8, "validation_fraction": 0, "mix": mix}
+        argv = sources({"data": settings, "share": 3}, {"data": folder, "share": 1})
+        stream = open_sources(parse_dataclass(TrainVaeConfig, [*argv, "--output", "x", "--init_from", "y"])[0])
+        assert isinstance(stream, Stream)
+        with StreamReader(stream, Share(20, 0, 1, 1), 0, 0) as reader:
+            batches = [next(reader) for _ in range(20)]
+        assert all(batch.keys() == {"image", "key", "skipped"} for batch in batches)
+        seen = Counter(number_of({"image": image}) for batch in batches for image in batch["image"])
+        assert sum(count for number, count in seen.items() if number >= 200) == pytest.approx(100, abs=30)
+        assert seen.keys() == {*range(20), *range(100, 120), *range(200, 210)}
+
+    def test_half_of_a_stream_is_mirrored_where_it_is_wished(self) -> None:
+        file = io.BytesIO()
+        Image.fromarray(np.arange(8, dtype=np.uint8)[None, :, None].repeat(8, 0).repeat(3, 2)).save(file, "PNG")
+        write("memory://flip.tar", tar_bytes([{"png": file.getvalue()}] * 40))
+        for flip, lefts in ((False, {0: 40}), (True, {0: 20, 7: 20})):
+            data = {"source": "webdataset", "path": "memory://flip.tar", "image_size": 8, "validation_fraction": 0}
+            argv = [*sources({"data": {**data, "flip": flip}}), "--output", "x", "--init_from", "y"]
+            seen = []
+            for _ in range(2):
+                stream = open_sources(parse_dataclass(TrainVaeConfig, argv)[0])
+                assert isinstance(stream, Stream)
+                seen.append([int(row["image"][0, 0, 0]) for row in (stream[number] for number in range(40))])
+            assert seen[0] == seen[1]
+            assert dict(Counter(seen[0])) == pytest.approx(lefts, abs=7)
+
+    def test_what_does_not_fit_is_one_sentence(self) -> None:
+        first, second = shards("memory://c", 8, lanes=2), shards("memory://d", 8, lanes=3)
+        for argv, message in (
+            (sources({"data": first}, {"data": second}), r"the sources have different data.lanes, \[2, 3\]"),
+            (sources({"data": {**first, "aspect_ratios": ["1:1"]}}), "data.aspect_ratios is set, but only flows"),
+        ):
+            settings = parse_dataclass(TrainVaeConfig, [*argv, "--output", "x", "--init_from", "y"])[0]
+            with pytest.raises(ValueError, match=message):
+                open_sources(settings)
+
+
+class TestComponents:
+    def test_a_decoder_that_goes_on_is_the_same_to_the_bit(self, tmp_path: Path) -> None:
+        stream = shards("memory://decoder", 16, flip=True)
+        data = [word for name, value in stream.items() for word in (f"--data.{name}", str(value).lower())]
+        found = []
+        for name, *resume in (("a",), ("b", "--resume", str(tmp_path / "a" / "checkpoints" / "step_00000002"))):
+            test_decoder.tiny_pipeline(tmp_path / name / "pipeline")
+            options = [*data, *resume, "--steps", "4", "--checkpoint_every", "2"]
+            metrics = test_decoder.finetune(tmp_path / name / "pipeline", tmp_path / name, *options)
+            found.append((metrics, weights(tmp_path / name / "pipeline" / "finetuned_decoder")))
+        assert found[0][0] == found[1][0]
+        assert same(found[0][1], found[1][1])
+
+    def test_a_student_that_goes_on_is_the_same_to_the_bit(self, tmp_path: Path) -> None:
+        stream = shards("memory://student", 16, label_column="cls")
+        data = [word for name, value in stream.items() for word in (f"--data.{name}", str(value).lower())]
+        data += ["--data.class_names", json.dumps([str(number) for number in range(36)])]
+        found = []
+        for name, *resume in (("a",), ("b", "--resume", str(tmp_path / "a" / "checkpoints" / "step_00000002"))):
+            test_student.tiny_pipeline(tmp_path / name / "pipeline")
+            options = [*data, *resume, "--steps", "4", "--checkpoint_every", "2"]
+            metrics = test_student.train(tmp_path / name / "pipeline", tmp_path / name, *options)
+            found.append((metrics, weights(tmp_path / name / "pipeline" / "student")))
+        assert found[0][0] == found[1][0]
+        assert same(found[0][1], found[1][1])
+
+    def test_a_stream_shorter_than_a_step_is_refused(self, tmp_path: Path) -> None:
+        test_decoder.tiny_pipeline(tmp_path / "pipeline")
+        path = tar_shards("memory://short", [5], (16, 16))
+        data = ["--data.source", "webdataset", "--data.path", path, "--data.validation_fraction", "0"]
+        with pytest.raises(ValueError, match="has only 5 training rows, fewer than the 8 pictures of a step"):
+            test_decoder.finetune(tmp_path / "pipeline", tmp_path / "run", *data)
+
+
+class TestEvaluations:
+    def test_reference_statistics(self) -> None:
+        """Those of the first rows of the shards in turn, each once; the same for two processes' batches."""
+        settings = config(tar_shards("memory://ref", [6, 9], (8, 8)), lanes=2)
+        images = open_images(settings, "train", num=13)
+        batches = list(images.batches(4))
+        assert [len(batch) for batch in batches] == [4, 4, 4, 1]
+        numbers = [number_of({"image": image}) for batch in batches for image in batch]
+        assert numbers == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11, 12]
+        halves = [list(images.batches(4, process, 2)) for process in range(2)]
+        assert all(torch.equal(halves[number % 2][number // 2], batch) for number, batch in enumerate(batches))
+        statistics = compute_statistics(images, extractor := tiny(), 4)
+        expected = extractor(torch.cat(batches)).double().mean(0)
+        np.testing.assert_allclose(statistics.moments.mean, expected, atol=1e-6)
+        assert images.fingerprint == open_images(settings, "train", num=13).fingerprint
+        write("memory://ref/001.tar", tar_bytes([row(number) for number in range(20, 29)], 6))
+        assert images.fingerprint != open_images(settings, "train", num=13).fingerprint
+
+    def test_pictures_that_cannot_be_read(self) -> None:
+        rows = [row(number) for number in range(6)]
+        rows[2]["png"], rows[5]["png"] = b"nothing", b"nothing"
+        write("memory://broken.tar", tar_bytes(rows))
+        with pytest.raises(ValueError, match=r"'x/00002' of the shard 'memory://broken\.tar'"):
+            list(open_images(config("memory://broken.tar"), num=6).batches(4))
+        images = open_images(config("memory://broken.tar", on_error="skip"), num=6)
+        numbers = [number_of({"image": image}) for batch in images.batches(4) for image in batch]
+        assert numbers == [0, 1, 3, 3, 4, 4]
+        assert images.notes == ["2 of the pictures: unreadable and replaced by others"]
+
+    def test_numbers_of_pictures(self) -> None:
+        settings = config(tar_shards("memory://numbers", [6, 9], (8, 8)))
+        with pytest.raises(ValueError, match="does not tell how many pictures it has: say how many to take with num"):
+            open_images(settings)
+        with pytest.raises(ValueError, match=r"does not tell how many pictures it has: say how many .* by num_images"):
+            open_pictures(settings, "train", None, "num_images")
+        with pytest.raises(ValueError, match=r"16 pictures are asked for, but .* has 15"):
+            list(open_images(settings, num=16).batches(4))
+
+    def test_captions_are_taken_in_their_order(self) -> None:
+        settings = config(tar_shards("memory://captions", [3, 2], (8, 8)), lanes=1)
+        found = caption_conditions("data", settings, "train")
+        assert found.values([4, 5]) == ["picture 4, red, round", "picture 0, red, round"]
+        assert found.summary["count"] is None
+        with pytest.raises(ValueError, match="the data's split 'train' has no captions"):
+            FirstCaptions(config("memory://captions/000.tar", caption_column=None), "train")
+        with pytest.raises(ValueError, match="a stream does not tell how often each class comes: give label_counts"):
+            data_label_counts(settings, "train", 2)
+
+    def test_likelihood(self, tmp_path: Path) -> None:
+        pipe = test_decoder.tiny_pipeline(tmp_path / "pipeline")
+        path = tar_shards("memory://likelihood", [4, 8], (16, 16))
+        settings = DataConfig(source="webdataset", path=path, image_size=16, validation_fraction=0.5)
+        images = open_pictures(settings, "validation", 3, "num_images")
+        assert evaluate_likelihood(pipe, images, 3, draws=1).images == 3
