@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from helpers import COND_DIM, NUM_CLASSES, PREFIX_LENGTH, perturb
 from torch.distributions import MultivariateNormal, Normal
 
-from tarflow import TrajectoryFlowModel
+from tarflow import TARFlowModel, TrajectoryFlowModel
 from tarflow.flows.layers.guidance import Guidance, guide_gaussian
 from tarflow.flows.trajectory.chain import (
     chain_entropy,
@@ -91,20 +92,28 @@ def test_a_white_step_is_the_conditional_of_white_data():
     assert torch.allclose(std.double(), (0.25 + s.square()).sqrt())
 
 
-def test_the_transporter_is_inverted_and_its_log_det_is_that_of_its_jacobian():
-    model = small_trajectory()
-    x = torch.randn(2, 2, 4, 4).double()
-    u, log_det = model(x)
-    assert (transported(model, u) - x).abs().max() < 1e-10
-    jacobian = torch.autograd.functional.jacobian(lambda one: model(one.view(1, 2, 4, 4))[0].flatten(), x[0].flatten())
+@pytest.mark.parametrize("sees_levels", [False, True])
+def test_the_transporter_is_inverted_and_its_log_det_is_that_of_its_jacobian(sees_levels):
+    model = small_trajectory(transporter_levels=sees_levels)
+    x, levels = torch.randn(2, 2, 4, 4).double(), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    u, log_det = model(x, levels)
+    assert (transported(model, u, levels) - x).abs().max() < 1e-10
+    moved = (model(x, 0.9)[0] - u).abs().flatten(1).amax(1)
+    assert (moved[0] > 1e-4) == sees_levels
+    assert moved[1] < 1e-12
+    jacobian = torch.autograd.functional.jacobian(
+        lambda one: model(one.view(1, 2, 4, 4), 0.3)[0].flatten(), x[0].flatten()
+    )
     assert torch.allclose(torch.linalg.slogdet(jacobian)[1], log_det[0])
     assert log_det[0].abs() > 1e-3  # or the test says nothing
 
 
-@pytest.mark.parametrize("conditioning", ["none", "class_vectors", "prefix"])
-def test_the_likelihood_is_the_product_of_its_steps(conditioning):
+@pytest.mark.parametrize(
+    ("conditioning", "sees_levels"), [("none", False), ("class_vectors", False), ("prefix", False), ("prefix", True)]
+)
+def test_the_likelihood_is_the_product_of_its_steps(conditioning, sees_levels):
     """Against the definition, one state and one picture at a time, with the Gaussian and the Jacobian by hand."""
-    model = small_trajectory(conditioning=conditioning)
+    model = small_trajectory(conditioning=conditioning, transporter_levels=sees_levels)
     states, levels, rows = chain_of(model, 3)
     condition = conditions(model, 3)
     found = trajectory_log_prob(model, states, rows, condition)
@@ -112,10 +121,10 @@ def test_the_likelihood_is_the_product_of_its_steps(conditioning):
         own = None if condition is None else condition[row : row + 1]
         total = Normal(0, 1).log_prob(states[row, 0]).sum()
         for place in range(3):
-            u, _ = model(states[row : row + 1, place])
+            u, _ = model(states[row : row + 1, place], levels[place])
             level, lower = (torch.tensor([levels[i]]).double() for i in (place, place + 1))
             mean, log_std = model.predict(u, level, lower, own)
-            lower_u, log_det = model(states[row : row + 1, place + 1])
+            lower_u, log_det = model(states[row : row + 1, place + 1], levels[place + 1])
             total = total + Normal(mean, log_std.exp()).log_prob(lower_u).sum() + log_det[0]
         assert torch.allclose(found[row], total)
     pairs = [step_log_probs(model, states[:, i : i + 2], rows[:, i : i + 2], condition) for i in range(3)]
@@ -147,7 +156,7 @@ def test_samples_have_the_moments_of_the_predictor_and_the_likelihood_knows_them
     assert torch.allclose(states[1].mean(0), mean[0], atol=0.05)
     assert torch.allclose(states[1].std(0), log_std[0].exp(), rtol=0.05)
     # The density of what was drawn, by the drawn noise alone: N(ε)/σ·|det|, which the likelihood must find again.
-    x = transported(model, states[1][:5])
+    x = transported(model, states[1][:5], levels[1])
     expected = Normal(0, 1).log_prob(noise[1][:5]).flatten(1).sum(1) - log_std.sum() + model(x)[1]
     rows = torch.tensor(levels).double().expand(5, -1)
     assert torch.allclose(step_log_probs(model, torch.stack([first[:5], x], 1), rows)[:, 0], expected)
@@ -211,7 +220,8 @@ def test_gradients_are_the_same_with_checkpointing(unit):
         ({"steps": ()}, r"steps .*\[\]"),
         ({"steps": (4, 0)}, r"steps .*\[4, 0\]"),
         ({"steps": (4, 4)}, r"steps .*\[4, 4\]"),
-        ({"shift": 0.0}, "shift must be positive, got 0"),
+        ({"shift": 0.0}, "shift must be positive and finite, got 0"),
+        ({"shift": math.inf}, "shift must be positive and finite, got inf"),
     ],
 )
 def test_settings_that_cannot_be(settings, told):
@@ -222,3 +232,45 @@ def test_settings_that_cannot_be(settings, told):
 def test_numbers_of_steps_that_it_does_not_know():
     with pytest.raises(ValueError, match="trained with 1, 3 steps, and cannot draw in 2"):
         small_trajectory().levels(2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("levels", "told"),
+    [
+        ([1.0, 0.2, 0.5], r"must fall, from 1 at most to 0 at least, got \[1.0, 0.2, 0.5\]"),
+        ([1.0, 0.5, 0.5], "must fall"),
+        ([1.5, 0.5, 0.2], "must fall"),
+        ([1.0, 0.5, -0.5], "must fall"),
+        ([0.75, 0.5, 0.25], r"begins at the level 1, which is noise alone, got \[0.75, 0.5, 0.25\]"),
+        ([1.0], "at least 1 step"),
+        ([1.0, 0.25], "3.* as many levels|2 levels needs as many draws"),
+    ],
+)
+def test_levels_that_no_chain_has(levels, told):
+    model, noise = small_trajectory(), torch.randn(3, 1, 2, 4, 4).double()
+    rows = torch.tensor([levels], dtype=torch.float64)
+    for call in (
+        lambda: generate_trajectory(model, list(noise), levels),
+        lambda: trajectory_log_prob(model, noise.transpose(0, 1)[:, : 1 if len(levels) == 1 else None], rows),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
+    if told == "must fall" and levels != [1.0, 0.5, 0.5]:
+        with pytest.raises(ValueError, match=told):
+            states_up(noise[0], rows, noise[1:].transpose(0, 1))
+
+
+def test_a_transporter_that_sees_levels_needs_them():
+    model = small_trajectory(transporter_levels=True)
+    x = torch.randn(1, 2, 4, 4).double()
+    with pytest.raises(ValueError, match="say by noise_level which"):
+        model(x)
+    with pytest.raises(ValueError, match="must be positive, got"):
+        model(x, 0.0)
+
+
+def test_arguments_that_both_kinds_of_models_have_mean_the_same():
+    ours, theirs = (inspect.signature(kind.__init__).parameters for kind in (TrajectoryFlowModel, TARFlowModel))
+    shared = {name for name in ours if name in theirs} - {"layers_per_block"}  # one block less, and the predictor
+    assert len(shared) > 20
+    assert {name: ours[name].default for name in shared} == {name: theirs[name].default for name in shared}

@@ -88,6 +88,20 @@ def test_noise_is_removed_by_the_score_of_the_whole_chain_or_not_at_all(pipe):
         draw(pipe, denoise="learned")
 
 
+def test_a_transporter_may_see_the_levels_of_its_states(pipe):
+    other = copy.copy(pipe)
+    arguments = {**pipe.flow.arguments, "transporter_levels": True}
+    other.register_modules(flow=perturb(TrajectoryFlowModel(**arguments), 0.05).eval())
+    ends = []
+    keep = {"callback_on_step_end": lambda pipe, i, step, tensors: ends.append(tensors["latents"]) or {}}
+    raw, last = draw(other, num_inference_steps=3, denoise=False, **keep), level_of(0.3)
+    assert torch.allclose(other.flow(raw * (1 - last), last)[0], ends[-1], atol=1e-4)
+    assert (other.flow(raw * (1 - last), 1.0)[0] - ends[-1]).abs().max() > 1e-3
+    clean = draw(other, num_inference_steps=3, denoise=True)
+    assert 0.1 < (raw - clean).std() < 0.6
+    assert torch.allclose(draw(other, decoding="auto"), draw(other), atol=0.01)
+
+
 def test_callbacks_see_each_step_and_may_change_or_end_it(pipe):
     seen = []
 

@@ -17,13 +17,14 @@ FLOW = (
     '{"kind": "trajectory", "layers_per_block": [1, 1], "width": 64, "head_dim": 32, "conditioning": "prefix", '
     '"steps": [2, 4]}'
 )
+LEVELS = FLOW.replace("}", ', "transporter_levels": true}')
 TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1", "--text.vocab_captions", "200"]
 
 
 def test_the_loss_falls_and_the_pipeline_draws(tmp_path):
     shown = ["--log.sample_every", "1", "--log.sample_images", "1"]
-    _, early = train(tmp_path / "a", *TEXT, *shown, "--train.steps", "1", flow=FLOW)
-    _, late = train(tmp_path / "b", *TEXT, "--train.steps", "15", flow=FLOW)
+    _, early = train(tmp_path / "a", *TEXT, *shown, "--train.steps", "1", flow=LEVELS)
+    _, late = train(tmp_path / "b", *TEXT, "--train.steps", "15", flow=LEVELS)
     for steps in (2, 4):
         assert late[f"trajectory_nats_per_dim_{steps}"] < early[f"trajectory_nats_per_dim_{steps}"]
         name = f"latent_nats_per_dim_bound_{steps}"
@@ -69,6 +70,7 @@ def test_a_bound_of_white_noise_is_its_entropy():
         (FLOW.replace("trajectory", "spline"), [], "flow.kind must be one of flow, trajectory, got 'spline'"),
         (FLOW, ["--train.noise", "uniform", "--vae.name", "none"], "needs gaussian noise"),
         (FLOW, ["--train.latent_norm_weight", "0.1"], "latent_norm_weight is for flow.kind 'flow'"),
+        (LEVELS, ["--train.noise_std", "0"], "transporter_levels needs train.noise_std above 0"),
         (FLOW, ["--lora.rank", "2", "--init_from", "x"], "has no adapters"),
         (FLOW.replace('"width": 64', '"block": "coupling"'), [], "unknown key flow.block"),
         ('{"width": 64, "steps": [4]}', [], "unknown key flow.steps"),

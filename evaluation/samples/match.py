@@ -13,6 +13,7 @@ from tarflow.data.drawings import BACKGROUNDS, CLASS_NAMES, COLOURS, SHAPES, SIZ
 from tarflow.flows.decoding import sampling
 from tarflow.flows.trajectory.kinds import FlowModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
+from tarflow.flows.trajectory.sampling import transported
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 
@@ -69,8 +70,8 @@ def round_trip_error(
     noise = torch.randn(count, flow.config.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     noise = noise.to(flow.device)
     if isinstance(flow, TrajectoryFlowModel):
-        x, _ = sampling.generate(flow, noise)
-        z, _ = flow(x)
+        x = transported(flow, noise, 0.5)
+        z, _ = flow(x, 0.5)
     else:
         x, _ = sampling.generate(flow, noise, flow.condition(class_labels, cond, count, noise_level))
         z, _ = flow(x, class_labels=class_labels, cond=cond, noise_level=noise_level)

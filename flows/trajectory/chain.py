@@ -45,10 +45,37 @@ def chain_levels(steps: int, last: float, shift: float) -> list[float]:
         raise ValueError(f"a trajectory has at least 1 step, got {steps}")
     if not 0 <= last < 1:
         raise ValueError(f"the last level of a trajectory must be at least 0 and below 1, got {last}")
-    if not shift > 0:
-        raise ValueError(f"shift must be positive, got {shift}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive and finite, got {shift}")
     places = [1 - step / steps for step in range(steps + 1)]
     return [1 - (1 - last) * (1 - place) / (1 + (shift - 1) * place) for place in places]
+
+
+def check_levels(levels: Tensor, whole: bool = False, strict: bool = True) -> None:
+    """Errors of levels that no chain has; on an accelerator, where a check would wait for all its work, there is none.
+
+    Args:
+        levels: (…, N).
+        whole: they begin at 1.
+        strict: none may be equal to the one before.
+
+    Raises:
+        ValueError: unless they fall, from 1 or less to 0 or more.
+    """
+    if levels.device.type != "cpu" or torch.compiler.is_compiling() or not levels.numel():
+        return
+    rows = levels.flatten(0, -2) if levels.ndim > 1 else levels[None]
+    if rows.shape[1] < 2:
+        raise ValueError(f"a trajectory has at least 1 step, so at least 2 levels, got {rows[0].tolist()}")
+    higher, lower = rows[:, :-1], rows[:, 1:]
+    falling = (lower < higher if strict else lower <= higher).all(1)
+    good = falling & (rows[:, 0] <= 1) & (rows[:, -1] >= 0)
+    if not good.all():
+        wrong = rows[~good][0].tolist()
+        raise ValueError(f"the levels of a trajectory must fall, from 1 at most to 0 at least, got {wrong}")
+    if whole and not (rows[:, 0] == 1).all():
+        wrong = rows[rows[:, 0] != 1][0].tolist()
+        raise ValueError(f"a whole trajectory begins at the level 1, which is noise alone, got {wrong}")
 
 
 def like(level: Tensor, x: Tensor) -> Tensor:
@@ -73,12 +100,16 @@ def states_up(x: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         x: the last state (B, …).
-        levels: (B, N), falling; the last one is that of x.
+        levels: (B, N), none above the one before; the last one is that of x.
         noise: standard normal (B, N − 1, …), of the steps in the order of the levels.
 
     Returns:
         (B, N, …), in the order of the levels.
+
+    Raises:
+        ValueError: for levels that rise, or out of range.
     """
+    check_levels(levels, strict=False)
     states = [x]
     for place in range(levels.shape[1] - 2, -1, -1):
         states.append(noised(states[-1], levels[:, place + 1], levels[:, place], noise[:, place]))

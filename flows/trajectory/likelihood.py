@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflow.flows.layers.affine import affine_forward
+from tarflow.flows.trajectory.chain import check_levels
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 
 
@@ -30,11 +31,17 @@ def step_log_probs(
         states: (B, N, C, H, W); two of them are a step by itself.
         levels: their levels (B, N), falling.
         condition: of ``model.condition``.
+
+    Raises:
+        ValueError: for levels of another shape or that do not fall.
     """
+    if levels.shape != states.shape[:2]:
+        raise ValueError(f"states {tuple(states.shape[:2])} need as many levels, got {tuple(levels.shape)}")
+    check_levels(levels)
     batch, count = states.shape[:2]
-    u, log_det = model(states.flatten(0, 1))
+    levels = levels.to(torch.promote_types(states.dtype, torch.float32))
+    u, log_det = model(states.flatten(0, 1), levels.flatten())
     u, log_det = u.unflatten(0, (batch, count)), log_det.unflatten(0, (batch, count))
-    levels = levels.to(u.dtype)
     if condition is not None:
         condition = condition.repeat_interleave(count - 1, dim=0)
     higher, lower = levels[:, :-1].flatten(), levels[:, 1:].flatten()
@@ -51,6 +58,7 @@ def trajectory_log_prob(
     The chain's first state x₁ is standard normal whatever the data, so its term is log N(x₁; 0, 1); the others are those
     of `step_log_probs`, whose arguments these are too, with levels from 1 on.
     """
+    check_levels(levels, whole=True)
     first = states[:, 0]
     start = gaussian_log_prob(first, torch.zeros_like(first), torch.zeros_like(first))
     return start + step_log_probs(model, states, levels, condition).sum(1)

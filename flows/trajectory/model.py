@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H Ã— W size of the latents, p patch size, T = H/p Â
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from tarflow.flows.blocks.autoregressive import FlowBlock
 from tarflow.flows.build import check_model, network_config
 from tarflow.flows.habits import NetworkHabits
 from tarflow.flows.layers.block import Block
+from tarflow.flows.layers.condition import Condition, log_levels, with_level
 from tarflow.flows.layers.module_list import ModuleList
 from tarflow.flows.layers.network import TokenNetwork
 from tarflow.flows.layers.order import block_order
@@ -49,7 +51,9 @@ class TrajectoryFlowModel(TokenModel, NetworkHabits, ModelMixin, ConfigMixin):
     Args:
         layers_per_block: Transformer layers of the transporter's blocks, from the data on, and last of the predictor.
         width: of the transporter; ``deep_width`` (None: the same) is that of the predictor.
-        conditioning, num_classes, cond_dim: of the predictor; the transporter sees no condition, and no level.
+        conditioning, num_classes, cond_dim: of the predictor; the transporter sees no condition.
+        transporter_levels: every block of the transporter gets an embedding of the logarithm of its state's level, as the
+            blocks of a `TARFlowModel` with ``noise_conditioning``.
         steps: numbers of steps of the chains that it is trained for; the first one is what a call takes by default.
         shift: see `chain_levels`; None takes `default_shift`.
         others: as of a `TARFlowModel`.
@@ -104,6 +108,7 @@ class TrajectoryFlowModel(TokenModel, NetworkHabits, ModelMixin, ConfigMixin):
         first_order: str = "reversed",
         steps: tuple[int, ...] = (4, 8, 16),
         shift: float | None = None,
+        transporter_levels: bool = False,
     ):
         super().__init__()
         settings = SimpleNamespace(**{**FIXED, **self.config})
@@ -113,7 +118,7 @@ class TrajectoryFlowModel(TokenModel, NetworkHabits, ModelMixin, ConfigMixin):
         self.blocks: ModuleList[Block] = ModuleList()
         for index, layers in enumerate(transporter):
             config = network_config(settings, layers, width, False, block_order(index, first_order))
-            self.blocks.append(FlowBlock(config))
+            self.blocks.append(FlowBlock(replace(config, noise_conditioning=transporter_levels)))
         config = network_config(settings, deep, deep_width or width, True, "row_major")
         self.predictor = Predictor(replace(config, transformer=replace(config.transformer, causal=False)))
         self.checkpoint_blocks = self.reversible = False
@@ -127,11 +132,25 @@ class TrajectoryFlowModel(TokenModel, NetworkHabits, ModelMixin, ConfigMixin):
     def reads_condition(self) -> TokenNetwork:
         return self.predictor
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """u = f(x) (B, C, H, W) of states x (B, C, H, W) of any level, and log|det du/dx| (B,)."""
+    def forward(self, x: Tensor, noise_level: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
+        """u = f(x) (B, C, H, W) of states x (B, C, H, W) and log|det du/dx| (B,); ``noise_level`` as of `at_level`."""
         tokens, grid = self.patchify(x)
-        u, log_det, _ = self.run_blocks(tokens, grid, None)
+        u, log_det, _ = self.run_blocks(tokens, grid, self.at_level(noise_level, len(x)))
         return self.unpatchify(u, grid), log_det
+
+    def at_level(self, noise_level: Tensor | float | None, batch: int) -> Condition:
+        """What the transporter's blocks take as their condition.
+
+        Args:
+            noise_level: t > 0 of the states, one for all or (B,); not used without ``transporter_levels``.
+            batch: B.
+
+        Raises:
+            ValueError: if it is needed and missing, or not positive.
+        """
+        if not self.config.transporter_levels:
+            return None
+        return with_level(None, log_levels({"noise_conditioning": True}, noise_level, batch, self.like()))
 
     def predict(
         self, u: Tensor, level: Tensor, lower: Tensor, condition: Tensor | None = None
@@ -188,5 +207,5 @@ def check_trajectory(settings: Any) -> None:
     whole = all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in steps)
     if not steps or not whole or len(set(steps)) != len(steps):
         raise ValueError(f"steps must list different whole numbers of at least 1, got {list(steps)}")
-    if settings.shift is not None and not settings.shift > 0:
-        raise ValueError(f"shift must be positive, got {settings.shift}")
+    if settings.shift is not None and not 0 < settings.shift < math.inf:
+        raise ValueError(f"shift must be positive and finite, got {settings.shift}")

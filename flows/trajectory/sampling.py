@@ -18,7 +18,7 @@ from tarflow.flows.denoising import recordable, recordable_call
 from tarflow.flows.layers.affine import affine_inverse, at_least_float32
 from tarflow.flows.layers.condition import parts_of
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.trajectory.chain import noise_covariance
+from tarflow.flows.trajectory.chain import check_levels, noise_covariance
 from tarflow.flows.trajectory.likelihood import trajectory_log_prob
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 
@@ -76,10 +76,14 @@ def generate_trajectory(
         N tensors (B, C, H, W), fewer if the callback ends it.
 
     Raises:
+        ValueError: for levels that do not fall from 1, or another number of draws.
         FloatingPointError: for numbers that are not finite.
     """
+    check_levels(torch.tensor(levels, dtype=torch.float64), whole=True)
+    if len(noise) != len(levels):
+        raise ValueError(f"a trajectory of {len(levels)} levels needs as many draws of noise, got {len(noise)}")
     with torch.autocast(noise[0].device.type, enabled=False):
-        u, _ = model(noise[0])
+        u, _ = model(noise[0], levels[0])
         states = [u]
         for place, (level, lower) in enumerate(itertools.pairwise(levels)):
             pair, steps = (level, lower), len(levels) - 1
@@ -99,12 +103,13 @@ def generate_trajectory(
 def transported(
     model: TrajectoryFlowModel,
     u: Tensor,
+    level: Tensor | float,
     decoding: Decoding | Sequence[Decoding] | None = None,
     fast: FastSteps | None = None,
     timed: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """x = f⁻¹(u) of states u (B, C, H, W); decoding, fast and timed as of `generate`."""
-    x, _ = sampling.generate(model, u, decoding=decoding, fast=fast, timed=timed)
+    """x = f⁻¹(u) of states u (B, C, H, W) of a level, one for all or (B,); decoding, fast and timed as of `generate`."""
+    x, _ = sampling.generate(model, u, model.at_level(level, len(u)), decoding=decoding, fast=fast, timed=timed)
     return x
 
 

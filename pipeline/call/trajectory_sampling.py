@@ -79,9 +79,10 @@ def draw_by_trajectory(
         states = generate_trajectory(flow, draws, levels, condition, null, call.guidance, after_step)
     pipe.run_offload_hook(flow)
     assert call.decoding is not None
-    methods, timed = pipe.resolve_decoding(call.decoding, states[-1], None, None, Guidance(0.0))
-    x = transported(flow, states[-1], methods, pipe.usable_fast_steps(), timed)
     levels = levels[: len(states)]
+    at_end = flow.at_level(levels[-1], len(noise))
+    methods, timed = pipe.resolve_decoding(call.decoding, states[-1], at_end, None, Guidance(0.0))
+    x = transported(flow, states[-1], levels[-1], methods, pipe.usable_fast_steps(), timed)
     latents, removes = x / (1 - levels[-1]), bool(call.denoise) and pipe.config.noise_std > 0
     if removes and not after_step.stopped:
         latents = refined(flow, [*states[1:-1]], noise, x, levels, condition)
@@ -109,7 +110,8 @@ def refined(
     def part(first: Tensor, last: Tensor, condition: Tensor | None, *between: Tensor) -> Tensor:
         states = [first, last]
         if between:
-            states[1:1] = transported(flow, torch.cat(between)).chunk(len(between))
+            rows = last.new_tensor(levels[1:-1]).repeat_interleave(len(last))
+            states[1:1] = transported(flow, torch.cat(between), rows).chunk(len(between))
         return joint_score_denoise(flow, torch.stack(states, dim=1), levels, condition)
 
     tokens = last.shape[2] * last.shape[3] // flow.config.patch_size**2

@@ -21,6 +21,10 @@ def check_trajectory_run(config: RunConfig) -> None:
         train.noise == "gaussian",
         "flow.kind 'trajectory' needs gaussian noise, at which its chain ends: train.noise gaussian",
     )
+    check(
+        train.noise_std > 0 or not config.flow.get("transporter_levels"),
+        "flow.transporter_levels needs train.noise_std above 0: the last level's logarithm is what the transporter sees",
+    )
     check(train.noise_levels is None, "train.noise_levels are for flow.kind 'flow': a trajectory has levels of its own")
     check(config.vae.train == "frozen", "flow.kind 'trajectory' goes with vae.train 'frozen'")
     check(config.lora.rank == 0, "flow.kind 'trajectory' has no adapters: set lora.rank to 0")
