@@ -93,8 +93,8 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     levels, default = pipe.noise_levels, pipe.config.num_inference_steps
     level = resolve_level(levels, args.noise_level)
     check_own_level(pipe.config.noise_std, level, args.decoding == STUDENT, decoder)
-    resolve_steps(levels, args.steps if along is None else None, default, bool(denoise), level)
-    check_walk(args.walk, levels)
+    steps = resolve_steps(levels, args.steps if along is None else None, default, bool(denoise), level)
+    check_walk(args.walk, levels, steps)
     width, height = args.size or (None, None)
     return {
         "guidance_scale": guidance,

@@ -222,7 +222,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 one if not given), each a pass for all tokens at once; then ``decoding`` is of its shallow transporter,
                 which is inverted once, and callbacks get the states as that one has them.
             noise_level: to draw at, one of the trained ones; the highest if not given.
-            walk: "ode", Euler's steps, or "sde", with fresh noise at each level; the pipeline's scheduler if not given.
+            walk: "ode", Euler's steps, or "sde", with fresh noise at each level; the pipeline's scheduler if not given. For
+                two steps and more.
 
         Returns:
             `TARFlowPipelineOutput`, or with ``return_dict=False`` a tuple of its fields that are not None.
@@ -278,7 +279,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             num_steps=steps,
             noise_level=level,
             walk_steps=walk_steps,
-            walk=check_walk(walk, self.noise_levels),
+            walk=check_walk(walk, self.noise_levels, walk_steps),
             generator=generator,
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,

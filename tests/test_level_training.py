@@ -152,6 +152,12 @@ def test_students_sweeps_and_pictures_of_a_flow_of_many_levels(tmp_path: Path) -
     assert [row["settings"]["num_inference_steps"] for row in rows] == [1, 3, None]
     assert [row["metrics"]["match_all"] for row in rows] == [2.0] * 3
     assert (tmp_path / "sweep" / "images" / "guidance-1_score_sequential_steps-3").is_dir()
+    walked = GenerationConfig(**{**gen, "out": str(tmp_path / "walked")}, walk="sde")
+    config = SweepConfig(gen=walked, match=True, num_inference_steps=[1, 2])  # one step has no walk
+    assert len(run_sweep(config, measure=lambda folder: {"match_all": 1.0})) == 2
+    config = SweepConfig(gen=replace(walked, out=str(tmp_path / "one")), match=True, num_inference_steps=[1])
+    with pytest.raises(ValueError, match="walk is 'sde', but this call removes the noise in one step"):
+        run_sweep(config, measure=lambda folder: {})
     with pytest.raises(ValueError, match="num_inference_steps was 1 there and is 2 here"):
         folder = tmp_path / "sweep" / "images" / "guidance-1_score_sequential_steps-1"
         generate_images(GenerationConfig(**{**gen, "out": str(folder)}, denoise=True, num_inference_steps=2))

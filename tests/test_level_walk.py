@@ -242,6 +242,9 @@ def test_a_decoder_or_a_student_knows_the_highest_level_alone() -> None:
         ({"noise_level": "high"}, "noise_level must be in the trained levels"),
         ({"noise_level": 0.02, "num_inference_steps": 2}, "is the lowest, from which there is one step"),
         ({"walk": "up"}, "walk must be None, 'ode' or 'sde', got 'up'"),
+        ({"walk": "sde"}, "walk is 'sde', but this call removes the noise in one step, where all walks are the same"),
+        ({"walk": "ode", "num_inference_steps": 1}, "give num_inference_steps above 1, or leave it out"),
+        ({"walk": "ode", "denoise": False}, "walk is 'ode', but this call removes no noise by the score"),
         ({"denoise": "learned"}, "has no learned denoiser"),
         ({"guidance_blocks": "shallow", "guidance_scale": 2.0}, "'all' or 'deep', got 'shallow'"),
     ],
@@ -277,6 +280,30 @@ def test_no_scheduler_leads_below_the_trained_levels() -> None:
         after_level=lambda _, timestep, x: (seen.append(float((4 * timestep).exp())), (x, False))[1],
     )
     assert seen[-1] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, EDMAncestralScheduler, EDMDPMSolverMultistepScheduler])
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_one_step_of_any_scheduler_is_the_score_step(kind: Any, schedule: str) -> None:
+    pipe, noise = make(), torch.randn(1, 3, 4, 4)
+    options: dict[str, Any] = {"class_labels": [1], "latents": noise, "output_type": "latent", "decoding": "sequential"}
+    raw = pipe(**options, denoise=False).images
+    pipe.scheduler = kind(sigma_schedule=schedule)
+    expected = score_denoise(pipe.flow, raw, 0.5, torch.tensor([1])).clamp(-1, 1)
+    torch.testing.assert_close(pipe(**options, num_inference_steps=1).images, expected, rtol=0, atol=1e-5)
+    sigmas = scheduler_for(pipe.scheduler, 0.5, 3, None, noise.device, 0.02).sigmas.tolist()
+    assert (sigmas[0], sigmas[2], sigmas[3]) == pytest.approx((0.5, 0.02, 0))
+
+
+def test_a_scheduler_that_does_not_go_down_is_refused() -> None:
+    pipe = make()
+    pipe.scheduler = EDMEulerScheduler(final_sigmas_type="sigma_min")
+    with pytest.raises(
+        ValueError, match=r"EDMEulerScheduler goes through the levels 0\.5, 0\.5, but samples have the level"
+    ):
+        pipe(class_labels=[1])
+    kept = pipe(class_labels=[1], num_inference_steps=3, output_type="latent").images
+    assert kept.isfinite().all()  # with noise of the lowest level, as its user wants it
 
 
 def test_edits_repeat_with_their_generator_whatever_the_scheduler() -> None:

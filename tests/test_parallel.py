@@ -43,6 +43,11 @@ JOINT = [
     *("--joint.model.norm_num_groups", "4", "--train.steps", "3", "--train.more_ema_decays", "[]"),
     *("--log.checkpoint_every", "0"),
 ]
+#: One flow for many noise levels.
+LEVELS = [
+    *("--train.noise_levels.low", "0.02", "--train.noise_levels.high", "0.5"),
+    *("--train.steps", "4", "--train.more_ema_decays", "[]", "--log.checkpoint_every", "2"),
+]
 SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
 
 
@@ -111,6 +116,10 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
     muon = [*arguments, "--optim.name", "muon", "--train.steps", "3", "--log.checkpoint_every", "2"]
     muon += ["--train.sweep_loss.weight", "0.1", "--train.sweep_loss.sweeps", "2"]  # and with the loss of sweeps
     runs["muon"] = [*muon, "--output", str(tmp_path / "muon")]
+    levels = [*arguments, *LEVELS]
+    runs["levels"] = [*levels, "--output", str(tmp_path / "levels")]
+    step = str(tmp_path / "levels" / "checkpoints" / "step_00000002")
+    runs["levels_again"] = [*levels, "--resume", step, "--output", str(tmp_path / "levels_again")]
     if kind == "ddp":  # a checkpoint of one process goes on with two
         resume = ["--resume", str(one_process[0] / "checkpoints" / "step_00000004")]
         runs["resumed"] = [*arguments, "--output", str(tmp_path / "resumed"), *resume]
@@ -129,6 +138,8 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
 
     logged = run_logged(tmp_path / "muon_one", *muon, "--train.accumulation", "2")
     assert losses(results["muon"]) == pytest.approx(losses(logged), abs=1e-4)
+
+    check_levels(results, run_logged(tmp_path / "levels_one", *levels, "--train.accumulation", "2"), tmp_path)
 
     if kind == "ddp":  # an autoencoder that is trained along
         logged = run_logged(tmp_path / "joint_one", *arguments, *JOINT, "--train.accumulation", "2")
@@ -169,6 +180,22 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
                 torch.testing.assert_close(
                     value, expected_weights[key], rtol=0, atol=1e-4, msg=f"{folder}/{name} {key}"
                 )
+
+
+def check_levels(results: dict[str, Any], logged: dict[str, Any], folder: Path) -> None:
+    """Noise levels of pictures do not depend on the processes, and a run of two that goes on has the same bits."""
+    assert losses(results["levels"]) == pytest.approx(losses(logged), abs=1e-5)
+    assert levels_held_out(results["levels"]) == pytest.approx(levels_held_out(logged), abs=1e-5)
+    assert {name.rsplit("_", 1)[1] for name in levels_held_out(logged)} == {"0.02", "0.1", "0.5"}
+    whole, again = losses(results["levels"]), losses(results["levels_again"])
+    assert again == {step: whole[step] for step in (3, 4)}
+    first, second = (all_weights(folder / name / "pipeline") for name in ("levels", "levels_again"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def levels_held_out(result: dict[str, Any]) -> dict[str, float]:
+    """The last held-out likelihoods at each level."""
+    return {name: one for values in result["logged"] for name, one in values.items() if "nats_per_dim_at_" in name}
 
 
 def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:

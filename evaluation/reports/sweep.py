@@ -72,6 +72,8 @@ def run_sweep(
         show(f"row {number} of {len(wanted)}: {row_name(settings)}")
         folder = out / "images" / row_name(settings)
         own = {**settings, "noise_std": settings["noise_std"] if settings["denoise"] else None}
+        if any(steps_down(other, pipe) > 1 for other in wanted) and steps_down(settings, pipe) < 2:
+            own["walk"] = None  # which is for the other rows
         gen = dataclasses.replace(config.gen, **own, out=str(folder))
         speed = generate_images(gen, process, processes, device, wait, pipe)["images_per_second"]
         speed = None if speed is None else speed * processes
@@ -106,6 +108,11 @@ def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
     if not walks:
         found["num_inference_steps"] = along
     return found
+
+
+def steps_down(settings: dict[str, Any], pipe: FlowPipeline) -> int:
+    """In how many steps a row of `resolved` settings goes down from noise level to noise level."""
+    return 0 if pipe.noise_levels is None else settings["num_inference_steps"] or 0
 
 
 def fixed_settings(config: SweepConfig, pipe: FlowPipeline) -> dict[str, Any]:

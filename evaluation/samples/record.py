@@ -13,7 +13,7 @@ from tarflow.common.files import read_json_lines, replaced, write_json
 from tarflow.evaluation.samples.conditions import Conditions
 from tarflow.evaluation.samples.told import CONDITIONS
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
-from tarflow.pipeline.call.walk import resolve_level, resolve_steps
+from tarflow.pipeline.call.walk import check_walk, resolve_level, resolve_steps
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.vae.codec import weights_hash
 
@@ -33,7 +33,8 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
         level = resolve_level(pipe.noise_levels, config.noise_level)
         asked, default = config.num_inference_steps, pipe.config.num_inference_steps
         steps = resolve_steps(pipe.noise_levels, asked, default, bool(settings["denoise"]), level)
-        settings |= {"noise_level": level, "num_inference_steps": steps, "walk": config.walk}
+        walk = check_walk(config.walk, pipe.noise_levels, steps)
+        settings |= {"noise_level": level, "num_inference_steps": steps, "walk": walk}
     along = trajectory_steps(pipe.flow, config.num_inference_steps, config.decoding, config.denoise)
     if along is not None:
         settings["num_inference_steps"] = along

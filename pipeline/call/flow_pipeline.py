@@ -20,7 +20,7 @@ from tarflow.pipeline.call.inversion import BlockInversion
 from tarflow.pipeline.call.prompts import PromptEncoding
 from tarflow.pipeline.call.samples import decoded, without_noise
 from tarflow.pipeline.call.student_sampling import noise_left
-from tarflow.pipeline.call.walk import AfterLevel, resolve_level, resolve_steps, scheduler_for, walk_down
+from tarflow.pipeline.call.walk import AfterLevel, check_walk, resolve_level, resolve_steps, scheduler_for, walk_down
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -121,6 +121,7 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         if level is not None and self.noise_levels is not None:
             lowest, _ = self.noise_levels
             steps = resolve_steps(self.noise_levels, num_inference_steps, self.config.num_inference_steps, True, level)
+            check_walk(walk, self.noise_levels, steps)
             scheduler = scheduler_for(self.scheduler, level, steps, walk, latents.device, lowest)
 
             def clean(x: Tensor, at: float) -> Tensor:

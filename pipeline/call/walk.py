@@ -7,6 +7,8 @@ Shapes: B images, C channels, h × w of the latents.
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -128,17 +130,26 @@ def resolve_steps(
     return default if steps is None else int(steps)
 
 
-def check_walk(walk: str | None, levels: Sequence[float] | None) -> str | None:
-    """``walk`` of a call.
+def check_walk(walk: str | None, levels: Sequence[float] | None, steps: int) -> str | None:
+    """``walk`` of a call that removes the noise in so many ``steps``, see `resolve_steps`.
 
     Raises:
-        ValueError: for another than `WALKS`, or any with a flow of one level.
+        ValueError: for another than `WALKS`, or any where it has no effect: with a flow of one level, or below two steps.
     """
     if walk is not None and walk not in WALKS:
         raise ValueError(f"walk must be None, {' or '.join(map(repr, WALKS))}, got {walk!r}")
     if walk is not None and levels is None:
         raise ValueError(
             f"walk is {walk!r}, but this flow knows one noise level, which one score step removes: leave it out"
+        )
+    if walk is not None and steps < 2:
+        raise ValueError(
+            f"walk is {walk!r}, but this call removes "
+            + (
+                "no noise by the score (see denoise and decoder): leave it out"
+                if steps < 1
+                else "the noise in one step, where all walks are the same: give num_inference_steps above 1, or leave it out"
+            )
         )
     return walk
 
@@ -165,12 +176,25 @@ def scheduler_for(
         )
     kind = type(scheduler) if walk is None else kinds[walk]
     least = min(level, max(lowest, scheduler.config.sigma_min))
+    least = level if steps == 1 else least  # of two ends the exponential schedule would take the lower one
     # Of names in the last of these Diffusers takes the defaults, whatever values are given.
     config = {**scheduler.config, "sigma_max": level, "sigma_min": least, "_use_default_values": []}
     own = kind.from_config(config)
     own.set_timesteps(steps, device=device)
     own.set_begin_index(0)
+    check_descent(own.sigmas.tolist(), level, kind.__name__)
     return own
+
+
+def check_descent(sigmas: Sequence[float], level: float, name: str) -> None:
+    """An error unless a scheduler's levels begin at ``level`` and go down from there."""
+    rises = any(after > before for before, after in itertools.pairwise(sigmas))
+    if rises or not math.isclose(sigmas[0], level, rel_tol=1e-4) or not sigmas[-1] < sigmas[0]:
+        told = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
+        raise ValueError(
+            f"{name} goes through the levels {told}, but samples have the level {level:g}, from which it must go down: "
+            "change its final_sigmas_type, sigma_schedule or rho, or give more steps"
+        )
 
 
 def walk_down(

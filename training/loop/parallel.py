@@ -66,6 +66,18 @@ def verify_caches(accelerator: Accelerator, *splits: object) -> None:
             agreed(accelerator, partial(split.verify, accelerator.process_index, accelerator.num_processes))
 
 
+def forget_gathered(model: nn.Module) -> None:
+    """Have a divided model gather its weights anew at the next pass. A pass without gradients leaves those outside the
+    layers gathered, and the pass after it would take them although the weights were changed meanwhile."""
+    if not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule  # imported here: it takes its time, and few need it
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def full_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The whole model's weights by name, on the main process; the others get an empty dictionary, but must call it."""
     state = accelerator.get_state_dict(model)

@@ -22,6 +22,7 @@ from tarflow.training.loop.averages import WeightAverages
 from tarflow.training.loop.batches import BatchReader, Reader, step_sampler, train_loader
 from tarflow.training.loop.checkpoint import checkpoint_name, checkpoint_to_resume, read_state, save_checkpoint
 from tarflow.training.loop.config import LoopSettings
+from tarflow.training.loop.parallel import forget_gathered
 from tarflow.training.loop.reading import check_random_states, reading
 from tarflow.training.loop.schedule import TimeLimit
 from tarflow.training.loop.step import Stepper
@@ -246,8 +247,11 @@ class Trainer:
         """The task's report on averaged weights. A signal ends it ``at_once`` or not at all, but never while weights
         are swapped: a checkpoint must not contain the average."""
         self.stepper.settle()
-        with self.averages.applied(average), stop.at_once(at_once):
-            return self.task.report(self.step, average, last)
+        try:
+            with self.averages.applied(average), stop.at_once(at_once):
+                return self.task.report(self.step, average, last)
+        finally:
+            forget_gathered(self.task.learner.model)
 
     def finish(self, stop: StopRequest) -> dict[str, Any]:
         """After the last step: checkpoint, reports of all averages, and what else is to be said."""
