@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_model
+from helpers import ROOT, small_model
 from test_decoder import finetune, small_autoencoder, tiny_pipeline
 from test_training import train
 from torch import Tensor, nn
@@ -189,7 +189,18 @@ def test_a_decoder_learns_with_it(tmp_path: Path) -> None:
         (["--optim.name", "muon", "--optim.muon_lr", "0"], r"optim\.muon_lr must be positive, got 0"),
         (
             ["--optim.name", "muon", "--lora.rank", "4", "--init_from", "drawings_class"],
-            r"optim\.name is 'muon', which is for whole matrices, but lora\.rank 4",
+            r"optim\.name is 'muon', which is for whole matrices, but lora\.rank 4 trains an adapter: set optim\.name adamw$",
+        ),
+        (
+            [
+                "--config",
+                str(ROOT / "configs/quickstart_class.yaml"),
+                "--lora.rank",
+                "4",
+                "--init_from",
+                "drawings_class",
+            ],
+            r"set optim\.name adamw, optim\.muon_lr null, optim\.muon_weight_decay null, optim\.muon_momentum 0\.95$",
         ),
     ],
 )

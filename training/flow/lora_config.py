@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tarflow.common.checks import BelowOne, OffOrPositive, Positive, check, check_ranges
 from tarflow.flows.adapters.targets import LORA_TARGETS
+from tarflow.training.loop.config import without_muon
 
 if TYPE_CHECKING:
     from tarflow.training.flow.config import RunConfig
@@ -56,7 +57,7 @@ def check_lora(config: RunConfig) -> None:
     check(
         config.optim.name == "adamw",
         f"optim.name is {config.optim.name!r}, which is for whole matrices, but lora.rank {config.lora.rank} trains an "
-        "adapter: set optim.name to adamw",
+        f"adapter: set {', '.join(['optim.name adamw', *without_muon(config.optim, 'optim.')])}",
     )
     check(
         config.train.checkpointing != "reversible" or config.lora.dropout == 0,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tarflow.common.checks import (
     AtLeastOne,
@@ -122,13 +122,23 @@ def check_muon(settings: RateSettings, name: str, begin: str = "") -> None:
         name: of the optimizer.
         begin: what the settings' names begin with.
     """
-    own = [field for field in fields(RateSettings) if field.name.startswith("muon_") and name != "muon"]
-    if given := [field for field in own if getattr(settings, field.name) != field.default]:
-        remedy = ", ".join(
-            f"{begin}{field.name} {'null' if field.default is None else field.default}" for field in given
-        )
+    if name != "muon" and (given := muon_settings(settings)):
         first = f"{begin}{given[0].name} is {getattr(settings, given[0].name)}"
+        remedy = ", ".join(without_muon(settings, begin))
         raise ValueError(f"{first}, but the optimizer is {name!r}, which has no such setting: set {remedy}")
+
+
+def muon_settings(settings: RateSettings) -> list[Field[Any]]:
+    """Those of Muon that are not left as they are by default."""
+    own = [field for field in fields(RateSettings) if field.name.startswith("muon_")]
+    return [field for field in own if getattr(settings, field.name) != field.default]
+
+
+def without_muon(settings: RateSettings, begin: str = "") -> list[str]:
+    """What to set so that settings of Muon are as if it had not been named."""
+    return [
+        f"{begin}{field.name} {'null' if field.default is None else field.default}" for field in muon_settings(settings)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
