@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tarflow.benchmarks.choices import SAMPLES, SCALES
 from tarflow.common.charts import markdown_table
 from tarflow.flows.decoding.method import FAST_TOLERANCE, Decoding
 from tarflow.flows.decoding.sampling import generate
+from tarflow.flows.layers.condition import Condition, parts_of, with_level
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.loading.examples import example_captions
 
@@ -59,8 +59,8 @@ def plans(model: Any) -> dict[str, list[Decoding]]:
 def exactness(
     name: str,
     model: Any,
-    cond: Tensor | None,
-    null: Tensor | None,
+    cond: Condition,
+    null: Condition,
     method: str = "gaussian",
     scales: Sequence[float] = SCALES,
     samples: int = SAMPLES,
@@ -86,9 +86,11 @@ def exactness(
             yield Exactness(name, scale, plan, float(error.max()), float(error.median()))
 
 
-def as_double(condition: Tensor | None) -> Tensor | None:
+def as_double(condition: Condition) -> Condition:
     """A condition of floats in float64; labels, and none, as they are."""
-    return condition.double() if condition is not None and condition.is_floating_point() else condition
+    given, level = parts_of(condition)
+    given = given.double() if given is not None and given.is_floating_point() else given
+    return with_level(given, None if level is None else level.double())
 
 
 def exactness_table(rows: Sequence[Exactness]) -> str:

@@ -49,7 +49,7 @@ def write(arguments: argparse.Namespace, result: dict[str, Any]) -> Path:
 
 
 def run_sampling(arguments: argparse.Namespace) -> None:
-    model, text = load(arguments)
+    model, text, level = load(arguments)
     guidance = Guidance(arguments.guidance_scale - 1)
     result = header(
         arguments,
@@ -65,7 +65,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
     graphs = ("graphs",) if torch.device(arguments.device).type == "cuda" else ()
     methods = (*PLAIN, *graphs, *(("compiled", "compiled auto") if arguments.compile else ()))
     for batch in arguments.batches:
-        cond, null = conditions(model, text, batch)
+        cond, null = conditions(model, text, batch, level)
         speeds = compare(model, batch, cond, null, guidance, SamplingPlan(methods=methods, repeats=arguments.repeats))
         print(f"\nbatch {batch}        images/s  × published  ms/step  max residual  max difference  methods (sweeps)")
         for speed in speeds:
@@ -90,7 +90,8 @@ def run_exactness(arguments: argparse.Namespace) -> None:
     rows = []
     for name in arguments.pipelines:
         pipe = TARFlowPipeline.from_pretrained(locate(name)).to(arguments.device)
-        cond, null = conditions(pipe.flow, pipe if pipe.text_encoder is not None else None, arguments.samples)
+        text = pipe if pipe.text_encoder is not None else None
+        cond, null = conditions(pipe.flow, text, arguments.samples, pipe.drawing_level)
         method = pipe.config.guidance_method
         options = (method, arguments.guidance_scales, arguments.samples)
         for row in exactness(Path(name).name, pipe.flow, cond, null, *options):
@@ -101,17 +102,18 @@ def run_exactness(arguments: argparse.Namespace) -> None:
     write(arguments, header(arguments, samples=arguments.samples, rows=kept))
 
 
-def load(arguments: argparse.Namespace) -> tuple[TARFlowModel, Any]:
-    """The flow, on its device, and what encodes captions for it (None: random conditions)."""
+def load(arguments: argparse.Namespace) -> tuple[TARFlowModel, Any, float | None]:
+    """The flow, on its device, what encodes captions for it (None: random conditions), and the level that a flow of many
+    noise levels draws at."""
     dtype = DTYPES[arguments.dtype]
     if arguments.pipeline is not None:
         pipe = TARFlowPipeline.from_pretrained(locate(arguments.pipeline)).to(arguments.device)
         pipe.flow.to(dtype)
-        return pipe.flow, pipe if pipe.text_encoder is not None else None
-    return random_model(arguments.model, arguments.device, dtype), None
+        return pipe.flow, pipe if pipe.text_encoder is not None else None, pipe.drawing_level
+    return random_model(arguments.model, arguments.device, dtype), None, None
 
 
-def conditions(model: TARFlowModel, text: Any, batch: int) -> tuple[Any, Any]:
+def conditions(model: TARFlowModel, text: Any, batch: int, level: float | None = None) -> tuple[Any, Any]:
     """Different conditions for each sample, and the null condition, as the blocks take them."""
     if model.config.conditioning == "prefix":
         if text is not None:
@@ -120,11 +122,12 @@ def conditions(model: TARFlowModel, text: Any, batch: int) -> tuple[Any, Any]:
         else:
             shape = (batch, 128, model.config.cond_dim)
             cond, null = (torch.randn(shape, device=model.device), torch.zeros(shape, device=model.device))
-        return cond.to(model.dtype), null.to(model.dtype)
+        cond, null = cond.to(model.dtype), null.to(model.dtype)
+        return model.condition(None, cond, batch, level), model.condition(None, null, batch, level)
     labels = None
     if model.config.conditioning != "none":
         labels = torch.arange(batch, device=model.device) % model.config.num_classes
-    return model.condition(labels, None, batch), model.condition(None, None, batch)
+    return model.condition(labels, None, batch, level), model.condition(None, None, batch, level)
 
 
 def run_training(arguments: argparse.Namespace) -> None:

@@ -74,8 +74,9 @@ def likelihood(config: ExactFlowConfig, pipe: Any) -> Rows:
     batch = read_batch(config, pipe)
     out = pipe.log_likelihood(batch.images, **batch.conditions, generator=generator_of(config))
     alone = pipe.log_likelihood(batch.images, generator=generator_of(config))
+    level = "" if pipe.drawing_level is None else f" at noise level {pipe.drawing_level:g}"
     for name, values in (("with its condition", out.nats_per_dim), ("with none", alone.nats_per_dim)):
-        print(f"nats per dimension {name}:", " ".join(f"{value:.3f}" for value in values.tolist()))
+        print(f"nats per dimension {name}{level}:", " ".join(f"{value:.3f}" for value in values.tolist()))
     low, high = out.map.flatten(1).aminmax(dim=1)
     low, high = low[:, None, None], high[:, None, None]  # each picture from its cheapest token, black, to white
     expensive = ((high - out.map) / (high - low))[:, None]

@@ -15,9 +15,16 @@ from test_pipeline import make_pipeline
 from torch import Tensor
 
 from tarflow import TARFlowPipeline
+from tarflow.benchmarks.exactness import exactness
+from tarflow.benchmarks.published_sampler import generate_as_published
+from tarflow.benchmarks.runs import conditions
 from tarflow.cli.main import main
 from tarflow.demo.drawing import Request, checked, draw
+from tarflow.demo.rebuild import rebuild
+from tarflow.experiments.peers.drawing import FlowDrawer
+from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.denoising import score_denoise
+from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.likelihood import log_prob
 from tarflow.pipeline.call.scheduler import EDMAncestralScheduler
 from tarflow.pipeline.call.walk import check_own_level, default_scheduler, scheduler_for, walk_down
@@ -357,6 +364,29 @@ def test_pipelines_whose_parts_do_not_fit() -> None:
         TARFlowPipeline(plain, noise_levels=LEVELS)
     with pytest.raises(ValueError, match="a scheduler is for a flow of many noise levels"):
         TARFlowPipeline(plain, scheduler=default_scheduler(LEVELS))
+
+
+@pytest.mark.parametrize("conditioning", ["prefix", "class_vectors", "none"])
+def test_speed_and_exactness_are_measured_at_the_highest_level(conditioning: str) -> None:
+    pipe = make(conditioning)
+    cond, null = conditions(pipe.flow, None, 2, pipe.drawing_level)
+    rows = list(exactness("tiny", pipe.flow, cond, null, scales=(2.0,), samples=2))
+    assert [row.largest < (0.1 if "fast" in row.method else 1e-3) for row in rows] == [True] * 6
+    z, guidance = torch.randn(2, 3, 4, 4), Guidance(1.0)
+    published = generate_as_published(pipe.flow, z, cond, null, guidance)
+    torch.testing.assert_close(published, generate(pipe.flow, z, cond, null, guidance)[0], rtol=0, atol=1e-4)
+
+
+def test_a_round_trip_beside_peers_is_at_the_highest_level(tmp_path: Path) -> None:
+    make("class_vectors").save_pretrained(tmp_path / "pipeline")
+    assert FlowDrawer(tmp_path / "pipeline", "class", 1.0).round_trip([0, 1]) < 1e-4
+
+
+def test_the_page_rebuilds_a_picture_at_the_highest_level() -> None:
+    pipe = make("class_vectors")
+    rebuilt = rebuild(pipe, Image.new("RGB", (9, 5), (200, 30, 60)), label=1)
+    assert rebuilt.quantity == "pixel_nats_per_dim"
+    assert rebuilt.error < 1e-4
 
 
 def test_the_page_shows_each_level() -> None:

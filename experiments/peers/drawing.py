@@ -74,8 +74,10 @@ class FlowDrawer:
         given: dict[str, Any] = {"class_labels": torch.tensor(values)} if self.name == "class_labels" else {}
         if self.name == "prompt":
             given["cond"] = pipe.encode_prompt(values, pipe.device, do_classifier_free_guidance=False)[0]
-        x, _ = sampling.generate(flow, noise, flow.condition(given.get("class_labels"), given.get("cond"), len(values)))
-        return float((flow(x, **given)[0] - noise).abs().mean())
+        level = pipe.drawing_level
+        condition = flow.condition(given.get("class_labels"), given.get("cond"), len(values), level)
+        x, _ = sampling.generate(flow, noise, condition)
+        return float((flow(x, **given, noise_level=level)[0] - noise).abs().mean())
 
 
 @dataclass
