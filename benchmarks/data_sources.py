@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fsspec.config import conf
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -127,8 +128,11 @@ def serve(folder: Path, latency: float, port: Any) -> None:
 @contextmanager
 def http_server(folder: Path, latency: float) -> Iterator[str]:
     """The URL of a folder that a process of this machine serves, each answer ``latency`` seconds late."""
+    before = dict(conf)
     if importlib.util.find_spec("aiohttp") is None:
         import fsspec.implementations.http_sync  # noqa: F401 (fsspec's HTTP by requests: importing it registers it)
+
+        conf["http"] = {"stream": True}  # or else it takes answers in pieces of 10 kB
     context = multiprocessing.get_context("fork")
     port = context.Value("i", 0)
     process = context.Process(target=serve, args=(folder, latency, port), daemon=True)
@@ -140,5 +144,7 @@ def http_server(folder: Path, latency: float) -> Iterator[str]:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{port.value}"
     finally:
+        conf.clear()
+        conf.update(before)
         process.terminate()
         process.join()

@@ -36,7 +36,11 @@ def check_data(config: DataConfig) -> None:
     if config.source == "folder":
         status_of(str(config.path or ""))
     for _, part in config.parts.values() if config.is_stream else ():
-        for url in (part.path, part.validation_path, *(part.data_files if isinstance(part.data_files, list) else [part.data_files])):
+        for url in (
+            part.path,
+            part.validation_path,
+            *(part.data_files if isinstance(part.data_files, list) else [part.data_files]),
+        ):
             if isinstance(url, str):
                 check_url(url)
     if config.source == "latents":
