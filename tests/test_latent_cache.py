@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
+from test_training import TEXT_FLOW, train
 from torch.utils.data import DataLoader
 from transformers import T5EncoderModel
 
@@ -302,6 +303,12 @@ def test_captions_are_encoded(tmp_path: Path, vae_path: str) -> None:
     encoder.save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match=r"encoded with other weights than text.name '.*' has now"):
         load_cached_text(text, latents.manifest["text"])
+    settings = {"text.kind": "pretrained", "text.name": text.name, "text.max_length": 14, "data.source": "latents"}
+    settings |= {"data.path": tmp_path / "cache", "data.image_size": 16, "vae.name": vae_path, "train.steps": 1}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(ValueError, match=r"encoded with other weights than text.name '.*' has now"):  # before it trains
+        train(tmp_path / "run", *words, flow=TEXT_FLOW)
+    assert not (tmp_path / "run").exists()
 
 
 def test_autoencoders_without_a_posterior_have_no_deviation(tmp_path: Path) -> None:

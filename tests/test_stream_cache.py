@@ -135,6 +135,25 @@ def test_what_cannot_be_read_is_left_out_or_named(tmp_path: Path, vae_path: str)
     assert again == manifest
 
 
+def test_what_was_unreachable_is_tried_again(tmp_path: Path, vae_path: str) -> None:
+    """A shard that comes later, and one that was cut off; with another shuffle buffer, which is no matter."""
+    tar_shards(f"memory://{tmp_path.name}", COUNTS)
+    memory = fsspec.filesystem("memory")
+    names = [f"/{tmp_path.name}/{number:03d}.tar" for number in range(4)]
+    contents_of = [memory.cat_file(name) for name in names]
+    memory.rm(names[1])
+    write(f"memory:/{names[3]}", contents_of[3][:3_000])
+    pattern, skip = f"memory://{tmp_path.name}/{{000..003}}.tar", {"on_error": "skip"}
+    manifest = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, data=skip))
+    assert sum(manifest["pictures"].values()) < 20
+    for number in (1, 3):
+        write(f"memory:/{names[number]}", contents_of[number])
+    manifest = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, data={**skip, "shuffle_buffer": 64}))
+    assert (sum(manifest["pictures"].values()), manifest["skipped"]) == (25, 0)
+    train, held_out = captions(tmp_path / "cache")
+    assert Counter(train + held_out) == Counter(f"picture {number}, red, round" for number in range(25))
+
+
 def test_a_connection_that_breaks_is_made_again(tmp_path: Path, vae_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = tar_shards(f"memory://{tmp_path.name}", [6])
     broken, waited = breaking_connections(monkeypatch)

@@ -326,6 +326,9 @@ def test_a_training_that_goes_on_is_the_same_to_the_bit(tmp_path: Path, kind: st
     ]
     _, metrics = train(tmp_path / "whole", *data, "--log.checkpoint_every", "4", "--train.num_workers", "2")
     resume = ["--resume", str(tmp_path / "whole" / "checkpoints" / "step_00000004")]
+    with pytest.raises(ValueError, match="the checkpoint is of another stream"):
+        train(tmp_path / "again", *data, *resume, "--data.shuffle_buffer", "8")
+    assert not (tmp_path / "again").exists()
     trainer, again = train(tmp_path / "again", *data, *resume)
     assert trainer.step == 6
     assert again == metrics
@@ -340,10 +343,15 @@ def test_a_checkpoint_of_another_stream_is_refused() -> None:
         other = Stream(replace(settings, **changes))
         with pytest.raises(ValueError, match="the checkpoint is of another stream"):
             readers_of(other, 4, 1, 0, state)
+    assert "sizes" in readers_of(Stream(settings), 4, 1)[0].state()
     moved = tar_shards("memory://others/elsewhere", [9, 9])
     readers_of(Stream(replace(settings, path=moved)), 4, 1, 0, state)  # the same shards in another folder
     with pytest.raises(ValueError, match=r"the checkpoint has 4 lanes, but data.lanes is 3"):
         readers_of(Stream(replace(settings, lanes=3)), 4, 1, 0, state)
+    with pytest.raises(
+        ValueError, match=r"the checkpoint has 4 lanes, fewer than the 5 processes: go on with at most 4"
+    ):
+        readers_of(Stream(settings), 4, 5, 0, state)
 
 
 def test_pictures_of_several_sizes_come_in_batches_of_one(tmp_path: Path) -> None:
@@ -363,6 +371,12 @@ def test_pictures_of_several_sizes_come_in_batches_of_one(tmp_path: Path) -> Non
     whole = [next(first)["image"] for _ in range(20)]
     again = StreamReader(stream, Share(2, 0, 1, 2), 2, 6, state, waiting)
     assert all(torch.equal(next(again)["image"], images) for images in whole)
+    for told in ({**state, "sizes": [list(size) for size in stream.sizes]}, state):  # earlier checkpoints tell no sizes
+        for sizes in ([(8, 8), (6, 12)], [(8, 8)]):
+            with pytest.raises(
+                ValueError, match=r"the checkpoint has pictures of .*12 × 6.* but data.aspect_ratios .* give"
+            ):
+                StreamReader(stream.with_sizes(sizes), Share(2, 0, 1, 2), 0, 6, told, waiting)
     # What waited is dealt out to other processes, none of it twice.
     dealt = [SizedBatches(stream, Share(2, process, 3, 1), waiting).items for process in range(3)]
     keys = [item["key"] for items in dealt for item in items]
@@ -523,7 +537,7 @@ def test_wrong_places_and_settings_are_one_sentence(tmp_path: Path, monkeypatch:
     short = Stream(config(tar_shards("memory://short", [5])))
     with pytest.raises(ValueError, match="has only 5 training rows, fewer than the 8 pictures of a step"):
         short.check_length(8)
-    with pytest.raises(ValueError, match=r"the stream has 1 lanes .*, fewer than the 2 processes"):
+    with pytest.raises(ValueError, match=r"data.lanes is 1, fewer than the 2 processes: raise it, or leave it out"):
         readers_of(Stream(config(tar_shards("memory://short", [5]), lanes=1)), 4, 2)
     with pytest.raises(ValueError, match="no rows are left in the stream"):
         Stream(config(tar_shards("memory://short", [5]), where={"number": [99]}))[0]

@@ -88,12 +88,20 @@ class Stream(Dataset[dict[str, Any]]):
     @property
     def identity(self) -> str:
         """A hash of what decides which rows a place means: shards and settings."""
+        return self._hash(self.config.shuffle_buffer)
+
+    @property
+    def rows_identity(self) -> str:
+        """A hash of what decides which rows there are, however many are shuffled; with the usual number it is `identity`."""
+        return self._hash(DataConfig.shuffle_buffer)
+
+    def _hash(self, buffer: int) -> str:
         # Without folders: the same shards may lie elsewhere when a run goes on.
         names = [[posixpath.basename(name) for name in shards.names] for shards in self.shards]
         about = [(part.where, part.validation_fraction, part.key_column) for part in self.configs]
         buffers = [part.shuffle_buffer for part in self.configs]
         others = [] if set(buffers) == {self.config.shuffle_buffer} else [buffers]
-        return hash_of([self.split, self.seed, self.config.shuffle_buffer, self.weights, about, names, *others])
+        return hash_of([self.split, self.seed, buffer, self.weights, about, names, *others])
 
     def lane(
         self, number: int, lanes: int, state: list[Any] | None = None, pool: Executor | None = None, ahead: int = 1

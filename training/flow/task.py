@@ -82,6 +82,8 @@ class FlowTask(Task):
         statistics = None if state is None else state["statistics"]
         self.parts = make_parts(config, statistics, self.accelerator.device, self.start)
         self.train, self.validation = self.parts.train, self.parts.validation
+        if self.parts.null_cond is not None:  # whether the encoder of the cached captions is still the one that it was
+            on_main(self.accelerator, lambda: self.parts.load_text() and None)
         self.text = text_invariants(config.text, self.parts.text_encoder)
         if self.start is not None:
             names = self.parts.train.class_names if self.parts.flow_arguments.get("num_classes") else None

@@ -6,6 +6,7 @@ do not depend on how many processes there are, nor on where an earlier run stopp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
@@ -32,13 +33,13 @@ from tarflow.training.latent_cache.folder import (
     start_folder,
     write_shard,
 )
-from tarflow.training.latent_cache.plan import SPLITS, Plan, difference, make_plan, without_times
+from tarflow.training.latent_cache.plan import SPLITS, CachePlan, Plan, difference, make_plan, without_times
 from tarflow.training.latent_cache.streams import StreamPlan, make_stream_plan, write_units
 from tarflow.training.loop.agreement import agreed
 from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
 from tarflow.vae.codec import autoencoder_hash, channel_statistics
 
-AnyPlan = TypeVar("AnyPlan", bound=Plan | StreamPlan)
+AnyPlan = TypeVar("AnyPlan", bound=CachePlan)
 
 
 def cache_latents(config: CacheConfig) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
         process, processes, shown = state.process_index, state.num_processes, state.is_main_process
         if isinstance(plan, StreamPlan):
             return write_units(plan, encoder, folder, process, processes, shown)
+        assert isinstance(plan, Plan)
         return write_shards(plan, encoder, folder, process, processes, shown)
 
     records = agreed(state, write)
@@ -75,7 +77,7 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
     return read_manifest(folder) or {}
 
 
-def open_plan(config: CacheConfig, device: torch.device) -> tuple[Encoder, Plan | StreamPlan]:
+def open_plan(config: CacheConfig, device: torch.device) -> tuple[Encoder, CachePlan]:
     """Load the encoders and open the pictures.
 
     Raises:
@@ -83,7 +85,7 @@ def open_plan(config: CacheConfig, device: torch.device) -> tuple[Encoder, Plan 
     """
     check_folder_writable(config.output)
     encoder = Encoder(config, device)
-    make = make_stream_plan if config.data.is_stream else make_plan
+    make: Callable[..., CachePlan] = make_stream_plan if config.data.is_stream else make_plan
     return encoder, make(config, encoder.codec.factor, autoencoder_hash(encoder.codec.vae), encoder.text)
 
 
@@ -140,7 +142,7 @@ def write_shards(
     return [record for record in records.values() if record is not None]
 
 
-def write_manifest(plan: Plan | StreamPlan, encoder: Encoder, folder: Folder, records: list[dict[str, Any]]) -> None:
+def write_manifest(plan: CachePlan, encoder: Encoder, folder: Folder, records: list[dict[str, Any]]) -> None:
     """Write the manifest of a complete cache and report skipped pictures.
 
     Args:

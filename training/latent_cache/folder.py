@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -17,11 +17,8 @@ from tarflow.common.folders import Folder, LocalFolder, UrlFolder
 from tarflow.data.latent_cache import VAE
 from tarflow.data.place import MANIFEST
 from tarflow.data.shards import FORMAT, file_hash, read_header, read_manifest
-from tarflow.training.latent_cache.plan import Plan, Shard, difference
+from tarflow.training.latent_cache.plan import CachePlan, Plan, Shard, difference
 from tarflow.vae.codec import autoencoder_hash, load_autoencoder
-
-if TYPE_CHECKING:
-    from tarflow.training.latent_cache.streams import StreamPlan
 
 #: What a cache holds that is being made: its settings, until there is a manifest.
 UNFINISHED = "unfinished.json"
@@ -36,7 +33,7 @@ TEMPORARY = re.compile(
 REMEDY = "take another output or remove that folder"
 
 
-def check_folder(plan: Plan | StreamPlan, folder: Folder, vae: Any) -> None:
+def check_folder(plan: CachePlan, folder: Folder, vae: Any) -> None:
     """Refuse a folder that holds another cache, whole or not, or files of others by the names of this one's.
 
     Raises:
@@ -87,7 +84,7 @@ def is_whole(folder: Folder) -> bool:
     return isinstance(folder, LocalFolder) or folder.read(f"{VAE}/config.json") is not None
 
 
-def start_folder(plan: Plan | StreamPlan, folder: Folder) -> None:
+def start_folder(plan: CachePlan, folder: Folder) -> None:
     """Note what a cache that is begun will be, so that another one is not taken for it."""
     if read_manifest(folder) is None:
         write_json(folder, UNFINISHED, {"format": FORMAT, "fingerprint": plan.fingerprint, "settings": plan.settings})

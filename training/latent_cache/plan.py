@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ SINCE_FIRST = (
     *("more_caption_templates", "where", "class_names", "background", "seed"),
 )
 #: Those that have no effect here, or none on pictures that can be read.
-WITHOUT_EFFECT = ("flip", "verify", "on_error", "weights", "shuffle_shards", "cache_gb", "lanes")
+WITHOUT_EFFECT = ("flip", "verify", "on_error", "weights", "shuffle_shards", "cache_gb", "lanes", "shuffle_buffer")
 #: What a source's facts tell, in words.
 CHANGES = {
     "files": "the names of files",
@@ -59,40 +60,52 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All shards of a cache, and what they depend on.
+class CachePlan(ABC):
+    """What a cache will hold.
 
     Attributes:
-        images: the pictures by split.
-        counts: how many of them are cached, by split.
+        config: what to cache.
         settings: everything that decides what is in the shards, by section, as JSON has it. Which pictures, captions
-            and labels there are is told by hashes.
+            and labels there are is told by hashes; of a stream by those of its shards' names.
+        class_names, has_captions: of the pictures.
     """
 
     config: CacheConfig
-    images: dict[str, Images]
-    counts: dict[str, int]
-    shards: list[Shard]
     settings: dict[str, Any]
+    class_names: tuple[str, ...] | None
+    has_captions: bool
 
     @property
     def fingerprint(self) -> str:
         return fingerprint_of(self.settings)
 
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        return self.images["train"].class_names
-
-    @property
-    def has_captions(self) -> bool:
-        return self.images["train"].has_captions
-
+    @abstractmethod
     def own_files(self, names: Collection[str]) -> list[str]:
         """Of a folder's files those that are named as shards of this plan."""
+
+    @abstractmethod
+    def in_order(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Records of all shards in the manifest's order."""
+
+
+@dataclass(frozen=True)
+class Plan(CachePlan):
+    """The shards of a cache of pictures by number.
+
+    Attributes:
+        images: the pictures by split.
+        counts: how many of them are cached, by split.
+        shards: all.
+    """
+
+    images: dict[str, Images]
+    counts: dict[str, int]
+    shards: list[Shard]
+
+    def own_files(self, names: Collection[str]) -> list[str]:
         return [shard.file for shard in self.shards if shard.file in names]
 
     def in_order(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Records of all shards in the manifest's order."""
         by_file = {record["file"]: record for record in records}
         return [by_file[shard.file] for shard in self.shards]
 
@@ -138,7 +151,8 @@ def make_plan(config: CacheConfig, factor: int, autoencoder: str, text: dict[str
                 first, number = first + len(part), number + 1
     pictures = {split: images[split].facts(counts[split]) for split in SPLITS}
     options = {"pictures": counts, **options_of(config, factor)}
-    return Plan(config, images, counts, shards, settings_of(config, autoencoder, text, options, pictures))
+    settings = settings_of(config, autoencoder, text, options, pictures)
+    return Plan(config, settings, train.class_names, train.has_captions, images, counts, shards)
 
 
 def options_of(config: CacheConfig, factor: int) -> dict[str, Any]:

@@ -25,11 +25,17 @@ from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.latent_cache.encoding import Encoded, Encoder, encode, joined
 from tarflow.training.latent_cache.folder import write_json, write_shard
-from tarflow.training.latent_cache.plan import SPLITS, fingerprint_of, options_of, settings_of
+from tarflow.training.latent_cache.plan import SPLITS, CachePlan, options_of, settings_of
 
 SHARD = re.compile(r"(train|validation)-\d{10}\.safetensors")
+#: In a record, that not all of its shard could be read: it is tried again by the next run.
+AGAIN = "again"
 #: What each shard of the stream became, by its number.
 NOTE = ".unit-{:06d}.json"
+
+
+class Unread(str):
+    """Says why the rest of a shard could not be read."""
 
 
 @dataclass(frozen=True)
@@ -49,37 +55,22 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class StreamPlan:
-    """All shards of a stream, and what their cache depends on.
+class StreamPlan(CachePlan):
+    """All shards of a stream.
 
     Attributes:
         streams: by split.
-        settings: as of `Plan`; shards are told by the hash of their names.
+        units: the shards.
     """
 
-    config: CacheConfig
     streams: dict[str, Stream]
     units: list[Unit]
-    settings: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint_of(self.settings)
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        return self.streams["train"].class_names
-
-    @property
-    def has_captions(self) -> bool:
-        return self.streams["train"].has_captions
 
     def own_files(self, names: Collection[str]) -> list[str]:
-        """Of a folder's files those that are named as shards of a stream's cache."""
         return sorted(name for name in names if SHARD.fullmatch(name))
 
     def in_order(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Records of all shards in the manifest's order: by split, then those of one shape together.
+        """By split, then those of one shape together.
 
         Raises:
             ValueError: if there are no training pictures.
@@ -113,9 +104,10 @@ def make_stream_plan(config: CacheConfig, factor: int, autoencoder: str, text: d
             count = len(streams[split].shards[source].names)
             splits = (split,) if own else SPLITS
             units += [Unit(len(units) + shard, source, shard, splits) for shard in range(count)]
-    pictures = {split: {"data": stream.identity} for split, stream in streams.items()}
+    pictures = {split: {"data": stream.rows_identity} for split, stream in streams.items()}
     settings = settings_of(config, autoencoder, text, options_of(config, factor), pictures)
-    return StreamPlan(config, streams, units, settings)
+    train = streams["train"]
+    return StreamPlan(config, settings, train.class_names, train.has_captions, streams, units)
 
 
 def write_units(
@@ -146,13 +138,15 @@ def write_units(
 
 
 def kept_unit(plan: StreamPlan, unit: Unit, folder: Folder) -> list[dict[str, Any]] | None:
-    """The records of what an earlier run made of a shard; None if that is not all there. Checksums are compared of files on
+    """The records of what an earlier run made of a shard; None if that is not all there, or not of the whole shard. Checksums are compared of files on
     this machine, at URLs sizes alone."""
     try:
         note = json.loads(folder.read(NOTE.format(unit.number)) or b"null")
         if note is None or (note["format"], note["fingerprint"]) != (FORMAT, plan.fingerprint):
             return None
         records: list[dict[str, Any]] = note["records"]
+        if any(record.get(AGAIN) for record in records):
+            return None
         for record in (record for record in records if record["count"]):
             if folder.size(record["file"]) != record["bytes"]:
                 return None
@@ -210,7 +204,8 @@ def write_unit(
         write(kind)
     if skipped:  # also where nothing was left that has a file
         first = records[0] if records else {"split": None, "count": 0}
-        records[:1] = [{**first, "skipped": len(skipped), "example": min(skipped)}]
+        again = any(isinstance(message, Unread) for message in skipped)
+        records[:1] = [{**first, "skipped": len(skipped), "example": min(skipped), AGAIN: again}]
     return records
 
 
@@ -259,4 +254,4 @@ def rows_of(plan: StreamPlan, unit: Unit, skip: bool) -> Iterator[tuple[str, Row
     except ValueError as error:
         if not skip:
             raise
-        yield unit.splits[0], str(error)
+        yield unit.splits[0], Unread(error)

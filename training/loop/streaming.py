@@ -57,7 +57,9 @@ class Share:
             most = -(-USUAL_LANES // units)
             return units * max(number for number in range(1, most + 1) if self.batch_size % number == 0)
         if wanted < self.processes:
-            raise ValueError(f"the stream has {wanted} lanes (data.lanes), fewer than the {self.processes} processes")
+            raise ValueError(
+                f"data.lanes is {wanted}, fewer than the {self.processes} processes: raise it, or leave it out"
+            )
         return wanted
 
     def own_lanes(self, lanes: int) -> list[int]:
@@ -113,7 +115,7 @@ class StreamReader(Reader):
         pinned: bool = False,
     ):
         self.stream, self.share, self.step, self.pinned = stream, share, step, pinned
-        places = None if state is None else checked(state, stream)
+        places = None if state is None else checked(state, waiting or [], stream, share)
         self.lanes = share.lanes(stream.config.lanes if places is None else len(places))
         for source in stream.sources(self.lanes) if share.process == 0 else ():
             if source.parts > 1:
@@ -162,7 +164,8 @@ class StreamReader(Reader):
         """Where all processes' lanes stand, as JSON has it; every process calls this, between two steps."""
         places = {number: lane.state() for number, lane in self._lanes.items()}
         everyone = {number: state for found in gather_objects(places) for number, state in found.items()}
-        return {"identity": self.stream.identity, "lanes": [everyone[number] for number in range(self.lanes)]}
+        lanes = [everyone[number] for number in range(self.lanes)]
+        return {"identity": self.stream.identity, "lanes": lanes, "sizes": [list(size) for size in self.stream.sizes]}
 
     def write_waiting(self, folder: Path) -> None:
         """Write what waits for others of its size into a checkpoint's folder."""
@@ -261,21 +264,53 @@ def read_waiting(checkpoint: Path) -> list[dict[str, Any]]:
     return found
 
 
-def checked(state: dict[str, Any], stream: Stream) -> list[list[Any]]:
+def checked(state: dict[str, Any], waiting: list[dict[str, Any]], stream: Stream, share: Share) -> list[list[Any]]:
     """The lanes' places of a checkpoint.
 
+    Args:
+        state: of `StreamReader.state`.
+        waiting: see `read_waiting`.
+        stream: of the run.
+        share: of this process.
+
     Raises:
-        ValueError: if they are of other shards, or in another order.
+        ValueError: if they are of other shards, in another order, of other sizes, or too few.
     """
     if state["identity"] != stream.identity:
         raise ValueError(
             "the checkpoint is of another stream: its shards, weights, held-out rows, data.where, data.shuffle_buffer or "
             "train.seed were others; give the same, or start anew from its pipeline with --init_from"
         )
+    check_sizes(state, waiting, stream)
     lanes, wanted = len(state["lanes"]), stream.config.lanes
     if wanted not in (None, lanes):
         raise ValueError(
             f"the checkpoint has {lanes} lanes, but data.lanes is {wanted}: set it to that, or leave it out"
         )
+    if lanes < share.processes:
+        raise ValueError(
+            f"the checkpoint has {lanes} lanes, fewer than the {share.processes} processes: go on with at most {lanes}, or start "
+            f"anew from its pipeline with --init_from"
+        )
     places: list[list[Any]] = state["lanes"]
     return places
+
+
+def check_sizes(state: dict[str, Any], waiting: list[dict[str, Any]], stream: Stream) -> None:
+    """Refuse other sizes than a checkpoint's: pictures of those wait, and would be lost.
+
+    Raises:
+        ValueError: that names both.
+    """
+    here = {tuple(size) for size in stream.sizes}
+    there = {size_of(item) for one in waiting for item in one["items"]}  # of checkpoints that do not tell
+    if "sizes" in state:
+        there, known = {tuple(size) for size in state["sizes"]}, state["sizes"] == [list(one) for one in stream.sizes]
+    else:
+        known = there <= here
+    if not known:
+        words = (", ".join(f"{height} × {width}" for height, width in sorted(sizes)) for sizes in (there, here))
+        raise ValueError(
+            "the checkpoint has pictures of {} (height × width), but data.aspect_ratios and data.image_size give {}: give the "
+            "same in the same order, or start anew from its pipeline with --init_from".format(*words)
+        )

@@ -27,7 +27,7 @@ from tarflow.training.loop.reading import check_random_states, reading
 from tarflow.training.loop.schedule import TimeLimit
 from tarflow.training.loop.step import Stepper
 from tarflow.training.loop.stopping import Stopped, StopRequest
-from tarflow.training.loop.streaming import Share, StreamReader, read_waiting
+from tarflow.training.loop.streaming import Share, StreamReader, checked, read_waiting
 from tarflow.training.loop.summary import TimeEstimate, beginning
 from tarflow.training.loop.task import Batch, State, Task, is_due
 
@@ -62,8 +62,7 @@ class Trainer:
         self.saved = checkpoint_to_resume(self.folder, settings.resume)
         state = None if self.saved is None else read_state(self.saved)
         task.make_parts(state)
-        if isinstance(task.train, Stream):
-            task.train.check_length(settings.images_per_step(accelerator.num_processes))
+        self.check_stream(state)
         if self.saved is not None and state is not None:
             task.check_resume(self.saved, state)
             self.check_optimizer(self.saved, state)
@@ -80,6 +79,19 @@ class Trainer:
             self.load(self.saved, state)
         task.prepare_reports()
         on_main(accelerator, lambda: self.begin(resolved, fresh=state is None))
+
+    def check_stream(self, state: State | None) -> None:
+        """Whether a stream is long enough, and the checkpoint's."""
+        if not isinstance(self.task.train, Stream):
+            return
+        self.task.train.check_length(self.settings.images_per_step(self.accelerator.num_processes))
+        if self.saved is not None and state is not None and "stream" in state:
+            checked(state["stream"], read_waiting(self.saved), self.task.train, self.share())
+
+    def share(self) -> Share:
+        """This process's share of steps."""
+        train, accelerator = self.settings.train, self.accelerator
+        return Share(train.batch_size, accelerator.process_index, accelerator.num_processes, train.accumulation)
 
     def check_optimizer(self, checkpoint: Path, state: State) -> None:
         """An error if a checkpoint is of the other optimizer; those from before there were two are of AdamW."""
@@ -196,9 +208,10 @@ class Trainer:
         train, accelerator, pictures = self.settings.train, self.accelerator, self.task.train
         pinned = accelerator.device.type == "cuda"
         if isinstance(pictures, Stream):
-            share = Share(train.batch_size, accelerator.process_index, accelerator.num_processes, train.accumulation)
             waiting = [] if self.saved is None else read_waiting(self.saved)
-            self.reader = StreamReader(pictures, share, train.num_workers, self.step, self.stream, waiting, pinned)
+            self.reader = StreamReader(
+                pictures, self.share(), train.num_workers, self.step, self.stream, waiting, pinned
+            )
             return self.reader
         sampler = step_sampler(
             pictures,
