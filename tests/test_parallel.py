@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import parallel_worker
 import pytest
 import torch
 from helpers import ROOT
@@ -198,6 +202,33 @@ def levels_held_out(result: dict[str, Any]) -> dict[str, float]:
     return {name: one for values in result["logged"] for name, one in values.items() if "nats_per_dim_at_" in name}
 
 
+def work(rank: int, port: int, runs: dict[str, list[str]], result: Path) -> None:
+    """What a launcher has each of two processes do."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    results = {name: parallel_worker.train(arguments) for name, arguments in runs.items()}
+    if rank == 0:
+        result.write_text(json.dumps(results))
+    os._exit(0)
+
+
+def forked(runs: dict[str, list[str]], folder: Path, killed: bool = False) -> dict[str, Any]:
+    """As `launch` of two processes by DDP, which need not import anything; the first one's results."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context, result = multiprocessing.get_context("fork"), folder / "result.json"
+    processes = [context.Process(target=work, args=(rank, port, runs, result)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL if killed else 0] * 2
+    found_results: dict[str, Any] = {} if killed else json.loads(result.read_text())
+    return found_results
+
+
 def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
     tar = tar_shards((tmp_path / "tar").as_uri(), [20, 13, 30, 11], (32, 32))
     parquet = parquet_shards((tmp_path / "parquet").as_uri(), [20, 13, 30, 11])
@@ -217,7 +248,7 @@ def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
     sizes = [*common, "--data.path", tar, "--data.label_column", "cls", "--data.aspect_ratios", '["1:1", "2:1"]']
     sizes += ["--train.steps", "6", "--train.batch_size", "4", "--output"]
     killed, step = str(tmp_path / "killed"), str(tmp_path / "sizes" / "checkpoints" / "step_00000004")
-    launch("ddp", 2, {"killed": [*mixed, "4", "--output", killed]}, tmp_path, killed=True)
+    forked({"killed": [*mixed, "4", "--output", killed]}, tmp_path, killed=True)
     copied = shutil.copytree(killed, tmp_path / "other")
     runs = {
         "whole": [*mixed, "4", "--output", str(tmp_path / "whole")],
@@ -225,7 +256,7 @@ def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
         "sizes": [*sizes, str(tmp_path / "sizes")],
         "sizes_again": [*sizes, str(tmp_path / "sizes_again"), "--resume", step],
     }
-    results = launch("ddp", 2, runs, tmp_path)
+    results = forked(runs, tmp_path)
     expected = losses(results["whole"])
     assert len(expected) == 7
     assert losses(results["again"]) == {step: expected[step] for step in (5, 6, 7)}  # to the bit
