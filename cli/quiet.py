@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 import diffusers.utils.logging
@@ -18,6 +19,7 @@ def hush_libraries() -> None:
         library.disable_progress_bar()
     for words in NOISE:
         warnings.filterwarnings("ignore", message=f".*{words}")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # that library says errors before it raises them
     logging.getLogger("accelerate.utils.other").addFilter(is_no_noise)
 
 

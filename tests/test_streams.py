@@ -26,6 +26,7 @@ from stream_helpers import breaking_connections, parquet_shards, png, row, tar_b
 from test_training import train, weights
 from torch import Tensor
 
+from tarflow.benchmarks.data_sources import http_server
 from tarflow.data.config import DataConfig, MixedSource
 from tarflow.data.folder import is_held_out
 from tarflow.data.images import Images
@@ -336,6 +337,22 @@ def test_a_training_that_goes_on_is_the_same_to_the_bit(tmp_path: Path, kind: st
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_a_training_over_http_is_that_from_the_folder(tmp_path: Path) -> None:
+    """By requests, where aiohttp is not installed; with shards by a star, and one that is not there."""
+    (tmp_path / "shards").mkdir()
+    tar_shards(str(tmp_path / "shards"), FEW, (32, 32))
+    data = ["--data.source", "webdataset", "--data.validation_fraction", "0.2", "--data.shuffle_buffer", "16"]
+    data += ["--data.label_column", "cls", "--data.class_names", '["even", "odd"]', "--train.steps", "3", "--data.path"]
+    found = []
+    with http_server(tmp_path / "shards", 0.0) as url:
+        for name, place in (("http", url), ("folder", str(tmp_path / "shards"))):
+            found.append((train(tmp_path / name, *data, f"{place}/*.tar")[1], weights(tmp_path / name)))
+        with pytest.raises(ValueError, match=r"cannot open 'http://.*/007\.tar': there is no such file"):
+            Stream(config(f"{url}/007.tar")).check_length(1)
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][key], value) for key, value in found[1][1].items())
+
+
 def test_a_checkpoint_of_another_stream_is_refused() -> None:
     settings = config(tar_shards("memory://others", [9, 9]))
     state = state_of(readers_of(Stream(settings), 4, 1))
@@ -532,6 +549,10 @@ def test_wrong_places_and_settings_are_one_sentence(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match=r"cannot open '.*7.tar.zst': it needs the package zstandard, which is not"):
         monkeypatch.delitem(compr, "zstd", raising=False)
         Stream(config(f"{tmp_path}/7.tar.zst")).check_length(1)
+    with pytest.raises(
+        ValueError, match=r"cannot open '.*': it is a folder: name the files in it, such as FOLDER/\*\.tar"
+    ):
+        Stream(config(str(tmp_path))).check_length(1)
     with pytest.raises(ValueError, match="no file fits"):
         Stream(config(f"{tmp_path}/*.tar"))
     short = Stream(config(tar_shards("memory://short", [5])))

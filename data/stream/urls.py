@@ -104,4 +104,6 @@ def reason_of(error: Exception) -> str:
     """What an error of a file system says, in a few words."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder: name the files in it, such as FOLDER/*.tar or FOLDER/{000..099}.tar"
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
