@@ -15,7 +15,7 @@ from tarflow.data.stream.shards import Shards
 #: The column that a picture's number has.
 NUMBER = "__number__"
 #: Into so many shards pictures by number are dealt; longer ones, of endless data, are not shuffled.
-SHARDS, SHUFFLED = 64, 2**20
+SHARDS, SHUFFLED = 64, 2**24
 
 
 class NumberedShards:
@@ -38,12 +38,12 @@ class NumberedShards:
 
     def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
         """Rows of a shard from number ``start`` on, which are numbers of pictures."""
-        numbers: Sequence[int] = range(shard, len(self.images), len(self.names))
+        numbers = range(shard, len(self.images), len(self.names))
+        places: Sequence[int] | np.ndarray = range(len(numbers))
         if len(numbers) <= SHUFFLED:
-            order = np.random.default_rng((self.seed, shard)).permutation(len(numbers))
-            numbers = [numbers[int(place)] for place in order]
-        for number in numbers[start:]:
-            yield {NUMBER: number}
+            places = np.random.default_rng((self.seed, shard)).permutation(len(numbers))
+        for place in places[start:]:
+            yield {NUMBER: numbers[int(place)]}
 
 
 class NumberedReader:

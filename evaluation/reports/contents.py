@@ -82,7 +82,7 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     curves = read_curves(config.run) if config.run else {}
     wanted = {"train": config.train_images, "validation": max(config.likelihood_images, config.yardstick_images)}
     images: dict[str, AnyPictures] = {
-        split: open_pictures(config.data, split, count, split) for split, count in wanted.items()
+        split: open_pictures(config.data, split, count, "train_images") for split, count in wanted.items()
     }
     extractor = config.load_extractor(device)
     gen = generation_of(config, images)

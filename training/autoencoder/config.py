@@ -14,7 +14,7 @@ from tarflow.training.losses.config import PictureLossConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of pictures. ``share``: how often it is drawn from, relative to the other sources."""
+    """One source of pictures, which may be a stream. ``share``: how often it is drawn from, relative to the other sources."""
 
     data: DataConfig
     share: Positive = 1.0
