@@ -108,6 +108,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": args.steps,
         "noise_level": args.noise_level,
         "walk": args.walk,
+        "temperature": args.temperature,
     }
 
 

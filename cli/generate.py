@@ -56,6 +56,8 @@ def parser() -> CommandParser:
     add("--noise-level", type=float, metavar="SIGMA", help="the level that it draws at (default: the highest)")
     add("--walk", choices=WALKS, help="from level to level by Euler's steps, or with fresh noise at each (default: the "
         "pipeline's scheduler)")  # fmt: skip
+    add("--temperature", type=float, metavar="FACTOR", help="factor on the noise: below 1 pictures are plainer and likelier "
+        "(default: the pipeline's own)")  # fmt: skip
     add("--decode-with", choices=tuple(NOISE_REMOVALS), help="--denoise and --decoder in one word")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     return parser
@@ -98,6 +100,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--guidance must be at least 1 (off), got {args.guidance:g}")
     if args.noise_level is not None and not 0 < args.noise_level < math.inf:
         raise ValueError(f"--noise-level must be positive, got {args.noise_level:g}")
+    if args.temperature is not None and not 0 < args.temperature < math.inf:
+        raise ValueError(f"--temperature must be positive, got {args.temperature:g}")
     if args.decode_with is not None:
         if args.denoise is not None or args.decoder is not None:
             raise ValueError("give either --decode-with, or --denoise and --decoder")

@@ -17,7 +17,15 @@ from tarflow.flows.student import StudentModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.flow_pipeline import Generators
 from tarflow.pipeline.call.inputs import Labels
-from tarflow.pipeline.call.settings import Callback, Sampling, Subjects, resolve_decoding, resolve_size
+from tarflow.pipeline.call.settings import (
+    Callback,
+    Sampling,
+    Subjects,
+    check_temperature,
+    resolve_decoding,
+    resolve_size,
+    resolve_temperature,
+)
 from tarflow.pipeline.call.steps import conditions_of, draw_by_flow, draw_by_student, pictures, residuals
 from tarflow.pipeline.call.student_sampling import check_student_call
 from tarflow.pipeline.call.trajectory_sampling import draw_by_trajectory, trajectory_steps
@@ -70,6 +78,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         scheduler: how samples of such a flow go down from level to level, see `scheduler_for`; None is Diffusers'
             `EDMEulerScheduler` with levels of equal distances.
         num_inference_steps: in how many steps, by default.
+        temperature: of a call that draws its noise itself, by default.
 
     Example:
         >>> import torch
@@ -107,6 +116,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         noise_levels: list[float] | tuple[float, float] | None = None,
         scheduler: Any = None,
         num_inference_steps: int = 1,
+        temperature: float = 1.0,
     ):
         super().__init__()
         noise_levels, scheduler = resolve_levels(flow, noise_levels, scheduler)
@@ -134,6 +144,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             text_options=TextOptions.of(text_options).changed or None,
             noise_levels=noise_levels,
             num_inference_steps=resolve_steps(noise_levels, num_inference_steps, 1, True, None),
+            temperature=check_temperature(temperature),
         )
         LatentCodec(vae, latents_mean, latents_std)  # an error for statistics that cannot be
 
@@ -168,7 +179,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         segment: int | None = None,
         return_residual: bool = False,
         decoder: str | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         num_inference_steps: int | None = None,
         noise_level: float | None = None,
         walk: str | None = None,
@@ -215,7 +226,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 agree with exact ones to 1e-3 up to a guidance scale of 3, with "fast" to 0.1 up to 6. Stronger guidance
                 magnifies errors and is warned of; ``return_residual`` tells them.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
-            temperature: factor on the prior noise; below 1 pictures are likelier and less varied.
+            temperature: factor on the prior noise; below 1 pictures are likelier and less varied. If not given, the
+                pipeline's own, or 1 for given ``latents``.
             num_inference_steps: in how many steps a flow of many noise levels removes the noise of its samples, each of
                 one pass and its gradient; the pipeline's own default if not given. 1 is the score step, the only one
                 that a flow of one level has. Of a trajectory model one of the numbers that it was trained with (its first
@@ -274,7 +286,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             decoding=inversion,
             denoise=denoise,
             decoder=decoder,
-            temperature=temperature,
+            temperature=resolve_temperature(temperature, self.config.temperature, latents is not None),
             return_residual=return_residual,
             num_steps=steps,
             noise_level=level,
@@ -287,7 +299,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         self.begin_call(call)
         conditions = conditions_of(self, call)
         noise = self.prepare_latents(conditions.count, shape, call.device, generator, latents)
-        noise = temperature * noise
+        noise = call.temperature * noise
         if steps is not None:
             drawn = draw_by_trajectory(self, call, conditions, noise, generator)
         else:

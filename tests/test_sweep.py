@@ -119,7 +119,7 @@ def test_the_pipelines_own_values_are_no_other_rows(pipeline, tmp_path) -> None:
     config = config_of(pipeline, tmp_path, guidance_scale=None, denoise=None, noise_std=None)
     (row,) = run_sweep(config, Measure())
     wanted = {"guidance_scale": 1.0, "denoise": True, "decoder": "vae", "noise_std": 0.3, "decoding": "sequential"}
-    wanted["num_inference_steps"] = None  # a flow of one level has one
+    wanted |= {"num_inference_steps": None, "temperature": 1.0}  # a flow of one level has one step
     assert row["settings"] == wanted
     measure = Measure()
     assert len(run_sweep(config_of(pipeline, tmp_path, guidance_scale=[1.0], denoise=None), measure)) == 2
@@ -150,7 +150,7 @@ def test_rows_of_earlier_versions_stay(pipeline, tmp_path) -> None:
     assert len(run_sweep(config, Measure())) == 2
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     for row in rows:
-        del row["settings"]["decoder"]
+        del row["settings"]["decoder"], row["settings"]["temperature"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(run_sweep(config, Measure(fails_at=0))) == 2
 

@@ -201,6 +201,7 @@ def settings_of(
         "noise level": gen.noise_level,
         "steps": along or ((gen.num_inference_steps or pipe.config.num_inference_steps) if denoise else None),
         "walk": gen.walk,
+        "temperature": pipe.config.temperature if gen.temperature is None else gen.temperature,
         "seed": gen.seed,
     }
     defaults = DataConfig(source=config.data.source, path=config.data.path, name=config.data.name)

@@ -16,7 +16,7 @@ from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
 
 #: Of each sample so many training pictures are shown.
 NEIGHBOURS = 3
-SWEPT = ("guidance_scale", "denoise", "decoder", "noise_std", "decoding", "num_inference_steps")
+SWEPT = ("guidance_scale", "denoise", "decoder", "noise_std", "decoding", "num_inference_steps", "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class SweepConfig(RequiredExtractor):
     Attributes:
         gen: what all rows share; ``gen.out`` is the sweep's folder. Its swept settings have an effect where no list is
             given.
-        guidance_scale, denoise, decoder, noise_std, decoding, num_inference_steps: lists of settings of which every
-            combination is a row; see `GenerationConfig`. Rows without denoising have no σ, and no steps from noise level
+        guidance_scale, denoise, decoder, noise_std, decoding, num_inference_steps, temperature: lists of settings of which
+            every combination is a row; see `GenerationConfig`. Rows without denoising have no σ, and no steps from noise level
             to noise level. The finetuned decoder, which takes noisy latents, is combined with no ``denoise`` but false.
         ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
         metrics: see ``tarflow evaluate fid calc``.
@@ -86,6 +86,7 @@ class SweepConfig(RequiredExtractor):
     noise_std: list[float] | None = None
     decoding: list[DecodingName] | None = None
     num_inference_steps: list[int] | None = None
+    temperature: list[float] | None = None
     ref: str | None = None
     metrics: list[Metric] = field(default_factory=lambda: ["frechet"])
     match: bool = False

@@ -95,7 +95,8 @@ def run_sweep(
 
 def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
     """A row's settings with the pipeline's own values in place of None; σ only where it matters."""
-    own = {name: getattr(pipe.config, name) for name in ("guidance_scale", "noise_std", "num_inference_steps")}
+    names = ("guidance_scale", "noise_std", "num_inference_steps", "temperature")
+    own = {name: getattr(pipe.config, name) for name in names}
     own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"], values["decoding"])
     found = {name: own.get(name) if value is None else value for name, value in values.items()}
     steps = values["num_inference_steps"]
@@ -189,8 +190,9 @@ def read_rows(out: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
             what = said.get(name, f"{name} was {there.get(name)!r}")
             raise ValueError(f"{str(out)!r} holds another sweep: {what}; take another folder or remove it")
     rows = [row for _, row in read_json_lines(out / ROWS)]
-    # Rows of earlier versions name no decoder and no steps.
-    return [{**row, "settings": {"decoder": "vae", "num_inference_steps": None, **row["settings"]}} for row in rows]
+    # Which rows of earlier versions do not name.
+    older = {"decoder": "vae", "num_inference_steps": None, "temperature": 1.0}
+    return [{**row, "settings": {**older, **row["settings"]}} for row in rows]
 
 
 def write_rows(out: Path, fixed: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -60,8 +60,9 @@ def line_name(settings: dict[str, Any], separator: str = ", ") -> str:
     kind = {True: "score", False: "raw"}.get(settings["denoise"], settings["denoise"])
     kind = "finetuned" if settings["decoder"] == "finetuned" else kind
     sigma = [] if settings["noise_std"] is None else [f"sigma-{settings['noise_std']:g}"]
-    steps = settings.get("num_inference_steps")
-    return separator.join([kind, *sigma, settings["decoding"], *([] if steps is None else [f"steps-{steps}"])])
+    further = {"steps": settings.get("num_inference_steps"), "temperature": settings.get("temperature", 1)}
+    said = [f"{name}-{value:g}" for name, value in further.items() if value != (None if name == "steps" else 1)]
+    return separator.join([kind, *sigma, settings["decoding"], *said])
 
 
 def cells(row: dict[str, Any], names: list[str]) -> list[Any]:

@@ -197,6 +197,7 @@ def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Cond
             num_inference_steps=config.num_inference_steps,
             noise_level=config.noise_level,
             walk=config.walk,
+            temperature=config.temperature,
             output_type="np",
         )
     assert isinstance(output, TARFlowPipelineOutput)

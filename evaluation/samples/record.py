@@ -29,6 +29,9 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
     for name in ("guidance_scale", "noise_std"):
         if settings[name] is None:
             settings[name] = getattr(pipe.config, name)
+    temperature = pipe.config.temperature if config.temperature is None else config.temperature
+    if temperature != 1:  # else they are as in earlier versions
+        settings["temperature"] = temperature
     if pipe.noise_levels is not None:  # else they are as in earlier versions
         level = resolve_level(pipe.noise_levels, config.noise_level)
         asked, default = config.num_inference_steps, pipe.config.num_inference_steps
@@ -44,15 +47,15 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
 
 
 def pipeline_hash(pipe: TARFlowPipeline) -> str:
-    """SHA-256 of a pipeline's settings, weights and vocabulary. Its default decoder, denoising and steps do not
-    count, as records of images name those that were taken."""
+    """SHA-256 of a pipeline's settings, weights and vocabulary. Its default decoder, denoising, steps and temperature do
+    not count, as records of images name those that were taken."""
     digest, further = hashlib.sha256(), ("finetuned_decoder", "student")
     absent = [name for name in further if getattr(pipe, name) is None]
     # Which older pipelines do not have.
     newer = {"text_options": None, "noise_levels": None, "noise_conditioning": False, "scheduler": (None, None)}
     settings = {**pipe.flow.config, **pipe.config}
     absent += [name for name, default in newer.items() if settings.get(name, default) == default]
-    left_out = ("decoder", "denoise", "num_inference_steps", *absent)
+    left_out = ("decoder", "denoise", "num_inference_steps", "temperature", *absent)
     for part in (pipe, pipe.flow, pipe.vae, *([] if pipe.scheduler is None else [pipe.scheduler])):
         settings = {} if part is None else {key: value for key, value in part.config.items() if key[0] != "_"}
         left = left_out if part is pipe else absent if part is pipe.flow else ()

@@ -49,6 +49,7 @@ class SampleSettings(SampleSubjects):
         decoder: what decodes, which may remove the noise itself; None is the pipeline's own.
         noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
         num_inference_steps, noise_level, walk: of flows of many noise levels, as at a pipeline's call.
+        temperature: factor on the prior noise; None is the pipeline's own.
         decoding: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding; "student" is one
             pass of the pipeline's student.
     """
@@ -59,6 +60,7 @@ class SampleSettings(SampleSubjects):
     num_inference_steps: AtLeastOne | None = None
     noise_level: Positive | None = None
     walk: Walk | None = None
+    temperature: Positive | None = None
     decoding: DecodingName = "sequential"
 
     def sample_settings(self) -> dict[str, Any]:

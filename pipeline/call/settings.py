@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,10 +101,6 @@ class Sampling:
     callback: Callback | None = None
     callback_tensors: list[str] | None = None
 
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-
     @property
     def by_student(self) -> bool:
         """Whether the student draws instead of the flow."""
@@ -147,6 +144,29 @@ def resolve_decoding(
     if decoding == "gs_jacobi" and segment is None:
         segment = -(-tokens // SEGMENTS)
     return Decoding(decoding, DEFAULT_TOLERANCE if tolerance is None else tolerance, segment)
+
+
+def check_temperature(temperature: float) -> float:
+    """A factor on the prior noise.
+
+    Raises:
+        ValueError: if it is not a positive number.
+    """
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive, got {temperature!r}")
+    return temperature
+
+
+def resolve_temperature(temperature: float | None, default: float, latents_given: bool) -> float:
+    """The factor that a call takes: its own, or the pipeline's for noise that the call draws, as z of a picture leads back
+    to it only as it is.
+
+    Raises:
+        ValueError: as of `check_temperature`.
+    """
+    if temperature is None:
+        return 1.0 if latents_given else default
+    return check_temperature(temperature)
 
 
 def resolve_size(
