@@ -110,6 +110,7 @@ PIXEL_FLOW = (
 def test_pixels(tmp_path, kind):
     flow = PIXEL_FLOW
     options = ["--vae.name", "none", "--data.image_size", "16", "--log.guidance_method", "linear"]
+    options += ["--log.temperature", "0.8"]
     if kind == "uniform":
         flow = flow.replace("class_vectors", "none")
         options += ["--train.noise", "uniform"]
@@ -121,7 +122,7 @@ def test_pixels(tmp_path, kind):
     assert late[name] < early[name] - 0.1
     pipe = TARFlowPipeline.from_pretrained(tmp_path / "b" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.config.noise_std == (0.0 if kind == "uniform" else 0.3)
+    assert pipe.config.noise_std == (0.0 if kind == "uniform" else 0.3) and pipe.config.temperature == 0.8
     if kind == "uniform":
         images = pipe(num_images=2, guidance_scale=1.5, attention_temperature=1.2).images
     else:

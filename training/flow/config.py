@@ -13,6 +13,7 @@ from tarflow.common.checks import (
     Interval,
     NotNegative,
     OffOrPositive,
+    Positive,
     at_least,
     check,
     check_ranges,
@@ -186,6 +187,7 @@ class LogConfig(LogSettings):
         save_pipeline_every: steps between pipeline folders; the last step always saves one.
         prompts: captions of the grid; None takes held-out ones.
         guidance_scale, guidance_method: of the grid, and the saved pipeline's defaults; a scale of 1 is off.
+        temperature: the same, a factor on the prior noise: below 1 pictures are likelier and less varied.
         num_inference_steps: the same, for ``train.noise_levels``: steps down from level to level; None is 10.
     """
 
@@ -195,6 +197,7 @@ class LogConfig(LogSettings):
     prompts: list[str] | None = None
     guidance_scale: Annotated[float, at_least(1)] = 1.0
     guidance_method: Literal["gaussian", "linear", "linear_scale"] = "gaussian"
+    temperature: Positive = 1.0
     num_inference_steps: AtLeastOne | None = None
 
     def __post_init__(self) -> None:

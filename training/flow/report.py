@@ -111,6 +111,7 @@ def build_pipeline(weights: dict[str, Tensor], parts: Parts, config: RunConfig) 
         max_sequence_length=config.text.max_length,
         guidance_scale=config.log.guidance_scale,
         guidance_method=config.log.guidance_method,
+        temperature=config.log.temperature,
         text_options=config.text.options.changed or None,
     )
 
