@@ -336,6 +336,8 @@ def test_annealed_weights_grow_to_the_full_one() -> None:
         ({"weight": 1.0, "method": "cfg"}, "one of gaussian, linear, linear_scale, got 'cfg'"),
         ({"weight": 1.0, "parts": "c"}, "'a', 'b' or 'ab', got 'c'"),
         ({"weight": 1.0, "temperature": 0.0}, "temperature must be positive"),
+        ({"weight": 1.0, "parts": "b"}, "guided parts 'b' would have no effect with the guidance method 'gaussian'"),
+        ({"weight": 1.0, "annealed": True}, "annealed guidance would have no effect .* take guidance_method 'linear'"),
     ],
 )
 def test_wrong_guidance_is_an_error(arguments: dict[str, Any], message: str) -> None:

@@ -48,6 +48,12 @@ class Guidance:
             raise ValueError(f"the guidance method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.parts not in ("a", "b", "ab"):
             raise ValueError(f"the guided parts must be 'a', 'b' or 'ab', got {self.parts!r}")
+        if self.method == "gaussian" and (self.parts != "ab" or self.annealed):
+            what = f"the guided parts {self.parts!r}" if self.parts != "ab" else "annealed guidance"
+            raise ValueError(
+                f"{what} would have no effect with the guidance method 'gaussian': take guidance_method 'linear' or "
+                "'linear_scale', or leave it out"
+            )
         if self.blocks not in ("all", "deep"):
             raise ValueError(f"the guided blocks must be 'all' or 'deep', got {self.blocks!r}")
         if not self.temperature > 0:
