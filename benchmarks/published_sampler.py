@@ -18,7 +18,7 @@ from torch import Tensor
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.layers.affine import log_scale_of, soft_clip
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 
 
 class PublishedCache:
@@ -103,7 +103,7 @@ def decode_as_published(
     """
     run = InversionState(block, len(z), grid, cond, null_cond, guidance, cached=False)
     context, batch, tokens = run.context, run.batch, run.num_tokens
-    z = run.doubled(reorder(z, block.config.order))
+    z = run.doubled(reorder(z, block.config.order, grid))
     rotation = None
     if context.rotation is not None:
         rotation = tuple(table[:, 1::2].repeat_interleave(2, dim=1) for table in context.rotation)
@@ -135,7 +135,7 @@ def decode_as_published(
         log_scale = log_scale_of(raw, "exp" if block.config.scale == "additive" else block.config.scale)
         shift, log_scale = (run.doubled(part) for part in run.combined((shift, log_scale), token))
         x[:, token] = z[:, token] * log_scale.exp().squeeze(1) + shift.squeeze(1)
-    return reorder(x[:batch], block.config.order)
+    return restore(x[:batch], block.config.order, grid)
 
 
 @torch.no_grad()

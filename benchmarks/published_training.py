@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflow.flows.layers.affine import SOFTPLUS_OFFSET, at_least_float32
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.layers.positions import rotary_angles, rotary_angles_1d
 
 
@@ -87,11 +87,13 @@ def mlp(module: Any, x: Tensor, tarflow: bool) -> Tensor:
     return y if module.post_norm is None else module.post_norm(y)
 
 
-def embedded(block: Any, x: Tensor, cond: Tensor | None) -> Tensor:
+def embedded(block: Any, x: Tensor, grid: tuple[int, int], cond: Tensor | None) -> Tensor:
     """Embeddings (B, S, D) of tokens in the block's order, with learned positions and class vectors."""
+    if block.config.order == "coarse_to_fine":
+        raise ValueError("the published models have no deep_order: leave it out to compare with their steps")
     hidden = block.proj_in(x)
     if block.pos_embed is not None:
-        hidden = hidden + reorder(block.pos_embed, block.config.order, dim=0)
+        hidden = hidden + reorder(block.pos_embed, block.config.order, grid, dim=0)
     if block.class_embed is not None:
         mean = block.class_embed.mean(dim=0)
         if cond is None:
@@ -109,7 +111,7 @@ def embedded(block: Any, x: Tensor, cond: Tensor | None) -> Tensor:
 def transformed(block: Any, x: Tensor, grid: tuple[int, int], cond: Tensor | None) -> Tensor:
     """The network's outputs for all S slots, (B, S, outputs), from tokens in the block's order."""
     tarflow, config = is_tarflow(block), block.config
-    hidden = embedded(block, x, cond)
+    hidden = embedded(block, x, grid, cond)
     prefix = None if block.proj_cond is None else block.proj_cond(cond)
     length = 0 if prefix is None else prefix.shape[1]
     angles = mask = None
@@ -139,7 +141,7 @@ def transformed(block: Any, x: Tensor, grid: tuple[int, int], cond: Tensor | Non
 
 def block_as_published(block: Any, x: Tensor, grid: tuple[int, int], cond: Tensor | None) -> tuple[Tensor, Tensor]:
     """One block: z (B, T, C), row-major, and its log-det: (B, T, C) elementwise, or TARFlow's mean, (B,)."""
-    x = reorder(x, block.config.order)
+    x = reorder(x, block.config.order, grid)
     inputs = x
     if block.start_token is not None:
         inputs = torch.cat([block.start_token.expand(len(x), 1, -1), x[:, :-1]], dim=1)
@@ -149,11 +151,11 @@ def block_as_published(block: Any, x: Tensor, grid: tuple[int, int], cond: Tenso
     raw, shift = (torch.zeros_like(out), out) if block.config.scale == "additive" else out.chunk(2, dim=-1)
     if is_tarflow(block) and block.config.scale != "softplus":
         z = (x - shift) * (-at_least_float32(raw)).exp().to(raw.dtype)
-        return reorder(z, block.config.order), -raw.mean(dim=[1, 2])
+        return restore(z, block.config.order, grid), -raw.mean(dim=[1, 2])
     dtype = raw.dtype
     raw, shift, x = at_least_float32(raw), at_least_float32(shift), at_least_float32(x.clone())
     scale = F.softplus(raw + SOFTPLUS_OFFSET) if block.config.scale == "softplus" else raw.exp()
-    return reorder((x - shift) / scale, block.config.order).to(dtype), -torch.log(scale)
+    return restore((x - shift) / scale, block.config.order, grid).to(dtype), -torch.log(scale)
 
 
 def loss_as_published(model: Any, x: Tensor, class_labels: Tensor | None = None, cond: Tensor | None = None) -> Tensor:

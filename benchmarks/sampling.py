@@ -22,7 +22,7 @@ from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Dec
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.decoding.step import DecodeStep
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 
 #: In the order in which they are measured. "graphs" and "compiled" decode all blocks sequentially by `FastSteps`, replayed as
 #: CUDA graphs there; "auto", "fast", "graphs auto" and "compiled auto" by what was calibrated, the last two with such steps.
@@ -245,8 +245,8 @@ def count_sweeps(
             tokens, _ = block.inverse(tokens, grid, cond, null, guidance)
         else:
             run = InversionState(block, len(tokens), grid, cond, null, guidance)
-            x, _, count = decode_jacobi(run, reorder(tokens, block.config.order).float(), decoding)
-            tokens = reorder(x, block.config.order)
+            x, _, count = decode_jacobi(run, reorder(tokens, block.config.order, grid).float(), decoding)
+            tokens = restore(x, block.config.order, grid)
             sweeps.append(count)
     return sweeps[::-1]
 

@@ -41,6 +41,7 @@ def check_model(config: Any) -> None:
     ):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
+    check_deep_order(config)
     if config.condition_blocks not in ("all", "deep"):
         raise ValueError(f"condition_blocks must be 'all' or 'deep', got {config.condition_blocks!r}")
     if config.learned_denoiser == "conditional" and conditioning == "none":
@@ -56,6 +57,18 @@ def check_model(config: Any) -> None:
         raise ValueError(f"conditioning {conditioning!r} needs num_classes of at least 1, got {config.num_classes}")
     if conditioning == "prefix" and config.cond_dim < 1:
         raise ValueError(f"conditioning 'prefix' needs cond_dim of at least 1, got {config.cond_dim}")
+
+
+def check_deep_order(config: Any) -> None:
+    """Errors of a model's ``deep_order``."""
+    if config.deep_order is None:
+        return
+    if config.deep_order != "coarse_to_fine":
+        raise ValueError(f"deep_order must be 'coarse_to_fine', or left out, got {config.deep_order!r}")
+    if config.block == "coupling":
+        raise ValueError("deep_order is for blocks that go from token to token, not for block 'coupling': leave it out")
+    if config.positions == "rotary_1d":
+        raise ValueError("deep_order goes over rows and columns, which positions 'rotary_1d' do not know: take 'rotary'")
 
 
 def network_config(model: Any, layers: int, width: int, sees_condition: bool, order: str) -> BlockConfig:
@@ -119,7 +132,8 @@ def make_blocks(model: Any) -> ModuleList[Block]:
         if layers > 0:
             width = model.deep_width if index == last and model.deep_width else model.width
             sees = model.condition_blocks == "all" or index == last
-            config = network_config(model, layers, width, sees, block_order(index, model.first_order))
+            order = block_order(index, model.first_order)
+            config = network_config(model, layers, width, sees, (index == last and model.deep_order) or order)
             blocks.append(BLOCKS[model.block](config))
     return blocks
 

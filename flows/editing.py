@@ -16,7 +16,7 @@ from tarflow.flows.decoding.sequential import fitting_threads
 from tarflow.flows.decoding.step import decode_step
 from tarflow.flows.layers.affine import affine_forward, affine_inverse, at_least_float32
 from tarflow.flows.layers.block import Block
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.layers.prepared import at_hand
 from tarflow.flows.likelihood import block_affine, check_autoregressive, log_prob, prior_log_prob
 from tarflow.flows.model import TARFlowModel
@@ -157,14 +157,14 @@ class HeldFlow:
 
     def filled(self, block: Block, z: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """`inverse_block` with the block's weights at hand."""
-        order = block.config.order
+        order, grid = block.config.order, self.grid
         run = InversionState(block, len(z), self.grid, self.condition, None, None)
         step = decode_step(block, run.context, run.cache)
-        hole, known = reorder(self.hole, order).unbind(1), reorder(reference, order).unbind(1)
+        hole, known = (reorder(part, order, grid).unbind(1) for part in (self.hole, reference))
         made, log_scales = [], []
         previous = z[:, 0] if run.first else run.before_first(len(z), z.dtype)  # without a start token it is not read
         with fitting_threads(len(z), z.device):
-            for token, target in enumerate(at_least_float32(reorder(z, order)).unbind(1)):
+            for token, target in enumerate(at_least_float32(reorder(z, order, grid)).unbind(1)):
                 if token < run.first:  # without a start token, token 0 passes unchanged
                     shift = log_scale = torch.zeros_like(target)
                 else:
@@ -174,7 +174,7 @@ class HeldFlow:
                 log_scales.append(log_scale)
         x = torch.stack(made, dim=1)
         check_finite(x, "the filling of the hole")
-        return reorder(x, order), reorder(torch.stack(log_scales, dim=1), order)
+        return restore(x, order, grid), restore(torch.stack(log_scales, dim=1), order, grid)
 
     def prior_log_det(self, like: Tensor) -> Tensor:
         """Σ log of the prior's standard deviation over the hole's numbers, (B,)."""

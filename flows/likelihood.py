@@ -12,7 +12,7 @@ from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.layers.affine import affine_forward, at_least_float32
 from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.condition import Condition
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.layers.prepared import at_hand
 from tarflow.flows.model import TARFlowModel
 
@@ -69,9 +69,9 @@ def block_affine(block: Block, x: Tensor, grid: tuple[int, int], condition: Cond
     check_autoregressive(block)
     with at_hand(block):
         run = InversionState(block, len(x), grid, condition, None, None, cached=False)
-        shift, log_scale = run.parameters(reorder(x, block.config.order), run.first, run.num_tokens)
+        shift, log_scale = run.parameters(reorder(x, block.config.order, grid), run.first, run.num_tokens)
     parts = (F.pad(part, (0, 0, run.first, 0)) for part in (shift, log_scale))  # token 0 may pass unchanged
-    shift, log_scale = (reorder(part, block.config.order) for part in parts)
+    shift, log_scale = (restore(part, block.config.order, grid) for part in parts)
     return shift, log_scale
 
 

@@ -27,7 +27,7 @@ from tarflow.flows.decoding.method import FAST_TOLERANCE, PROMISES, Decoding, In
 from tarflow.flows.decoding.sampling import decode, generate
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.model import TARFlowModel
 
 
@@ -132,7 +132,7 @@ def test_finished_samples_are_left_out(monkeypatch) -> None:
         return whole(run, x, start, end)
 
     monkeypatch.setattr(InversionState, "parameters", watched)
-    ordered = reorder(tokens, block.config.order)
+    ordered = reorder(tokens, block.config.order, grid)
     x, _, sweeps = decode_jacobi(
         InversionState(block, 4, grid, cond, null, how), ordered, Decoding("gs_jacobi", 1e-6, 8)
     )
@@ -140,7 +140,7 @@ def test_finished_samples_are_left_out(monkeypatch) -> None:
     assert set(batches) > {4}
     assert min(batches) < 4
     expected, _ = decode(block, tokens, grid, cond, null, how)
-    torch.testing.assert_close(reorder(x, block.config.order), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(restore(x, block.config.order, grid), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("together", [1, 3])
@@ -161,7 +161,7 @@ def test_final_tokens_at_the_front_are_swept_no_more(
         return whole(run, x, start, end)
 
     monkeypatch.setattr(InversionState, "parameters", watched)
-    ordered = reorder(tokens, block.config.order)
+    ordered = reorder(tokens, block.config.order, grid)
     run = InversionState(block, 2, grid, cond, null, None)
     x, log_scales, _ = decode_jacobi(run, ordered, Decoding("gs_jacobi", 1e-13, length))
     monkeypatch.undo()

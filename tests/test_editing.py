@@ -18,6 +18,7 @@ MODELS = [
     {"conditioning": "prefix"},
     {"conditioning": "class_prefix", "first_order": "row_major"},
     {"start_token": False, "positions": "learned", "learned_prior": True},
+    {"deep_order": "coarse_to_fine"},
 ]
 
 

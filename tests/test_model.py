@@ -11,6 +11,7 @@ import torch
 from helpers import condition_of, random_images, small_model
 from torch import Tensor
 
+from tarflow.flows.layers.order import reorder
 from tarflow.flows.model import TARFlowModel
 
 CASES: dict[str, dict[str, Any]] = {
@@ -46,6 +47,8 @@ CASES |= {
     "deep_condition_vectors": {"condition_blocks": "deep", "conditioning": "class_vectors"},
     "identity_blocks": {"layers_per_block": (1, 0, 0, 1)},
     "row_major": {"first_order": "row_major", "conditioning": "prefix"},
+    "coarse_to_fine": {"deep_order": "coarse_to_fine", "conditioning": "prefix"},
+    "coarse_to_fine-learned-shifted": {"deep_order": "coarse_to_fine", "positions": "learned", "start_token": False},
     "channel_first": {"patch_layout": "channel_first", "final_norm": False},
     "position_length": {"position_length": 7},
     "clipped_shifted": {"start_token": False, "soft_clip": 0.5, "scale": "exp"},
@@ -108,8 +111,7 @@ def test_each_block_is_triangular_in_its_order(model: TARFlowModel) -> None:
         size = tokens.shape[2]
         matrix = jacobian(lambda x, block=block: block(x, grid, condition)[0], tokens)
         matrix = matrix.reshape(4, size, 4, size).permute(0, 2, 1, 3)  # (out token, in token, C, C)
-        if block.config.order == "reversed":
-            matrix = matrix.flip(0, 1)
+        matrix = reorder(reorder(matrix, block.config.order, grid, dim=0), block.config.order, grid, dim=1)
         for out_token, in_token in product(range(4), range(4)):
             part = matrix[out_token, in_token]
             if out_token < in_token:
@@ -138,6 +140,8 @@ def test_orders_alternate_and_identity_blocks_count() -> None:
     assert orders == ["reversed", "reversed", "row_major"]
     orders = [block.config.order for block in small_model(layers_per_block=(1, 1), first_order="row_major").blocks]
     assert orders == ["row_major", "reversed"]
+    orders = [block.config.order for block in small_model(layers_per_block=(1, 1), deep_order="coarse_to_fine").blocks]
+    assert orders == ["reversed", "coarse_to_fine"]
 
 
 def test_an_untrained_model_is_the_identity() -> None:
@@ -315,6 +319,9 @@ def test_unit_prior_is_left_alone() -> None:
         ({"scale": "sigmoid"}, "scale must be one of exp, softplus, additive"),
         ({"positions": "sine"}, "positions must be one of learned, rotary, rotary_1d"),
         ({"first_order": "random"}, "first_order must be one of row_major, reversed"),
+        ({"deep_order": "spiral"}, "deep_order must be 'coarse_to_fine', or left out, got 'spiral'"),
+        ({"deep_order": "coarse_to_fine", "block": "coupling"}, "not for block 'coupling': leave it out"),
+        ({"deep_order": "coarse_to_fine", "positions": "rotary_1d"}, "which positions 'rotary_1d' do not know: take 'rotary'"),
         ({"mlp_ratio": 0}, "mlp_ratio must be at least 1"),
         ({"num_heads": -2}, "num_heads must be at least 1"),
         ({"position_length": -1}, "position_length must be at least 1"),

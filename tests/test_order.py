@@ -7,7 +7,16 @@ from itertools import product
 import pytest
 import torch
 
-from tarflow.flows.layers.order import PATCH_LAYOUTS, block_order, patchify, reorder, unpatchify
+from tarflow.flows.layers.order import (
+    ORDERS,
+    PATCH_LAYOUTS,
+    block_order,
+    coarse_to_fine,
+    patchify,
+    reorder,
+    restore,
+    unpatchify,
+)
 
 
 @pytest.mark.parametrize("layout", PATCH_LAYOUTS)
@@ -31,12 +40,47 @@ def test_every_number_is_where_the_layout_says() -> None:
         assert last[0, row * columns + column, (i * p + j) * channels + channel] == value
 
 
-@pytest.mark.parametrize("order", ["row_major", "reversed"])
-def test_reordering_twice_changes_nothing(order: str) -> None:
-    tokens = torch.randn(2, 6, 3)
-    assert torch.equal(reorder(reorder(tokens, order), order), tokens)
-    assert torch.equal(reorder(tokens, order)[:, 0], tokens[:, 0 if order == "row_major" else -1])
-    assert torch.equal(reorder(tokens[0], order, dim=0), reorder(tokens, order)[0])
+@pytest.mark.parametrize("grid", [(2, 3), (1, 1), (1, 5), (8, 8), (7, 4)])
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_order_has_each_token_once(order: str, grid: tuple[int, int]) -> None:
+    tokens = torch.randn(2, grid[0] * grid[1], 3)
+    ordered = reorder(tokens, order, grid)
+    assert torch.equal(restore(ordered, order, grid), tokens)
+    assert torch.equal(ordered[:, 0], tokens[:, -1 if order == "reversed" else 0])
+    assert torch.equal(reorder(tokens[0], order, grid, dim=0), ordered[0])
+    assert sorted(ordered.flatten().tolist()) == sorted(tokens.flatten().tolist())
+
+
+def test_each_finer_grid_lies_between_the_coarser_ones() -> None:
+    """All that was made before a spacing's groups is the grid of twice that spacing, whole."""
+    order = coarse_to_fine((8, 8))
+    assert order[:4] == [(0, 0), (4, 4), (0, 4), (4, 0)]
+    for spacing in (1, 2, 4, 8):
+        made = order[: (8 // spacing) ** 2]
+        assert sorted(made) == [(row, column) for row in range(0, 8, spacing) for column in range(0, 8, spacing)]
+
+
+def test_neighbours_in_a_field_need_fewer_sweeps_from_coarse_to_fine() -> None:
+    """A Gaussian field whose covariance is exp(−distance / 2), with noise, drawn token by token: its exact conditionals
+    are known, and each sweep is a product with what a token owes to those before it."""
+    grid = (8, 8)
+    place = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)).double()
+    covariance = torch.exp(-torch.cdist(place, place) / 2) + 0.09 * torch.eye(64)
+    needed = {}
+    for order in ORDERS:
+        ordered = reorder(reorder(covariance, order, grid, dim=0), order, grid, dim=1)
+        factor = torch.linalg.cholesky(ordered)  # x = factor · z
+        scale = factor.diagonal()[:, None]
+        ties = torch.eye(64) - scale * torch.linalg.inv(factor)  # x = scale · z + ties · x
+        z = torch.randn(64, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x = z
+        for sweep in range(64):
+            x = scale * z + ties @ x
+            if (x - factor @ z).abs().max() < 1e-3:
+                needed[order] = sweep + 1
+                break
+    assert needed["coarse_to_fine"] <= 9
+    assert min(needed["row_major"], needed["reversed"]) > 1.8 * needed["coarse_to_fine"]
 
 
 def test_orders_alternate() -> None:

@@ -17,7 +17,7 @@ from tarflow.flows.layers.affine import affine_forward, affine_inverse
 from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 
 
 class FlowBlock(Block):
@@ -39,10 +39,10 @@ class FlowBlock(Block):
         Returns:
             z (B, T, C), row-major, and log|det dz/dx| (B,).
         """
-        x = reorder(x, self.config.order)
+        x = reorder(x, self.config.order, grid)
         shift, log_scale = self.parameters_of(x, grid, cond)
         z, log_det = affine_forward(x, shift, log_scale)
-        return reorder(z, self.config.order), log_det
+        return restore(z, self.config.order, grid), log_det
 
     def parameters_of(self, x: Tensor, grid: tuple[int, int], cond: Condition) -> tuple[Tensor, Tensor]:
         """Shift and log-scale (B, T, C) of all tokens, each from those before it, in the block's order as x is."""
@@ -62,8 +62,8 @@ class FlowBlock(Block):
             grid, cond: as in `forward`.
         """
         order = self.config.order
-        shift, log_scale = self.parameters_of(reorder(x, order), grid, cond)
-        return affine_inverse(z, reorder(shift, order), reorder(log_scale, order))
+        shift, log_scale = self.parameters_of(reorder(x, order, grid), grid, cond)
+        return affine_inverse(z, restore(shift, order, grid), restore(log_scale, order, grid))
 
     def inverse(
         self,

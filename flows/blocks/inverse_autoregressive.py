@@ -16,7 +16,7 @@ from tarflow.flows.layers.affine import affine_inverse, at_least_float32
 from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.kv_cache import GrowingCache
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 
 
 class InverseAutoregressiveBlock(FlowBlock):
@@ -52,7 +52,7 @@ class InverseAutoregressiveBlock(FlowBlock):
         if not torch.is_grad_enabled():
             return self.encode(x, grid, cond, null_cond, guidance)
         self.refuse_guidance(guidance)
-        ordered = at_least_float32(reorder(x, self.config.order))
+        ordered = at_least_float32(reorder(x, self.config.order, grid))
         context, cache = self.context(cond, grid), GrowingCache(self.config.transformer.layers)
         made: list[Tensor] = []
         log_scales: list[Tensor] = []
@@ -67,7 +67,7 @@ class InverseAutoregressiveBlock(FlowBlock):
             shift, log_scale = self.affine_parameters(last, slot, context, cache)
             log_scales.append(log_scale)
             made.append(affine_inverse(ordered[:, token : token + 1], shift, log_scale))
-        z = reorder(torch.cat(made, dim=1), self.config.order)
+        z = restore(torch.cat(made, dim=1), self.config.order, grid)
         return z, torch.cat(log_scales, dim=1).flatten(1).sum(1)
 
     @torch.no_grad()
@@ -85,12 +85,12 @@ class InverseAutoregressiveBlock(FlowBlock):
         decoding = decoding or Decoding()
         with torch.autocast(x.device.type, enabled=False):
             run = InversionState(self, len(x), grid, cond, null_cond, None)
-            ordered = at_least_float32(reorder(x, self.config.order))
+            ordered = at_least_float32(reorder(x, self.config.order, grid))
             if decoding.method == "sequential":
                 z, log_scales = decode_sequential(run, ordered)
             else:
                 z, log_scales, _ = decode_jacobi(run, ordered, decoding)
-        return reorder(z, self.config.order), log_scales.flatten(1).sum(1)
+        return restore(z, self.config.order, grid), log_scales.flatten(1).sum(1)
 
     def inverse(
         self,

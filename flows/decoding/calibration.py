@@ -22,7 +22,7 @@ from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype, offload_group
 
 #: Steps that are timed in each turn, and turns of steps and of a sweep; the time of all follows from the least.
@@ -80,7 +80,7 @@ def calibrate(
     end = clock(z.device) + limit
     with torch.autocast(z.device.type, enabled=False):
         for block in reversed(model.blocks):
-            ordered = at_least_float32(reorder(tokens, block.config.order))
+            ordered = at_least_float32(reorder(tokens, block.config.order, grid))
             now = clock(z.device)
             deadline = now + (end - now) / (len(model.blocks) - len(choices))
             own = None if guidance is None else guidance.of_block(not choices)
@@ -88,7 +88,7 @@ def calibrate(
             with at_hand(block):
                 choice, ordered = trial.one_pass() if block.one_pass else trial.choose(tolerance)
             choices.append(choice)
-            tokens = reorder(ordered, block.config.order)
+            tokens = restore(ordered, block.config.order, grid)
     return choices[::-1]
 
 
@@ -126,10 +126,10 @@ class BlockTrial:
 
     def one_pass(self) -> tuple[BlockChoice, Tensor]:
         """Of a block that has but one way."""
-        order = self.block.config.order
-        whole, (x, _) = self.timed(lambda: self.block.inverse(reorder(self.z, order), self.grid, *self.conditions))
+        order, grid = self.block.config.order, self.grid
+        whole, (x, _) = self.timed(lambda: self.block.inverse(restore(self.z, order, grid), grid, *self.conditions))
         whole = round(whole, 4)
-        return BlockChoice("parallel", None, whole, whole, 1, whole, whole), reorder(x, order)
+        return BlockChoice("parallel", None, whole, whole, 1, whole, whole), reorder(x, order, grid)
 
     def sequential(self) -> tuple[float, Tensor]:
         """Milliseconds of the whole block, and its inverse."""

@@ -29,13 +29,13 @@ FORMAT = 2
 PATIENCE = 5.0
 #: Numbers of each parameter that `sample_of_weights` takes, or up to twice as many.
 SAMPLED = 8
+#: Settings of models that came later, and are left out where they are off: what was kept before stays valid.
+NEWER = ("noise_conditioning", "deep_order")
 
 
 def fingerprint(model: Any) -> str:
     """A short name of a model's settings and weights, from a few numbers of each tensor."""
-    settings = {
-        k: v for k, v in model.config.items() if k[0] != "_" and (k != "noise_conditioning" or v)
-    }  # it is newer
+    settings = {k: v for k, v in model.config.items() if k[0] != "_" and (v or k not in NEWER)}
     digest = hashlib.sha256(json.dumps(settings, default=str).encode())
     for name, value in held_tensors(model):
         numbers = dequantized(value).flatten()[:: max(1, value.numel() // 64)][:64].float().cpu()

@@ -18,7 +18,7 @@ from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.condition import Condition, parts_of, with_level
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.kv_cache import KVCache
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype
 
 #: How far samples are from exact ones at most with these tolerances, and the guidance scale up to which that holds (see
@@ -282,13 +282,13 @@ def guided_states(
         if block.one_pass:
             tokens, _ = block(tokens, grid, cond, null_cond, own)
         else:
-            ordered = reorder(tokens, block.config.order)
+            ordered = reorder(tokens, block.config.order, grid)
             out = ordered.clone()
             with at_hand(block):
                 run = InversionState(block, len(tokens), grid, cond, null_cond, own, cached=False)
                 if run.num_tokens > run.first:
                     shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
                     out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)
-            tokens = reorder(out, block.config.order)
+            tokens = restore(out, block.config.order, grid)
         states.append(tokens)
     return states

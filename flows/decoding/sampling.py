@@ -20,7 +20,7 @@ from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.layers.prepared import at_hand
 
 
@@ -79,16 +79,16 @@ def decode(
     with torch.autocast(z.device.type, enabled=False), at_hand(block):
         if block.one_pass:
             x, log_det = block.inverse(at_least_float32(z), grid, cond, null_cond, guidance)
-            check_finite(reorder(x, block.config.order), name)
+            check_finite(reorder(x, block.config.order, grid), name)
             return x, log_det
         run = InversionState(block, z.shape[0], grid, cond, null_cond, guidance)
-        z = at_least_float32(reorder(z, block.config.order))
+        z = at_least_float32(reorder(z, block.config.order, grid))
         if decoding.method == "sequential":
             x, log_scales = decode_sequential(run, z, fast)
         else:
             x, log_scales, _ = decode_jacobi(run, z, decoding)
     check_finite(x, name)
-    return reorder(x, block.config.order), -log_scales.flatten(1).sum(1)
+    return restore(x, block.config.order, grid), -log_scales.flatten(1).sum(1)
 
 
 @torch.no_grad()

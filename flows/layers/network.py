@@ -73,7 +73,7 @@ class TokenNetwork(nn.Module):
         self.final_norm = RMSNorm(transformer.width) if config.final_norm else None
         self.proj_out = OutputLinear(transformer.width, outputs)
         self.pos_embed = None
-        if config.positions == "learned":
+        if config.positions == "learned" or config.order == "coarse_to_fine":  # whose steps from token to token differ
             self.pos_embed = nn.Parameter(torch.randn(config.grid_size**2, transformer.width) * 0.01)
         self.class_embed = self.proj_cond = None
         if config.conditioning == "class_vectors":
@@ -115,7 +115,7 @@ class TokenNetwork(nn.Module):
                     f"learned positions fit a grid of {config.grid_size} × {config.grid_size} tokens only, "
                     f"got {grid[0]} × {grid[1]}"
                 )
-            added = reorder(self.pos_embed, config.order, dim=0)[None]  # (1, T, D)
+            added = reorder(self.pos_embed, config.order, grid, dim=0)[None]  # (1, T, D)
         if self.class_embed is not None:
             table = torch.cat([self.class_embed, self.class_embed.mean(0, keepdim=True)])  # the last row: no class
             vector = table[cond][:, None] if cond is not None else table[-1:][None]  # (B or 1, 1, D)
@@ -134,6 +134,9 @@ class TokenNetwork(nn.Module):
                 )
             else:
                 angles = rotary_angles_1d(length + grid[0] * grid[1], config.transformer.head_dim, device, dtype)
+                if config.order == "coarse_to_fine":
+                    prefix_angles, image_angles = angles.split([length, grid[0] * grid[1]])
+                    angles = torch.cat([prefix_angles, reorder(image_angles, config.order, grid, dim=0)])
             rotation = rotation_tables(angles)
         return BlockContext(prefix, added, rotation)
 

@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
-ORDERS = ("row_major", "reversed")
+#: Orders that alternate from block to block.
+ALTERNATING = ("row_major", "reversed")
+ORDERS = (*ALTERNATING, "coarse_to_fine")
 PATCH_LAYOUTS = ("channel_first", "channel_last")
 
 
 def block_order(index: int, first_order: str) -> str:
     """The order of block ``index`` (0 at the data): orders alternate, starting with ``first_order``."""
-    if first_order not in ORDERS:
-        raise ValueError(f"first_order must be one of {', '.join(ORDERS)}, got {first_order!r}")
-    return ORDERS[(ORDERS.index(first_order) + index) % 2]
+    if first_order not in ALTERNATING:
+        raise ValueError(f"first_order must be one of {', '.join(ALTERNATING)}, got {first_order!r}")
+    return ALTERNATING[(ALTERNATING.index(first_order) + index) % 2]
 
 
-def reorder(tokens: Tensor, order: str, dim: int = 1) -> Tensor:
-    """Row-major tokens into a block's order, or back: both are their own inverse."""
-    return tokens.flip(dim) if order == "reversed" else tokens
+def reorder(tokens: Tensor, order: str, grid: tuple[int, int], dim: int = 1) -> Tensor:
+    """Row-major tokens of a grid (rows, columns) into a block's order."""
+    if order == "reversed":
+        return tokens.flip(dim)
+    return tokens.index_select(dim, places(grid, tokens.device)[0]) if order == "coarse_to_fine" else tokens
+
+
+def restore(tokens: Tensor, order: str, grid: tuple[int, int], dim: int = 1) -> Tensor:
+    """The inverse of `reorder`."""
+    if order == "coarse_to_fine":
+        return tokens.index_select(dim, places(grid, tokens.device)[1])
+    return reorder(tokens, order, grid, dim)
+
+
+@lru_cache
+@torch.inference_mode(False)  # what is kept may be used with gradients later
+def places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the order "coarse_to_fine": the row-major place of each token of the sequence, (T,), and the inverse."""
+    order = torch.tensor([row * grid[1] + column for row, column in coarse_to_fine(grid)])
+    return order.to(device), order.argsort().to(device)
+
+
+def coarse_to_fine(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """Rows and columns of a grid's tokens, from a coarse grid to finer ones.
+
+    Of a grid of spacing 2·s, first the middles of its squares come, then those of their sides: then there is a grid of
+    spacing s. A token's neighbours are mostly in other groups than its own, and in a group tokens are far apart. So a
+    chain of tokens of which each depends much on the one before is about as long as there are groups, three for each
+    spacing; in row-major order it is as long as a row and a column. Sweeps carry what a token is along such chains.
+    """
+    found = [(0, 0)]
+    for spacing in (2**level for level in reversed(range((max(grid) - 1).bit_length()))):
+        for first_row, first_column in ((spacing, spacing), (0, spacing), (spacing, 0)):
+            rows, columns = range(first_row, grid[0], 2 * spacing), range(first_column, grid[1], 2 * spacing)
+            found += itertools.product(rows, columns)
+    return found
 
 
 def patchify(x: Tensor, patch_size: int, layout: str) -> Tensor:

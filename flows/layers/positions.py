@@ -2,7 +2,7 @@
 
 Angles follow STARFlow: an image's tokens lie on row and column axes whose lengths depend on the aspect ratio but span
 the same area at any size; prefix (condition) tokens lie on a third axis with eight frequencies. Positions belong to the
-slots of a sequence, so they are the same for every order.
+slots of a sequence, so they are the same for row-major and reversed order; from coarse to fine a slot has its token's.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ FIXED: dict[str, Any] = {
     "mixing": "none",
     "actnorm": False,
     "noise_conditioning": False,
+    "deep_order": None,
 }
 
 

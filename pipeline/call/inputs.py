@@ -122,7 +122,7 @@ def latent_shape(config: Any, factor: int, height: int | None, width: int | None
         unit = factor * config.patch_size
         if side < unit or side % unit:
             raise ValueError(f"{name} must be a positive multiple of {unit}, got {side}")
-        if config.positions == "learned" and side != config.sample_size * factor:
+        if (config.positions == "learned" or config.get("deep_order")) and side != config.sample_size * factor:
             raise ValueError(f"{name} must be {config.sample_size * factor} with learned positions, got {side}")
         if config.get("learned_prior") and side != config.sample_size * factor:
             raise ValueError(

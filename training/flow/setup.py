@@ -156,7 +156,7 @@ def flow_arguments(config: RunConfig, derived: dict[str, Any], start: Start | No
 
 def check_shapes(arguments: dict[str, Any]) -> None:
     """An error if a flow of these arguments has one shape, as the data has several."""
-    if arguments.get("learned_prior") or arguments.get("positions") == "learned":
+    if arguments.get("learned_prior") or arguments.get("deep_order") or arguments.get("positions") == "learned":
         raise ValueError("the data has pictures of several shapes, which learned positions and priors do not fit")
 
 
