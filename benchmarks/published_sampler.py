@@ -123,8 +123,7 @@ def decode_as_published(
             raise TimeoutError(
                 f"the published algorithm was at token {token} of {tokens} in a block when its time was up"
             )
-        inputs = x[:, token - 1 : token] if token else block.start_token.expand(len(z), 1, -1)
-        hidden = block.proj_in(inputs.to(block.proj_in.weight.dtype))
+        hidden = block.proj_in(block.slot_inputs(x, grid, token, token + 1).to(block.proj_in.weight.dtype))
         if context.added is not None:
             hidden = hidden + context.added[:, token - run.first : token - run.first + 1]
         hidden = layers(hidden)

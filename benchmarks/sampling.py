@@ -288,7 +288,7 @@ def roofline(
         run = InversionState(block, batch, (side, side), cond, null, guidance)
         step = DecodeStep(block, run.context, run.cache, run.temperature)
         middle = run.cache.length + run.num_tokens // 2
-        inputs = run.doubled(torch.randn(batch, block.config.token_dim, device=device))
+        inputs = run.doubled(torch.randn(batch, block.proj_in.in_features, device=device))
         times = []
         for _ in range(steps):
             run.cache.truncate(middle)

@@ -65,10 +65,15 @@ def check_deep_order(config: Any) -> None:
         return
     if config.deep_order != "coarse_to_fine":
         raise ValueError(f"deep_order must be 'coarse_to_fine', or left out, got {config.deep_order!r}")
-    if config.block == "coupling":
-        raise ValueError("deep_order is for blocks that go from token to token, not for block 'coupling': leave it out")
+    if config.block != "autoregressive" or not config.start_token:
+        raise ValueError(
+            f"deep_order is for block 'autoregressive' with a start_token, got {config.block!r} and {config.start_token}: "
+            "leave it out"
+        )
     if config.positions == "rotary_1d":
-        raise ValueError("deep_order goes over rows and columns, which positions 'rotary_1d' do not know: take 'rotary'")
+        raise ValueError(
+            "deep_order goes over rows and columns, which positions 'rotary_1d' do not know: take 'rotary'"
+        )
 
 
 def network_config(model: Any, layers: int, width: int, sees_condition: bool, order: str) -> BlockConfig:

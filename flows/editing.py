@@ -161,16 +161,15 @@ class HeldFlow:
         run = InversionState(block, len(z), self.grid, self.condition, None, None)
         step = decode_step(block, run.context, run.cache)
         hole, known = (reorder(part, order, grid).unbind(1) for part in (self.hole, reference))
-        made, log_scales = [], []
-        previous = z[:, 0] if run.first else run.before_first(len(z), z.dtype)  # without a start token it is not read
+        made: list[Tensor] = []
+        log_scales: list[Tensor] = []
         with fitting_threads(len(z), z.device):
             for token, target in enumerate(at_least_float32(reorder(z, order, grid)).unbind(1)):
                 if token < run.first:  # without a start token, token 0 passes unchanged
                     shift = log_scale = torch.zeros_like(target)
                 else:
-                    shift, log_scale = step(previous)
-                previous = torch.where(hole[token], affine_inverse(target, shift, log_scale), known[token])
-                made.append(previous)
+                    shift, log_scale = step(run.next_inputs(made, z))
+                made.append(torch.where(hole[token], affine_inverse(target, shift, log_scale), known[token]))
                 log_scales.append(log_scale)
         x = torch.stack(made, dim=1)
         check_finite(x, "the filling of the hole")

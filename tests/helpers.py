@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow.flows.blocks.autoregressive import FlowBlock
+from tarflow.flows.layers.order import coarse_to_fine
 from tarflow.flows.model import TARFlowModel
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,24 @@ def random_images(model: TARFlowModel, batch: int, height: int = 0, width: int =
     return torch.randn(shape, dtype=model.blocks[0].proj_in.weight.dtype)
 
 
+def coarse_inputs(block: FlowBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What the slots of a block from coarse to fine hold, number by number, of tokens (T, C) in its order."""
+    order, start = coarse_to_fine(grid), block.start_token.to(x.dtype)
+    made: dict[tuple[int, int], Tensor] = {}
+    rows, last = [], start
+    for token, (row, column) in zip(x, order, strict=True):
+        spacing = 1
+        while made and row % (2 * spacing) == column % (2 * spacing) == 0:
+            spacing *= 2
+        around = [(0, -1), (0, 1), (-1, 0), (1, 0)]
+        if row % (2 * spacing) and column % (2 * spacing):
+            around = [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+        near = [made.get((row + spacing * down, column + spacing * right), start) for down, right in around]
+        rows.append(torch.cat([last, *near]))
+        made[row, column] = last = token
+    return torch.stack(rows)
+
+
 def block_parameters(
     block: FlowBlock, x: Tensor, grid: tuple[int, int], cond: Tensor | None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -72,6 +91,10 @@ def block_parameters(
     """
     divisor = None if temperature == 1 else torch.full((x.shape[0], 1, 1, 1), temperature, dtype=x.dtype)
     context = block.context(cond, grid)
+    if block.config.order == "coarse_to_fine":
+        inputs = torch.stack([coarse_inputs(block, one, grid) for one in x])
+        shift, log_scale = block.affine_parameters(inputs, 0, context, None, divisor)
+        return shift, log_scale.exp()
     if block.start_token is not None:
         start = block.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
         shift, log_scale = block.affine_parameters(torch.cat([start, x[:, :-1]], 1), 0, context, None, divisor)

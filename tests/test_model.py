@@ -48,7 +48,7 @@ CASES |= {
     "identity_blocks": {"layers_per_block": (1, 0, 0, 1)},
     "row_major": {"first_order": "row_major", "conditioning": "prefix"},
     "coarse_to_fine": {"deep_order": "coarse_to_fine", "conditioning": "prefix"},
-    "coarse_to_fine-learned-shifted": {"deep_order": "coarse_to_fine", "positions": "learned", "start_token": False},
+    "coarse_to_fine-learned": {"deep_order": "coarse_to_fine", "positions": "learned", "scale": "exp"},
     "channel_first": {"patch_layout": "channel_first", "final_norm": False},
     "position_length": {"position_length": 7},
     "clipped_shifted": {"start_token": False, "soft_clip": 0.5, "scale": "exp"},
@@ -218,8 +218,9 @@ def test_other_sizes_with_rotary_positions(positions: str, size: tuple[int, int]
     torch.testing.assert_close(inverse_log_det, log_det)
 
 
-def test_other_sizes_with_learned_positions_are_an_error() -> None:
-    model = small_model(positions="learned")
+@pytest.mark.parametrize("options", [{"positions": "learned"}, {"deep_order": "coarse_to_fine"}])
+def test_other_sizes_with_learned_positions_are_an_error(options: dict[str, Any]) -> None:
+    model = small_model(**options)
     with pytest.raises(ValueError, match="learned positions fit a grid of 2 × 2"):
         model(random_images(model, 1, 2, 6))
     with pytest.raises(ValueError, match="got 1 × 3"):
@@ -320,8 +321,15 @@ def test_unit_prior_is_left_alone() -> None:
         ({"positions": "sine"}, "positions must be one of learned, rotary, rotary_1d"),
         ({"first_order": "random"}, "first_order must be one of row_major, reversed"),
         ({"deep_order": "spiral"}, "deep_order must be 'coarse_to_fine', or left out, got 'spiral'"),
-        ({"deep_order": "coarse_to_fine", "block": "coupling"}, "not for block 'coupling': leave it out"),
-        ({"deep_order": "coarse_to_fine", "positions": "rotary_1d"}, "which positions 'rotary_1d' do not know: take 'rotary'"),
+        (
+            {"deep_order": "coarse_to_fine", "block": "coupling"},
+            "with a start_token, got 'coupling' and True: leave it out",
+        ),
+        ({"deep_order": "coarse_to_fine", "start_token": False}, "got 'autoregressive' and False: leave it out"),
+        (
+            {"deep_order": "coarse_to_fine", "positions": "rotary_1d"},
+            "which positions 'rotary_1d' do not know: take 'rotary'",
+        ),
         ({"mlp_ratio": 0}, "mlp_ratio must be at least 1"),
         ({"num_heads": -2}, "num_heads must be at least 1"),
         ({"position_length": -1}, "position_length must be at least 1"),

@@ -118,7 +118,6 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
     arguments = [*ARGUMENTS, *SMALL_TEXT, "--train.batch_size", "4", "--train.steps", "6"]
     runs = {"whole": [*arguments, "--output", str(tmp_path / "whole"), "--log.sample_every", "3"]}
     muon = [*arguments, "--optim.name", "muon", "--train.steps", "3", "--log.checkpoint_every", "2"]
-    muon += ["--train.sweep_loss.weight", "0.1", "--train.sweep_loss.sweeps", "2"]  # and with the loss of sweeps
     runs["muon"] = [*muon, "--output", str(tmp_path / "muon")]
     levels = [*arguments, *LEVELS]
     runs["levels"] = [*levels, "--output", str(tmp_path / "levels")]

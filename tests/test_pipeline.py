@@ -202,6 +202,7 @@ def test_bad_input(conditioning, arguments, message):
         make_pipeline(conditioning)(**arguments)
 
 
-def test_learned_positions_have_one_size():
+@pytest.mark.parametrize("options", [{"positions": "learned"}, {"deep_order": "coarse_to_fine"}])
+def test_learned_positions_have_one_size(options):
     with pytest.raises(ValueError, match="width must be 32 with learned positions, got 64"):
-        make_pipeline("none", positions="learned")(width=64)
+        make_pipeline("none", **options)(width=64)

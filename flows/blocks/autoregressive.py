@@ -8,12 +8,11 @@ needed.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tarflow.flows.decoding import sampling
-from tarflow.flows.layers.affine import affine_forward, affine_inverse
+from tarflow.flows.layers.affine import affine_forward
 from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
@@ -40,30 +39,15 @@ class FlowBlock(Block):
             z (B, T, C), row-major, and log|det dz/dx| (B,).
         """
         x = reorder(x, self.config.order, grid)
-        shift, log_scale = self.parameters_of(x, grid, cond)
+        if self.start_token is None:
+            inputs = self.slot_inputs(x, grid, 1, x.shape[1])
+            shift, log_scale = self.affine_parameters(inputs, 0, self.context(cond, grid))
+            shift, log_scale = F.pad(shift, (0, 0, 1, 0)), F.pad(log_scale, (0, 0, 1, 0))  # token 0 is unchanged
+        else:
+            inputs = self.slot_inputs(x, grid, 0, x.shape[1])
+            shift, log_scale = self.affine_parameters(inputs, 0, self.context(cond, grid))
         z, log_det = affine_forward(x, shift, log_scale)
         return restore(z, self.config.order, grid), log_det
-
-    def parameters_of(self, x: Tensor, grid: tuple[int, int], cond: Condition) -> tuple[Tensor, Tensor]:
-        """Shift and log-scale (B, T, C) of all tokens, each from those before it, in the block's order as x is."""
-        if self.start_token is None:
-            shift, log_scale = self.affine_parameters(x[:, :-1], 0, self.context(cond, grid))
-            return F.pad(shift, (0, 0, 1, 0)), F.pad(log_scale, (0, 0, 1, 0))  # token 0 is unchanged
-        start = self.start_token.to(x.dtype).expand(x.shape[0], 1, -1)
-        return self.affine_parameters(torch.cat([start, x[:, :-1]], 1), 0, self.context(cond, grid))
-
-    def sweep(self, x: Tensor, z: Tensor, grid: tuple[int, int], cond: Condition = None) -> Tensor:
-        """One Jacobi sweep towards the inverse of z, with gradients: z·σ(x) + μ(x), row-major (B, T, C).
-
-        The inverse is the only x that a sweep leaves as it is, and T sweeps find it from anywhere.
-
-        Args:
-            x: where the sweep begins, z: the noise, row-major tokens (B, T, C) both.
-            grid, cond: as in `forward`.
-        """
-        order = self.config.order
-        shift, log_scale = self.parameters_of(reorder(x, order, grid), grid, cond)
-        return affine_inverse(z, restore(shift, order, grid), restore(log_scale, order, grid))
 
     def inverse(
         self,

@@ -17,6 +17,7 @@ from tarflow.flows.decoding.fused import ELEMENTS, FusedLayers, suits
 from tarflow.flows.decoding.method import InversionState, combine
 from tarflow.flows.decoding.step import DecodeStep, ModuleStep, StaticStep, decode_step
 from tarflow.flows.layers.affine import affine_inverse
+from tarflow.flows.layers.order import held_places
 from tarflow.flows.layers.prepared import leaves_after_use, may_prepare, state_of
 
 logger = logging.get_logger(__name__)
@@ -72,10 +73,12 @@ class FastStep:
         self.first, self.num_tokens, self.prefix_length = run.first, run.num_tokens, run.context.prefix_length
         self.position = torch.zeros((), dtype=torch.int64, device=device)  # of the next token's input in the cache
         self.previous = torch.zeros(run.batch, channels, dtype=dtype, device=device)
-        #: Noise, tokens and log-scales, (T, B, C) each.
+        #: Noise, tokens and log-scales, (T + 1, B, C) each; behind the tokens is what stands before the first.
         self.noise, self.x, self.log_scales = (
-            torch.zeros(run.num_tokens, run.batch, channels, dtype=dtype, device=device) for _ in range(3)
+            torch.zeros(run.num_tokens + 1, run.batch, channels, dtype=dtype, device=device) for _ in range(3)
         )
+        #: Which tokens each slot holds, if not the previous one, (T, `HELD`).
+        self.held = held_places(run.grid, device) if step.config.order == "coarse_to_fine" else None
         #: Of guidance; on the device, so that another weight needs no other graph.
         self.weight = torch.zeros((), dtype=dtype, device=device)
         self.guidance = None if run.guidance is None else replace(run.guidance, weight=self.weight)
@@ -89,7 +92,11 @@ class FastStep:
         """The token at `position`, and on to the next."""
         token = self.position - self.prefix_length + self.first
         place = token.view(1)
-        rows = self.previous if self.guidance is None else torch.cat([self.previous, self.previous])
+        rows = self.previous
+        if self.held is not None:
+            held = self.held.index_select(0, place).squeeze(0)
+            rows = self.x.index_select(0, held).transpose(0, 1).flatten(1)  # (B, HELD·C)
+        rows = rows if self.guidance is None else torch.cat([rows, rows])
         parameters = self.step.leave(self.layers(self.step.enter(rows, self.position), self.position))
         shift, log_scale = combine(self.guidance, parameters, token, self.num_tokens)
         x = affine_inverse(self.noise.index_select(0, place).squeeze(0), shift, log_scale)
@@ -132,6 +139,7 @@ class FastStep:
         one = self.function if self.graph is None else self.graph.replay
         self.noise.fill_(1.0)
         self.previous.zero_()
+        self.x.zero_()
         count = min(TRIED, self.num_tokens - self.first)
         for _ in range(count):
             one()
@@ -152,6 +160,7 @@ class FastStep:
         self.noise[:count].copy_(z.transpose(0, 1))
         if self.first == 0:
             self.previous.copy_(run.before_first(len(self.previous), self.previous.dtype))
+            self.x[-1].copy_(self.previous)
         else:  # token 0 passes unchanged
             self.previous.copy_(z[:, 0])
             self.x[0].copy_(z[:, 0])

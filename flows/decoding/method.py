@@ -18,7 +18,7 @@ from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.condition import Condition, parts_of, with_level
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.kv_cache import KVCache
-from tarflow.flows.layers.order import reorder, restore
+from tarflow.flows.layers.order import held_tokens, reorder, restore
 from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype
 
 #: How far samples are from exact ones at most with these tolerances, and the guidance scale up to which that holds (see
@@ -79,7 +79,7 @@ class InversionState:
         guidance: Guidance | None,
         cached: bool = True,
     ):
-        self.block, self.batch, self.num_tokens = block, batch, grid[0] * grid[1]
+        self.block, self.batch, self.grid, self.num_tokens = block, batch, grid, grid[0] * grid[1]
         if guidance is not None and not (guidance.active and (block.sees_condition or guidance.temperature != 1)):
             guidance = None
         self.guidance = guidance
@@ -124,12 +124,17 @@ class InversionState:
         assert self.start_token is not None  # `first` is 0
         return self.start_token.to(dtype).expand(rows, -1)
 
-    def inputs(self, x: Tensor, start: int, end: int) -> Tensor:
-        """What sits in the slots of tokens start … end − 1, (B, end − start, C): the tokens before them."""
-        if start > 0:
-            return x[:, start - 1 : end - 1]
-        first = self.before_first(x.shape[0], x.dtype)[:, None]
-        return torch.cat([first, x[:, : end - 1]], dim=1)
+    def next_inputs(self, made: Sequence[Tensor], like: Tensor) -> Tensor:
+        """What sits in the slot of the next token, (B, C) or from coarse to fine (B, `HELD`·C).
+
+        Args:
+            made: the tokens before it, (B, C) each.
+            like: a tensor of B rows, and of the tokens' dtype.
+        """
+        if self.block.config.order != "coarse_to_fine":
+            return made[-1] if made else self.before_first(len(like), like.dtype)
+        first, held = self.before_first(len(like), like.dtype), held_tokens(self.grid)[len(made)]
+        return torch.cat([made[token] if token < len(made) else first for token in held], dim=1)
 
     def doubled(self, inputs: Tensor) -> Tensor:
         """The rows that the network sees: both passes of a guided block."""
@@ -145,7 +150,7 @@ class InversionState:
         With a cache, it must hold the slots before ``start``; theirs are written behind.
         """
         token = torch.arange(start, end, device=x.device)[:, None]
-        inputs = self.doubled(self.inputs(x, start, end))
+        inputs = self.doubled(self.block.slot_inputs(x, self.grid, start, end))
         parameters = self.block.affine_parameters(inputs, start - self.first, self.context, self.kept, self.temperature)
         return self.combined(parameters, token)
 

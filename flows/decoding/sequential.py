@@ -48,15 +48,11 @@ def decode_sequential(run: InversionState, z: Tensor, fast: FastSteps | None = N
     targets = z.unbind(1)
     made: list[Tensor] = []
     log_scales: list[Tensor] = []
-    if run.first == 0:
-        previous = run.before_first(len(z), z.dtype)
-    else:
-        previous = targets[0]
-        made, log_scales = [previous], [torch.zeros_like(previous)]
-    with fitting_threads(len(run.doubled(previous)), z.device):
+    if run.first > 0:  # token 0 passes unchanged
+        made, log_scales = [targets[0]], [torch.zeros_like(targets[0])]
+    with fitting_threads(len(run.doubled(targets[0])), z.device):
         for token in range(run.first, z.shape[1]):
-            shift, log_scale = run.combined(step(run.doubled(previous)), token)
-            previous = affine_inverse(targets[token], shift, log_scale)
-            made.append(previous)
+            shift, log_scale = run.combined(step(run.doubled(run.next_inputs(made, z))), token)
+            made.append(affine_inverse(targets[token], shift, log_scale))
             log_scales.append(log_scale)
     return torch.stack(made, dim=1), torch.stack(log_scales, dim=1)

@@ -20,7 +20,7 @@ from tarflow.flows.layers.config import BlockConfig
 from tarflow.flows.layers.kv_cache import Cache, KVCache
 from tarflow.flows.layers.level import LevelEmbedding
 from tarflow.flows.layers.module_list import ModuleList
-from tarflow.flows.layers.order import reorder
+from tarflow.flows.layers.order import HELD, reorder
 from tarflow.flows.layers.positions import Rotation, rotary_angles, rotary_angles_1d, rotation_tables, slots_of
 from tarflow.flows.layers.prepared import called_with_group, compute_device, compute_dtype, weights_move
 from tarflow.flows.layers.transformer import OutputLinear, RMSNorm, TransformerLayer
@@ -66,7 +66,8 @@ class TokenNetwork(nn.Module):
         super().__init__()
         self.config = config
         transformer = config.transformer
-        self.proj_in = nn.Linear(config.token_dim, transformer.width)
+        held = HELD if config.order == "coarse_to_fine" else 1
+        self.proj_in = nn.Linear(held * config.token_dim, transformer.width)
         self.layers: ModuleList[TransformerLayer] = ModuleList(
             TransformerLayer(transformer) for _ in range(transformer.layers)
         )
@@ -172,7 +173,7 @@ class TokenNetwork(nn.Module):
         """Outputs of a run of image slots.
 
         Args:
-            inputs: what sits in slots first_slot … first_slot + S − 1, (B, S, C).
+            inputs: what sits in slots first_slot … first_slot + S − 1, (B, S, C), from coarse to fine (B, S, `HELD`·C).
             first_slot: 0 without a cache; with one, as many slots as it holds of image tokens.
             context: what `context` gave for this sequence.
             cache: the slots before; the new ones are written to it, and the prefix if it is empty.

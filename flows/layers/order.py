@@ -11,6 +11,8 @@ from torch import Tensor
 #: Orders that alternate from block to block.
 ALTERNATING = ("row_major", "reversed")
 ORDERS = (*ALTERNATING, "coarse_to_fine")
+#: How many tokens a slot holds from coarse to fine: the one before, and four neighbours.
+HELD = 5
 PATCH_LAYOUTS = ("channel_first", "channel_last")
 
 
@@ -57,6 +59,34 @@ def coarse_to_fine(grid: tuple[int, int]) -> list[tuple[int, int]]:
             rows, columns = range(first_row, grid[0], 2 * spacing), range(first_column, grid[1], 2 * spacing)
             found += itertools.product(rows, columns)
     return found
+
+
+@lru_cache
+def held_tokens(grid: tuple[int, int]) -> list[list[int]]:
+    """Of the order "coarse_to_fine": which tokens of the sequence each token's slot holds, `HELD` of them; T where there is
+    none.
+
+    First the one before, as in other orders: so each token is in a slot that all behind it see. Then the nearest that
+    were made before: left, right, above and below at the token's spacing, or at the corners of the square whose middle it
+    is. The one before is far away, and without its neighbours a token is learned slowly.
+    """
+    order = coarse_to_fine(grid)
+    place = {token: number for number, token in enumerate(order)}
+    found = [[len(order)] * HELD]
+    for number, (row, column) in enumerate(order[1:], start=1):
+        spacing = (row | column) & -(row | column)  # the largest power of two that divides both
+        middle = row & spacing and column & spacing
+        steps = ((-1, -1), (-1, 1), (1, -1), (1, 1)) if middle else ((0, -1), (0, 1), (-1, 0), (1, 0))
+        near = [place.get((row + spacing * down, column + spacing * right), len(order)) for down, right in steps]
+        found.append([number - 1, *(token if token < number else len(order) for token in near)])
+    return found
+
+
+@lru_cache
+@torch.inference_mode(False)
+def held_places(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """`held_tokens` as a tensor (T, `HELD`)."""
+    return torch.tensor(held_tokens(grid), device=device)
 
 
 def patchify(x: Tensor, patch_size: int, layout: str) -> Tensor:

@@ -23,7 +23,6 @@ from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.joint_config import JointConfig, check_joint
 from tarflow.training.flow.levels_config import NoiseLevels
 from tarflow.training.flow.lora_config import LoraConfig, check_lora
-from tarflow.training.flow.sweep_config import SweepLossConfig, check_sweep_loss
 from tarflow.training.flow.trajectory_config import check_trajectory_run
 from tarflow.training.loop.config import LogSettings, LoopSettings, OptimConfig, StepSettings
 
@@ -123,7 +122,6 @@ class TrainConfig(StepSettings):
         drop_rate: share of conditions replaced by "none", which guidance needs.
         latent_norm_weight: weight of a penalty, the sum of the mean squares of all blocks' outputs but the last's;
             0 is off.
-        sweep_loss: a loss that makes blocks converge in a few Jacobi sweeps, see `SweepLossConfig`.
         compile: compile the Transformer layers (`torch.compile`); the first steps take minutes, the others less time.
         cuda_graphs: after some steps, launch each forward and backward pass as one CUDA graph: for small models, whose steps
             are bound by launching, on one GPU.
@@ -144,7 +142,6 @@ class TrainConfig(StepSettings):
     noise_levels: NoiseLevels | None = None
     drop_rate: Fraction = 0.1
     latent_norm_weight: NotNegative = 0.0
-    sweep_loss: SweepLossConfig = field(default_factory=SweepLossConfig)
     compile: bool = False
     cuda_graphs: bool = False
     checkpointing: Literal["none", "block", "layer", "both", "reversible"] = "none"
@@ -261,7 +258,6 @@ class RunConfig:
         check_joint(self)
         check_lora(self)
         check_trajectory_run(self)
-        check_sweep_loss(self)
         if self.data.source == "latents":
             check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
         check_noise_levels(self)

@@ -15,7 +15,6 @@ from tarflow.pipeline.text.encoding import encode_captions
 from tarflow.training.flow.config import RunConfig, is_joint, noise_std
 from tarflow.training.flow.levels import levels_from, loss_weights
 from tarflow.training.flow.setup import Parts
-from tarflow.training.flow.sweep_loss import sweep_term
 from tarflow.training.flow.tokens import CaptionTokens
 from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise
 
@@ -56,8 +55,6 @@ class InputMaker:
         # On the CPU, where captions are chosen by it: reading it from an accelerator would wait for all its work.
         dropped = draw_chances(train.seed, step, sample_ids, torch.device("cpu"), "drop") < train.drop_rate
         more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, dropped)}
-        if (sweeps := sweep_term(train.sweep_loss, train.seed, step)) is not None:
-            more["sweeps"] = sweeps
         if is_joint(self.config):
             arguments = self.parts.flow_arguments
             size: tuple[int, ...] = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])

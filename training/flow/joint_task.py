@@ -50,8 +50,7 @@ class JointTask(FlowTask):
         pictures = Decoded(output["decoded"], inputs["images"], self.objective.last_layer)
         losses = self.loss.backward(self.accelerator, pictures, step, output["loss"])
         self.moments.append(output["moments"])
-        named = {name: output[name] for name in ("sweep_loss",) if name in output}
-        return {**losses, **named, "nats_per_dim": output["nats_per_dim"].mean()}, output["z"]
+        return {**losses, "nats_per_dim": output["nats_per_dim"].mean()}, output["z"]
 
     @property
     def has_after_update(self) -> bool:

@@ -12,7 +12,6 @@ from tarflow.flows.adapters.adapters import adapter_layers
 from tarflow.flows.likelihood import flow_loss, nats_per_dim, prior_log_prob
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.text.encoding import hidden_states
-from tarflow.training.flow.sweep_loss import SweepTerm, sweep_loss
 
 
 class FlowObjective(nn.Module):
@@ -48,7 +47,6 @@ class FlowObjective(nn.Module):
         score_target: Tensor | None = None,
         noise_level: Tensor | None = None,
         loss_weights: Tensor | None = None,
-        sweeps: SweepTerm | None = None,
     ) -> dict[str, Tensor]:
         """The loss of a batch: the flow's, or with ``score_target`` the learned denoiser's.
 
@@ -61,11 +59,9 @@ class FlowObjective(nn.Module):
             score_target: σ·∇(−log p) at ``latents``, (B, C, H, W), see `score_target`.
             noise_level: of the latents, (B,), for a flow of many levels.
             loss_weights: how much each picture counts, (B,), see `flow_loss`.
-            sweeps: the term of `sweep_loss`, None for none.
 
         Returns:
-            ``loss`` (scalar); of the flow also ``nats_per_dim`` (B,) with the model's own prior, and ``z``; with
-            ``sweeps`` also ``sweep_loss``, what they add to the loss over their weight.
+            ``loss`` (scalar); of the flow also ``nats_per_dim`` (B,) with the model's own prior, and ``z``.
         """
         device = latents.device.type
         cast = self.training and torch.is_autocast_enabled(device)
@@ -77,24 +73,14 @@ class FlowObjective(nn.Module):
                 predicted = self.flow.scaled_score(latents, class_labels=class_labels, cond=cond)
                 return {"loss": F.mse_loss(predicted, score_target)}
             penalised = latent_norm_weight > 0
-            kept = penalised or sweeps is not None
             z, log_det, *outputs = self.flow(
-                latents, class_labels, cond, return_block_outputs=kept, noise_level=noise_level
+                latents, class_labels, cond, return_block_outputs=penalised, noise_level=noise_level
             )
-            loss, more = flow_loss(z, log_det, loss_weights), {}
-            if sweeps is not None:
-                condition = self.flow.condition(class_labels, cond, len(latents), noise_level)
-                found = sweep_loss(self.flow, latents, outputs[0], condition, sweeps)
-                loss, more = loss + sweeps.weight * found, {"sweep_loss": found.detach()}
+            loss = flow_loss(z, log_det, loss_weights)
             if penalised:
                 loss = loss + latent_norm_weight * sum(output.pow(2).mean() for output in outputs[0][:-1])
             log_prob = prior_log_prob(z, self.flow.prior_variance_image()) + log_det
-            return {
-                "loss": loss,
-                "nats_per_dim": nats_per_dim(log_prob.detach(), z[0].numel()),
-                "z": z.detach(),
-                **more,
-            }
+            return {"loss": loss, "nats_per_dim": nats_per_dim(log_prob.detach(), z[0].numel()), "z": z.detach()}
 
     def encoded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Captions (B, L) as the text encoder has them, (B, L, E), zero behind their ends."""

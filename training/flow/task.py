@@ -175,8 +175,6 @@ class FlowTask(Task):
         output = self.learner.model(**inputs)
         self.accelerator.backward(output["loss"])
         losses = {"loss": output["loss"].detach(), "nats_per_dim": output["nats_per_dim"].mean()}
-        if "sweep_loss" in output:
-            losses["sweep_loss"] = output["sweep_loss"]
         if has_denoiser(self.config):
             losses["denoiser_loss"] = self.backward_denoiser(inputs)
         return losses, output["z"]

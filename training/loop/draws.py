@@ -29,7 +29,6 @@ Purpose = Literal[
     "chain",  # the noise of a trajectory's steps
     "chain length",  # how many steps it has
     "chain step",  # which of them is learned
-    "sweeps",  # how many sweeps a step's loss is taken after; by step
     "dropout",  # what an adapter does not see; by process instead of by picture
 ]
 
