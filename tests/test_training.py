@@ -59,6 +59,20 @@ def test_loss_falls_and_pipeline_works(tmp_path):
     assert pipe(class_labels=["red circle", 3]).images[1].size == (32, 32)
 
 
+def test_a_deep_block_from_coarse_to_fine_is_trained_saved_and_drawn_by_sweeps(tmp_path):
+    options = ["--flow.deep_order", "coarse_to_fine", "--train.steps", "10", "--train.mixed_precision", "no"]
+    train(tmp_path, *options)
+    pipe = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert [block.config.order for block in pipe.flow.blocks] == ["reversed", "coarse_to_fine"]
+    drawn = [
+        pipe(class_labels=[0, 3], decoding=how, output_type="latent", denoise=False, generator=[torch.Generator()] * 2)
+        for how in ("sequential", "jacobi")
+    ]
+    torch.testing.assert_close(drawn[0].images, drawn[1].images, rtol=0, atol=1e-3)
+    assert weights(tmp_path)["blocks.1.proj_in.weight"].shape[1] == 5 * pipe.flow.config.in_channels
+
+
 @pytest.mark.parametrize("kind", ["text", "folder", "muon"])
 def test_resume_is_bit_identical(tmp_path, kind):
     if kind in ("text", "muon"):  # a trained text encoder, gradient accumulation
