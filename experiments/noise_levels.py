@@ -139,7 +139,7 @@ def examples(
             num_inference_steps=steps,
             output_type="pt",
         )
-        name = "one level" if kind == "fixed" else f"{steps} steps"
+        name = "one level" if kind == "fixed" else f"{steps} step{'s' if steps > 1 else ''}"
         rows[name] = (output.images.cpu() * 255).round().to(torch.uint8)
     return rows
 
