@@ -254,6 +254,7 @@ def run(pipe: Any, request: Request, events: queue.Queue[Any], stopped: threadin
     with torch.no_grad():
         shape = pipe.latent_shape(None, None)
         noise = pipe.prepare_latents(request.count, shape, pipe.flow.device, generators(), None)
+        noise = pipe.config.temperature * noise
         show("noise", noise, "trying decodings, once for such a call" if trial else f"block 1 of {blocks}", not trial)
     shown_for, began = 0.0, clock(pipe.flow.device)
     output = pipe(

@@ -196,6 +196,17 @@ def test_noise_is_removed_as_asked() -> None:
     assert noise_removals(pipe) == ["none"]
 
 
+def test_the_noise_that_is_shown_is_what_is_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, shown = make_pipeline("none"), []
+    decode = pipe.decode_latents
+    monkeypatch.setattr(pipe, "decode_latents", lambda latents, *more: shown.append(latents) or decode(latents, *more))
+    for temperature in (1.0, 0.5):
+        pipe.register_to_config(temperature=temperature)
+        drawn(pipe, Request(decoding="sequential"))
+    first, second = shown[0], shown[len(shown) // 2]
+    torch.testing.assert_close(second, 0.5 * first)
+
+
 def test_a_stopped_drawing_ends_before_its_next_block_and_the_next_one_is_drawn() -> None:
     pipe, lock, decoded = make_pipeline("none"), threading.Lock(), []
     seen, go_on, decode = threading.Event(), threading.Event(), pipe.decode_latents

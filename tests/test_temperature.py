@@ -12,12 +12,14 @@ import torch
 from test_pipeline import make_pipeline
 
 from tarflow import TARFlowPipeline
-from tarflow.cli import generate
+from tarflow.cli import generate as command
 from tarflow.evaluation.reports.settings import SweepConfig
 from tarflow.evaluation.reports.sweep import run_sweep
 from tarflow.evaluation.reports.sweep_tables import row_name
 from tarflow.evaluation.samples.generation import generate_images
+from tarflow.evaluation.samples.match import generate
 from tarflow.evaluation.samples.settings import GenerationConfig
+from tarflow.experiments.peers.drawing import FlowDrawer
 
 
 def seeded(pipe: TARFlowPipeline, **options: Any) -> np.ndarray:
@@ -66,7 +68,7 @@ def test_what_is_no_positive_number(temperature: Any) -> None:
 
 def test_the_command_draws_at_it(cool: Path, tmp_path: Path) -> None:
     def drawn(name: str, *options: str) -> bytes:
-        generate.main(["--pipeline", str(cool), "--class", "0", "--seed", "3", "--out", str(tmp_path / name), *options])
+        command.main(["--pipeline", str(cool), "--class", "0", "--seed", "3", "--out", str(tmp_path / name), *options])
         return (tmp_path / name).read_bytes()
 
     assert drawn("own.png") != drawn("plain.png", "--temperature", "1")
@@ -83,6 +85,19 @@ def test_samples_tell_it_and_other_defaults_are_no_other_pipeline(cool: Path, tm
     own, plain = record("a", cool), record("b", tmp_path / "plain")
     assert own == {**plain, "temperature": 0.5} == record("c", tmp_path / "plain", temperature=0.5)
     assert "temperature" not in plain
+    for name, pipeline, told in (
+        ("a", tmp_path / "plain", "0.5 there and is 1.0"),
+        ("b", cool, "1.0 there and is 0.5"),
+    ):
+        with pytest.raises(ValueError, match=f"holds images of other settings: temperature was {told} here"):
+            generate_images(GenerationConfig(pipeline=str(pipeline), out=str(tmp_path / name), num=2))
+
+
+def test_peers_have_all_of_the_noise_as_a_dit_has(cool: Path) -> None:
+    drawer = FlowDrawer(cool, "class", 1.0)
+    plain = generate(drawer.pipe, {"class_labels": [0, 1]}, 2, 0, temperature=1.0)
+    for here, there in zip(drawer.draw([0, 1], 0), plain, strict=True):
+        np.testing.assert_allclose(np.asarray(here, int), np.asarray(there, int), atol=1)
 
 
 def test_sweeps_have_rows_of_each(cool: Path, tmp_path: Path) -> None:

@@ -100,8 +100,10 @@ def check_record(config: Any, earlier: dict[str, Any] | None, record: dict[str, 
     if earlier is None:
         return
     reason = None
-    settings = {"decoder": "vae", **earlier["settings"]}  # records of earlier versions name no decoder
-    for name, here in record["settings"].items():
+    # Records of earlier versions name no decoder, and those of all noise no temperature.
+    settings = {"decoder": "vae", "temperature": 1.0, **earlier["settings"]}
+    wanted = {**record["settings"], "temperature": record["settings"].get("temperature", 1.0)}
+    for name, here in wanted.items():
         there = settings.get(name)
         if there != here:
             reason = f"{name} was {there!r} there and is {here!r} here"

@@ -39,7 +39,7 @@ class Drawer(Protocol):
 
 @dataclass
 class FlowDrawer:
-    """A pipeline's flow, or its student.
+    """A pipeline's flow, or its student. All of the noise is taken, as by a DiT, whatever the pipeline's temperature.
 
     Args:
         folder: of the pipeline.
@@ -59,7 +59,7 @@ class FlowDrawer:
         self.name = "prompt" if self.condition == "caption" else "class_labels"
 
     def draw(self, values: list[Any], seed: int) -> list[Image.Image]:
-        options = {"guidance_scale": self.scale, "decoding": self.decoding}
+        options = {"guidance_scale": self.scale, "decoding": self.decoding, "temperature": 1.0}
         return generate(self.pipe, {self.name: values}, BATCH, seed, **options)
 
     @torch.no_grad()
