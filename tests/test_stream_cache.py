@@ -142,10 +142,18 @@ def test_what_was_unreachable_is_tried_again(tmp_path: Path, vae_path: str) -> N
     names = [f"/{tmp_path.name}/{number:03d}.tar" for number in range(4)]
     contents_of = [memory.cat_file(name) for name in names]
     memory.rm(names[1])
-    write(f"memory:/{names[3]}", contents_of[3][:3_000])
+    write(f"memory:/{names[3]}", contents_of[3][:14_000])
     pattern, skip = f"memory://{tmp_path.name}/{{000..003}}.tar", {"on_error": "skip"}
     manifest = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, data=skip))
-    assert sum(manifest["pictures"].values()) < 20
+    assert 16 < (count := sum(manifest["pictures"].values())) < 20
+    for content in (contents_of[3][:6_000], None):  # nothing is lost when even less can be read meanwhile
+        memory.rm(names[3])
+        if content is not None:
+            write(f"memory:/{names[3]}", content)
+        manifest = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, data=skip))
+        assert (sum(manifest["pictures"].values()), manifest["skipped"]) == (count, 2)
+        train, held_out = captions(tmp_path / "cache")
+        assert len({*train, *held_out}) == count
     for number in (1, 3):
         write(f"memory:/{names[number]}", contents_of[number])
     manifest = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, data={**skip, "shuffle_buffer": 64}))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -126,9 +126,9 @@ def write_units(
         progress_bar(unit=" images", disable=not show_progress) as progress,
     ):
         for unit in mine:
-            found = kept_unit(plan, unit, folder)
-            if found is None:
-                found = write_unit(plan, unit, encoder, folder, pool, progress)
+            found = earlier = kept_unit(plan, unit, folder)
+            if found is None or any(record.get(AGAIN) for record in found):
+                found = write_unit(plan, unit, encoder, folder, pool, progress, earlier or ())
                 content = {"format": FORMAT, "fingerprint": plan.fingerprint, "records": found}
                 write_json(folder, NOTE.format(unit.number), content)
             else:
@@ -138,15 +138,13 @@ def write_units(
 
 
 def kept_unit(plan: StreamPlan, unit: Unit, folder: Folder) -> list[dict[str, Any]] | None:
-    """The records of what an earlier run made of a shard; None if that is not all there, or not of the whole shard. Checksums are compared of files on
-    this machine, at URLs sizes alone."""
+    """The records of what an earlier run made of a shard; None if that is not all there. Checksums are compared of files
+    on this machine, at URLs sizes alone."""
     try:
         note = json.loads(folder.read(NOTE.format(unit.number)) or b"null")
         if note is None or (note["format"], note["fingerprint"]) != (FORMAT, plan.fingerprint):
             return None
         records: list[dict[str, Any]] = note["records"]
-        if any(record.get(AGAIN) for record in records):
-            return None
         for record in (record for record in records if record["count"]):
             if folder.size(record["file"]) != record["bytes"]:
                 return None
@@ -158,9 +156,19 @@ def kept_unit(plan: StreamPlan, unit: Unit, folder: Folder) -> list[dict[str, An
 
 
 def write_unit(
-    plan: StreamPlan, unit: Unit, encoder: Encoder, folder: Folder, pool: Executor, progress: Any
+    plan: StreamPlan,
+    unit: Unit,
+    encoder: Encoder,
+    folder: Folder,
+    pool: Executor,
+    progress: Any,
+    earlier: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Encode one shard of the stream; its pictures of each split and size go to files of ``shard_size``.
+
+    Args:
+        earlier: records of an earlier run that could not read the shard to its end. Where this one cannot either, files
+            that have more pictures are kept.
 
     Raises:
         ValueError: that names shard and key of what cannot be read, if that is not to be left out.
@@ -171,6 +179,8 @@ def write_unit(
     records: list[dict[str, Any]] = []
     skipped: list[str] = []
     parts = dict.fromkeys(SPLITS, 0)
+    before = {record["file"]: {**record, "skipped": 0, AGAIN: False} for record in earlier if record["count"]}
+    unread = False
 
     def put(kind: tuple[str, tuple[int, ...]]) -> None:
         batch = collate(waiting.pop(kind))
@@ -180,16 +190,21 @@ def write_unit(
     def write(kind: tuple[str, tuple[int, ...]]) -> None:
         split, size = kind
         batches = encoded.pop(kind)
-        tensors, more = joined(encoder, batches)
         count = sum(batch.count for batch in batches)
         name = f"{split}-{unit.number:06d}{parts[split]:04d}.safetensors"
         parts[split] += 1
+        kept = before.pop(name, None)
+        if unread and kept is not None and kept["count"] > count:
+            records.append(kept)
+            return
+        tensors, more = joined(encoder, batches)
         header = {"format": FORMAT, "fingerprint": plan.fingerprint, "split": split, "size": list(size), "count": count}
         records.append(write_shard(folder, name, tensors, {**header, **more}))
 
     for split, item in items_of(plan, unit, pool):
         if isinstance(item, str):
             skipped.append(item)
+            unread = unread or isinstance(item, Unread)
             continue
         kind = (split, tuple(item["image"].shape[1:]))
         waiting.setdefault(kind, []).append(item)
@@ -202,10 +217,11 @@ def write_unit(
         put(kind)
     for kind in sorted(encoded):
         write(kind)
+    if unread:
+        records += before.values()
     if skipped:  # also where nothing was left that has a file
         first = records[0] if records else {"split": None, "count": 0}
-        again = any(isinstance(message, Unread) for message in skipped)
-        records[:1] = [{**first, "skipped": len(skipped), "example": min(skipped), AGAIN: again}]
+        records[:1] = [{**first, "skipped": len(skipped), "example": min(skipped), AGAIN: unread}]
     return records
 
 
