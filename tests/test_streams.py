@@ -182,6 +182,21 @@ def test_rows_are_held_out_by_the_hash_of_a_column() -> None:
     assert len(FirstPictures(Stream(config(path), "validation"), 1000)) == 0
 
 
+def test_first_pictures_are_read_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows a training shuffles among each other."""
+    settings = config(tar_shards("memory://further", [30, 30]), lanes=2, validation_fraction=0.2, shuffle_buffer=40)
+    read: list[int] = []
+    plain = RowReader.wanted
+    monkeypatch.setattr(RowReader, "wanted", lambda self, row: [read.append(row.number), plain(self, row)][1])
+    for split in ("train", "validation"):
+        pictures = FirstPictures(Stream(settings, split), 4)
+        numbers = [number_of(pictures[index]) % 30 for index in range(4)]
+        assert max(read) == max(numbers) < 29
+        read.clear()
+    assert len(FirstPictures(Stream(settings, "validation"), 0)) == 0
+    assert read == []
+
+
 def items_of(stream: Stream) -> list[dict[str, Any]]:
     return [stream.readers[row.source].item(row) for row in stream.one_pass() if isinstance(row, Row)]
 

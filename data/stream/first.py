@@ -37,9 +37,7 @@ class FirstPictures(Dataset[dict[str, Any]]):
         none = stream.split == "validation" and not any(
             reader.config.validation_fraction or not reader.by_hash for reader in stream.readers
         )
-        for row in () if none else stream.one_pass(shuffled=False):
-            if len(items) == count:
-                break
+        for row in () if none or not count else stream.one_pass(shuffled=False):
             try:
                 items += [] if isinstance(row, str) else [stream.readers[row.source].item(row)]
                 skipped += [row] if isinstance(row, str) else []
@@ -47,6 +45,8 @@ class FirstPictures(Dataset[dict[str, Any]]):
                 if self.config.on_error == "raise":
                     raise
                 skipped.append(str(error))
+            if len(items) == count:  # before the next row is read, which may lie far behind
+                break
         if skipped:
             say_once(f"{len(skipped)} rows cannot be read and are left out, for example: {skipped[0]}")
         self.items = sorted(items, key=lambda item: tuple(item["image"].shape))

@@ -151,7 +151,7 @@ class Source:
         for behind, row in self.walk(lane, begin):
             if row is not None:
                 rows.append(row)
-            if row is None or len(rows) == self.block:
+            if row is None or len(rows) == self.block or self.seed is None:  # unshuffled, no row waits for others
                 yield from self.shuffled(rows, lane, begin)
                 begin, rows = behind, []
             if row is None:

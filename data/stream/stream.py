@@ -174,7 +174,7 @@ class Stream(Dataset[dict[str, Any]]):
         if len(self._first) < count:
             raise ValueError(
                 f"the stream {', '.join(self.parts)} has only {len(self._first)} training rows, fewer than the {count} "
-                "pictures of a step: lower train.batch_size or train.accumulation, or give more shards"
+                "pictures of a step: lower batch_size or accumulation, or give more shards"
             )
 
     def forget(self, keep: int = 256) -> None:
