@@ -64,6 +64,15 @@ def test_what_is_no_positive_number(temperature: Any) -> None:
         pipe(num_images=1, temperature=temperature)
     with pytest.raises(ValueError, match="temperature must be positive, got"):
         TARFlowPipeline(pipe.flow, pipe.vae, temperature=temperature)
+    pipe.register_to_config(temperature=temperature)
+    with pytest.raises(ValueError, match="temperature must be positive, got"):
+        pipe(num_images=1)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    pipe = make_pipeline("none")
+    assert pipe(num_images=1, temperature=np.float32(0.5), output_type="np").images.shape[0] == 1
+    json.dumps(TARFlowPipeline(pipe.flow, pipe.vae, temperature=np.float32(0.5)).config.temperature)
 
 
 def test_the_command_draws_at_it(cool: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from test_training import CLASS_FLOW, train
 from text_models import CONFIGS, LAYERS, POSITIONS, WIDTH, make_encoder, make_tokenizer, saved
 
-from tarflow import TARFlowPipeline
+from tarflow import TARFlowPipeline, TrajectoryFlowModel
 from tarflow.data.config import DataConfig
 from tarflow.data.latents import CachedLatents
 from tarflow.evaluation.samples.record import pipeline_hash
@@ -264,6 +264,22 @@ def test_records_of_images_tell_options_apart() -> None:
     assert pipeline_hash(TARFlowPipeline(flow, text_options={"prefix": "a "})) != own
     pipe._internal_dict = FrozenDict({key: value for key, value in pipe.config.items() if key != "text_options"})
     assert pipeline_hash(pipe) == own, "a pipeline of before there were options is another one"
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "other"),
+    [(TARFlowModel, "deep_order", "coarse_to_fine"), (TrajectoryFlowModel, "transporter_levels", True)],
+)
+def test_flows_of_before_a_setting_are_no_others(kind: Any, setting: str, other: Any) -> None:
+    def made(**options: Any) -> TARFlowPipeline:
+        torch.manual_seed(0)
+        flow = kind(in_channels=3, sample_size=4, layers_per_block=(1, 1), width=32, head_dim=32, **options)
+        return TARFlowPipeline(flow, noise_std=0.1)
+
+    pipe = made()
+    own = pipeline_hash(pipe)
+    pipe.flow._internal_dict = FrozenDict({key: value for key, value in pipe.flow.config.items() if key != setting})
+    assert pipeline_hash(pipe) == own != pipeline_hash(made(**{setting: other}))
 
 
 PLACES = {

@@ -53,6 +53,7 @@ def pipeline_hash(pipe: TARFlowPipeline) -> str:
     absent = [name for name in further if getattr(pipe, name) is None]
     # Which older pipelines do not have.
     newer = {"text_options": None, "noise_levels": None, "noise_conditioning": False, "scheduler": (None, None)}
+    newer |= {"deep_order": None, "transporter_levels": False}
     settings = {**pipe.flow.config, **pipe.config}
     absent += [name for name, default in newer.items() if settings.get(name, default) == default]
     left_out = ("decoder", "denoise", "num_inference_steps", "temperature", *absent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -152,9 +153,9 @@ def check_temperature(temperature: float) -> float:
     Raises:
         ValueError: if it is not a positive number.
     """
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive, got {temperature!r}")
-    return temperature
+    return float(temperature)
 
 
 def resolve_temperature(temperature: float | None, default: float, latents_given: bool) -> float:
@@ -165,7 +166,7 @@ def resolve_temperature(temperature: float | None, default: float, latents_given
         ValueError: as of `check_temperature`.
     """
     if temperature is None:
-        return 1.0 if latents_given else default
+        temperature = 1.0 if latents_given else default
     return check_temperature(temperature)
 
 
