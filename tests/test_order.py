@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from helpers import small_model
 
 from tarflow.flows.layers.order import (
     ORDERS,
@@ -88,3 +89,18 @@ def test_orders_alternate() -> None:
     assert [block_order(i, "reversed") for i in range(3)] == ["reversed", "row_major", "reversed"]
     with pytest.raises(ValueError, match="row_major, reversed, got 'spiral'"):
         block_order(0, "spiral")
+
+
+@pytest.mark.parametrize("conditioning", ["none", "class_prefix"])
+def test_from_coarse_to_fine_a_slot_has_the_rotary_position_of_its_token(conditioning: str) -> None:
+    options = {"sample_size": 6, "patch_size": 1, "conditioning": conditioning, "num_classes": 2}
+    tables = []
+    for order in (None, "coarse_to_fine"):
+        model = small_model(**options, deep_order=order)
+        labels = None if conditioning == "none" else torch.tensor([1])
+        context = model.blocks[-1].context(model.condition(labels, None, 1), (6, 6))
+        tables.append([part[context.prefix_length :] for part in context.rotation or ()])
+        assert context.prefix_length == (conditioning != "none") and len(tables[-1]) == 2
+    for plain, ordered in zip(*tables, strict=True):
+        for slot, (row, column) in enumerate(coarse_to_fine((6, 6))):
+            torch.testing.assert_close(ordered[slot], plain[6 * row + column])

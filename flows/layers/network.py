@@ -135,9 +135,9 @@ class TokenNetwork(nn.Module):
                 )
             else:
                 angles = rotary_angles_1d(length + grid[0] * grid[1], config.transformer.head_dim, device, dtype)
-                if config.order == "coarse_to_fine":
-                    prefix_angles, image_angles = angles.split([length, grid[0] * grid[1]])
-                    angles = torch.cat([prefix_angles, reorder(image_angles, config.order, grid, dim=0)])
+            if config.order == "coarse_to_fine":  # positions of a slot's own token
+                prefix_angles, image_angles = angles.split([length, grid[0] * grid[1]])
+                angles = torch.cat([prefix_angles, reorder(image_angles, config.order, grid, dim=0)])
             rotation = rotation_tables(angles)
         return BlockContext(prefix, added, rotation)
 
