@@ -348,6 +348,10 @@ def test_a_training_that_goes_on_is_the_same_to_the_bit(tmp_path: Path, kind: st
     trainer, again = train(tmp_path / "again", *data, *resume)
     assert trainer.step == 6
     assert again == metrics
+    stream = trainer.task.train  # which keeps neither files open nor rows that were read ahead for the start
+    assert isinstance(stream, Stream)
+    assert stream._pass is None
+    assert number_of(stream[40]) in range(sum(COUNTS))
     found, expected = weights(tmp_path / "again"), weights(tmp_path / "whole")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 

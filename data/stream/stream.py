@@ -178,9 +178,9 @@ class Stream(Dataset[dict[str, Any]]):
             )
 
     def forget(self, keep: int = 256) -> None:
-        """Let all but some of the first rows go; whoever asks for them again reads them again."""
-        if self._first[keep:]:
-            self._first, self._pass = self._first[:keep], None
+        """Let all but some of the first rows go, with the files that are open and what was read ahead of them; whoever asks
+        for more reads again."""
+        self._first, self._pass = self._first[:keep], None
 
     def _row(self, index: int) -> Row:
         self._fill(index + 1)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tarflow.common.progress import write_line
 from tarflow.data.latents import CachedLatents
-from tarflow.data.stream.stream import Stream
 from tarflow.flows.trajectory.kinds import kind_of
 from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
@@ -145,8 +144,6 @@ class FlowTask(Task):
         config, parts, accelerator = self.config, self.parts, self.accelerator
         self.held_out = open_held_out(config, parts, accelerator)
         self.metric = on_main(accelerator, lambda: open_metric(config, parts, accelerator))
-        if isinstance(parts.train, Stream):
-            parts.train.forget()
 
     def begin(self, fresh: bool) -> None:
         train = self.parts.train

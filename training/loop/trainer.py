@@ -79,6 +79,8 @@ class Trainer:
             self.load(self.saved, state)
         task.prepare_reports()
         on_main(accelerator, lambda: self.begin(resolved, fresh=state is None))
+        if isinstance(task.train, Stream):  # what was read of it for the start
+            task.train.forget()
 
     def check_stream(self, state: State | None) -> None:
         """Whether a stream is long enough, and the checkpoint's."""
