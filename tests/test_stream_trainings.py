@@ -97,6 +97,16 @@ class TestAutoencoders:
             assert seen[0] == seen[1]
             assert dict(Counter(seen[0])) == pytest.approx(lefts, abs=7)
 
+    def test_none_of_several_sources_takes_another_ones_place(self) -> None:
+        path = tar_shards("memory://names", [3], (8, 8))
+        common = {"source": "webdataset", "image_size": 8}
+        found = {"a": {"data": {**common, "mix": {"b c": {"path": path}}}}}
+        found["a b"] = {"data": {**common, "mix": {"c": {"path": path}}}}
+        argv = ["--sources", json.dumps(found), "--output", "x", "--init_from", "y"]
+        stream = open_sources(parse_dataclass(TrainVaeConfig, argv)[0])
+        assert isinstance(stream, Stream)
+        assert stream.weights == [1, 1]
+
     def test_what_does_not_fit_is_one_sentence(self) -> None:
         first, second = shards("memory://c", 8, lanes=2), shards("memory://d", 8, lanes=3)
         for argv, message in (

@@ -69,6 +69,7 @@ def open_sources(config: TrainVaeConfig) -> Mixture | Stream:
             continue
         total = sum(weight for weight, _ in data.parts.values())
         for part, (weight, settings) in without_conditions(data).parts.items():
-            flattened[f"{name} {part}"] = share * weight / total, settings
+            # Names of sources have no slash, so each has its own place.
+            flattened[f"{name}/{part}"] = share * weight / total, settings
     whole = replace(streams[0], lanes=lanes.pop() if lanes else None)
     return Stream(whole, "train", config.seed, parts=flattened, mirrored=True)

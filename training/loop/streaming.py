@@ -279,7 +279,7 @@ def checked(state: dict[str, Any], waiting: list[dict[str, Any]], stream: Stream
     if state["identity"] != stream.identity:
         raise ValueError(
             "the checkpoint is of another stream: its shards, weights, held-out rows, data.where, data.shuffle_buffer or "
-            "train.seed were others; give the same, or start anew from its pipeline with --init_from"
+            "seed were others; give the same, or start anew, a flow from its pipeline with --init_from"
         )
     check_sizes(state, waiting, stream)
     lanes, wanted = len(state["lanes"]), stream.config.lanes
@@ -290,7 +290,7 @@ def checked(state: dict[str, Any], waiting: list[dict[str, Any]], stream: Stream
     if lanes < share.processes:
         raise ValueError(
             f"the checkpoint has {lanes} lanes, fewer than the {share.processes} processes: go on with at most {lanes}, or start "
-            f"anew from its pipeline with --init_from"
+            f"anew, a flow from its pipeline with --init_from"
         )
     places: list[list[Any]] = state["lanes"]
     return places
@@ -312,5 +312,5 @@ def check_sizes(state: dict[str, Any], waiting: list[dict[str, Any]], stream: St
         words = (", ".join(f"{height} × {width}" for height, width in sorted(sizes)) for sizes in (there, here))
         raise ValueError(
             "the checkpoint has pictures of {} (height × width), but data.aspect_ratios and data.image_size give {}: give the "
-            "same in the same order, or start anew from its pipeline with --init_from".format(*words)
+            "same in the same order, or start anew, a flow from its pipeline with --init_from".format(*words)
         )
