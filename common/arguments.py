@@ -98,7 +98,8 @@ KINDS = {
 
 
 def plain_message(message: str, options: Sequence[str] = ()) -> str:
-    """The parser's message on a value of a wrong type, or an unknown option, as a sentence; any other message as it is.
+    """The parser's message on a value of a wrong type, an unknown option, or an unknown setting of a file, as a sentence; any
+    other message as it is.
 
     Args:
         message: on one line.
@@ -109,6 +110,9 @@ def plain_message(message: str, options: Sequence[str] = ()) -> str:
         name = unknown[1].partition("=")[0]
         near = difflib.get_close_matches(name, options, 1)
         return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+    unknown = re.fullmatch(r"(?:Group '([^']+)' does not accept option|Option) '([^']+)'(?: is not accepted)?", message)
+    if unknown is not None:
+        return unknown_setting(".".join(part for part in unknown.groups() if part), options)
     found = re.search(r'Parser key "([^"]+)": (.*)', message)
     if found is None:
         return message
@@ -119,3 +123,15 @@ def plain_message(message: str, options: Sequence[str] = ()) -> str:
     if value is None or not kinds:
         return message
     return f"{name} must be {' or '.join(dict.fromkeys(kinds))}, got {value[1].strip()!r}"
+
+
+def unknown_setting(name: str, options: Sequence[str]) -> str:
+    """A sentence on a setting of a file that there is not; of a whole section that there is not, the section alone."""
+    parts, known = name.split("."), [option.removeprefix("--") for option in options]
+    sections = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    name = next(
+        (section for section in sections if not any(f"{one}.".startswith(f"{section}.") for one in known)), name
+    )
+    near = difflib.get_close_matches(name, known, 1)
+    remedy = "ake it out of the file that --config names"
+    return f"there is no setting {name}" + (f"; did you mean {near[0]}? T{remedy}" if near else f": t{remedy}")

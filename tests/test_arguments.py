@@ -15,6 +15,7 @@ from tarflow.common.arguments import config_first, parse_dataclass
 from tarflow.evaluation.reports.settings import ReportConfig, SweepConfig
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.experiments.settings import ComparisonConfig, StudentComparisonConfig
+from tarflow.training.flow.arguments import parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,26 @@ def test_wrong_types_are_said_in_words(name: str, value: str, message: str) -> N
     with pytest.raises(ValueError) as error:
         parse_dataclass(Settings, [f"--{name}", value])
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cuont: 2", "there is no setting cuont; did you mean count? Take it out of the file that --config names"),
+        ("old: {weight: 0.0, sweeps: 8}", "there is no setting old: take it out of the file that --config names"),
+    ],
+)
+def test_settings_of_files_that_there_are_not_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text + "\n")
+    with pytest.raises(ValueError) as error:
+        parse_dataclass(Settings, ["--config", str(tmp_path / "a.yaml")])
+    assert str(error.value) == message
+
+
+def test_a_section_that_there_was_is_named_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {sweep_loss: {weight: 0.0, sweeps: 8}, steps: 3}\n")
+    with pytest.raises(ValueError, match=r"^there is no setting train\.sweep_loss[:;]"):
+        parse_config(["--config", str(tmp_path / "a.yaml")])
 
 
 def test_other_messages_stay() -> None:
