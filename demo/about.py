@@ -63,6 +63,7 @@ def details(pipe: Any) -> list[tuple[str, str]]:
         else ("noise levels σ", "{:g} to {:g}".format(*pipe.noise_levels)),
         *([("held-out pictures", told)] if (told := held_out_in_words(pipe)) else []),
         ("guidance", f"{pipe.config.guidance_scale:g} by default, {pipe.config.guidance_method}"),
+        ("temperature of the noise", f"{pipe.config.temperature:g}"),
         ("device", f"{pipe.device}, {str(pipe.flow.dtype).removeprefix('torch.')}"),
     ]
 

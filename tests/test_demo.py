@@ -301,6 +301,7 @@ def test_what_is_told_of_a_pipeline(tmp_path: Path) -> None:
     assert re.sub(r"base64,[\w+/=]+", "…", about.card(pipe)) == "# Fruit\n\n![q](data:image/png;…) *good*\n\nThe end"
     assert about.examples(pipe) == ["a red ring"]
     details = dict(about.details(pipe))
+    assert details["temperature of the noise"] == "1"
     assert details["training noise σ"] == "0.3" and "vae 3.1 million" in details["parameters"]
     assert "held-out pictures" not in details and about.held_out(pipe) == {}
     (folder / "held_out.json").write_text('{"latent_nats_per_dim": 0.4321, "images": 1200, "psnr": 26, "a": "b"}')
