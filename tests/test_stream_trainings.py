@@ -23,6 +23,7 @@ from test_streams import config, number_of
 from tarflow.common.arguments import parse_dataclass
 from tarflow.data.config import DataConfig
 from tarflow.data.stream.first import FirstCaptions, open_pictures
+from tarflow.data.stream.rows import RowReader
 from tarflow.data.stream.stream import Stream
 from tarflow.evaluation.features.statistics import compute_statistics
 from tarflow.evaluation.images.sets import open_images
@@ -62,10 +63,12 @@ class TestAutoencoders:
         test_autoencoder.train(tmp_path / "again", *settings, "--resume", str(checkpoint))
         assert same(weights(tmp_path / "whole"), weights(tmp_path / "again"))
 
-    def test_sources_come_by_their_shares_each_picture_once_a_pass(self, tmp_path: Path) -> None:
+    def test_sources_come_by_their_shares_each_picture_once_a_pass(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Tar files, two of them as one source, and a folder: mirrored where it is wished, as pictures alone."""
         (tmp_path / "folder").mkdir()
-        for number in range(200, 210):
+        for number in range(200, 207):
             (tmp_path / "folder" / f"{number}.png").write_bytes(png(number))
         folder = {"source": "folder", "path": str(tmp_path / "folder"), "image_size": 8, "validation_fraction": 0}
         mix = {"a": {"path": tar_shards("memory://a", [20], (8, 8)), "label_column": "cls"}}
@@ -75,12 +78,15 @@ class TestAutoencoders:
         argv = sources({"data": settings, "share": 3}, {"data": folder, "share": 1})
         stream = open_sources(parse_dataclass(TrainVaeConfig, [*argv, "--output", "x", "--init_from", "y"])[0])
         assert isinstance(stream, Stream)
+        told: list[str] = []
+        monkeypatch.setattr("tarflow.training.loop.streaming.say_once", told.append)
         with StreamReader(stream, Share(20, 0, 1, 1), 0, 0) as reader:
             batches = [next(reader) for _ in range(20)]
         assert all(batch.keys() == {"image", "key", "skipped"} for batch in batches)
         seen = Counter(number_of({"image": image}) for batch in batches for image in batch["image"])
         assert sum(count for number, count in seen.items() if number >= 200) == pytest.approx(100, abs=30)
-        assert seen.keys() == {*range(20), *range(100, 120), *range(200, 210)}
+        assert seen.keys() == {*range(20), *range(100, 120), *range(200, 207)}
+        assert len(told) == 2  # of tar files that are read several times, not of the folder
 
     def test_half_of_a_stream_is_mirrored_where_it_is_wished(self) -> None:
         file = io.BytesIO()
@@ -189,6 +195,16 @@ class TestEvaluations:
             open_pictures(settings, "train", None, "num_images")
         with pytest.raises(ValueError, match=r"16 pictures are asked for, but .* has 15"):
             list(open_images(settings, num=16).batches(4))
+
+    def test_a_split_without_pictures_is_told_without_reading(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        read: list[int] = []
+        monkeypatch.setattr(RowReader, "wanted", lambda self, row: read.append(row.number) or True)
+        settings = config(tar_shards("memory://none", [3], (8, 8)))
+        with pytest.raises(ValueError, match="the data's split 'validation' is empty"):
+            caption_conditions("data", settings, "validation").values([0])
+        with pytest.raises(ValueError, match=r"2 pictures are asked for, but .* has 0"):
+            list(open_images(settings, "validation", num=2).batches(4))
+        assert read == []
 
     def test_captions_are_taken_in_their_order(self) -> None:
         settings = config(tar_shards("memory://captions", [3, 2], (8, 8)), lanes=1)

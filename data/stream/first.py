@@ -34,10 +34,7 @@ class FirstPictures(Dataset[dict[str, Any]]):
         self.class_names, self.has_captions = stream.class_names, stream.has_captions
         items: list[dict[str, Any]] = []
         skipped: list[str] = []
-        none = stream.split == "validation" and not any(
-            reader.config.validation_fraction or not reader.by_hash for reader in stream.readers
-        )
-        for row in () if none or not count else stream.one_pass(shuffled=False):
+        for row in () if not count else stream.one_pass(shuffled=False):
             try:
                 items += [] if isinstance(row, str) else [stream.readers[row.source].item(row)]
                 skipped += [row] if isinstance(row, str) else []

@@ -126,7 +126,12 @@ class Stream(Dataset[dict[str, Any]]):
         ]
 
     def one_pass(self, shuffled: bool = True) -> Iterator[Row | str]:
-        """Each row once, from all lanes in turn and from the streams by their weights; texts say what was left out."""
+        """Each row once, from all lanes in turn and from the streams by their weights; texts say what was left out. Where
+        nothing is held out, none is read to find held-out ones."""
+        if self.split == "validation" and not any(
+            reader.config.validation_fraction or not reader.by_hash for reader in self.readers
+        ):
+            return
         walks = [in_turn([source.first_pass(lane) for lane in range(source.lanes)]) for source in self._usual(shuffled)]
         rng, left = np.random.default_rng(self.seed), np.array(self.weights)
         while left.any():

@@ -16,6 +16,7 @@ from tarflow.common.command import sentence
 from tarflow.common.processes import gather_objects
 from tarflow.data.folder import say_once
 from tarflow.data.images import collate
+from tarflow.data.stream.numbered import NumberedShards
 from tarflow.data.stream.stream import USUAL_LANES, Stream
 from tarflow.training.loop.batches import Reader
 from tarflow.training.loop.reading import reading
@@ -118,7 +119,7 @@ class StreamReader(Reader):
         places = None if state is None else checked(state, waiting or [], stream, share)
         self.lanes = share.lanes(stream.config.lanes if places is None else len(places))
         for source in stream.sources(self.lanes) if share.process == 0 else ():
-            if source.parts > 1:
+            if source.parts > 1 and not isinstance(source.shards, NumberedShards):
                 shards = len(source.shards.names)
                 say_once(
                     f"{source.shards.names[0]!r} and its other shards, {shards} in all, are read {source.parts} times in each "
