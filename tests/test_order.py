@@ -18,6 +18,7 @@ from tarflow.flows.layers.order import (
     restore,
     unpatchify,
 )
+from tarflow.training.flow.setup import check_shapes
 
 
 @pytest.mark.parametrize("layout", PATCH_LAYOUTS)
@@ -104,3 +105,17 @@ def test_from_coarse_to_fine_a_slot_has_the_rotary_position_of_its_token(conditi
     for plain, ordered in zip(*tables, strict=True):
         for slot, (row, column) in enumerate(coarse_to_fine((6, 6))):
             torch.testing.assert_close(ordered[slot], plain[6 * row + column])
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"deep_order": "coarse_to_fine"}, "flow.deep_order coarse_to_fine"),
+        ({"positions": "learned"}, "flow.positions learned"),
+        ({"learned_prior": True}, "flow.learned_prior true"),
+    ],
+)
+def test_what_has_one_shape_is_named_where_data_has_several(setting: dict[str, object], name: str) -> None:
+    check_shapes({"deep_order": None, "positions": "rotary", "learned_prior": False})
+    with pytest.raises(ValueError, match=f"several shapes, .* a flow without {name}"):
+        check_shapes(setting)

@@ -274,3 +274,13 @@ def test_arguments_that_both_kinds_of_models_have_mean_the_same():
     shared = {name for name in ours if name in theirs} - {"layers_per_block"}  # one block less, and the predictor
     assert len(shared) > 20
     assert {name: ours[name].default for name in shared} == {name: theirs[name].default for name in shared}
+
+
+def test_small_embeddings_of_levels_keep_their_precision_under_layerwise_casting() -> None:
+    model = TrajectoryFlowModel(
+        in_channels=1, sample_size=4, layers_per_block=(1, 1, 1), width=64, transporter_levels=True
+    )
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    found = {name: part.dtype for name, part in model.named_parameters() if "level" in name}
+    assert {name.split(".")[0] for name in found} == {"blocks", "predictor"}
+    assert set(found.values()) == {torch.float32}

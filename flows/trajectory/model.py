@@ -73,7 +73,7 @@ class TrajectoryFlowModel(TokenModel, NetworkHabits, ModelMixin, ConfigMixin):
     """
 
     _group_offload_block_modules = ["predictor"]  # noqa: RUF012 (the library's interface)
-    _skip_layerwise_casting_patterns = ["proj_in", "proj_out", "proj_cond", "embed_levels"]  # noqa: RUF012 (the library's interface)
+    _skip_layerwise_casting_patterns = ["proj_in", "proj_out", "proj_cond", "embed_levels", "level_embed"]  # noqa: RUF012 (the library's interface)
     _repeated_blocks = ["TransformerLayer"]  # noqa: RUF012 (what `compile_repeated_blocks` compiles)
     _no_split_modules = ["FlowBlock", "Predictor", "TransformerLayer"]  # noqa: RUF012
     _on_one_accelerator = True

@@ -156,8 +156,13 @@ def flow_arguments(config: RunConfig, derived: dict[str, Any], start: Start | No
 
 def check_shapes(arguments: dict[str, Any]) -> None:
     """An error if a flow of these arguments has one shape, as the data has several."""
-    if arguments.get("learned_prior") or arguments.get("deep_order") or arguments.get("positions") == "learned":
-        raise ValueError("the data has pictures of several shapes, which learned positions and priors do not fit")
+    deep, learned = arguments.get("deep_order"), arguments.get("positions") == "learned"
+    given = f"flow.deep_order {deep}" if deep else "flow.positions learned" if learned else "flow.learned_prior true"
+    if deep or learned or arguments.get("learned_prior"):
+        raise ValueError(
+            "the data has pictures of several shapes, which learned positions and priors do not fit: take pictures of one "
+            f"shape, or a flow without {given}"
+        )
 
 
 def meaning(parts: Parts) -> dict[str, Any]:
