@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tarflow.flows.layers.order import (
     unpatchify,
 )
 from tarflow.training.flow.setup import check_shapes
+from tarflow.training.flow.start import Start
 
 
 @pytest.mark.parametrize("layout", PATCH_LAYOUTS)
@@ -119,3 +121,11 @@ def test_what_has_one_shape_is_named_where_data_has_several(setting: dict[str, o
     check_shapes({"deep_order": None, "positions": "rotary", "learned_prior": False})
     with pytest.raises(ValueError, match=f"several shapes, .* a flow without {name}"):
         check_shapes(setting)
+
+
+def test_a_pipeline_of_another_order_is_no_start() -> None:
+    start = Start(SimpleNamespace(flow=small_model()), "runs/a")
+    with pytest.raises(
+        ValueError, match=r"flow.deep_order is coarse_to_fine, .*: give --flow.deep_order null, or take"
+    ):
+        start.flow_settings({"deep_order": "coarse_to_fine"})

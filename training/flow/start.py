@@ -97,8 +97,8 @@ class Start:
             found = list(own[key]) if isinstance(own[key], tuple) else own[key]
             if key != "sample_size" and found != value:
                 raise ValueError(
-                    f"flow.{key} is {value}, but the pipeline {self.name!r} has {found}: give --flow.{key} {found}, or take "
-                    "it out of the configuration"
+                    f"flow.{key} is {value}, but the pipeline {self.name!r} has {found}: give --flow.{key} "
+                    f"{'null' if found is None else found}, or take it out of the configuration"
                 )
         sizes = {"sample_size": given["sample_size"]} if "sample_size" in given else {}
         return {key: value for key, value in own.items() if key != "sample_size"} | sizes
