@@ -402,7 +402,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     app = page.start(page.build(pipe), "127.0.0.1", screenshot.free_port())
     try:
         with screenshot.opened(app.local_url, 1280, 900) as view:
-            view.set_default_timeout(20_000)
+            view.set_default_timeout(60_000)
             view.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
             view.reload()
             view.wait_for_selector("#draw")

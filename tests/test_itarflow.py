@@ -96,7 +96,7 @@ def test_a_converted_pipeline_draws_and_walks_as_the_published_code(tmp_path: Pa
     assert (pipe.config.num_inference_steps, pipe.config.guidance_method) == (10, "linear_scale")
     expected = load_file(REFERENCE / "expected.safetensors")
     noise = pipe.flow.unpatchify(expected["prior_noise"], (8, 8))
-    options = {"num_images": 4, "latents": noise, "output_type": "latent"}
+    options = {"num_images": 4, "latents": noise, "output_type": "latent", "decoding": "sequential"}
     assert (pipe(**options, denoise=False).images - expected["sample_guidance0"]).abs().max() < 1e-4
     drawn = pipe(**options, num_inference_steps=4).images  # of pixels, so clamped
     walked = pipe.remove_noise(expected["sample_guidance0"], True, num_inference_steps=4)

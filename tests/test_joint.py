@@ -163,7 +163,8 @@ def test_a_run_learns_resumes_and_draws(tmp_path, monkeypatch) -> None:
     assert pipe.check_outputs("score", "pil") == (True, "vae")
     noise = torch.randn(2, 2, 4, 4)
     images = [
-        pipe(class_labels=[1, 2], latents=noise, denoise=denoise, output_type="np").images for denoise in (None, False)
+        pipe(class_labels=[1, 2], latents=noise, denoise=denoise, decoding="sequential", output_type="np").images
+        for denoise in (None, False)
     ]
     np.testing.assert_allclose(images[0], images[1], atol=1e-5)
     pictures = torch.rand(4, 3, 16, 16) * 2 - 1

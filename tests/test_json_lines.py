@@ -61,7 +61,7 @@ def test_conditions(tmp_path: Path, separator: str) -> None:
 
 def test_rows_of_sweeps(tmp_path: Path) -> None:
     fixed = {"seed": 0, "conditions": {}}
-    rows = [{"settings": {"decoder": "vae", "num_inference_steps": None, "note": "a\u2028b"}}]
+    rows = [{"settings": {"decoder": "vae", "num_inference_steps": None, "temperature": 0.5, "note": "a\u2028b"}}]
     write_rows(tmp_path, fixed, rows)
     assert read_rows(tmp_path, fixed) == rows
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl", "sweep.json"]

@@ -25,7 +25,9 @@ from tarflow.experiments.peers.drawing import FlowDrawer
 def seeded(pipe: TARFlowPipeline, **options: Any) -> np.ndarray:
     """Two pictures of the same two seeds."""
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    return pipe(class_labels=[0, 1], generator=generators, denoise=False, output_type="np", **options).images
+    return pipe(
+        class_labels=[0, 1], generator=generators, denoise=False, decoding="sequential", output_type="np", **options
+    ).images
 
 
 @pytest.fixture(scope="module")
