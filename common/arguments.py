@@ -133,5 +133,7 @@ def unknown_setting(name: str, options: Sequence[str]) -> str:
         (section for section in sections if not any(f"{one}.".startswith(f"{section}.") for one in known)), name
     )
     near = difflib.get_close_matches(name, known, 1)
-    remedy = "ake it out of the file that --config names"
-    return f"there is no setting {name}" + (f"; did you mean {near[0]}? T{remedy}" if near else f": t{remedy}")
+    remedy = "take it out of the file that --config names"
+    return f"there is no setting {name}" + (
+        f"; did you mean {near[0]}? {remedy.capitalize()}" if near else f": {remedy}"
+    )

@@ -125,28 +125,26 @@ class TestAutoencoders:
 
 
 class TestComponents:
-    def test_a_decoder_that_goes_on_is_the_same_to_the_bit(self, tmp_path: Path) -> None:
-        stream = shards("memory://decoder", 16, flip=True)
+    @pytest.mark.parametrize(
+        ("part", "tiny_pipeline", "train", "columns"),
+        [
+            ("finetuned_decoder", test_decoder.tiny_pipeline, test_decoder.finetune, {"flip": True}),
+            ("student", test_student.tiny_pipeline, test_student.train, {"label_column": "cls"}),
+        ],
+    )
+    def test_what_goes_on_is_the_same_to_the_bit(
+        self, tmp_path: Path, part: str, tiny_pipeline: Any, train: Any, columns: dict[str, Any]
+    ) -> None:
+        stream = shards(f"memory://{part}", 16, **columns)
         data = [word for name, value in stream.items() for word in (f"--data.{name}", str(value).lower())]
+        if "label_column" in columns:
+            data += ["--data.class_names", json.dumps([str(number) for number in range(36)])]
         found = []
         for name, *resume in (("a",), ("b", "--resume", str(tmp_path / "a" / "checkpoints" / "step_00000002"))):
-            test_decoder.tiny_pipeline(tmp_path / name / "pipeline")
+            tiny_pipeline(tmp_path / name / "pipeline")
             options = [*data, *resume, "--steps", "4", "--checkpoint_every", "2"]
-            metrics = test_decoder.finetune(tmp_path / name / "pipeline", tmp_path / name, *options)
-            found.append((metrics, weights(tmp_path / name / "pipeline" / "finetuned_decoder")))
-        assert found[0][0] == found[1][0]
-        assert same(found[0][1], found[1][1])
-
-    def test_a_student_that_goes_on_is_the_same_to_the_bit(self, tmp_path: Path) -> None:
-        stream = shards("memory://student", 16, label_column="cls")
-        data = [word for name, value in stream.items() for word in (f"--data.{name}", str(value).lower())]
-        data += ["--data.class_names", json.dumps([str(number) for number in range(36)])]
-        found = []
-        for name, *resume in (("a",), ("b", "--resume", str(tmp_path / "a" / "checkpoints" / "step_00000002"))):
-            test_student.tiny_pipeline(tmp_path / name / "pipeline")
-            options = [*data, *resume, "--steps", "4", "--checkpoint_every", "2"]
-            metrics = test_student.train(tmp_path / name / "pipeline", tmp_path / name, *options)
-            found.append((metrics, weights(tmp_path / name / "pipeline" / "student")))
+            metrics = train(tmp_path / name / "pipeline", tmp_path / name, *options)
+            found.append((metrics, weights(tmp_path / name / "pipeline" / part)))
         assert found[0][0] == found[1][0]
         assert same(found[0][1], found[1][1])
 

@@ -60,9 +60,10 @@ def line_name(settings: dict[str, Any], separator: str = ", ") -> str:
     kind = {True: "score", False: "raw"}.get(settings["denoise"], settings["denoise"])
     kind = "finetuned" if settings["decoder"] == "finetuned" else kind
     sigma = [] if settings["noise_std"] is None else [f"sigma-{settings['noise_std']:g}"]
-    further = {"steps": settings.get("num_inference_steps"), "temperature": settings.get("temperature", 1)}
-    said = [f"{name}-{value:g}" for name, value in further.items() if value != (None if name == "steps" else 1)]
-    return separator.join([kind, *sigma, settings["decoding"], *said])
+    count, factor = settings.get("num_inference_steps"), settings.get("temperature", 1)
+    steps = [] if count is None else [f"steps-{count}"]
+    temperature = [] if factor == 1 else [f"temperature-{factor:g}"]
+    return separator.join([kind, *sigma, settings["decoding"], *steps, *temperature])
 
 
 def cells(row: dict[str, Any], names: list[str]) -> list[Any]:
