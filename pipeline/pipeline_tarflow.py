@@ -227,7 +227,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 magnifies errors and is warned of; ``return_residual`` tells them.
             return_residual: also return how exact each sample is, at the cost of one parallel pass.
             temperature: factor on the prior noise; below 1 pictures are likelier and less varied. If not given, the
-                pipeline's own, or 1 for given ``latents``.
+                pipeline's own, or 1 for given ``latents`` (not for what a trajectory model draws in its steps).
             num_inference_steps: in how many steps a flow of many noise levels removes the noise of its samples, each of
                 one pass and its gradient; the pipeline's own default if not given. 1 is the score step, the only one
                 that a flow of one level has. Of a trajectory model one of the numbers that it was trained with (its first
@@ -287,6 +287,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             denoise=denoise,
             decoder=decoder,
             temperature=resolve_temperature(temperature, self.config.temperature, latents is not None),
+            step_temperature=resolve_temperature(temperature, self.config.temperature, False),
             return_residual=return_residual,
             num_steps=steps,
             noise_level=level,

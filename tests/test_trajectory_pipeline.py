@@ -78,6 +78,15 @@ def test_temperature_is_of_the_noise_of_all_steps(pipe):
     assert torch.allclose(*cold, atol=1e-3)
 
 
+def test_given_latents_stay_as_they_are_where_the_noise_of_the_steps_has_the_pipelines_temperature(pipe):
+    first = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(3))
+    cool = copy.copy(pipe)
+    cool.register_to_config(temperature=0.5)
+    assert pipe.config.temperature == 1
+    assert torch.allclose(draw(cool, latents=first), draw(pipe, latents=2 * first, temperature=0.5), atol=1e-5)
+    assert (draw(cool, latents=first) - draw(pipe, latents=first)).abs().max() > 1e-2
+
+
 def test_noise_is_removed_by_the_score_of_the_whole_chain_or_not_at_all(pipe):
     raw, clean = draw(pipe, denoise=False), draw(pipe, denoise=True)
     assert torch.equal(draw(pipe), clean)

@@ -74,6 +74,7 @@ class Sampling:
         denoise: True (the score step), "learned" or False.
         decoder: "vae" or "finetuned".
         temperature: factor on the prior noise.
+        step_temperature: factor on the noise that the steps of a trajectory model draw themselves.
         return_residual: whether to tell how exact each sample is.
         num_steps: of a trajectory model; None inverts a flow's blocks.
         noise_level: that the flow draws at; None for a flow of one level.
@@ -93,6 +94,7 @@ class Sampling:
     denoise: bool | str
     decoder: str
     temperature: float = 1.0
+    step_temperature: float = 1.0
     return_residual: bool = False
     num_steps: int | None = None
     noise_level: float | None = None

@@ -72,7 +72,7 @@ def draw_by_trajectory(
     levels = flow.levels(call.num_steps or 0, pipe.config.noise_std, tokens)
     shape, steps = tuple(noise.shape), len(levels) - 1
     draws = [randn_tensor(shape, generator=generator, device=noise.device, dtype=noise.dtype) for _ in range(steps)]
-    draws = [noise, *(call.temperature * draw for draw in draws)]
+    draws = [noise, *(call.step_temperature * draw for draw in draws)]
     with pipe.progress_bar(total=steps) as progress:
         after_step = AfterStep(pipe, progress, call, flow, lambda: null_condition(pipe, call, conditions))
         pipe.run_offload_hook(flow)
