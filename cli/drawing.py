@@ -94,7 +94,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     level = resolve_level(levels, args.noise_level)
     check_own_level(pipe.config.noise_std, level, args.decoding == STUDENT, decoder)
     steps = resolve_steps(levels, args.steps if along is None else None, default, bool(denoise), level)
-    check_walk(args.walk, levels, steps)
+    check_walk(args.walk, levels, steps, level)
     width, height = args.size or (None, None)
     return {
         "guidance_scale": guidance,

@@ -292,7 +292,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             num_steps=steps,
             noise_level=level,
             walk_steps=walk_steps,
-            walk=check_walk(walk, self.noise_levels, walk_steps),
+            walk=check_walk(walk, self.noise_levels, walk_steps, level),
             generator=generator,
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,

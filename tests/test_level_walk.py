@@ -268,6 +268,13 @@ def test_from_the_lowest_level_there_is_one_step_whatever_the_default() -> None:
     assert pipe.num_timesteps == 2
     with pytest.raises(ValueError, match="is the lowest, from which there is one step"):
         pipe(class_labels=[0], noise_level=0.02, num_inference_steps=2)
+    for steps in (None, 1):  # more steps would be refused, so that is not the advice
+        with pytest.raises(
+            ValueError, match=r"noise_level 0\.02 is the lowest, .*: leave walk out, or give a higher noise_level"
+        ):
+            pipe(class_labels=[0], noise_level=0.02, walk="sde", num_inference_steps=steps)
+    with pytest.raises(ValueError, match="leave walk out, or give a higher noise_level"):
+        pipe.remove_noise(torch.zeros(1, 3, 4, 4), True, torch.tensor([0]), noise_level=0.02, walk="ode")
 
 
 def test_no_scheduler_leads_below_the_trained_levels() -> None:

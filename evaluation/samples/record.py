@@ -36,7 +36,7 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
         level = resolve_level(pipe.noise_levels, config.noise_level)
         asked, default = config.num_inference_steps, pipe.config.num_inference_steps
         steps = resolve_steps(pipe.noise_levels, asked, default, bool(settings["denoise"]), level)
-        walk = check_walk(config.walk, pipe.noise_levels, steps)
+        walk = check_walk(config.walk, pipe.noise_levels, steps, level)
         settings |= {"noise_level": level, "num_inference_steps": steps, "walk": walk}
     along = trajectory_steps(pipe.flow, config.num_inference_steps, config.decoding, config.denoise)
     if along is not None:

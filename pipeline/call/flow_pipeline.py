@@ -121,7 +121,7 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         if level is not None and self.noise_levels is not None:
             lowest, _ = self.noise_levels
             steps = resolve_steps(self.noise_levels, num_inference_steps, self.config.num_inference_steps, True, level)
-            check_walk(walk, self.noise_levels, steps)
+            check_walk(walk, self.noise_levels, steps, level)
             scheduler = scheduler_for(self.scheduler, level, steps, walk, latents.device, lowest)
 
             def clean(x: Tensor, at: float) -> Tensor:

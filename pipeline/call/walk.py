@@ -130,8 +130,8 @@ def resolve_steps(
     return default if steps is None else int(steps)
 
 
-def check_walk(walk: str | None, levels: Sequence[float] | None, steps: int) -> str | None:
-    """``walk`` of a call that removes the noise in so many ``steps``, see `resolve_steps`.
+def check_walk(walk: str | None, levels: Sequence[float] | None, steps: int, level: float | None = None) -> str | None:
+    """``walk`` of a call that removes the noise in so many ``steps`` from ``level``, see `resolve_steps`.
 
     Raises:
         ValueError: for another than `WALKS`, or any where it has no effect: with a flow of one level, or below two steps.
@@ -141,6 +141,11 @@ def check_walk(walk: str | None, levels: Sequence[float] | None, steps: int) -> 
     if walk is not None and levels is None:
         raise ValueError(
             f"walk is {walk!r}, but this flow knows one noise level, which one score step removes: leave it out"
+        )
+    if walk is not None and steps == 1 and levels is not None and level is not None and level <= levels[0]:
+        raise ValueError(
+            f"walk is {walk!r}, but noise_level {level:g} is the lowest, from which there is one step, and one step is the same "
+            "by all walks: leave walk out, or give a higher noise_level"
         )
     if walk is not None and steps < 2:
         raise ValueError(
