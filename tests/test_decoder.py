@@ -194,6 +194,23 @@ def test_noise_is_on_draws_or_means_of_the_posterior(tmp_path, sampled) -> None:
     assert torch.allclose(seen[0], mean, atol=1e-5) != sampled
 
 
+@pytest.mark.parametrize("start", ["vae", "finetuned"])
+def test_training_starts_from_either_decoder(tmp_path, start) -> None:
+    pipe = tiny_pipeline(tmp_path / "pipeline")
+    settings = ["--pipeline", str(tmp_path / "pipeline"), "--data.image_size", "16", "--start", start]
+    settings += ["--output", str(tmp_path / "run")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    task = DecoderTask(parse_dataclass(DecoderConfig, settings)[0], Accelerator(cpu=True))
+    if start == "finetuned":
+        with pytest.raises(ValueError, match=r"begins from the finetuned decoder of .*, which has none: leave --start"):
+            task.make_parts(None)
+    with_decoder(pipe).save_pretrained(tmp_path / "pipeline")
+    task.make_parts(None)
+    wanted = pipe.finetuned_decoder if start == "finetuned" else LatentDecoder.from_autoencoder(pipe.vae)
+    assert weights_hash(task.network) == weights_hash(wanted)
+    assert all(weight.requires_grad for weight in task.network.parameters())
+
+
 def files_of(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

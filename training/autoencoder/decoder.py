@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ class DecoderTask(PictureTask):
         accelerator: of the run.
 
     Raises:
-        ValueError: if there is no such pipeline.
+        ValueError: if there is no such pipeline, or it lacks the decoder to start from.
     """
 
     config: DecoderConfig
@@ -54,11 +55,23 @@ class DecoderTask(PictureTask):
         self.noise_std = self.pipe.config.noise_std
         self.train, held_out = open_splits(config, self.pipe)
         self.encoder_hash = weights_hash(self.pipe.vae)
-        self.network = LatentDecoder.from_autoencoder(self.pipe.vae).train().requires_grad_(True)
+        self.network = self.start_network().train().requires_grad_(True)
         self.pipe.vae.to(accelerator.device)
         if len(held_out):
             self.validation = held_out
             on_main(accelerator, lambda: self.prepare_held_out(held_out))
+
+    def start_network(self) -> LatentDecoder:
+        """The decoder as training begins, in float32."""
+        if self.config.start == "vae":
+            return LatentDecoder.from_autoencoder(self.pipe.vae)
+        finetuned = self.pipe.finetuned_decoder
+        if finetuned is None:
+            raise ValueError(
+                f"start=finetuned begins from the finetuned decoder of {self.config.pipeline!r}, which has none: "
+                "leave --start out"
+            )
+        return copy.deepcopy(finetuned).float()
 
     def ending(self) -> str:
         line = example_line(self.folders.target, self.train, self.pipe.flow.config.conditioning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tarflow.common.checks import NotNegative, Positive
 from tarflow.training.loop.component_config import ComponentConfig
@@ -17,6 +17,8 @@ class DecoderConfig(ComponentConfig):
     Attributes, besides those of `ComponentConfig`:
         set_default: the pipeline's calls take the new decoder unless they say otherwise; False leaves their default.
         noise_std: σ of the noise on the latents; None is the pipeline's training noise, which its samples have.
+        start: decoder of the pipeline whose weights training begins from, in the words of its call: "vae", the
+            autoencoder's own, or "finetuned", which goes on from an earlier finetuning with other settings.
         loss: what makes decoded pictures like their originals.
     """
 
@@ -24,6 +26,7 @@ class DecoderConfig(ComponentConfig):
 
     set_default: bool = True
     noise_std: NotNegative | None = None
+    start: Literal["vae", "finetuned"] = "vae"
     loss: PictureLossConfig = field(default_factory=PictureLossConfig)
     lr: Positive = 3e-4
 
