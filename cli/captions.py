@@ -96,11 +96,8 @@ def pictures_and_captions(config: CaptionScoreConfig) -> tuple[Any, list[str]]:
             raise ValueError(f"{config.samples!r} was drawn from classes: captions are needed")
         return images, captions
     assert config.data is not None
-    images = open_images(config.data, config.split, num=config.num)
-    data: Any = images.data  # type: ignore[attr-defined]
-    if not data.has_captions:
-        raise ValueError("the data has no captions")
-    return images, [data.caption(index) or "" for index in range(len(images))]
+    shown: Any = open_images(config.data, config.split, num=config.num)
+    return shown, shown.captions()
 
 
 def check_paths(config: CaptionScoreConfig) -> None:

@@ -151,8 +151,9 @@ class DataConfig:
         if self.source == "latents" and not self.path:
             raise ValueError("data.source is 'latents', so data.path must name a folder made by tarflow cache-latents")
         if isinstance(self.path, list) and self.source != "latents":
+            more = "; braces or stars in it name several files, data.mix several sets" * (self.source == "webdataset")
             raise ValueError(
-                f"data.path is a list, but data.source {self.source!r} takes one; only 'latents' takes several"
+                f"data.path is a list, but data.source {self.source!r} takes one; only 'latents' takes several{more}"
             )
         self._check_caches()
         if self.source == "datasets" and not self.name and not self.mix:

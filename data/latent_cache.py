@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,25 @@ class LatentCache:
         try:
             tensors = map_tensors(self._file(shard)) if self.store is None else self.store.open(shard)
         except MissingShardError as error:
+            reason = str(error)
+            if self._is_changed():
+                reason += (
+                    "; the cache's manifest is another one than at the start, as tarflow cache-latents writes when it goes on: "
+                    "start again"
+                )
             if self.skip:
-                self.missing[number] = str(error)
-            raise
+                self.missing[number] = reason
+            raise MissingShardError(reason) from error
         self._opened[number] = tensors
         while self._most is not None and len(self._opened) > self._most:
             self._opened.popitem(last=False)
         return tensors
+
+    def _is_changed(self) -> bool:
+        """Whether the cache has been gone on with since it was opened."""
+        with suppress(OSError, ValueError):
+            return read_manifest(self.folder) not in (None, self.manifest)
+        return False
 
     def close(self) -> None:
         """End the threads that fetch shards."""

@@ -117,12 +117,18 @@ class CachedLatents(Dataset[dict[str, Any]]):
         return [cache.manifest["fingerprint"] for cache in self.caches]
 
     @property
+    def counts(self) -> list[int]:
+        """How many pictures of the split each cache has."""
+        return [sum(shard["count"] for shard in cache.shards) for cache in self.caches]
+
+    @property
     def order(self) -> dict[str, Any] | None:
         """What decides the order of pictures beside the seed; None where all pictures of one cache are mixed."""
         if not self.mixed and self.weights is None and len(self.caches) == 1:
             return None
         weights = None if self.weights is None else list(self.weights)
-        return {"caches": self.fingerprints, "weights": weights, "shuffle_shards": self.mixed}
+        about = {"caches": self.fingerprints, "weights": weights, "shuffle_shards": self.mixed}
+        return {**about, "pictures": self.counts}
 
     def about(self) -> list[str]:
         """A line for each of several caches: what it is, and its share of what is trained on."""

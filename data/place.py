@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tarflow.common.folders import check_url, local_path
 from tarflow.data.config import DataConfig
@@ -36,16 +37,21 @@ def check_data(config: DataConfig) -> None:
     if config.source == "folder":
         status_of(str(config.path or ""))
     for _, part in config.parts.values() if config.is_stream else ():
-        for url in (
-            part.path,
-            part.validation_path,
-            *(part.data_files if isinstance(part.data_files, list) else [part.data_files]),
-        ):
+        for url in (part.path, part.validation_path, *texts_in(part.data_files)):
             if isinstance(url, str):
                 check_url(url)
     if config.source == "latents":
         for path in paths_of(config):
             check_cache(path)
+
+
+def texts_in(value: Any) -> list[str]:
+    """The texts of a value as YAML has it, however deep they lie: files may be named one by one, and by split."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for one in value for text in texts_in(one)]
+    return [value] if isinstance(value, str) else []
 
 
 def paths_of(config: DataConfig) -> list[str]:

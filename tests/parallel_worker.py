@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
+from tarflow.common.processes import gather_objects
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.trainer import flow_trainer
 from tarflow.training.loop.stopping import launched_process
@@ -32,6 +33,14 @@ def train(arguments: list[str]) -> dict[str, Any]:
     trainer.accelerator.end_training = lambda: None  # the next run needs the process group
     if "killed" in trainer.folder.name and trainer.saved is None:
         killed_after(trainer, 5)
+    shapes: list[list[int]] = []
+    backward = trainer.task.backward
+
+    def seen(batch: dict[str, Any], *arguments: Any) -> dict[str, torch.Tensor]:
+        shapes.append(list(batch["image"].shape) if "image" in batch else [])
+        return backward(batch, *arguments)
+
+    trainer.task.backward = seen  # type: ignore[method-assign]
     if "disk_full" in trainer.folder.name and trainer.accelerator.is_main_process:
         trainer.accelerator.save_state = no_space
     try:
@@ -42,6 +51,7 @@ def train(arguments: list[str]) -> dict[str, Any]:
     parameters = list(trainer.task.learner.model.parameters())
     sharded = sum(isinstance(parameter, DTensor) for parameter in parameters) / len(parameters)
     facts = {"processes": accelerator.num_processes, "parameters": len(parameters), "sharded": sharded}
+    facts["shapes"] = gather_objects(shapes)
     return {"logged": logged, **facts, **metrics}
 
 

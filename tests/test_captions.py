@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from fid_helpers import save_clip, write_pictures
 from PIL import Image
+from stream_helpers import tar_bytes, write
 from transformers import MobileNetV2Config, MobileNetV2Model, VisionTextDualEncoderModel, ViTImageProcessor
 
 from tarflow.cli.main import main
@@ -222,6 +224,69 @@ def test_it_learns_and_is_a_model_of_transformers(
     (samples / "conditions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main([*argv, "--samples", str(samples)])
     assert "among 2 of 3 captions, 4 pictures" in capsys.readouterr().out
+
+
+def streamed(path: str, **changes: Any) -> DataConfig:
+    """The same pictures in four tar files, of which two cannot be used."""
+    folder = Path(path)
+    rows = []
+    for about in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
+        content = (folder / about.pop("file_name")).read_bytes()
+        rows.append({"png": content, "json": json.dumps(about).encode()})
+    rows[5]["png"], rows[9]["json"] = b"nothing", b"{"
+    for shard in range(4):
+        write(f"memory://captions/{shard}.tar", tar_bytes(rows[8 * shard : 8 * shard + 8], 8 * shard))
+    given: dict[str, Any] = {"source": "webdataset", "path": "memory://captions/{0..3}.tar", "image_size": 16}
+    given |= {"caption_template": "{text}, {style} style", "more_caption_templates": ["{keywords}, {style} style"]}
+    return DataConfig(**{**given, "validation_fraction": 0.3, "on_error": "skip", **changes})
+
+
+def test_a_stream_is_learned_as_a_folder(
+    tmp_path: Path, vision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path, vision, steps=5)
+    config = settings_with(config, data=streamed(str(config.data.path)))
+    train, held_out = open_pairs(config)
+    assert len(train.indices) + train.left_out + len(held_out.indices) == 31  # one has no caption
+    assert all(len(captions) == 2 for captions in [*train.captions, *held_out.captions])
+    seen = {caption.casefold() for caption in held_out.first}
+    assert train.left_out > 0 and seen.isdisjoint(caption.casefold() for caption in train.first)
+    for pairs in (train, held_out):
+        pictures = list(pairs.pictures())
+        assert len(pictures) == len(pairs.captions)
+        for picture, captions in zip(pictures, pairs.captions, strict=True):
+            if picture is not None:  # of the shade that its caption says
+                name, _, shade = captions[0].casefold().split(",")[0].split()
+                expected = np.clip(np.array(COLOURS[name]) + 12 * int(shade), 0, 255)
+                assert picture[:, 8, 8].tolist() == expected.tolist()
+    unreadable = sum(picture is None for pairs in (train, held_out) for picture in pairs.pictures())
+    score = train_captions(config)
+    assert score.pictures + unreadable >= len(held_out.indices)
+    told = "1 unreadable images of the split" in capsys.readouterr().out
+    assert told == bool(unreadable)
+    monkeypatch.setattr(training, "pooled_features", None)  # the features are there
+    assert train_captions(config).first == pytest.approx(score.first, abs=1e-6)
+    few = open_pairs(settings_with(config, num_images=6, num_validation_images=3))
+    assert [len(few[0].indices) + few[0].left_out, len(few[1].indices)] == [6, 3]
+    for changes, message in (
+        ({"concept": ["colour"]}, "the stream has no column 'colour'; its rows have emoji, keywords"),
+        ({"data": replace(config.data, on_error="raise")}, "of the shard 'memory://captions/1.tar'"),
+        ({"data": replace(config.data, caption_template=None, more_caption_templates=[])}, "the data has no captions"),
+        ({"data": replace(config.data, validation_fraction=0)}, "the split 'validation' of the data is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_pairs(settings_with(config, **changes))
+
+
+def test_an_unreadable_picture_is_not_learned_from_anothers(tmp_path: Path, vision: str) -> None:
+    config = settings(tmp_path, vision)
+    train, _ = open_pairs(settings_with(config, data=replace(config.data, on_error="skip")))
+    broken = train.indices[3]
+    (tmp_path / "data" / train.images.source.rows[broken].name).write_bytes(b"nothing")  # type: ignore[union-attr]
+    assert [place for place, picture in enumerate(train.pictures()) if picture is None] == [3]
+    assert train.only([place != 3 for place in range(len(train.indices))]).indices == [
+        index for index in train.indices if index != broken
+    ]
 
 
 def settings_with(config: CaptionModelConfig, **changes: Any) -> CaptionModelConfig:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import ROOT
 from safetensors.torch import load_file
-from stream_helpers import parquet_shards, tar_shards
+from stream_helpers import parquet_shards, row, tar_bytes, write
 from test_training import CLASS_FLOW, TEXT_FLOW, train
 from text_models import make_encoder, make_tokenizer, saved
 from torch import Tensor
@@ -232,7 +232,10 @@ def forked(runs: dict[str, list[str]], folder: Path, killed: bool = False) -> di
 
 
 def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
-    tar = tar_shards((tmp_path / "tar").as_uri(), [20, 13, 30, 11], (32, 32))
+    tar = f"{(tmp_path / 'tar').as_uri()}/{{0..3}}.tar"
+    for shard in range(4):  # a third of the pictures is wide
+        rows = [row(number, (64, 32) if number % 3 == 0 else (32, 32)) for number in range(18 * shard, 18 * shard + 18)]
+        write(tar.replace("{0..3}", str(shard)), tar_bytes(rows, 18 * shard))
     parquet = parquet_shards((tmp_path / "parquet").as_uri(), [20, 13, 30, 11])
     mix = {
         "tar": {"path": tar, "label_column": "cls"},
@@ -264,6 +267,9 @@ def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
     assert losses(results["again"]) == {step: expected[step] for step in (5, 6, 7)}  # to the bit
     assert held_out(results["again"]).items() <= held_out(results["whole"]).items()
     assert losses(results["sizes_again"]) == {step: losses(results["sizes"])[step] for step in (5, 6)}
+    first, second = results["sizes"]["shapes"]  # of the batches of both processes
+    assert first == second
+    assert {tuple(shape[2:]) for shape in first} == {(32, 32), (24, 48)}
     # One process goes on with the same pictures at the same places.
     logged = run_logged(copied, *mixed, "8", "--resume", "latest", flow=CLASS_FLOW)
     assert losses(logged) == pytest.approx({step: expected[step] for step in (5, 6, 7)}, abs=1e-5)

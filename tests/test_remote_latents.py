@@ -25,6 +25,7 @@ from tarflow.data.images import collate
 from tarflow.data.latents import CachedLatents
 from tarflow.data.shard_store import MissingShardError
 from tarflow.training.flow.config import VaeConfig
+from tarflow.training.flow.resume import check_order
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop import order as shard_order
@@ -234,6 +235,27 @@ def test_a_shard_that_cannot_be_read(url: str, harm: str, monkeypatch: pytest.Mo
         remove(url, name)
         with pytest.raises(ValueError, match=f"the shard '{url}/{name}' is not there: run tarflow cache-latents again"):
             CachedLatents(url)
+
+
+def test_a_cache_that_is_gone_on_with_meanwhile(url: str) -> None:
+    """A shard that now has more pictures, as `cache-latents` writes what it could not read before."""
+    latents, name = CachedLatents(url), "train-00003.safetensors"
+    path = f"/{url.removeprefix('memory://')}"
+    memory = fsspec.filesystem("memory")
+    manifest = json.loads(memory.cat_file(f"{path}/manifest.json"))
+    (shard,) = (shard for shard in manifest["shards"] if shard["file"] == name)
+    memory.pipe_file(f"{path}/{name}", b"more" + memory.cat_file(f"{path}/{name}"))
+    memory.pipe_file(f"{path}/manifest.json", json.dumps({**manifest, "shards": [{**shard, "bytes": 1}]}).encode())
+    with pytest.raises(MissingShardError, match=rf"{name}' cannot be read, it has .* is another one than at the start"):
+        latents[3 * SHARD]
+
+
+def test_a_checkpoint_knows_how_many_pictures_a_cache_has(local: Path) -> None:
+    order = CachedLatents(local, shuffle_shards=2).order
+    assert order is not None and order["pictures"] == [COUNT]
+    check_order(Path("step"), {"order": {**order, "pictures": None}}, {"order": order})  # earlier ones do not tell
+    with pytest.raises(ValueError, match="was trained on caches of 90 pictures, but they have 100 now"):
+        check_order(Path("step"), {"order": {**order, "pictures": [90]}}, {"order": order})
 
 
 def test_going_on_without_a_shard(url: str) -> None:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from stream_helpers import png, row, tar_bytes, tar_shards, write
 from test_streams import config, number_of
 
+from tarflow.cli.captions import CaptionScoreConfig, pictures_and_captions
 from tarflow.common.arguments import parse_dataclass
-from tarflow.data.config import DataConfig
+from tarflow.data.config import DataConfig, MixedSource
 from tarflow.data.stream.first import FirstCaptions, open_pictures
 from tarflow.data.stream.rows import RowReader
 from tarflow.data.stream.stream import Stream
@@ -29,6 +30,7 @@ from tarflow.evaluation.features.statistics import compute_statistics
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
 from tarflow.evaluation.samples.conditions import caption_conditions, data_label_counts
+from tarflow.experiments.peers.settings import PeersComparison
 from tarflow.training.autoencoder.config import TrainVaeConfig
 from tarflow.training.autoencoder.mixture import open_sources
 from tarflow.training.loop.streaming import Share, StreamReader
@@ -62,6 +64,13 @@ class TestAutoencoders:
         checkpoint = tmp_path / "whole_run" / "checkpoints" / "step_00000002"
         test_autoencoder.train(tmp_path / "again", *settings, "--resume", str(checkpoint))
         assert same(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+        with pytest.raises(ValueError, match="was trained on a stream, but the data here is pictures by number"):
+            test_autoencoder.train(tmp_path / "other", "--steps", "4", "--resume", str(checkpoint))
+        test_autoencoder.train(tmp_path / "drawings", "--steps", "1", "--checkpoint_every", "1")
+        resume = ["--resume", str(tmp_path / "drawings_run" / "checkpoints" / "step_00000001")]
+        with pytest.raises(ValueError, match="was trained on pictures by number, but the data here is a stream"):
+            test_autoencoder.train(tmp_path / "other", *settings, *resume)
+        assert not (tmp_path / "other_run").exists()
 
     def test_sources_come_by_their_shares_each_picture_once_a_pass(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +156,10 @@ class TestComponents:
             found.append((metrics, weights(tmp_path / name / "pipeline" / part)))
         assert found[0][0] == found[1][0]
         assert same(found[0][1], found[1][1])
+        with pytest.raises(ValueError, match="was trained on a stream, but the data here is pictures by number"):
+            train(
+                tmp_path / "b" / "pipeline", tmp_path / "c", "--resume", str(tmp_path / "a/checkpoints/step_00000002")
+            )
 
     def test_a_stream_shorter_than_a_step_is_refused(self, tmp_path: Path) -> None:
         test_decoder.tiny_pipeline(tmp_path / "pipeline")
@@ -211,8 +224,49 @@ class TestEvaluations:
         assert found.summary["count"] is None
         with pytest.raises(ValueError, match="the data's split 'train' has no captions"):
             FirstCaptions(config("memory://captions/000.tar", caption_column=None), "train")
-        with pytest.raises(ValueError, match="a stream does not tell how often each class comes: give label_counts"):
-            data_label_counts(settings, "train", 2)
+
+    def test_labels_are_counted_as_of_folders(self) -> None:
+        """Of all rows of a split, and of several streams by their weights."""
+        labels = {"label_column": "cls", "class_names": ["even", "odd"]}
+        path = tar_shards("memory://labels", [7, 6, 2], (8, 8))
+        settings = config(path, **labels, where={"number": [0, 1, 3, 5, 7, 9, 14]})
+        assert data_label_counts(settings, "train", 3) == [2, 5, 0]
+        rows = [{**row(number), "cls": b"0"} for number in range(4)]
+        write("memory://labels/even.tar", tar_bytes(rows))
+        mix = {"a": MixedSource(path=path, weight=3), "b": MixedSource(path="memory://labels/even.tar", weight=1)}
+        counts = data_label_counts(config(None, mix=mix, **labels), "train", 2)
+        assert [count / sum(counts) for count in counts] == pytest.approx([0.75 * 8 / 15 + 0.25, 0.75 * 7 / 15])
+        write("memory://labels/001.tar", tar_bytes([{**row(7), "cls": b"zebra"}], 7))
+        with pytest.raises(ValueError, match=r"'x/00007' of the shard 'memory://labels/001.tar' has the label 'zebra'"):
+            data_label_counts(config(path, **labels), "train", 2)
+        assert sum(data_label_counts(config(path, **labels, on_error="skip"), "train", 2)) == 9
+        for settings, split, message in (
+            (config(path), "train", "the data's split 'train' has no class labels to draw from"),
+            (config(path, **labels), "validation", "the data's split 'validation' is empty"),
+            (
+                config(path, label_column="cls", class_names=["a", "b", "c"]),
+                "train",
+                "has labels 0 to 2, but the model 0 to 1",
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                data_label_counts(settings, split, 2)
+
+    def test_captions_of_pictures_that_are_measured(self) -> None:
+        path = tar_shards("memory://told", [3, 4], (8, 8))
+        images: Any = open_images(config(path, lanes=2), num=5)
+        numbers = [number_of({"image": image}) for batch in images.batches(4) for image in batch]
+        assert images.captions() == [f"picture {number}, red, round" for number in numbers]
+        shown, captions = pictures_and_captions(CaptionScoreConfig(model="x", data=config(path), split="train", num=7))
+        assert (len(shown), len(captions)) == (7, 7)
+        folder: Any = open_images(DataConfig(image_size=8), num=3)
+        assert len(folder.captions()) == 3
+        with pytest.raises(ValueError, match="the data has no captions"):
+            open_images(config(path, caption_column=None), num=2).captions()  # type: ignore[attr-defined]
+
+    def test_comparisons_that_want_pictures_by_number_say_so(self) -> None:
+        with pytest.raises(ValueError, match="data is a stream, but the comparison takes pictures by number"):
+            PeersComparison(data=config("x.tar"))
 
     def test_likelihood(self, tmp_path: Path) -> None:
         pipe = test_decoder.tiny_pipeline(tmp_path / "pipeline")

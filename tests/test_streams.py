@@ -345,6 +345,8 @@ def test_a_training_that_goes_on_is_the_same_to_the_bit(tmp_path: Path, kind: st
     with pytest.raises(ValueError, match="the checkpoint is of another stream"):
         train(tmp_path / "again", *data, *resume, "--data.shuffle_buffer", "8")
     assert not (tmp_path / "again").exists()
+    with pytest.raises(ValueError, match="was trained on a stream, but the data here is pictures by number"):
+        train(tmp_path / "again", *resume)
     trainer, again = train(tmp_path / "again", *data, *resume)
     assert trainer.step == 6
     assert again == metrics
@@ -560,11 +562,15 @@ def test_classes_must_be_known_from_the_beginning() -> None:
 def test_wrong_places_and_settings_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="needs the package s3fs, which is not installed: pip install s3fs"):
         check_data(config("s3://bucket/{00..99}.tar"))
+    for files in ({"train": "s3://bucket/*.parquet"}, {"train": ["a.parquet", "s3://bucket/b.parquet"]}):
+        with pytest.raises(ValueError, match="needs the package s3fs"):
+            check_data(replace(table(""), data_files=files))
     with pytest.raises(ValueError, match="fsspec knows no scheme 'nowhere'"):
         check_data(config("nowhere://bucket/0.tar"))
     with pytest.raises(ValueError, match=r"cannot open '.*7.tar': there is no such file"):
         first = Stream(config(f"{tmp_path}/{{7..8}}.tar"))
         first.check_length(1)
+    (tmp_path / "7.tar.zst").touch()
     with pytest.raises(ValueError, match=r"cannot open '.*7.tar.zst': it needs the package zstandard, which is not"):
         monkeypatch.delitem(compr, "zstd", raising=False)
         Stream(config(f"{tmp_path}/7.tar.zst")).check_length(1)

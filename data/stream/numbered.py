@@ -79,6 +79,10 @@ class NumberedReader:
         """There is none."""
         raise ValueError(f"{row.place} has no caption")
 
+    def label(self, row: Row) -> int:
+        """There is none."""
+        raise ValueError(f"{row.place} has no label")
+
 
 def reader_of(
     config: DataConfig, split: str, shards: Shards, seed: int, sizes: Sequence[tuple[int, int]], mirrored: bool

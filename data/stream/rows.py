@@ -150,8 +150,17 @@ class RowReader:
         if self.has_captions:
             item["caption"] = self.caption(row)
         if self.classes is not None:
-            item["label"] = self.classes.number(self._value(row, str(self.config.label_column)), row.place)
+            item["label"] = self.label(row)
         return {**item, "key": row.place, "skipped": []}
+
+    def label(self, row: Row) -> int:
+        """A row's class.
+
+        Raises:
+            ValueError: that names shard and key, if there is none, or it is not known.
+        """
+        assert self.classes is not None
+        return self.classes.number(self._value(row, str(self.config.label_column)), row.place)
 
     def picture(self, row: Row) -> Image.Image:
         """A row's picture as it is, upright.
@@ -199,6 +208,21 @@ class RowReader:
         if drawn and self.config.drop_caption_parts:
             others = [part for part in others if rng.random() >= self.config.drop_caption_parts]
         return ", ".join([first, *others])
+
+    def captions(self, row: Row) -> list[str]:
+        """All captions that a row may have, whole, that of held-out rows first; arguments and errors as of `caption`."""
+        values = {name: value for name, value in row.values.items() if name != PICTURE}
+        lists = [name for name, value in values.items() if isinstance(value, list) and value]
+        longest = max((len(values[name]) for name in lists), default=1) if self.config.choose_from_lists else 1
+        for column in columns_of(self.ways[0]):
+            self._value(row, column)
+        found: list[str] = []
+        for number in range(longest):
+            chosen = {name: values[name][number % len(values[name])] for name in lists} if longest > 1 else {}
+            now = {**values, **chosen}
+            ways = [self.ways[0], *(way for way in self.ways[1:] if self._fits(way, now))]
+            found += [fill(way, now, row.place) for way in ways]
+        return list(dict.fromkeys(found))
 
     def _fits(self, way: str, values: dict[str, Any]) -> bool:
         return all(values.get(column, "absent") not in ("", [], None) for column in columns_of(way))

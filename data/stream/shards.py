@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from tarflow.data.config import DataConfig
 from tarflow.data.stream.tar import BROKEN, is_picture, tar_rows
-from tarflow.data.stream.urls import FINAL, UnreachableError, listed, opened, reason_of
+from tarflow.data.stream.urls import FINAL, UnreachableError, check_there, listed, opened, reason_of
 
 #: The column that a picture's bytes have in every row.
 PICTURE = "__picture__"
@@ -60,17 +60,30 @@ class TarShards:
     def __init__(self, pattern: str, config: DataConfig):
         self.names = listed(pattern)
         self.column = config.image_column
+        if config.on_error == "raise":
+            check_there(self.names)
 
     def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
         for row in islice(tar_rows(self.names[shard]), start, None):
-            row[PICTURE] = row.get(self._column(row))
+            row[PICTURE] = None
+            pictures = self._pictures(row)
+            if len(pictures) > 1 and BROKEN not in row:
+                row[BROKEN] = (
+                    f"it has {len(pictures)} pictures, {', '.join(pictures[:3])}{', …' * (len(pictures) > 3)}: name one's "
+                    "ending by data.image_column, or the files so that each row has a name of its own up to the first dot"
+                )
+            elif pictures:
+                row[PICTURE] = row[pictures[0]]
             yield row
 
-    def _column(self, row: dict[str, Any]) -> str:
-        """The named column, or else the first picture."""
-        if self.column in row or self.column != DataConfig.image_column:
-            return self.column
-        return next((name for name in row if is_picture(name)), self.column)
+    def _pictures(self, row: dict[str, Any]) -> list[str]:
+        """The named column, or else that of a picture: the first of those with a plain ending ("jpg"), or all others
+        ("seg.png")."""
+        files = [name for name, value in row.items() if isinstance(value, bytes)]
+        if self.column in files or self.column != DataConfig.image_column:
+            return [name for name in files if name == self.column]
+        pictures = [name for name in files if is_picture(name)]
+        return [name for name in pictures if "." not in name][:1] or pictures
 
 
 class TableShards:

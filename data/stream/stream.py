@@ -19,6 +19,7 @@ from tarflow.data.stream.numbered import NumberedReader, NumberedShards, reader_
 from tarflow.data.stream.reading import Lane, Source
 from tarflow.data.stream.rows import Row, RowReader
 from tarflow.data.stream.shards import Shards, open_shards
+from tarflow.data.stream.urls import without_query
 
 Made = TypeVar("Made")
 #: As many items as an endless data set is said to have.
@@ -97,7 +98,7 @@ class Stream(Dataset[dict[str, Any]]):
 
     def _hash(self, buffer: int) -> str:
         # Without folders: the same shards may lie elsewhere when a run goes on.
-        names = [[posixpath.basename(name) for name in shards.names] for shards in self.shards]
+        names = [[posixpath.basename(without_query(name)) for name in shards.names] for shards in self.shards]
         about = [(part.where, part.validation_fraction, part.key_column) for part in self.configs]
         buffers = [part.shuffle_buffer for part in self.configs]
         others = [] if set(buffers) == {self.config.shuffle_buffer} else [buffers]

@@ -2,7 +2,7 @@
 
 ``a/0001.jpg``, ``a/0001.txt`` and ``a/0001.json`` are the row ``a/0001``. Its columns are ``__key__``, ``__folder__`` (the
 key's last folder, "a"), one of each file by its ending (pictures as bytes; ``txt`` and ``text`` as texts, ``cls`` as a
-number or text), and those of the object in ``json``.
+number or text), and those of the object in ``json`` that have none of these names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from tarflow.data.formats import PICTURE_SUFFIXES, is_of_system
-from tarflow.data.stream.urls import UnreachableError, opened, reason_of
+from tarflow.data.stream.urls import UnreachableError, opened, reason_of, without_query
 
 KEY, FOLDER = "__key__", "__folder__"
 #: Why a row cannot be used, if one of its files cannot be read.
@@ -34,7 +34,7 @@ def tar_rows(url: str) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: that names the file, if it cannot be read to its end; `UnreachableError` if it may be later.
     """
-    key, row = "", dict[str, Any]()
+    key, row, endings = "", dict[str, Any](), set[str]()
     for name, content in tar_files(url):
         stem, ending = key_of(name)
         if stem != key and row:
@@ -42,10 +42,16 @@ def tar_rows(url: str) -> Iterator[dict[str, Any]]:
             row = {}
         if not row:
             key, row = stem, {KEY: stem, FOLDER: posixpath.basename(posixpath.dirname(stem))}
+            endings = set()
         try:
-            row.update(columns_of_file(ending, content))
+            found = columns_of_file(ending, content)
         except ValueError as error:
             row[BROKEN] = f"the file {name!r} cannot be read: {error}"
+            continue
+        if ending in endings:
+            row[BROKEN] = f"it has two files of the ending {ending!r}, the second {name!r}"
+        endings.add(ending)
+        row = {**found, **row} if ending == "json" else {**row, **found}
     if row:
         yield row
 
@@ -64,9 +70,9 @@ def columns_of_file(ending: str, content: bytes) -> dict[str, Any]:
         ValueError: if it is not what its ending says.
     """
     if ending in TEXTS:
-        return {ending: content.decode("utf-8").strip()}
+        return {ending: content.decode("utf-8-sig").strip()}
     if ending == "cls":
-        text = content.decode("utf-8").strip()
+        text = content.decode("utf-8-sig").strip()
         return {ending: int(text) if text.lstrip("-").isdigit() else text}
     if ending == "json":
         found = json.loads(content)
@@ -86,7 +92,7 @@ def tar_files(url: str) -> Iterator[tuple[str, bytes]]:
     Raises:
         ValueError: that names it, if it is no tar file, or cut off.
     """
-    with opened(url, COMPRESSIONS.get(posixpath.splitext(url)[1])) as file:
+    with opened(url, COMPRESSIONS.get(posixpath.splitext(without_query(url))[1])) as file:
         watched = Watched(file)
         try:
             with tarfile.open(fileobj=watched, mode="r|") as archive:  # type: ignore[call-overload]  # it reads alone

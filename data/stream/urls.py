@@ -6,11 +6,12 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from tarflow.common.folders import open_url, scheme_of
+from tarflow.common.folders import local_path, open_url, scheme_of
 
 #: ``{00000..00099}`` counts; ``{a,b}`` lists.
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -48,16 +49,18 @@ def expanded(pattern: str) -> list[str]:
 
 def listed(pattern: str) -> list[str]:
     """URLs of the files of a pattern with braces, stars or question marks, in the pattern's order; those with a star in
-    that of their names.
+    that of their names. A question mark in a web address begins its query.
 
     Raises:
-        ValueError: if the scheme cannot be read, or a star finds nothing.
+        ValueError: if the scheme cannot be read, a star finds nothing, or a file is named twice.
     """
     found: list[str] = []
+    places = Counter[tuple[str | None, str]]()
     for url in expanded(os.path.expanduser(pattern)):
         fs, path = open_url(url)
-        if not any(sign in path for sign in "*?["):
+        if not any(sign in without_query(path) for sign in "*?["):
             found.append(url)
+            places[scheme_of(url), path] += 1
             continue
         try:
             names = sorted(fs.glob(path))
@@ -66,7 +69,39 @@ def listed(pattern: str) -> list[str]:
         if not names:
             raise ValueError(f"no file fits {url!r}")
         found += [fs.unstrip_protocol(name) if scheme_of(url) else name for name in names]
+        places.update((scheme_of(url), name) for name in names)
+    for (_, path), times in places.items():
+        if times > 1:
+            raise ValueError(f"{pattern!r} names {path!r} {times} times: name each file once, as a pass reads it once")
     return found
+
+
+def check_there(names: Sequence[str]) -> None:
+    """Refuse files that are not there, before a training comes to them: of those on this machine any, of those at URLs the
+    first and the last, where a range ends too far.
+
+    Raises:
+        ValueError: that names one.
+    """
+    for name in names:
+        path, missing = local_path(name), False
+        if path is not None:
+            missing = not path.exists()
+        elif name in (names[0], names[-1]):
+            fs, place = open_url(name)
+            try:
+                fs.info(place)
+            except FileNotFoundError:
+                missing = True
+            except Exception:  # noqa: BLE001 (whoever reads it says what is the matter)
+                missing = False
+        if missing:
+            raise ValueError(f"cannot open {name!r}: there is no such file")
+
+
+def without_query(url: str) -> str:
+    """A URL without what a web address may end with, such as a signature that is another one tomorrow."""
+    return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
 
 
 @contextmanager

@@ -137,6 +137,16 @@ class DataImages(ImageSet):
             raise ValueError(f"the data's split {split!r} is empty; raise data.validation_fraction or take another")
         super().__init__(name, limit(len(self.data), num, name), (config.image_size, config.image_size))
 
+    def captions(self) -> list[str]:
+        """Of all pictures.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if not self.data.has_captions:
+            raise ValueError("the data has no captions")
+        return [self.data.caption(index) or "" for index in range(len(self))]
+
     def _read(self, index: int) -> tuple[Tensor, list[str]]:
         item = self.data[index]
         conversions = self.watched.conversions.pop(index, [])

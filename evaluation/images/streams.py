@@ -28,6 +28,7 @@ class StreamImages(ImageSet):
     """
 
     def __init__(self, config: DataConfig, split: str, num: int | None):
+        self.config, self.split = config, split
         self.stream = square_stream(without_conditions(config), split, config.seed)
         name = f"{config.source} {', '.join(self.stream.parts)}, {split}"
         if num is None:
@@ -35,6 +36,17 @@ class StreamImages(ImageSet):
                 f"the stream {name!r} does not tell how many pictures it has: say how many to take with num"
             )
         super().__init__(name, num, (config.image_size, config.image_size))
+
+    def captions(self) -> list[str]:
+        """Of all pictures.
+
+        Raises:
+            ValueError: that names shard and key of a row without one, or if there are none.
+        """
+        told = square_stream(self.config, self.split, self.config.seed)
+        if not told.has_captions:
+            raise ValueError("the data has no captions: name their column by data.caption_column")
+        return [told.readers[row.source].caption(row) for row in self._rows(counts=False)]
 
     def batches(self, batch_size: int, process: int = 0, processes: int = 1) -> Iterator[Tensor]:
         """As of `ImageSet`; each process reads all rows, and decodes its own."""

@@ -13,10 +13,11 @@ import numpy as np
 from tarflow.common.files import json_lines
 from tarflow.data.config import DataConfig
 from tarflow.data.drawings import random_drawing
-from tarflow.data.folder import ImageFolder
+from tarflow.data.folder import ImageFolder, say_once
 from tarflow.data.images import Images
 from tarflow.data.named import NamedDataset
 from tarflow.data.stream.first import FirstCaptions
+from tarflow.data.stream.stream import Stream
 from tarflow.evaluation.samples.match import all_captions
 from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -177,7 +178,7 @@ def label_conditions(
     if label_counts is None:
         if data is None:
             raise ValueError("labels are to be drawn as in the data: give label_counts or data")
-        label_counts = [float(count) for count in data_label_counts(data, split, classes)]
+        label_counts = data_label_counts(data, split, classes)
     counts = np.asarray(label_counts, dtype=np.float64)
     if len(counts) != classes or not (counts >= 0).all() or not 0 < counts.sum() < np.inf:
         raise ValueError(f"label_counts must be {classes} numbers, none below 0 and not all 0, got {label_counts}")
@@ -190,16 +191,15 @@ def label_conditions(
     return Conditions("label", draw, {"kind": "label", "labels": "data", "counts": counts.tolist()})
 
 
-def data_label_counts(data: DataConfig, split: str, classes: int) -> list[int]:
-    """How many pictures of a split have each label, without opening them; of drawings, of the first ones.
+def data_label_counts(data: DataConfig, split: str, classes: int) -> list[float]:
+    """How many pictures of a split have each label, without opening them; of drawings, of the first ones, and of several
+    streams their parts by weight.
 
     Raises:
         ValueError: if the data has no labels, or others than the model.
     """
     if data.is_stream:
-        raise ValueError(
-            "labels are to be drawn as in the data, but a stream does not tell how often each class comes: give label_counts"
-        )
+        return stream_label_counts(data, split, classes)
     images = Images(data, split)
     source = images.source
     if images.class_names is None or not len(images):
@@ -210,6 +210,40 @@ def data_label_counts(data: DataConfig, split: str, classes: int) -> list[int]:
         labels = [source.labels.number(value) for value in source.data[data.label_column]]
     else:
         labels = [random_drawing(data.seed, index, split).label for index in range(COUNTED_DRAWINGS)]
-    if not 0 <= min(labels) <= max(labels) < classes:
-        raise ValueError(f"the data has labels {min(labels)} to {max(labels)}, but the model 0 to {classes - 1}")
-    return np.bincount(labels, minlength=classes).tolist()
+    check_labels(min(labels), max(labels), classes)
+    return np.bincount(labels, minlength=classes).astype(float).tolist()
+
+
+def stream_label_counts(data: DataConfig, split: str, classes: int) -> list[float]:
+    """The same of a stream, which is read through; rows that cannot be read are left out where that is allowed.
+
+    Raises:
+        ValueError: see `data_label_counts`.
+    """
+    stream = Stream(data, split, data.seed)
+    if stream.class_names is None:
+        raise ValueError(f"the data's split {split!r} has no class labels to draw from")
+    check_labels(0, len(stream.class_names) - 1, classes)
+    say_once("the stream is read through once, to count its labels; label_counts would spare that")
+    counts = np.zeros((len(stream.readers), classes))
+    for row in stream.one_pass(shuffled=False):
+        if isinstance(row, str):
+            continue
+        try:
+            counts[row.source, stream.readers[row.source].label(row)] += 1
+        except ValueError:
+            if data.on_error == "raise":
+                raise
+    if not counts.any():
+        raise ValueError(f"the data's split {split!r} is empty")
+    if len(counts) > 1:
+        totals, weights = counts.sum(1), np.array(stream.weights)
+        shares = weights * (totals > 0) / weights[totals > 0].sum()
+        counts *= (shares / np.maximum(totals, 1))[:, None]
+    return counts.sum(0).tolist()
+
+
+def check_labels(first: int, last: int, classes: int) -> None:
+    """Refuse data of other labels than a model's."""
+    if not 0 <= first <= last < classes:
+        raise ValueError(f"the data has labels {first} to {last}, but the model 0 to {classes - 1}")

@@ -82,6 +82,11 @@ class PeersComparison(OptionalExtractor):
             raise ValueError(
                 "data.source cannot be 'latents': the comparison makes its own cache, and a student needs pictures"
             )
+        if self.data.is_stream:
+            raise ValueError(
+                "data is a stream, but the comparison takes pictures by number and makes a cache of its own: name a folder, an "
+                "archive, or a data set without data.streaming"
+            )
         if self.data.source == "drawings" and (self.pictures is None or self.held_out is None):
             raise ValueError("drawings have no end: pictures and held_out must be numbers")
         if self.caption_model is not None and self.condition != "caption":

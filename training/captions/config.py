@@ -18,7 +18,9 @@ class CaptionModelConfig:
         vision: folder or hub id of a vision model of Transformers with pooled features, such as
             "google/mobilenet_v2_1.0_224"; it stays as it is.
         output: folder of the model, which has its features too: the same pictures are not read again.
-        concept: columns of ``metadata.jsonl`` that say what a picture shows, whatever its style: [text, emoji].
+        num_images, num_validation_images: how many training and held-out pictures, from the first on; None takes all, of a
+            stream too, of which captions and features are held in memory.
+        concept: columns of ``metadata.jsonl``, or of a stream, that say what a picture shows, whatever its style: [text, emoji].
         remove: a regular expression; what it finds in captions is left out, for example ", \\w+ style$".
         image_size: side that pictures are brought to for the vision model; None is its own. Smaller ones are faster.
         width, layers, heads: of the Transformer that reads captions, BERT's.
@@ -34,6 +36,8 @@ class CaptionModelConfig:
     data: DataConfig
     vision: str
     output: str = "runs/captions"
+    num_images: AtLeastOne | None = None
+    num_validation_images: AtLeastOne | None = None
     concept: list[str] = field(default_factory=list)
     remove: str | None = None
     image_size: AtLeastOne | None = None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from tarflow.data.captions import read_metadata
 from tarflow.data.folder import ImageFolder
 from tarflow.data.images import Images
+from tarflow.data.stream.captioned import CaptionedRows
 from tarflow.evaluation.features.caption_ranks import without
 from tarflow.training.captions.config import CaptionModelConfig
 
@@ -19,12 +22,12 @@ class Pairs:
 
     Attributes:
         images: the data.
-        indices: of the items.
+        indices: of the items, ascending.
         captions: all of each picture, at least one.
         left_out: pictures that show what another one shows that is held out.
     """
 
-    images: Images
+    images: Images | CaptionedRows
     indices: list[int]
     captions: list[list[str]]
     left_out: int = 0
@@ -32,6 +35,29 @@ class Pairs:
     @property
     def first(self) -> list[str]:
         return [captions[0] for captions in self.captions]
+
+    @property
+    def facts(self) -> Any:
+        """What tells that the pictures changed."""
+        if isinstance(self.images, CaptionedRows):
+            return self.images.fingerprint, self.indices
+        return self.images.facts(len(self.images)), self.indices
+
+    def pictures(self) -> Iterator[Tensor | None]:
+        """The pictures, uint8 (3, S, S); None for one that cannot be read, where that is allowed."""
+        if isinstance(self.images, CaptionedRows):
+            return self.images.pictures(self.indices)
+        items = (self.images[index] for index in self.indices)
+        return (None if item["skipped"] else item["image"] for item in items)  # where another one stands for it
+
+    def only(self, usable: Sequence[bool]) -> Pairs:
+        """Those pictures that are usable."""
+        places = [place for place, good in enumerate(usable) if good]
+        return replace(
+            self,
+            indices=[self.indices[place] for place in places],
+            captions=[self.captions[place] for place in places],
+        )
 
 
 def open_pairs(config: CaptionModelConfig) -> tuple[Pairs, Pairs]:
@@ -44,19 +70,20 @@ def open_pairs(config: CaptionModelConfig) -> tuple[Pairs, Pairs]:
         raise ValueError(
             "drawings have no end, and a checker of their own: name pictures with captions (data.source folder)"
         )
-    train, held_out = (Images(config.data, split) for split in ("train", "validation"))
+    counts = {"train": config.num_images, "validation": config.num_validation_images}
+    train, held_out = (open_split(config, split, count) for split, count in counts.items())
     for images in (train, held_out):
-        if not len(images):
-            raise ValueError(
-                f"the split {images.split!r} of the data is empty: set data.validation_fraction so that both have pictures"
-            )
         if not images.has_captions:
             raise ValueError(
                 "the data has no captions: a model of pictures and captions needs metadata.jsonl, or a caption_column"
             )
-    held = grouped(held_out, config.remove)
-    every = grouped(train, config.remove)
-    columns = concept_columns([train, held_out], config.concept)
+        if not len(images):
+            raise ValueError(
+                f"the split {images.split!r} of the data is empty: set data.validation_fraction so that both have pictures"
+            )
+    held = grouped(held_out, config.remove)[: counts["validation"]]
+    every = grouped(train, config.remove)[: counts["train"]]
+    columns = concept_columns([images for images in (train, held_out) if isinstance(images, Images)], config.concept)
     seen = {key for index, captions in held for key in keys(held_out, index, captions, columns)}
     kept = [one for one in every if seen.isdisjoint(keys(train, *one, columns))]
     if not kept:
@@ -65,8 +92,17 @@ def open_pairs(config: CaptionModelConfig) -> tuple[Pairs, Pairs]:
     return pairs, Pairs(held_out, [index for index, _ in held], [captions for _, captions in held])
 
 
-def grouped(images: Images, remove: str | None) -> list[tuple[int, list[str]]]:
+def open_split(config: CaptionModelConfig, split: str, count: int | None) -> Images | CaptionedRows:
+    """The pictures of one split; of a stream at most ``count``."""
+    if config.data.is_stream:
+        return CaptionedRows(config.data, split, count, config.concept)
+    return Images(config.data, split)
+
+
+def grouped(images: Images | CaptionedRows, remove: str | None) -> list[tuple[int, list[str]]]:
     """The first item of each picture, with the captions of all its items."""
+    if isinstance(images, CaptionedRows):
+        return [(index, list(dict.fromkeys(without(texts, remove)))) for index, texts in enumerate(images.captions)]
     source = images.source
     captions = without([images.caption(index) or "" for index in range(len(images))], remove)
     names = [row.name for row in source.rows] if isinstance(source, ImageFolder) else range(len(images))
@@ -78,7 +114,7 @@ def grouped(images: Images, remove: str | None) -> list[tuple[int, list[str]]]:
 
 def concept_columns(splits: Sequence[Images], columns: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """By a picture's file name, the wanted columns with their values; empty ones say nothing."""
-    if not columns:
+    if not columns or not splits:
         return {}
     sources = [images.source for images in splits]
     rows: list[dict[str, Any]] = []
@@ -103,8 +139,11 @@ def concept_columns(splits: Sequence[Images], columns: Sequence[str]) -> dict[st
 
 
 def keys(
-    images: Images, index: int, captions: list[str], columns: dict[str, list[tuple[str, str]]]
+    images: Images | CaptionedRows, index: int, captions: list[str], columns: dict[str, list[tuple[str, str]]]
 ) -> set[tuple[str, str]]:
     """What says that two pictures show the same: the first caption, and the columns."""
-    name = images.source.rows[index].name if isinstance(images.source, ImageFolder) else ""
-    return {("", captions[0].casefold()), *columns.get(name, [])}
+    if isinstance(images, CaptionedRows):
+        more = images.values[index]
+    else:
+        more = columns.get(images.source.rows[index].name, []) if isinstance(images.source, ImageFolder) else []
+    return {("", captions[0].casefold()), *more}

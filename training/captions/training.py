@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
 
 from tarflow.common.files import check_writable, replaced, write_json
-from tarflow.common.progress import progress_bar
+from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.files import hash_of
 from tarflow.evaluation.features.caption_ranks import CaptionScore, check_among, score_of
 from tarflow.evaluation.features.extractors import hash_weights
@@ -52,8 +53,12 @@ def train_captions(config: CaptionModelConfig) -> CaptionScore:
     )
     model = make_model(vision, config, len(tokenizer))
     features = cached_features(folder / FEATURES, model.vision_model, processor, [train, held_out])
-    learn(model, tokenizer, features[0], train, config)
-    score = measure(model, tokenizer, features[1], held_out, config.among)
+    (train, learned), (held_out, measured) = (
+        readable(pairs, found) for pairs, found in zip((train, held_out), features, strict=True)
+    )
+    check_among(2, len(set(held_out.first)))
+    learn(model, tokenizer, learned, train, config)
+    score = measure(model, tokenizer, measured, held_out, config.among)
     write_model(folder, [model, tokenizer, processor])
     about = {"pictures": len(train.indices), "left_out": train.left_out, "held_out": dataclasses.asdict(score)}
     write_json(folder / REPORT, about | {"settings": dataclasses.asdict(config)}, nan_as_null=True)
@@ -71,8 +76,9 @@ def write_model(folder: Path, parts: list[Any]) -> None:
 
 
 def cached_features(path: Path, vision: PreTrainedModel, processor: Any, splits: list[Pairs]) -> list[Tensor]:
-    """Features (N, D) of the splits' pictures, from the file if it has those of the same pictures and weights."""
-    facts = [(pairs.images.facts(len(pairs.images)), pairs.indices) for pairs in splits]
+    """Features (N, D) of the splits' pictures, from the file if it has those of the same pictures and weights; not a number
+    where one cannot be read."""
+    facts = [pairs.facts for pairs in splits]
     made_of = hash_of([repr(facts), repr(splits[0].images.config), repr(processor.to_dict()), hash_weights(vision)])
     if path.is_file():
         with safe_open(path, "pt") as file:
@@ -87,12 +93,30 @@ def cached_features(path: Path, vision: PreTrainedModel, processor: Any, splits:
 
 
 def features_of(pairs: Pairs, vision: PreTrainedModel, processor: Any, batch_size: int = 32) -> Tensor:
-    """Features (N, D) of the pictures, on the CPU."""
-    parts = []
-    for first in progress_bar(range(0, len(pairs.indices), batch_size), desc="features", unit="batch"):
-        pictures = [pairs.images[index]["image"] for index in pairs.indices[first : first + batch_size]]
-        parts.append(pooled_features(vision, processor, torch.stack(pictures)).cpu())
-    return torch.cat(parts)
+    """Features (N, D) of the pictures, on the CPU; not a number where one cannot be read.
+
+    Raises:
+        ValueError: if none can be read, or of one that cannot and must be.
+    """
+    rows: list[Tensor | None] = []
+    walk = pairs.pictures()
+    for _ in progress_bar(range(0, len(pairs.indices), batch_size), desc="features", unit="batch"):
+        pictures = list(islice(walk, batch_size))
+        usable = [picture for picture in pictures if picture is not None]
+        found = iter(pooled_features(vision, processor, torch.stack(usable)).cpu() if usable else ())
+        rows += [None if picture is None else next(found) for picture in pictures]
+    known = [row for row in rows if row is not None]
+    if not known:
+        raise ValueError(f"none of the {len(rows)} pictures of the split {pairs.images.split!r} can be read")
+    return torch.stack([torch.full_like(known[0], torch.nan) if row is None else row for row in rows])
+
+
+def readable(pairs: Pairs, features: Tensor) -> tuple[Pairs, Tensor]:
+    """The pictures that could be read, with their features; how many could not is said."""
+    good = ~features.isnan().any(1)
+    if not good.all():
+        write_line(f"{int((~good).sum())} unreadable images of the split {pairs.images.split!r} are left out")
+    return pairs.only(good.tolist()), features[good]
 
 
 def learn(

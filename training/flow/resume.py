@@ -77,7 +77,7 @@ def check_order(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
     """
     if "order" not in state:
         return
-    usual = {"caches": None, "weights": None, "shuffle_shards": 0}
+    usual = {"caches": None, "weights": None, "shuffle_shards": 0, "pictures": None}
     there, here = ({**usual, **(facts["order"] or {})} for facts in (state, invariants))
     for key in ("weights", "shuffle_shards"):
         if there[key] != here[key]:
@@ -89,6 +89,12 @@ def check_order(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
         raise ValueError(
             f"the checkpoint {str(path)!r} was trained on other caches than data.path names: they were made anew, or come in "
             "another order; resume with the same, or start from its pipeline with init_from"
+        )
+    if None not in (there["pictures"], here["pictures"]) and there["pictures"] != here["pictures"]:
+        counts = (" and ".join(f"{count:,}" for count in facts["pictures"]) for facts in (there, here))
+        raise ValueError(
+            "the checkpoint {!r} was trained on caches of {} pictures, but they have {} now, in another order, as tarflow "
+            "cache-latents has gone on with them; start from its pipeline with init_from".format(str(path), *counts)
         )
 
 

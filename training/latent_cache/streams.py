@@ -127,7 +127,9 @@ def write_units(
     ):
         for unit in mine:
             found = earlier = kept_unit(plan, unit, folder)
-            if found is None or any(record.get(AGAIN) for record in found):
+            if found is None or any(
+                record.get(AGAIN, record.get("skipped")) for record in found
+            ):  # earlier notes lack it
                 found = write_unit(plan, unit, encoder, folder, pool, progress, earlier or ())
                 content = {"format": FORMAT, "fingerprint": plan.fingerprint, "records": found}
                 write_json(folder, NOTE.format(unit.number), content)

@@ -83,7 +83,14 @@ class Trainer:
             task.train.forget()
 
     def check_stream(self, state: State | None) -> None:
-        """Whether a stream is long enough, and the checkpoint's."""
+        """Whether a stream is long enough, and the checkpoint's, of which a run that is no stream knows nothing."""
+        streams = isinstance(self.task.train, Stream)
+        if state is not None and state["step"] and ("stream" in state) != streams:
+            there, here = ("pictures by number", "a stream") if streams else ("a stream", "pictures by number")
+            raise ValueError(
+                f"the checkpoint {str(self.saved)!r} was trained on {there}, but the data here is {here}, in another order: give "
+                "the same, or start anew, a flow from its pipeline with --init_from"
+            )
         if not isinstance(self.task.train, Stream):
             return
         self.task.train.check_length(self.settings.images_per_step(self.accelerator.num_processes))

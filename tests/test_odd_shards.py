@@ -1,0 +1,139 @@
+"""Tar shards as people have them: odd names, odd files, few or empty shards, addresses with signatures."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stream_helpers import png, row, tar_bytes, tar_shards, write
+from test_streams import config, first_error, items_of, number_of, readers_of
+
+from tarflow.benchmarks.data_sources import http_server
+from tarflow.data.stream.rows import Row
+from tarflow.data.stream.stream import Stream
+from tarflow.data.stream.urls import listed
+
+
+def tar_of(files: Mapping[str, bytes]) -> bytes:
+    """A tar file of files by name."""
+    found = io.BytesIO()
+    with tarfile.open(fileobj=found, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return found.getvalue()
+
+
+def test_names_and_texts_as_people_have_them() -> None:
+    """Capitals, folders, a byte order mark, lines and other scripts; what is no part of a row; a column like a file."""
+    files = {
+        "./a/b/0001.JPG": png(1),
+        "./a/b/0001.TXT": b"\xef\xbb\xbfa red\r\nfish \n",
+        "./a/b/0001.JSON": json.dumps(
+            {"image": "0001.JPG", "txt": "none", "__key__": "k", "jpg": 1, "more": 2}
+        ).encode(),
+        "./a/c/0001.png": png(2),
+        "./a/c/0001.txt": "ein grüner 🐟".encode(),
+        "./a/c/._0001.png": b"of a system",
+        "./README.md": b"read me",
+        "./a/c/0002.json": b'{"txt": "three", "image": 3}',
+        "./a/c/0002.webp": png(3),
+        "./a/c/0002.mask.png": png(4),
+    }
+    write("memory://odd/names.tar", tar_of(files))
+    settings = config("memory://odd/names.tar", class_names=["b", "c"], label_column="__folder__")
+    found = {item["key"]: (number_of(item), item["caption"], item["label"]) for item in items_of(Stream(settings))}
+    assert found == {
+        "'a/b/0001' of the shard 'memory://odd/names.tar'": (1, "a red\r\nfish", 0),
+        "'a/c/0001' of the shard 'memory://odd/names.tar'": (2, "ein grüner 🐟", 1),
+        "'a/c/0002' of the shard 'memory://odd/names.tar'": (3, "three", 1),
+    }
+    found_error = first_error(replace(settings, caption_column="title"))
+    assert re.match(
+        r"'a/./000.' of the shard 'memory:.*' has no column 'title'; it has __folder__, __key__", found_error
+    )
+    named = replace(settings, where={"txt": ["three"]}, image_column="mask.png")
+    assert [number_of(item) for item in items_of(Stream(named))] == [4]
+
+
+def test_rows_that_run_together_are_refused() -> None:
+    """Which a file name with further dots, or a file that is there twice, would lose without a word."""
+    write("memory://odd/dots.tar", tar_of({f"photo.{number:04d}.jpg": png(number) for number in range(5)}))
+    found = first_error(config("memory://odd/dots.tar", caption_column=None))
+    assert found.startswith(
+        "'photo' of the shard 'memory://odd/dots.tar': it has 5 pictures, 0000.jpg, 0001.jpg, 0002.jpg, …"
+    )
+    files = [("a.png", png(1)), ("a.txt", b"one"), ("b.png", png(2)), ("b.png", png(3)), ("b.txt", b"two")]
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    write("memory://odd/twice.tar", written.getvalue())
+    settings = config("memory://odd/twice.tar")
+    assert "it has two files of the ending 'png', the second 'b.png'" in first_error(settings)
+    assert [number_of(item) for item in items_of(Stream(replace(settings, on_error="skip")))] == [1]
+
+
+def test_a_shard_is_named_once() -> None:
+    tar_shards("memory://odd/once", [2, 2, 2])
+    for pattern in ("memory://odd/once/{000,001,000}.tar", "memory://odd/once/{000.tar,*}"):
+        with pytest.raises(ValueError, match=r"names '/odd/once/000.tar' 2 times: name each file once"):
+            listed(pattern)
+
+
+def test_shards_without_rows() -> None:
+    """Empty ones among others, as filters leave them; all empty; no bytes at all."""
+    tar_shards("memory://odd/empty", [0, 5, 0, 0, 4, 0])
+    settings = config("memory://odd/empty/{000..005}.tar")
+    numbers = Counter(number_of(item) for item in items_of(Stream(settings)))
+    assert numbers == Counter(range(9))
+    reader = readers_of(Stream(replace(settings, lanes=6)), 6, 1)[0]
+    assert {int(image[0, 0, 0]) for _ in range(6) for image in next(reader)["image"]} <= set(range(9))
+    nothing = Stream(config("memory://odd/empty/{000,002}.tar"))
+    with pytest.raises(ValueError, match="has only 0 training rows, fewer than the 4 pictures of a step"):
+        nothing.check_length(4)
+    write("memory://odd/empty/none.tar", b"")
+    assert "the shard 'memory://odd/empty/none.tar' is cut off or damaged" in first_error(
+        config("memory://odd/empty/none.tar")
+    )
+
+
+def test_fewer_shards_than_processes_and_threads() -> None:
+    stream = Stream(config(tar_shards("memory://odd/few", [12])), seed=1)
+    readers = readers_of(stream, 2, 5, workers=3)
+    seen: list[tuple[int, int]] = []
+    lanes = readers[0].lanes
+    for source in stream.sources(lanes):
+        for lane in range(lanes):
+            seen += [(row.shard, row.number) for row in source.first_pass(lane) if isinstance(row, Row)]
+    assert sorted(seen) == [(0, number) for number in range(12)]
+    assert {int(image[0, 0, 0]) for _ in range(4) for reader in readers for image in next(reader)["image"]} <= set(
+        range(12)
+    )
+    for reader in readers:
+        reader.close()
+
+
+def test_an_address_with_a_signature(tmp_path: Path) -> None:
+    """It is one file and no pattern; its ending is before the signature, which may be another one when a run goes on."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        rows = [row(number) for number in range(3 * shard, 3 * shard + 3)]
+        (tmp_path / "shards" / f"{shard}.tar.gz").write_bytes(gzip.compress(tar_bytes(rows, 3 * shard)))
+    with http_server(tmp_path / "shards", 0.0) as url:
+        streams: list[Any] = [Stream(config(f"{url}/{{0..1}}.tar.gz?sign={sign}")) for sign in ("a/b.c", "d")]
+        assert sorted(number_of(item) for item in items_of(streams[0])) == list(range(6))
+    assert streams[0].identity == streams[1].identity
+    assert streams[0].identity == Stream(config("memory://odd/{0..1}.tar.gz", on_error="skip")).identity
