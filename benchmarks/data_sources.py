@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from tarflow.data.config import DataConfig
 from tarflow.data.place import MANIFEST
-from tarflow.data.shards import FORMAT, file_hash
+from tarflow.data.shards import FORMAT, checksums
 
 CLASSES, FILES = 10, 8
 
@@ -84,7 +84,7 @@ def random_cache(folder: Path, shards: int, size: int, shape: tuple[int, int, in
         header = {"format": FORMAT, "fingerprint": "random", "split": "train", "count": size}
         save_file(tensors, folder / name, {"cache": json.dumps(header)})
         about = {"file": name, "split": "train", "shape": list(shape[1:]), "first": number * size, "count": size}
-        records.append({**about, "bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)})
+        records.append({**about, "bytes": (folder / name).stat().st_size, **checksums(folder / name)})
     manifest = {
         "format": FORMAT,
         "fingerprint": "random",

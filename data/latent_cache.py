@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +53,7 @@ class LatentCache:
         self.store: ShardStore | None = None
         self._opened: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._most: int | None = None
+        self._lock = Lock()  # a thread may read ahead
         if isinstance(self.folder, UrlFolder):
             self.store = ShardStore(self.folder, self.manifest["fingerprint"], limit, verify)
             self._check_listing(self.folder)
@@ -73,6 +75,10 @@ class LatentCache:
         Raises:
             MissingShardError: if it lies at a URL and cannot be fetched; at once where that is known.
         """
+        with self._lock:
+            return self._tensors(number)
+
+    def _tensors(self, number: int) -> dict[str, Tensor]:
         if number in self.missing:
             raise MissingShardError(self.missing[number])
         if number in self._opened:
@@ -135,7 +141,12 @@ class LatentCache:
                 raise ValueError(f"the shard {str(path)!r} is corrupt, its checksum is not the manifest's: {REMEDY}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": OrderedDict()}  # a spawned process maps the shards anew
+        state = {**self.__dict__, "_opened": OrderedDict()}  # a spawned process maps the shards anew
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_lock": Lock()}
 
     def _file(self, shard: dict[str, Any]) -> Path:
         assert self.folder.local is not None

@@ -48,6 +48,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
         groups: the indices of each group's items, which are consecutive.
         mixed: how many shards are mixed at a time, 0 for all.
         streams: what is gone through in an order of its own.
+        batches_ahead: how many a thread may gather while training computes.
         latents_mean, latents_std: per channel of the scaled latents of the training split.
         null_cond: the encoded empty caption (L, E), None if captions are not encoded.
 
@@ -55,6 +56,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
         ValueError: if there is no such cache, a shard is missing, cut off or of another cache, the caches do not fit
             together, or ``cache_gb`` is less than what is mixed and read ahead.
     """
+
+    batches_ahead = 2
 
     def __init__(
         self,

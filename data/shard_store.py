@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tarflow.common.cache import cache_folder
 from tarflow.common.folders import UrlFolder
-from tarflow.data.shards import file_hash, map_tensors
+from tarflow.data.shards import is_intact, map_tensors
 
 #: Seconds before each further try to fetch a shard.
 WAITS = (1.0, 2.0, 4.0)
@@ -174,7 +174,7 @@ class ShardStore:
             size = temporary.stat().st_size
             if size != shard["bytes"]:
                 raise ValueError(f"it has {size} bytes instead of {shard['bytes']}")
-            if self.verify and file_hash(temporary) != shard["sha256"]:
+            if self.verify and not is_intact(temporary, shard):
                 raise ValueError("its checksum is not the manifest's")
             os.replace(temporary, path)
         finally:

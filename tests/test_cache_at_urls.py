@@ -17,7 +17,7 @@ from test_cache_folder import save_autoencoder
 from test_remote_latents import config_of
 
 from tarflow.data.latents import CachedLatents
-from tarflow.data.shards import file_hash
+from tarflow.data.shards import checksums
 from tarflow.training.latent_cache import caching
 from tarflow.training.latent_cache.caching import Encoder, cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
@@ -73,7 +73,7 @@ def test_what_is_at_a_url_is_what_is_in_a_folder(
     memory.pipe_file(f"/{tmp_path.name}/cache/.train-00002.safetensors.0123abcd.tmp", b"of a killed run")
     memory.rm(f"/{tmp_path.name}/cache/vae/config.json")  # as if it had been killed while it sent the autoencoder
     with monkeypatch.context() as patch:
-        patch.setattr("tarflow.training.latent_cache.folder.file_hash", only_new_files)
+        patch.setattr("tarflow.training.latent_cache.folder.checksums", only_new_files)
         cache_latents(small(url, vae_path))
     assert contents(url) == expected
     cache_latents(small(url, vae_path))  # is whole already
@@ -81,10 +81,10 @@ def test_what_is_at_a_url_is_what_is_in_a_folder(
     assert len(CachedLatents(url)) == 44
 
 
-def only_new_files(path: Path | str, folder: Any = None) -> str:
-    """Stands for `file_hash`: what was sent before must not be read again."""
+def only_new_files(path: Path | str, folder: Any = None) -> dict[str, str]:
+    """Stands for `checksums`: what was sent before must not be read again."""
     assert folder is None
-    return file_hash(path)
+    return checksums(path)
 
 
 @pytest.mark.parametrize("what", ["autoencoder", "cache"])

@@ -24,6 +24,7 @@ from tarflow.data.config import DataConfig
 from tarflow.data.images import collate
 from tarflow.data.latents import CachedLatents
 from tarflow.data.shard_store import MissingShardError
+from tarflow.data.shards import checksums, is_intact
 from tarflow.training.flow.config import VaeConfig
 from tarflow.training.flow.resume import check_order
 from tarflow.training.latent_cache.caching import cache_latents
@@ -171,6 +172,28 @@ def test_threads_that_fetch_end_with_the_reader(url: str) -> None:
             next(batches)
             assert set(threading.enumerate()) - before
         assert not set(threading.enumerate()) - before
+
+
+def test_a_thread_gathers_the_next_batches(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives what the reading thread itself would, and its errors in their turn."""
+    latents, before = CachedLatents(local), set(threading.enumerate())
+    expected = [collate([latents[index] for index in step]) for step in order(latents, 4)]
+    with BatchReader(train_loader(latents, 4, 0, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
+        assert len(set(threading.enumerate()) - before) == 1
+        assert all(same(batch, wanted) for batch, wanted in zip(batches, expected, strict=True))
+    assert not set(threading.enumerate()) - before
+    read, place = CachedLatents.__getitems__, order(latents, 4)[3]
+
+    def breaking(self: CachedLatents, indices: list[int]) -> Any:
+        if indices == place:
+            raise OSError("the disk is gone")
+        return read(self, indices)
+
+    monkeypatch.setattr(CachedLatents, "__getitems__", breaking)
+    with BatchReader(train_loader(latents, 4, 0, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
+        assert all(same(next(batches), wanted) for wanted in expected[:3])
+        with pytest.raises(ValueError, match="the disk is gone"):
+            next(batches)
 
 
 def test_batches_of_a_cache_are_read_together(local: Path) -> None:
@@ -391,3 +414,16 @@ def test_training_goes_on_with_the_same_bits(local: Path, url: str, tmp_path: Pa
             run("other", str(local), *arguments, *resume)
     with pytest.raises(ValueError, match=r"was trained on other caches than data\.path names"):
         run("other", str(local), "--data.shuffle_shards", "2", *resume, joined=True)
+
+
+def test_copies_are_compared_by_the_fastest_checksum_of_their_record(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(b"0123456789")
+    record = checksums(path)
+    older = {"sha256": record["sha256"]}  # of caches that were made before there was another
+    assert is_intact(path, record)
+    assert is_intact(path, older)
+    assert is_intact(path, {**record, "sha256": "of something else"})
+    path.write_bytes(b"0123456788")
+    assert not is_intact(path, record)
+    assert not is_intact(path, older)

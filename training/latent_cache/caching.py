@@ -160,7 +160,7 @@ def write_manifest(plan: CachePlan, encoder: Encoder, folder: Folder, records: l
         count, total = sum(record["cut"] for record in cut), sum(counts.values())
         text = {**(text or {}), "cut": {"count": count, "of": f"{total} captions", "example": cut[0]["cut_example"]}}
         write_line(cut_sentence(count, f"{total} captions", config.text.max_length, cut[0]["cut_example"]))
-    kept = ("file", "split", "shape", "first", "count", "bytes", "sha256")
+    kept = ("file", "split", "shape", "first", "count", "bytes", "sha256", "xxh3_128")
     manifest = {
         "format": FORMAT,
         "fingerprint": plan.fingerprint,
@@ -180,7 +180,7 @@ def write_manifest(plan: CachePlan, encoder: Encoder, folder: Folder, records: l
         "skipped": sum(record["skipped"] for record in left_out),
         "versions": {name: version(name) for name in ("tarflow", "torch", "diffusers", "transformers", "safetensors")},
         "settings": plan.settings,
-        "shards": [{key: record[key] for key in kept} for record in records],
+        "shards": [{key: record[key] for key in kept if key in record} for record in records],
     }
     finish_folder(folder, manifest)
     if manifest["skipped"]:

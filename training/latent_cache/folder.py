@@ -16,7 +16,7 @@ from torch import Tensor
 from tarflow.common.folders import Folder, LocalFolder, UrlFolder
 from tarflow.data.latent_cache import VAE
 from tarflow.data.place import MANIFEST
-from tarflow.data.shards import FORMAT, file_hash, read_header, read_manifest
+from tarflow.data.shards import FORMAT, checksums, read_header, read_manifest
 from tarflow.training.latent_cache.plan import CachePlan, Plan, Shard, difference
 from tarflow.vae.codec import autoencoder_hash, load_autoencoder
 
@@ -156,7 +156,7 @@ def write_shard(folder: Folder, name: str, tensors: dict[str, Tensor], header: d
     try:
         with folder.writing(name) as temporary:
             save_file(tensors, temporary, {"cache": json.dumps(header, sort_keys=True)})
-            record = {**header, "file": name, "bytes": temporary.stat().st_size, "sha256": file_hash(temporary)}
+            record = {**header, "file": name, "bytes": temporary.stat().st_size, **checksums(temporary)}
         if isinstance(folder, UrlFolder):
             write_json(folder, RECORD.format(name), record)
     except (OSError, SafetensorError) as error:
@@ -181,8 +181,7 @@ def kept_record(plan: Plan, shard: Shard, folder: Folder, checksum: str | None) 
         record = None if noted is None else json.loads(noted)
         if record is None or record["bytes"] != folder.size(shard.file):
             header = read_header(shard.file, folder)
-            size, found = folder.size(shard.file), file_hash(shard.file, folder)
-            record = {**header, "file": shard.file, "bytes": size, "sha256": found}
+            record = {**header, "file": shard.file, "bytes": folder.size(shard.file), **checksums(shard.file, folder)}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if any(record.get(key) != value for key, value in plan.header(shard).items()):

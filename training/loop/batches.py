@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tarflow.common.command import sentence
 from tarflow.data.images import collate
+from tarflow.data.stream.ahead import Ahead
 from tarflow.data.subset import evenly
 from tarflow.training.loop.order import Shards, shuffled, stream_batches
 
@@ -211,7 +213,8 @@ class Reader(ABC):
 
 class BatchReader(Reader):
     """The batches of a process. As a context manager it ends the reading processes, also after an error: they ignore
-    the SIGTERM by which Python would end them at exit, and Python would wait for them.
+    the SIGTERM by which Python would end them at exit, and Python would wait for them. Data that says how many
+    ``batches_ahead`` it wants is read by a thread if no processes read it.
 
     Args:
         loader: of `train_loader`.
@@ -220,7 +223,11 @@ class BatchReader(Reader):
     def __init__(self, loader: DataLoader[Any]):
         self._images = loader.dataset
         before = set(active_children())
-        self._batches = iter(loader)
+        self._batches: Iterator[dict[str, Any]] | Ahead[dict[str, Any]] = iter(loader)
+        ahead = 0 if loader.num_workers else getattr(self._images, "batches_ahead", 0)
+        self._thread = Ahead(iter(self._batches), ahead) if ahead else None
+        if self._thread is not None:
+            self._batches = self._thread
         self._readers = [process for process in active_children() if process not in before]
 
     def __next__(self) -> dict[str, Any]:
@@ -241,6 +248,9 @@ class BatchReader(Reader):
 
     def close(self) -> None:
         """End what reads, processes and threads, which may be in the middle of something, within seconds."""
+        if self._thread is not None:
+            self._thread.close()
+            self._thread.wait(time.monotonic() + PATIENCE)
         if (close := getattr(self._images, "close", None)) is not None:
             close()
         if not self._readers:
