@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stream_helpers import png, row, tar_bytes, tar_shards, write
-from test_streams import config, first_error, items_of, number_of, readers_of
+from stream_helpers import parquet_shards, png, row, tar_bytes, tar_shards, write
+from test_streams import config, first_error, items_of, number_of, readers_of, table
 
 from tarflow.benchmarks.data_sources import http_server
 from tarflow.data.stream.rows import Row
@@ -91,6 +91,15 @@ def test_a_shard_is_named_once() -> None:
     for pattern in ("memory://odd/once/{000,001,000}.tar", "memory://odd/once/{000.tar,*}"):
         with pytest.raises(ValueError, match=r"names '/odd/once/000.tar' 2 times: name each file once"):
             listed(pattern)
+
+
+def test_tables_are_named_as_tar_files_are() -> None:
+    parquet_shards("memory://odd/tables", [3, 4, 5])
+    for files in ("memory://odd/tables/{000..001}.parquet", {"train": ["memory://odd/tables/{000,001}.parquet"]}):
+        stream = Stream(replace(table(""), data_files=files))
+        assert sorted(number_of(item) for item in items_of(stream)) == list(range(7))
+    with pytest.raises(ValueError, match=r"names 'memory://odd/tables/000.parquet' 2 times: name each file once"):
+        Stream(table("memory://odd/tables/{000,001,000}.parquet"))
 
 
 def test_shards_without_rows() -> None:

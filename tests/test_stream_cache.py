@@ -13,15 +13,18 @@ import torch
 from stream_helpers import breaking_connections, parquet_shards, row, tar_bytes, tar_shards, write
 from test_cache_at_urls import run_two
 from test_cache_folder import save_autoencoder
+from transformers import T5EncoderModel
 
 from tarflow.data.config import DataConfig, MixedSource
 from tarflow.data.images import to_model
 from tarflow.data.latents import CachedLatents
 from tarflow.data.stream.stream import Stream
-from tarflow.training.flow.config import VaeConfig
+from tarflow.pipeline.text.encoding import encode_captions
+from tarflow.training.flow.config import TextConfig, VaeConfig
+from tarflow.training.flow.text import small_t5, train_tokenizer
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
-from tarflow.vae.codec import LatentCodec, load_autoencoder
+from tarflow.vae.codec import LatentCodec, load_autoencoder, weights_hash
 
 COUNTS = [9, 4, 7, 5]
 
@@ -96,6 +99,32 @@ def test_other_streams(tmp_path: Path, vae_path: str, kind: str) -> None:
     train, held_out = captions(tmp_path / "cache")
     numbers = Counter(int(text.split(",")[0].split()[-1]) for text in train + held_out)
     assert numbers == Counter([*range(11), *(range(7) if kind == "mix" else ())])
+
+
+def test_captions_are_encoded(tmp_path: Path, vae_path: str) -> None:
+    """With the hash of the encoder's weights; of other weights the cache is another."""
+    pattern, text = (
+        tar_shards(f"memory://{tmp_path.name}", [3, 2]),
+        TextConfig(kind="small", width=16, heads=2, layers=1),
+    )
+    tokenizer = train_tokenizer([f"picture {number}, red, round" for number in range(5)], text)
+    encoder = T5EncoderModel(small_t5(text, len(tokenizer))).eval()
+    for part in (encoder, tokenizer):
+        part.save_pretrained(tmp_path / "t5")
+    frozen = TextConfig(kind="pretrained", name=str(tmp_path / "t5"), max_length=9)
+    manifest = cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, text=frozen))
+    assert manifest["text"]["hash"] == weights_hash(encoder)
+    for split in ("train", "validation"):
+        latents = CachedLatents(tmp_path / "cache", split)
+        items = [latents[index] for index in range(len(latents))]
+        with torch.no_grad():
+            expected = encode_captions(encoder, tokenizer, [item["caption"] for item in items] + [""], 9)
+        torch.testing.assert_close(torch.stack([item["cond"] for item in items]), expected[:-1])
+        torch.testing.assert_close(latents.null_cond, expected[-1])
+    encoder.shared.weight.data[0] += 1
+    encoder.save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"holds another cache, text\.hash"):
+        cache_latents(cache_config(tmp_path / "cache", vae_path, pattern, text=frozen))
 
 
 def test_pictures_of_mixed_sizes(tmp_path: Path, vae_path: str) -> None:

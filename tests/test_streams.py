@@ -559,12 +559,18 @@ def test_classes_must_be_known_from_the_beginning() -> None:
     assert "none of the 2 classes (even, odd)" in found
 
 
+def lacking(scheme: str) -> None:
+    """Stands for fsspec where a package is missing."""
+    raise ImportError(f"Install what reads {scheme}")
+
+
 def test_wrong_places_and_settings_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="needs the package s3fs, which is not installed: pip install s3fs"):
-        check_data(config("s3://bucket/{00..99}.tar"))
-    for files in ({"train": "s3://bucket/*.parquet"}, {"train": ["a.parquet", "s3://bucket/b.parquet"]}):
-        with pytest.raises(ValueError, match="needs the package s3fs"):
-            check_data(replace(table(""), data_files=files))
+    files = ({"train": "s3://bucket/*.parquet"}, {"train": ["a.parquet", "s3://bucket/b.parquet"]})
+    with monkeypatch.context() as patch:  # also where the package is installed
+        patch.setattr("fsspec.get_filesystem_class", lacking)
+        for settings in (config("s3://bucket/{00..99}.tar"), *(replace(table(""), data_files=one) for one in files)):
+            with pytest.raises(ValueError, match="needs the package s3fs, which is not installed: pip install s3fs"):
+                check_data(settings)
     with pytest.raises(ValueError, match="fsspec knows no scheme 'nowhere'"):
         check_data(config("nowhere://bucket/0.tar"))
     with pytest.raises(ValueError, match=r"cannot open '.*7.tar': there is no such file"):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from tarflow.data.config import DataConfig
 from tarflow.data.stream.tar import BROKEN, is_picture, tar_rows
-from tarflow.data.stream.urls import FINAL, UnreachableError, check_there, listed, opened, reason_of
+from tarflow.data.stream.urls import FINAL, UnreachableError, check_there, files_expanded, listed, opened, reason_of
 
 #: The column that a picture's bytes have in every row.
 PICTURE = "__picture__"
@@ -97,8 +97,9 @@ class TableShards:
         import datasets  # imported here because it takes seconds
 
         self.config, self.split = config, split
+        files = files_expanded(config.data_files)
         try:
-            data = datasets.load_dataset(config.name, data_files=config.data_files, split=split, streaming=True)
+            data = datasets.load_dataset(config.name, data_files=files, split=split, streaming=True)
             if data.features is None:
                 data = data._resolve_features()
         except Exception as error:

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
 
 from tarflow.common.folders import local_path, open_url, scheme_of
 
@@ -54,13 +54,12 @@ def listed(pattern: str) -> list[str]:
     Raises:
         ValueError: if the scheme cannot be read, a star finds nothing, or a file is named twice.
     """
-    found: list[str] = []
-    places = Counter[tuple[str | None, str]]()
+    found, places = list[str](), list[str]()
     for url in expanded(os.path.expanduser(pattern)):
         fs, path = open_url(url)
         if not any(sign in without_query(path) for sign in "*?["):
             found.append(url)
-            places[scheme_of(url), path] += 1
+            places.append(path)
             continue
         try:
             names = sorted(fs.glob(path))
@@ -69,11 +68,36 @@ def listed(pattern: str) -> list[str]:
         if not names:
             raise ValueError(f"no file fits {url!r}")
         found += [fs.unstrip_protocol(name) if scheme_of(url) else name for name in names]
-        places.update((scheme_of(url), name) for name in names)
-    for (_, path), times in places.items():
-        if times > 1:
-            raise ValueError(f"{pattern!r} names {path!r} {times} times: name each file once, as a pass reads it once")
+        places += names
+    check_once(places, pattern)
     return found
+
+
+def check_once(names: Sequence[str], given: Any) -> None:
+    """Refuse a file that is named twice, whose rows would come twice in a pass.
+
+    Raises:
+        ValueError: that names it.
+    """
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{given!r} names {name!r} {times} times: name each file once, as a pass reads it once")
+
+
+def files_expanded(files: Any) -> Any:
+    """Files for a builder of the Datasets library, which knows stars, without braces: a pattern, a list, or either by split.
+
+    Raises:
+        ValueError: if a range counts backwards, or a file is named twice.
+    """
+    if isinstance(files, dict):
+        return {split: files_expanded(some) for split, some in files.items()}
+    texts = [files] if isinstance(files, str) else files
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return files
+    found = [name for text in texts for name in expanded(text)]
+    check_once(found, files)
+    return files if found == texts else found
 
 
 def check_there(names: Sequence[str]) -> None:

@@ -44,10 +44,10 @@ def train_captions(config: CaptionModelConfig) -> CaptionScore:
     """
     folder = Path(config.output).expanduser()
     check_writable(folder, folder=True)
+    torch.manual_seed(config.seed)
+    vision, processor = load_vision(config.vision, config.image_size)  # first: a stream takes long to read
     train, held_out = open_pairs(config)
     check_among(2, len(set(held_out.first)))
-    torch.manual_seed(config.seed)
-    vision, processor = load_vision(config.vision, config.image_size)
     tokenizer = make_tokenizer(
         (text for texts in train.captions for text in texts), config.vocab_size, config.max_length
     )
