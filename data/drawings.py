@@ -8,6 +8,7 @@ split draws only those.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,17 +77,24 @@ def random_drawing(seed: int, index: int, split: str = "train") -> Drawing:
     if split not in ("train", "validation"):
         raise ValueError(f"the drawings have the splits 'train' and 'validation', not {split!r}")
     rng = np.random.default_rng((seed, index, split == "validation"))
+
+    def one_of(names: Iterable[str]) -> str:  # what `rng.choice` gives, without an array of the names
+        return (known := list(names))[rng.integers(len(known))]
+
     while True:
-        shape, colour, background = (str(rng.choice(list(names))) for names in (SHAPES, COLOURS, BACKGROUNDS))
+        shape, colour, background = one_of(SHAPES), one_of(COLOURS), one_of(BACKGROUNDS)
         if is_held_out(shape, colour, background) == (split == "validation"):
             break
-    size = str(rng.choice(list(SIZES)))
+    size = one_of(SIZES)
     radius = rng.uniform(*SIZES[size])
     offset = min(MAX_OFFSET, 0.5 - radius - 0.03)  # the shape stays inside
 
     def jitter(rgb: tuple[int, int, int], amount: int) -> tuple[int, int, int]:
-        r, g, b = (int(v) for v in np.clip(np.array(rgb) + rng.integers(-amount, amount + 1, 3), 0, 255))
+        r, g, b = (min(max(v + change, 0), 255) for v, change in zip(rgb, steps(amount), strict=True))
         return r, g, b
+
+    def steps(amount: int) -> list[int]:
+        return rng.integers(-amount, amount + 1, 3).tolist()
 
     return Drawing(
         shape=shape,

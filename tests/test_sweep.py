@@ -86,6 +86,7 @@ def test_resumed_without_doing_anything_twice(pipeline, tmp_path, monkeypatch) -
         run_sweep(config, Measure(fails_at=4))
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
     assert len(list(csv.DictReader((tmp_path / "sweep.csv").open()))) == 4
+    assert (tmp_path / "guidance.png").is_file() and (tmp_path / "speed.png").is_file()
     assert [path.name for path in (tmp_path / "images").iterdir()] == [NAMES[4]]  # drawn, but not measured
     generated, generate = [], sweep.generate_images
 

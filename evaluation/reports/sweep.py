@@ -22,7 +22,7 @@ from tarflow.evaluation.features.statistics import MOMENTS
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import Comparison, evaluate, reference_statistics
 from tarflow.evaluation.reports.settings import SWEPT, SweepConfig, unique
-from tarflow.evaluation.reports.sweep_tables import best_row, row_name, write_tables
+from tarflow.evaluation.reports.sweep_tables import best_row, row_name, write_plots, write_tables
 from tarflow.evaluation.samples.generation import conditions_of, generate_images, load_pipeline
 from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig
@@ -43,7 +43,7 @@ def run_sweep(
     device: str | torch.device = "cpu",
     wait: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure all rows that were not measured before; the tables and plots are written anew after each.
+    """Measure all rows that were not measured before; tables are written anew after each, plots at the end or a stop.
 
     Args:
         config: what to do.
@@ -66,26 +66,30 @@ def run_sweep(
     rows = read_rows(out, fixed)
     measure = make_measure(config, device) if measure is None else measure
     show = write_line if process == 0 else lambda _: None
-    for number, settings in enumerate(wanted, start=1):
-        if any(row["settings"] == settings for row in rows):
-            continue
-        show(f"row {number} of {len(wanted)}: {row_name(settings)}")
-        folder = out / "images" / row_name(settings)
-        own = {**settings, "noise_std": settings["noise_std"] if settings["denoise"] else None}
-        if any(steps_down(other, pipe) > 1 for other in wanted) and steps_down(settings, pipe) < 2:
-            own["walk"] = None  # which is for the other rows
-        gen = dataclasses.replace(config.gen, **own, out=str(folder))
-        speed = generate_images(gen, process, processes, device, wait, pipe)["images_per_second"]
-        speed = None if speed is None else speed * processes
-        rows.append({"settings": settings, "metrics": measure(folder), "images_per_second": speed})
-        rows.sort(key=lambda row: wanted.index(row["settings"]) if row["settings"] in wanted else len(wanted))
+    try:
+        for number, settings in enumerate(wanted, start=1):
+            if any(row["settings"] == settings for row in rows):
+                continue
+            show(f"row {number} of {len(wanted)}: {row_name(settings)}")
+            folder = out / "images" / row_name(settings)
+            own = {**settings, "noise_std": settings["noise_std"] if settings["denoise"] else None}
+            if any(steps_down(other, pipe) > 1 for other in wanted) and steps_down(settings, pipe) < 2:
+                own["walk"] = None  # which is for the other rows
+            gen = dataclasses.replace(config.gen, **own, out=str(folder))
+            speed = generate_images(gen, process, processes, device, wait, pipe)["images_per_second"]
+            speed = None if speed is None else speed * processes
+            rows.append({"settings": settings, "metrics": measure(folder), "images_per_second": speed})
+            rows.sort(key=lambda row: wanted.index(row["settings"]) if row["settings"] in wanted else len(wanted))
+            if process == 0:
+                write_rows(out, fixed, rows)
+                write_tables(rows, out, config.rank)
+                if not config.keep_images:
+                    shutil.rmtree(folder)
+            if wait is not None:
+                wait()
+    finally:
         if process == 0:
-            write_rows(out, fixed, rows)
-            write_tables(rows, out, config.rank)
-            if not config.keep_images:
-                shutil.rmtree(folder)
-        if wait is not None:
-            wait()
+            write_plots(rows, out, config.rank)
     if process == 0:
         write_tables(rows, out, config.rank)
         best = best_row(rows, config.rank)

@@ -73,7 +73,7 @@ def cells(row: dict[str, Any], names: list[str]) -> list[Any]:
 
 
 def write_tables(rows: list[dict[str, Any]], out: Path, rank: str | None = None) -> None:
-    """Write ``sweep.csv``, ``sweep.md``, ``guidance.png`` and ``speed.png``, with the best row marked in all of them."""
+    """Write ``sweep.csv`` and ``sweep.md``, with the best row marked in both."""
     best, names = best_row(rows, rank), metric_names(rows)
     header = [*SWEPT, "images_per_second", *names]
     with replaced(out / "sweep.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -81,6 +81,11 @@ def write_tables(rows: list[dict[str, Any]], out: Path, rank: str | None = None)
         writer.writerow([*header, "best"])
         writer.writerows([*cells(row, names), "best" if i == best else ""] for i, row in enumerate(rows))
     write_text(out / "sweep.md", markdown(rows, header, names, best, rank))
+
+
+def write_plots(rows: list[dict[str, Any]], out: Path, rank: str | None = None) -> None:
+    """Draw ``guidance.png`` and ``speed.png``, with the best row marked in both; nothing without numbers."""
+    best, names = best_row(rows, rank), metric_names(rows)
     shown = [name for name in names if not name.endswith("_std")]
     if shown:
         plot_guidance(rows, shown, best, out / "guidance.png")
