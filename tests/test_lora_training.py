@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT
 from safetensors.torch import load_file
-from test_parallel import launch
+from test_parallel import forked
 from test_training import CLASS_FLOW, SMALL, TEXT_FLOW
 from test_training import train as train_run
 
 from tarflow import TARFlowPipeline
+from tarflow.cli.main import main
 from tarflow.data.config import DataConfig
 from tarflow.flows.adapters.adapters import adapter_layers
 from tarflow.training.flow.accelerator import check_parallel
@@ -197,7 +195,7 @@ def test_two_processes_train_as_one(tmp_path: Path, bases: dict[str, str]) -> No
     options = [*SMALL, "--train.steps", "4", "--init_from", bases["classes"], "--lora.rank", "4"]
     options += ["--optim.lr", "1e-2", "--optim.denoiser_lr", "1e-2"]
     arguments = ["--data", "{}", *options, "--train.batch_size", "4", "--output", str(tmp_path / "two")]
-    launch("ddp", 2, {"two": arguments}, tmp_path)
+    forked("ddp", 2, {"two": arguments}, tmp_path)
     train_run(tmp_path / "one", *options[len(SMALL) :], flow="{}")
     one, two = load_file(tmp_path / "one" / FILE), load_file(tmp_path / "two" / FILE)
     assert one.keys() == two.keys()
@@ -205,17 +203,16 @@ def test_two_processes_train_as_one(tmp_path: Path, bases: dict[str, str]) -> No
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
 
 
-def test_generate_takes_an_adapter(tmp_path: Path, bases: dict[str, str]) -> None:
+def test_generate_takes_an_adapter(tmp_path: Path, bases: dict[str, str], capsys: pytest.CaptureFixture) -> None:
     train(tmp_path / "run", bases["classes"], "--train.steps", "4", "--optim.denoiser_lr", "1e-2")
 
-    def generate(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tarflow.cli", "generate", "--class", "0", "--seed", "1", "--pipeline"]
-        command += [bases["classes"], "--out", str(tmp_path / name), *arguments]
-        return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    def generate(name: str, *arguments: str) -> None:
+        command = ["generate", "--class", "0", "--seed", "1", "--pipeline", bases["classes"]]
+        main([*command, "--out", str(tmp_path / name), *arguments])
 
-    assert generate("plain.png").returncode == 0
-    done = generate("adapted.png", "--lora", str(tmp_path / "run" / "lora"))
-    assert done.returncode == 0, done.stderr
+    generate("plain.png")
+    generate("adapted.png", "--lora", str(tmp_path / "run" / "lora"))
     assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "adapted.png").read_bytes()
-    done = generate("x.png", "--lora", str(tmp_path / "nothing"))
-    assert done.returncode == 2 and "error: cannot read adapters" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        generate("x.png", "--lora", str(tmp_path / "nothing"))
+    assert ended.value.code == 2 and "error: cannot read adapters" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import parallel_worker
 import pytest
 import torch
+from accelerate.commands import launch as launcher
 from helpers import ROOT
 from safetensors.torch import load_file
 from stream_helpers import parquet_shards, row, tar_bytes, write
@@ -55,8 +55,8 @@ LEVELS = [
 SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
 
 
-def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path, killed: bool = False) -> dict[str, Any]:
-    """Results of `parallel_worker` by run; none if it is to be ``killed``."""
+def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
+    """Results of `parallel_worker` by run, started as a user starts it."""
     config = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "tests/parallel_worker.py")]
@@ -69,12 +69,53 @@ def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path, 
         text=True,
         timeout=200,
     )
-    if killed:
-        assert done.returncode != 0
-        return {}
     assert done.returncode == 0, done.stderr[-3000:]
-    first, *others = json.loads(result.read_text())
+    return by_run(json.loads(result.read_text()))
+
+
+def by_run(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the first process found in each run, with that of the others."""
+    first, *others = results
     return {name: {**first[name], "others": [other[name] for other in others]} for name in first}
+
+
+def launcher_settings(kind: str, processes: int) -> dict[str, str]:
+    """The environment that Accelerate's launcher makes of a file of configs/accelerate."""
+    config = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
+    words = ["--config_file", str(config), "--num_processes", str(processes), "--main_process_port", "0", "worker.py"]
+    arguments, seen = launcher.launch_command_parser().parse_args(words), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "multi_gpu_launcher", seen.append)
+        launcher.launch_command(arguments)
+    environment = launcher.prepare_multi_gpu_env(*seen)
+    return {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": seen[0].master_port}
+
+
+def work(rank: int, settings: dict[str, str], runs: dict[str, list[str]], folder: Path) -> None:
+    """What a launcher has each process do."""
+    os.environ |= {**settings, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    results = {name: parallel_worker.train(arguments) for name, arguments in runs.items()}
+    (folder / f"result_{rank}.json").write_text(json.dumps(results))
+    os._exit(0)
+
+
+def forked(kind: str, processes: int, runs: dict[str, list[str]], folder: Path, killed: bool = False) -> dict[str, Any]:
+    """As `launch`, of processes which need not import anything; no results if they are to be ``killed``."""
+    settings = {**launcher_settings(kind, processes), "WORLD_SIZE": str(processes)}
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=work, args=(rank, settings, runs, folder)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(240)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()  # one that hangs would be waited for at the end of all tests
+    assert codes == [-signal.SIGKILL if killed else 0] * processes
+    if killed:
+        return {}
+    return by_run([json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(processes)])
 
 
 def all_weights(pipeline: Path) -> dict[str, Tensor]:
@@ -128,7 +169,8 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
         runs["resumed"] = [*arguments, "--output", str(tmp_path / "resumed"), *resume]
         runs["joint"] = [*arguments, *JOINT, "--output", str(tmp_path / "joint")]
         runs["full"] = [*arguments, "--output", str(tmp_path / "disk_full")]
-    results = launch(kind, 2, runs, tmp_path)
+    # One of the files is tried with the launcher's own processes; test_autoencoder.py does so with the other one.
+    results = (launch if kind == "fsdp2" else forked)(kind, 2, runs, tmp_path)
     assert results["whole"]["processes"] == 2
     assert results["whole"]["sharded"] == (1.0 if kind == "fsdp2" else 0.0)
     expected = losses(one_process[1])
@@ -163,7 +205,7 @@ def test_two_processes_train_like_one(tmp_path: Path, one_process: tuple[Path, d
         runs = {"resumed": [*arguments, "--output", str(tmp_path / "resumed"), "--train.batch_size", "8", *resume]}
         resume = ["--resume", str(tmp_path / "muon" / "checkpoints" / "step_00000002")]
         runs["muon"] = [*muon, "--output", str(tmp_path / "muon_resumed"), "--train.batch_size", "8", *resume]
-        results = launch(kind, 1, runs, tmp_path)
+        results = forked(kind, 1, runs, tmp_path)
         result = results["resumed"]
         assert losses(results["muon"])[3] == pytest.approx(losses(logged)[3], abs=1e-4)
         assert result["processes"] == 1
@@ -201,36 +243,6 @@ def levels_held_out(result: dict[str, Any]) -> dict[str, float]:
     return {name: one for values in result["logged"] for name, one in values.items() if "nats_per_dim_at_" in name}
 
 
-def work(rank: int, port: int, runs: dict[str, list[str]], result: Path) -> None:
-    """What a launcher has each of two processes do."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    results = {name: parallel_worker.train(arguments) for name, arguments in runs.items()}
-    if rank == 0:
-        result.write_text(json.dumps(results))
-    os._exit(0)
-
-
-def forked(runs: dict[str, list[str]], folder: Path, killed: bool = False) -> dict[str, Any]:
-    """As `launch` of two processes by DDP, which need not import anything; the first one's results."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    context, result = multiprocessing.get_context("fork"), folder / "result.json"
-    processes = [context.Process(target=work, args=(rank, port, runs, result)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()  # one that hangs would be waited for at the end of all tests
-    assert codes == [-signal.SIGKILL if killed else 0] * 2
-    found_results: dict[str, Any] = {} if killed else json.loads(result.read_text())
-    return found_results
-
-
 def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
     tar = f"{(tmp_path / 'tar').as_uri()}/{{0..3}}.tar"
     for shard in range(4):  # a third of the pictures is wide
@@ -253,7 +265,7 @@ def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
     sizes = [*common, "--data.path", tar, "--data.label_column", "cls", "--data.aspect_ratios", '["1:1", "2:1"]']
     sizes += ["--train.steps", "6", "--train.batch_size", "4", "--output"]
     killed, step = str(tmp_path / "killed"), str(tmp_path / "sizes" / "checkpoints" / "step_00000004")
-    forked({"killed": [*mixed, "4", "--output", killed]}, tmp_path, killed=True)
+    forked("ddp", 2, {"killed": [*mixed, "4", "--output", killed]}, tmp_path, killed=True)
     copied = shutil.copytree(killed, tmp_path / "other")
     runs = {
         "whole": [*mixed, "4", "--output", str(tmp_path / "whole")],
@@ -261,7 +273,7 @@ def test_two_processes_that_stream_are_killed_and_go_on(tmp_path: Path) -> None:
         "sizes": [*sizes, str(tmp_path / "sizes")],
         "sizes_again": [*sizes, str(tmp_path / "sizes_again"), "--resume", step],
     }
-    results = forked(runs, tmp_path)
+    results = forked("ddp", 2, runs, tmp_path)
     expected = losses(results["whole"])
     assert len(expected) == 7
     assert losses(results["again"]) == {step: expected[step] for step in (5, 6, 7)}  # to the bit
@@ -291,7 +303,7 @@ def test_a_frozen_text_encoder_can_be_sharded(tmp_path: Path) -> None:
     for run in ("sharded", "whole"):
         changes = ["--text.name", name, "--text.hidden_layer", "-2", "--output", str(tmp_path / f"{run}_qwen")]
         runs[f"{run}_qwen"] = [*runs[run], *changes]
-    results = launch("fsdp2", 2, runs, tmp_path)
+    results = forked("fsdp2", 2, runs, tmp_path)
     assert len(losses(results["whole"])) == 3
     assert results["sharded"]["sharded"] == results["whole"]["sharded"] == 1.0
     assert results["sharded"]["parameters"] > results["whole"]["parameters"]
