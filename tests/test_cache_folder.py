@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from helpers import ROOT
 from PIL import Image
+from processes import start_script
 
 from tarflow.data.config import DataConfig
 from tarflow.data.latents import CachedLatents
@@ -315,17 +312,12 @@ def test_the_command_on_a_full_disk(pictures: Path, tmp_path: Path, vae_path: st
     arguments = ["--output", str(tmp_path / "cache"), "--data.source", "folder", "--data.path", str(pictures)]
     arguments += ["--data.image_size", "8", "--data.validation_fraction", "0", "--vae.name", vae_path]
     size = max(file.stat().st_size for file in Path(vae_path).iterdir())
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "cache_latents.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot write")
-    assert "Traceback" not in done.stderr
+    process = start_script("scripts/cache_latents.py", arguments, tmp_path / "printed.txt", largest_file=size // 2)
+    process.join(300)
+    printed = (tmp_path / "printed.txt").read_text(encoding="utf-8")
+    assert process.exitcode == 2, printed
+    assert printed.strip().splitlines()[-1].startswith("error: cannot write")
+    assert "Traceback" not in printed
     assert not (tmp_path / "cache" / "vae").exists()
     assert not list((tmp_path / "cache").glob("*.tmp"))
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT
 from PIL import Image
+from processes import start_script
 from safetensors.torch import load_file
 from test_training import CLASS_FLOW, SMALL, train
 from torch.utils.data import Dataset
@@ -90,10 +89,10 @@ def test_reading_processes_outlive_signals_but_not_their_reader() -> None:
     assert all(not process.is_alive() for process in processes)
 
 
-def wait_for(done: Any, process: subprocess.Popen, seconds: float = 100) -> None:
+def wait_for(done: Any, process: BaseProcess, seconds: float = 100) -> None:
     end = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < end and process.poll() is None
+        assert time.monotonic() < end and process.is_alive()
         time.sleep(0.05)
 
 
@@ -106,29 +105,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(folder: Path, *arguments: str) -> subprocess.Popen:
-    """A training of the command line in a process group of its own, as a terminal starts it."""
+def command(folder: Path, *arguments: str) -> BaseProcess:
+    """A training of the command line; what it prints goes to a file of the folder."""
     data = ["--data.source", "folder", "--data.path", str(folder / "images"), "--data.validation_fraction", "0"]
     settings = ["--flow", CLASS_FLOW, *SMALL, "--train.num_workers", "2", "--output", str(folder / "run")]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_latent.py"), *data, *settings, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_script("train_latent.py", [*data, *settings, *arguments], folder / "printed.txt")
 
 
-def ended(process: subprocess.Popen) -> tuple[str, float]:
+def ended(process: BaseProcess, folder: Path) -> tuple[str, float]:
     """What it printed, and the seconds until it ended."""
     began = time.monotonic()
-    try:
-        printed, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return printed, time.monotonic() - began
+    process.join(60)
+    seconds = time.monotonic() - began
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+    return (folder / "printed.txt").read_text(encoding="utf-8"), seconds
 
 
 def test_a_vanished_picture_ends_the_command(folder: Path) -> None:
@@ -137,8 +128,8 @@ def test_a_vanished_picture_ends_the_command(folder: Path) -> None:
     for path in (folder / "images").rglob("*.png"):
         path.unlink()
     (folder / "images").rename(folder / "gone")
-    printed, seconds = ended(process)
-    assert process.returncode == 2, printed
+    printed, seconds = ended(process, folder)
+    assert process.exitcode == 2, printed
     assert "Traceback" not in printed
     assert printed.strip().splitlines()[-1].startswith("error: ")
     assert seconds < PROMPT
@@ -148,8 +139,8 @@ def test_ctrl_c_saves_a_checkpoint(folder: Path) -> None:
     process = command(folder, "--train.steps", "100000", "--log.checkpoint_every", "3")
     wait_for(lambda: checkpoints(folder / "run" / "checkpoints"), process)
     os.killpg(process.pid, signal.SIGINT)  # to readers too, as a terminal does
-    printed, seconds = ended(process)
-    assert process.returncode == 130, printed
+    printed, seconds = ended(process, folder)
+    assert process.exitcode == 130, printed
     assert "Traceback" not in printed and "KeyboardInterrupt" not in printed
     last = checkpoints(folder / "run" / "checkpoints")[-1]
     step = int(last.name.removeprefix("step_"))

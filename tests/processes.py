@@ -1,0 +1,48 @@
+"""Scripts of the project in processes of their own, which have all libraries from the start: importing them takes seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import runpy
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from helpers import ROOT
+
+#: A copy of this process has all libraries, but none may be made of one that uses a GPU.
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+
+
+def start_script(name: str, words: list[str], printed: Path, largest_file: int | None = None) -> BaseProcess:
+    """Start a script as a terminal does, in a process group of its own.
+
+    Args:
+        name: of the file, from the top.
+        words: what is typed behind it.
+        printed: gets what it prints, errors too.
+        largest_file: in bytes; writing more fails, as on a full disk.
+    """
+    process = CONTEXT.Process(target=run_script, args=(name, words, printed, largest_file))
+    process.start()
+    return process
+
+
+def run_script(name: str, words: list[str], printed: Path, largest_file: int | None) -> None:
+    """What the process does."""
+    os.setsid()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(1)
+    with printed.open("w", buffering=1, encoding="utf-8") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        sys.stdout = sys.stderr = file
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        sys.argv = [name, *words]
+        runpy.run_path(str(ROOT / name), run_name="__main__")
