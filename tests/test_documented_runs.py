@@ -66,14 +66,16 @@ SMALL = {
     "compare-student": "--num 2 --batch_sizes [1] --repeats 1 --compile false",
     "benchmark sampling": "--batches 1 --repeats 1",
     "benchmark exactness": "--pipelines drawings_class --samples 1 --guidance-scales 2",
-    "benchmark training": "--batches 1 --repeats 1 --steps 1 --precisions float32 --variants published eager",
+    "benchmark training": "--model shape.yaml --batches 1 --repeats 1 --steps 1 --precisions float32 "
+    "--variants published eager",
     "benchmark data": "--listing 3000",
-    "benchmark memory": "--batch 1 --model quickstart_text",
+    "benchmark memory": "--batch 1 --model shape.yaml",
     "check-reference": "",
     "export": "",
 }
 #: Further words, for commands that have this in them.
 MORE = [
+    (r"^exact-flow (?!.*--tool ood)", "--pipeline CAPTIONS/pipeline"),  # the shipped ones take longer
     (r"^train (?!.*--init_from)", "--flow.width 32 --flow.head_dim 32 --flow.layers_per_block [1,1]"),
     (
         r"^train (?!.*--init_from).*(emoji|quickstart_text|kind small)",
@@ -162,6 +164,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with SummaryWriter(folder / name / "logs") as writer:
             writer.add_scalar("train/loss", 1.0, 1)
     (folder / "captions/pipeline/examples.json").write_text('["thing 1", "thing 2"]')
+    shape = {"layers_per_block": [1, 2], "width": 64, "head_dim": 32, "conditioning": "class_prefix"}
+    shape = {"data": {"image_size": 64}, "vae": {"name": "none"}, "flow": {"patch_size": 8, **shape}}
+    (folder / "shape.yaml").write_text(yaml.safe_dump(shape))
     hub = folder / "stabilityai/sd-vae-ft-ema"
     AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=4, **vae_blocks(4)).save_pretrained(hub)
     return folder
@@ -243,7 +248,7 @@ def test_a_documented_command_runs(
     words += [word.replace("PORT", str(free_port())) for word in SMALL[key].split()]
     for what, more in MORE:
         if re.search(what, " ".join(words)):
-            words += more.split()
+            words += more.replace("CAPTIONS", str(base / "captions")).split()
     monkeypatch.chdir(world(case, base))
     try:
         main(words)
