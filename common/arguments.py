@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import jsonargparse
@@ -36,6 +37,20 @@ def parse_dataclass(
     Raises:
         ValueError: with one sentence for an unknown key, a wrong type or a value out of range.
     """
+    parser = parser_of(kind, description, prog)
+    try:
+        namespace = parser.parse_args(config_first(underscored(sys.argv[1:] if argv is None else argv)))
+        resolved = parser.dump(namespace, skip_none=False)
+        arguments = vars(parser.instantiate(namespace))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(plain_message(" ".join(str(error).split()), options_of(parser))) from error
+    arguments.pop("config", None)
+    return kind(**arguments), resolved
+
+
+@cache
+def parser_of(kind: type, description: str | None, prog: str | None) -> jsonargparse.ArgumentParser:
+    """What reads a dataclass, see `parse_dataclass`; made once, as that takes longer than reading."""
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [--config FILE] [--key value] [--section.key value] …",
@@ -46,14 +61,7 @@ def parse_dataclass(
     )
     parser.add_argument("--config", action="config", help="YAML file; all other arguments count more")
     parser.add_class_arguments(kind, None, sub_configs=False)
-    try:
-        namespace = parser.parse_args(config_first(underscored(sys.argv[1:] if argv is None else argv)))
-        resolved = parser.dump(namespace, skip_none=False)
-        arguments = vars(parser.instantiate(namespace))
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(plain_message(" ".join(str(error).split()), options_of(parser))) from error
-    arguments.pop("config", None)
-    return kind(**arguments), resolved
+    return parser
 
 
 def underscored(argv: Sequence[str]) -> list[str]:

@@ -145,12 +145,13 @@ GUIDANCES = {"none": None, "gaussian": Guidance(1.0), "temperature": Guidance(0.
 
 def the_model(**changes: Any) -> TARFlowModel:
     torch.manual_seed(0)
-    return perturb(small_model(sample_size=8, conditioning="class_prefix", qk_norm=True, **changes), std=0.05)
+    return perturb(small_model(conditioning="class_prefix", qk_norm=True, **changes), std=0.05)
 
 
 def drawn(model: TARFlowModel, guidance: Guidance | None = None, fast: FastSteps | None = None, **how: Any) -> Tensor:
     """Samples by a method, of which it is checked that the flow leads them back to their noise."""
-    z = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    size = model.config.sample_size
+    z = torch.randn(3, 2, size, size, generator=torch.Generator().manual_seed(1))
     cond = model.condition(torch.tensor([0, 1, 2]), None, 3)
     null = model.condition(None, None, 3)
     if how.get("method") == "auto":
@@ -167,7 +168,7 @@ def drawn(model: TARFlowModel, guidance: Guidance | None = None, fast: FastSteps
 METHODS = [
     {"method": "sequential"},
     {"method": "jacobi", "tolerance": 1e-6},
-    {"method": "gs_jacobi", "tolerance": 1e-6, "segment": 5},
+    {"method": "gs_jacobi", "tolerance": 1e-6, "segment": 3},
     {"method": "auto"},
 ]
 
@@ -240,7 +241,7 @@ def test_adapters_may_change_between_calls() -> None:
 @pytest.mark.parametrize("rows", [1, 9])  # weights of many rows are copied
 def test_fast_steps_take_over_weights_that_are_changed_unseen(rows: int) -> None:
     model, fast = the_model(), FastSteps(backend=None)
-    z = torch.randn(rows, 2, 8, 8)
+    z = random_images(model, rows)
     cond = model.condition(torch.arange(rows) % 3, None, rows)
     before, _ = generate(model, z, cond, fast=fast)
     for name, parameter in model.named_parameters():

@@ -7,6 +7,7 @@ files need no mention. ``name.*`` means a folder with all rooms in it.
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def permitted(room: str) -> set[str]:
     return found
 
 
+@cache
 def imports_of(file: Path) -> list[tuple[int, str]]:
     """Level and module of each import, at the top or inside functions; 0 is an absolute one."""
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import jsonargparse
@@ -29,10 +30,17 @@ def check_flow_keys(flow: dict[str, Any]) -> None:
     if unknown := sorted(set(flow) - set(known)):
         section = "the flow section" if kind == FLOW else f"the flow section of kind {kind!r}"
         raise ValueError(f"unknown key flow.{unknown[0]}; {section} has kind, {', '.join(known)}")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(KINDS[kind], "flow")
+    parser = flow_parser(kind)
     required = {"in_channels": 1, "sample_size": 1}
     try:
         parser.parse_object({"flow": {**required, **flow}})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(plain_message(" ".join(str(error).split()))) from error
+
+
+@cache
+def flow_parser(kind: str) -> jsonargparse.ArgumentParser:
+    """What reads the flow section of a kind; made once, as that takes longer than reading."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(KINDS[kind], "flow")
+    return parser
