@@ -52,7 +52,7 @@ LEVELS = [
     *("--train.noise_levels.low", "0.02", "--train.noise_levels.high", "0.5"),
     *("--train.steps", "4", "--train.more_ema_decays", "[]", "--log.checkpoint_every", "2"),
 ]
-SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
+SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1", "--text.vocab_captions", "500"]
 
 
 def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path) -> dict[str, Any]:

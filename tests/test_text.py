@@ -25,7 +25,7 @@ from tarflow.pipeline.text.loading import load_text_encoder
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.flow.objective import FlowObjective
-from tarflow.training.flow.text import check_text
+from tarflow.training.flow.text import LOOKED_AT, check_text
 from tarflow.training.flow.tokens import CaptionTokens
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
@@ -457,7 +457,7 @@ def test_what_is_cut_off(ends: bool) -> None:
 
 def test_long_captions_are_reported(tmp_path: Path, capsys: Any, caplog: Any) -> None:
     name = saved(tmp_path / "encoder", make_encoder("BertModel"), make_tokenizer())
-    train(tmp_path / "run", *pretrained(name, "--text.max_length", "6"), flow=FLOW)
+    train(tmp_path / "run", *pretrained(name, "--text.max_length", "6"), flow=FLOW, captions_looked_at=LOOKED_AT)
     said = capsys.readouterr().out
     assert (
         "of the 4096 captions that were looked at are longer than 6 tokens (text.max_length) and are cut, for example"

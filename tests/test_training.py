@@ -15,6 +15,7 @@ from tarflow import TARFlowPipeline
 from tarflow.data.images import collate, to_model
 from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.model import TARFlowModel
+from tarflow.training.flow import text
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.objective import score_target
 from tarflow.training.flow.trainer import flow_trainer
@@ -35,13 +36,16 @@ CLASS_FLOW = '{"layers_per_block": [1, 1], "width": 64, "head_dim": 32, "conditi
 TEXT_FLOW = CLASS_FLOW.replace("class_prefix", "prefix")
 
 
-def train(folder, *arguments, flow=CLASS_FLOW):
-    """Run as a fresh process would."""
+def train(folder, *arguments, flow=CLASS_FLOW, captions_looked_at=100):
+    """Run as a fresh process would, but that fewer captions are looked at: there are only a few words in them."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    config, resolved = parse_config(["--data", "{}", "--flow", flow, *SMALL, "--output", str(folder), *arguments])
-    trainer = flow_trainer(config, resolved)
-    return trainer, trainer.run()
+    few = ["--text.vocab_captions", "500"] if "small" in arguments else []
+    options = ["--data", "{}", "--flow", flow, *SMALL, *few, "--output", str(folder), *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "LOOKED_AT", captions_looked_at)
+        trainer = flow_trainer(*parse_config(options))
+        return trainer, trainer.run()
 
 
 def weights(folder):
