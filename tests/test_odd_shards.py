@@ -86,6 +86,29 @@ def test_rows_that_run_together_are_refused() -> None:
     assert [number_of(item) for item in items_of(Stream(replace(settings, on_error="skip")))] == [1]
 
 
+def test_links_and_joined_files_are_refused() -> None:
+    """Of which a tar file that is read from its beginning to its end shows nothing."""
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        written = io.BytesIO()
+        with tarfile.open(fileobj=written, mode="w") as archive:
+            for name, content in (("a.png", png(1)), ("b.png", None), ("c.png", png(3))):
+                member = tarfile.TarInfo(name)
+                if content is None:
+                    member.type, member.linkname = kind, "a.png"
+                member.size = len(content or b"")
+                archive.addfile(member, io.BytesIO(content or b""))
+        write("memory://odd/links.tar", written.getvalue())
+        settings = config("memory://odd/links.tar", caption_column=None)
+        assert "'b' of the shard 'memory://odd/links.tar': the file 'b.png' is a link without" in first_error(settings)
+        skipping = Stream(replace(settings, on_error="skip"))
+        assert sorted(number_of(item) for item in items_of(skipping)) == [1, 3]
+    write("memory://odd/joined.tar", tar_bytes([row(1)], 1) + bytes(10240) + tar_bytes([row(2)], 2))
+    found = first_error(config("memory://odd/joined.tar"))
+    assert found.startswith("the shard 'memory://odd/joined.tar' has more behind its end, as tar files joined by cat")
+    write("memory://odd/padded.tar", tar_bytes([row(1)], 1) + bytes(1_000_000))
+    assert [number_of(item) for item in items_of(Stream(config("memory://odd/padded.tar")))] == [1]
+
+
 def test_a_shard_is_named_once() -> None:
     tar_shards("memory://odd/once", [2, 2, 2])
     for pattern in ("memory://odd/once/{000,001,000}.tar", "memory://odd/once/{000.tar,*}"):

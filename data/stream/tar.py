@@ -14,6 +14,7 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import IO, Any
 
 from tarflow.data.formats import PICTURE_SUFFIXES, is_of_system
@@ -43,6 +44,11 @@ def tar_rows(url: str) -> Iterator[dict[str, Any]]:
         if not row:
             key, row = stem, {KEY: stem, FOLDER: posixpath.basename(posixpath.dirname(stem))}
             endings = set()
+        if content is None:
+            row[BROKEN] = (
+                f"the file {name!r} is a link without content: pack it with tar --dereference --hard-dereference"
+            )
+            continue
         try:
             found = columns_of_file(ending, content)
         except ValueError as error:
@@ -85,12 +91,12 @@ def is_picture(ending: str) -> bool:
     return f".{ending.rpartition('.')[2]}" in PICTURE_SUFFIXES
 
 
-def tar_files(url: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a tar file's files, in one pass from its beginning; other endings than a row uses are passed
-    over.
+def tar_files(url: str) -> Iterator[tuple[str, bytes | None]]:
+    """Names and contents of a tar file's files, in one pass from its beginning, without content of links; other endings
+    than a row uses are passed over.
 
     Raises:
-        ValueError: that names it, if it is no tar file, or cut off.
+        ValueError: that names it, if it is no tar file, cut off, or followed by another one.
     """
     with opened(url, COMPRESSIONS.get(posixpath.splitext(without_query(url))[1])) as file:
         watched = Watched(file)
@@ -99,14 +105,20 @@ def tar_files(url: str) -> Iterator[tuple[str, bytes]]:
                 for member in archive:
                     ending = key_of(member.name)[1]
                     known = is_picture(ending) or ending in (*TEXTS, "cls", "json")
-                    if member.isreg() and known and not is_of_system(posixpath.basename(member.name)):
-                        content = archive.extractfile(member)
-                        yield member.name, b"" if content is None else content.read()
+                    is_file = member.isreg() or member.issym() or member.islnk()
+                    if is_file and known and not is_of_system(posixpath.basename(member.name)):
+                        content = archive.extractfile(member) if member.isreg() else None
+                        yield member.name, None if content is None else content.read()
                     archive.members = []  # which would grow with the file
+                more = watched.ended and any(any(part) for part in iter(partial(watched.read, 2**16), b""))
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
             raise ValueError(f"the shard {url!r} is cut off or damaged: {reason_of(error)}") from error
         except Exception as error:  # file systems have errors of their own
             raise UnreachableError(f"the shard {url!r} cannot be read on: {reason_of(error)}") from error
+        if more:
+            raise ValueError(
+                f"the shard {url!r} has more behind its end, as tar files joined by cat: name them one by one"
+            )
         if not watched.ended:
             raise ValueError(f"the shard {url!r} is cut off: it lacks the mark of a tar file's end")
 
