@@ -20,6 +20,7 @@ from tarflow.benchmarks.sampling import PLAIN, SamplingPlan, Speed, compare, roo
 from tarflow.benchmarks.training import TrainingPlan, best, compare_training, loss_differences
 from tarflow.common.files import write_json
 from tarflow.common.machine import machine, product_speed
+from tarflow.common.progress import announce
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.conversion import DTYPES
 from tarflow.pipeline.loading.device import best_device
@@ -64,6 +65,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
     )
     graphs = ("graphs",) if torch.device(arguments.device).type == "cuda" else ()
     methods = (*PLAIN, *graphs, *(("compiled", "compiled auto") if arguments.compile else ()))
+    announce(f"{len(methods)} methods, {arguments.repeats} times each: minutes on a CPU, --repeats takes fewer")
     for batch in arguments.batches:
         cond, null = conditions(model, text, batch, level)
         speeds = compare(model, batch, cond, null, guidance, SamplingPlan(methods=methods, repeats=arguments.repeats))
@@ -143,6 +145,7 @@ def run_training(arguments: argparse.Namespace) -> None:
         repeats=arguments.repeats,
         steps=arguments.steps,
     )
+    announce(f"{len(plan.variants)} variants, {plan.repeats} times each: minutes on a CPU, --variants takes fewer")
     for batch in arguments.batches:
         found = compare_training(model, batch, shape.prefix_length, peaks, plan)
         if device.type == "cpu":

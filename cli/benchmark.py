@@ -69,7 +69,7 @@ def parser() -> CommandParser:
         "sampling", help="decoding methods side by side", description="decoding methods side by side"
     )
     source = sampling.add_mutually_exclusive_group(required=True)
-    source.add_argument("--pipeline", help="folder or hub id of trained weights")
+    source.add_argument("--pipeline", help="trained weights: folder, shipped name or hub id")
     source.add_argument("--model", help="the name of a configuration (tarflow configs), with random weights")
     sampling.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     sampling.add_argument("--guidance-scale", type=float, default=2.0)

@@ -97,7 +97,7 @@ def check(args: argparse.Namespace) -> None:
     if args.seed is not None and not 0 <= args.seed < MOST_SEED:
         raise ValueError(f"--seed must be 0 to {MOST_SEED - 1}, got {args.seed}")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
-        raise ValueError(f"--guidance must be at least 1 (off), got {args.guidance:g}")
+        raise ValueError(f"--guidance-scale must be at least 1 (off), got {args.guidance:g}")
     if args.noise_level is not None and not 0 < args.noise_level < math.inf:
         raise ValueError(f"--noise-level must be positive, got {args.noise_level:g}")
     if args.temperature is not None and not 0 < args.temperature < math.inf:
@@ -106,6 +106,10 @@ def check(args: argparse.Namespace) -> None:
         if args.denoise is not None or args.decoder is not None:
             raise ValueError("give either --decode-with, or --denoise and --decoder")
         args.denoise, args.decoder = NOISE_REMOVALS[args.decode_with]
+    if args.denoise in ("score", "learned") and args.decoder == "finetuned":
+        raise ValueError(
+            f"--decoder finetuned removes the noise itself: leave --denoise {args.denoise} out, or take --decoder vae"
+        )
     if args.size is None:
         return
     if args.aspect_ratio is not None:

@@ -9,7 +9,6 @@ say nothing about pixels and can be compared only between models of the same lat
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Annotated, Any, Literal
 
 from tarflow.cli.parsing import read_settings
@@ -62,6 +61,7 @@ def main(
     """
     with ending():
         config, _ = read_settings(LikelihoodConfig, argv, description, prog, check_place)
+        from tarflow.common.progress import announce
         from tarflow.data.stream.first import open_pictures
         from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
         from tarflow.pipeline.opening import open_pipeline
@@ -70,10 +70,9 @@ def main(
         images = open_pictures(config.data, config.split, config.num_images, "num_images", config.seed)
         count = len(images) if config.num_images is None else min(config.num_images, len(images))
         draws = max(config.draws, config.importance)
-        passes = (
+        announce(
             f"{count:,} pictures, {draws} draws of noise each: on a CPU that takes minutes, --num_images takes fewer"
         )
-        print(passes, file=sys.stderr, flush=True)
         result = evaluate_likelihood(
             pipe,
             images,

@@ -10,7 +10,7 @@ import diffusers.utils.logging
 import transformers.utils.logging
 
 #: What libraries say in the course of things, and nobody who uses a command can act on.
-NOISE = ("Removed shared tensor", "torch_dtype")
+NOISE = ("Removed shared tensor", "torch_dtype", "local_dir_use_symlinks")
 
 
 def hush_libraries() -> None:

@@ -72,6 +72,11 @@ def is_notebook() -> bool:
     return any(base.__name__ == "tqdm_notebook" for base in tqdm.__mro__)
 
 
+def announce(text: str) -> None:
+    """Say what will take long, before it begins, where it does not mix with results: on the standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def write_line(text: str) -> None:
     """Write a line to the standard output, above the bars of a terminal."""
     tqdm.write(text)

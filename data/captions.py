@@ -68,7 +68,16 @@ def keep(record: dict[str, Any], config: DataConfig) -> bool:
     """Whether a row has one of the wanted values in every column of ``where``."""
     for column, values in (config.where or {}).items():
         if column not in record:
-            raise ValueError(f"data.where names the column {column!r}, but the data has {', '.join(sorted(record))}")
+            template = config.caption_template or ""
+            also = (
+                f" and --data.caption_template null, as {template!r} names it too"
+                if column in columns_of(template)
+                else ""
+            )
+            raise ValueError(
+                f"data.where names the column {column!r}, but the data has {', '.join(sorted(record))}: give --data.where "
+                f"null for all pictures{also}"
+            )
         if record[column] not in values:
             return False
     return True
@@ -109,7 +118,8 @@ def fill(template: str, record: dict[str, Any], name: str) -> str:
     except KeyError as error:
         columns = ", ".join(sorted(record))
         raise ValueError(
-            f"the row of {shown(name)!r} has no column {error} for its caption; it has {columns}"
+            f"the row of {shown(name)!r} has no column {error} for its caption; it has {columns}: give "
+            "--data.caption_template of these, or null and --data.caption_column"
         ) from error
     except (IndexError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(

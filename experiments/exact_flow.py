@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tarflow.common.files import write_picture
+from tarflow.common.progress import announce
 from tarflow.data.config import DataConfig
 from tarflow.data.images import collate, to_uint8
 from tarflow.data.stream.first import open_pictures
@@ -193,6 +194,10 @@ TOOLS: dict[str, Callable[[ExactFlowConfig, Any], Rows]] = {
 }
 
 
+#: Tools that take more than half a minute on a CPU.
+LONG = ("inpaint", "ood")
+
+
 def draw_tool(config: ExactFlowConfig) -> None:
     """Open the pipeline, use the tool, print what it measured and write the picture.
 
@@ -200,7 +205,11 @@ def draw_tool(config: ExactFlowConfig) -> None:
         ValueError: for settings that do not fit the pipeline, and a place that cannot be written to.
     """
     pipe = open_pipeline(config.pipeline)
+    if config.tool in LONG:
+        fewer = "--steps takes fewer" if config.tool == "inpaint" else "--num takes fewer"
+        announce(f"{config.tool} of {config.num} pictures: on a CPU that takes minutes, {fewer}")
     if config.tool == "ood":
         out_of_distribution(config, pipe)
     else:
         write_picture(config.out, labelled_rows(TOOLS[config.tool](config, pipe), least=64), optimize=True)
+    print(f"the picture is {config.out}")

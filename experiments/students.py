@@ -12,6 +12,7 @@ import torch
 from tarflow.common.charts import markdown_table
 from tarflow.common.files import check_writable, write_json, write_picture, write_text
 from tarflow.common.machine import machine, timed
+from tarflow.common.progress import announce
 from tarflow.common.seeds import image_seed
 from tarflow.evaluation.samples.conditions import make_conditions
 from tarflow.evaluation.samples.student_error import exact_samples
@@ -62,6 +63,10 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
         arguments = conditions.arguments(range(count))
         return pipe(**arguments, generator=generators, guidance_scale=scale, decoding=decoding, **options).images
 
+    announce(
+        f"batches of {', '.join(map(str, config.batch_sizes))} are timed {config.repeats} times each: minutes on a CPU, "
+        "--repeats takes fewer"
+    )
     speed = []
     for batch in config.batch_sizes:
         for name, options in TIMED.items():

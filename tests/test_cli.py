@@ -17,6 +17,7 @@ from test_pipeline import make_pipeline
 from test_training import CLASS_FLOW, SMALL
 
 from tarflow import configs
+from tarflow.cli.configs import purpose
 from tarflow.cli.main import main
 from tarflow.cli.models import first_sentence
 from tarflow.cli.pictures import file_stems
@@ -85,8 +86,8 @@ BAD = [
     ("captions", ["a", "--num", "-1"], "--num must be at least 1, got -1"),
     ("captions", ["a", "--num", "x"], "invalid int value: 'x'"),
     ("captions", ["a", "--num", "1000000000"], "1,000,000,000 pictures are too many"),
-    ("captions", ["a", "--guidance", "0.5"], "--guidance must be at least 1 (off), got 0.5"),
-    ("captions", ["a", "--guidance", "nan"], "--guidance must be at least 1 (off), got nan"),
+    ("captions", ["a", "--guidance", "0.5"], "--guidance-scale must be at least 1 (off), got 0.5"),
+    ("captions", ["a", "--guidance", "nan"], "--guidance-scale must be at least 1 (off), got nan"),
     ("captions", ["a", "--negative-prompt", "b"], "needs --guidance above 1"),
     ("captions", ["a", "--seed", "-3"], "--seed must be 0 to"),
     ("captions", ["a", "--size", "big"], "--size must be width x height"),
@@ -246,6 +247,21 @@ def test_file_names_differ() -> None:
 def test_every_configuration_ships() -> None:
     assert set(configs.shipped()) == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     assert Path(configs.resolve("quickstart_text")).is_file()
+
+
+def test_configurations_are_listed_with_what_they_are_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*configs.shipped(), *configs.launchers()]
+    for line in lines:
+        name, told = line.split(None, 1)
+        assert 20 < len(told) < 260 and "tarflow " not in told.replace("`", ""), name
+    main(["configs", "quickstart_text"])
+    assert capsys.readouterr().out == f"{configs.FOLDER / 'quickstart_text.yaml'}\n"
+    (tmp_path / "mine.yaml").write_text("# Draws fruit of\n# 8 pixels, start it so:\n#   tarflow train\noutput: x\n")
+    assert purpose(tmp_path / "mine.yaml") == "Draws fruit of 8 pixels, start it so"
+    (tmp_path / "mine.yaml").write_text("output: x\n# y\n")
+    assert purpose(tmp_path / "mine.yaml") == ""
 
 
 @pytest.mark.parametrize("script", ["train_latent", "evaluate_fid", "evaluate_bpd"])

@@ -1,9 +1,13 @@
-"""How commands end."""
+"""How commands end, and what they do not show."""
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 import pytest
 
+from tarflow.cli.quiet import hush_libraries
 from tarflow.common.command import ending, sentence
 
 
@@ -47,3 +51,21 @@ def test_debugging_shows_tracebacks(
 def test_faults_of_the_program_keep_their_traceback() -> None:
     with pytest.raises(KeyError), ending():
         raise KeyError("x")
+
+
+def test_remarks_of_libraries_that_nobody_can_act_on_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DATASETS_VERBOSITY", "critical")
+    remarks = [
+        "`torch_dtype` is deprecated! Use `dtype` instead!",
+        "The `local_dir_use_symlinks` argument is deprecated and ignored in `hf_hub_download`.",
+        "Removed shared tensor {'shared.weight'} while saving.",
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hush_libraries()
+        for text in (*remarks, "the disk is nearly full"):
+            warnings.warn(text, stacklevel=1)
+            logging.getLogger("accelerate.utils.other").warning(text)
+    assert [str(one.message) for one in caught] == caplog.messages == ["the disk is nearly full"]

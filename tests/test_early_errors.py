@@ -21,6 +21,10 @@ WRONG = [
         "generate --class square --pipeline drawings_class --out x.png",
         "unknown class 'square'; did you mean 'red square'?",
     ),
+    (
+        "generate a --denoise score --decoder finetuned --out x.png",
+        "--decoder finetuned removes the noise itself: leave",
+    ),
     ("generate a --out x.gif", "must end with .png"),
     ("generate a --out x.png --gui 2", "unrecognized arguments: --gui"),
     (

@@ -177,7 +177,14 @@ def test_more_ways_to_say_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"where": {"colour": ["red"]}}, "names the column 'colour', but the data has file_name, size, style, text"),
+        (
+            {"where": {"colour": ["red"]}},
+            "names the column 'colour', but .* has file_name, size, style, text: give --data.where null for all pictures$",
+        ),
+        (
+            {"where": {"kind": ["a"]}, "caption_template": "{text}, {kind}"},
+            r"give --data\.where null .* and --data\.caption_template null, as '\{text\}, \{kind\}' names it too",
+        ),
         ({"where": {"style": ["square"]}}, "no images are left .* where={'style': \\['square'\\]}"),
         ({"caption_template": "{title}"}, "has no column 'title' for its caption; it has file_name, size, style, text"),
         ({"caption_column": "title"}, "has no column 'title'"),

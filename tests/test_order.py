@@ -126,6 +126,6 @@ def test_what_has_one_shape_is_named_where_data_has_several(setting: dict[str, o
 def test_a_pipeline_of_another_order_is_no_start() -> None:
     start = Start(SimpleNamespace(flow=small_model()), "runs/a")
     with pytest.raises(
-        ValueError, match=r"flow.deep_order is coarse_to_fine, .*: give --flow.deep_order null, or take"
+        ValueError, match=r"flow.deep_order is coarse_to_fine, .*: give --flow.deep_order null, or --flow '{}'"
     ):
         start.flow_settings({"deep_order": "coarse_to_fine"})

@@ -17,13 +17,14 @@ from test_training import TEXT_FLOW, train, weights
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.training.flow import setup
-from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.flow.start import Start
 from tarflow.training.latent_cache.caching import cache_latents
 from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.schedule import TimeLimit, peak_factor
 from tarflow.training.loop.trainer import Trainer
+from tarflow.vae.codec import load_autoencoder
 
 COUNT = 40
 
@@ -254,3 +255,35 @@ def test_what_differs_from_the_pipeline_to_start_from_is_said() -> None:
     assert captions.differences(TextConfig(kind="small", max_length=5), None) == [
         "captions are cut after 5 tokens (text.max_length), the pipeline 'base' was trained with 8"
     ]
+
+
+def test_all_that_a_run_has_otherwise_than_the_pipeline_is_said_at_once() -> None:
+    start = Start(make_pipeline("prefix"), "my base")
+    given = {"qk_norm": True, "conditioning": "prefix", "layers_per_block": [1, 9]}
+    own = start.pipeline.flow.config
+    with pytest.raises(ValueError) as refused:
+        start.flow_settings(given, VaeConfig(name="emoji_f8c8"))
+    layers = list(own.layers_per_block)
+    assert str(refused.value) == (
+        f"flow.qk_norm is true, flow.layers_per_block is [1, 9], but the pipeline 'my base' has false, {layers}: give "
+        f"--flow.qk_norm false --flow.layers_per_block '{layers}', or --flow '{{}}' for its flow as it is; its autoencoder is "
+        "another than vae.name too: give --vae.name drawings_emoji_f8c8"
+    )
+    with pytest.raises(ValueError, match=r"for its flow as it is$"):
+        start.flow_settings(given)
+    assert start.flow_settings({"layers_per_block": layers}) == start.flow_settings({})
+
+
+def test_an_autoencoder_that_ships_is_named() -> None:
+    start = Start(make_pipeline("prefix"), "my base")
+    start.pipeline.register_modules(vae=load_autoencoder("emoji_f8c8"))
+    assert start.vae_options() == "--vae.name emoji_f8c8" and not start.vae_differs(VaeConfig(name="emoji_f8c8"))
+    assert start.vae_differs(VaeConfig(name="none"))
+    with pytest.raises(
+        ValueError, match=r"give --vae\.name emoji_f8c8, and of cached latents those of that autoencoder"
+    ):
+        start.check_autoencoder("another hash")
+    next(start.pipeline.vae.parameters()).data += 1
+    assert start.vae_options() == "--vae.name 'my base' --vae.subfolder vae"
+    start.pipeline.register_modules(vae=None)
+    assert start.vae_options() == "--vae.name none" and start.vae_differs(VaeConfig(name="emoji_f8c8"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tarflow.common.machine import machine
+from tarflow.common.progress import progress_bar
 from tarflow.data.config import DataConfig
 from tarflow.data.images import collate
 from tarflow.data.stream.first import AnyPictures, open_pictures
@@ -128,7 +129,7 @@ def generation_of(config: ReportConfig, images: dict[str, AnyPictures]) -> Gener
 def draw(config: ReportConfig, gen: GenerationConfig, pipe: FlowPipeline, conditions: Conditions) -> Tensor:
     """Samples uint8 (N, 3, H, W)."""
     parts = []
-    for first in range(0, config.samples, config.batch_size):
+    for first in progress_bar(range(0, config.samples, config.batch_size), desc="samples", unit="batch"):
         chunk = range(first, min(first + config.batch_size, config.samples))
         parts.append(torch.from_numpy(draw_chunk(pipe, gen, conditions, chunk)))
     return torch.cat(parts).permute(0, 3, 1, 2).contiguous()

@@ -239,7 +239,8 @@ def check_conditions(config: RunConfig, train: Data, conditioning: str) -> None:
     """Whether data, text encoder and flow agree on what pictures are drawn from."""
     if conditioning.startswith("class") and train.class_names is None:
         raise ValueError(
-            f"flow.conditioning is {conditioning!r}, but the data has no classes (folders or label column)"
+            f"flow.conditioning is {conditioning!r}, but the data has no classes (folders or label column): sort the "
+            "pictures into a folder for each class, or take a configuration of captions"
         )
     if (conditioning == "prefix") != (config.text.kind != "none"):
         raise ValueError(
@@ -247,7 +248,9 @@ def check_conditions(config: RunConfig, train: Data, conditioning: str) -> None:
             "a text encoder, other conditionings need text.kind 'none'"
         )
     if conditioning == "prefix" and not train.has_captions:
-        raise ValueError("the data has no captions: give data.caption_column or a folder with metadata.jsonl")
+        raise ValueError(
+            "the data has no captions: give data.caption_column or a folder with metadata.jsonl, or take a configuration of classes"
+        )
 
 
 def as_cached(config: RunConfig, resolved: str) -> tuple[RunConfig, str]:

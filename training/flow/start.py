@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from tarflow.flows.trajectory.kinds import FlowModel, name_of
 from tarflow.models import AUTOENCODERS
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.text.options import TextOptions
-from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.flow.text import load_text
 from tarflow.vae.codec import autoencoder_hash, load_autoencoder, weights_hash
 
@@ -42,17 +44,25 @@ class Start:
         own = None if self.pipeline.vae is None else autoencoder_hash(self.pipeline.vae)
         if own != (other if other is None or isinstance(other, str) else autoencoder_hash(other)):
             raise ValueError(
-                f"the pipeline {self.name!r} has another autoencoder than vae.name and the data give: {self.vae_options()}"
+                f"the pipeline {self.name!r} has another autoencoder than vae.name and the data give: give "
+                f"{self.vae_options()}, and of cached latents those of that autoencoder"
             )
 
     def vae_options(self) -> str:
-        """What to give so that a run has the pipeline's own autoencoder."""
+        """The options by which a run has the pipeline's own autoencoder."""
         if self.pipeline.vae is None:
-            return "give --vae.name none, as it models pixels"
+            return "--vae.name none"
         hashes = {autoencoder_hash(load_autoencoder(name)): name for name in AUTOENCODERS}
         if (shipped := hashes.get(autoencoder_hash(self.pipeline.vae))) is not None:
-            return f"give --vae.name {shipped}"
-        return f"give --vae.name {self.name} --vae.subfolder vae, and of cached latents those of that autoencoder"
+            return f"--vae.name {shipped}"
+        return f"--vae.name {shlex.quote(self.name)} --vae.subfolder vae"
+
+    def vae_differs(self, given: VaeConfig) -> bool:
+        """Whether settings name another autoencoder than the pipeline's."""
+        own, other = self.pipeline.vae, load_autoencoder(given.name, given.subfolder)
+        if own is None or other is None:
+            return own is not other
+        return autoencoder_hash(own) != autoencoder_hash(other)
 
     def text(self, config: TextConfig) -> tuple[Any, Any]:
         """Text encoder and tokenizer: a small encoder is the pipeline's, a pretrained one is loaded anew."""
@@ -80,26 +90,37 @@ class Start:
             )
         return own.requires_grad_(True), self.pipeline.tokenizer
 
-    def flow_settings(self, given: dict[str, Any]) -> dict[str, Any]:
+    def flow_settings(self, given: dict[str, Any], vae: VaeConfig | None = None) -> dict[str, Any]:
         """The flow section: the pipeline's settings, which given ones must equal; sizes follow from the data.
 
+        Args:
+            given: the settings of the run.
+            vae: those of its autoencoder, to say at once if that differs too; None where the data have their own.
+
         Raises:
-            ValueError: that names the first setting that differs.
+            ValueError: that names all settings that differ, and the options that mend them.
         """
         own: dict[str, Any] = {"kind": name_of(self.pipeline.flow), **self.pipeline.flow.arguments}
-        kind = own["kind"]
+        kind, others = own["kind"], []
         for key, value in sorted(given.items(), key=lambda pair: pair[0] != "kind"):
-            if key not in own:
+            if key not in own and "kind" not in others:
                 raise ValueError(
                     f"flow.{key} is {value}, but the pipeline {self.name!r} has a model of kind {kind!r}, which does not "
                     "have it: take it out of the configuration"
                 )
-            found = list(own[key]) if isinstance(own[key], tuple) else own[key]
-            if key != "sample_size" and found != value:
-                raise ValueError(
-                    f"flow.{key} is {value}, but the pipeline {self.name!r} has {found}: give --flow.{key} "
-                    f"{'null' if found is None else found}, or take it out of the configuration"
-                )
+            found = list(own[key]) if isinstance(own.get(key), tuple) else own.get(key)
+            if key in own and key != "sample_size" and found != value:
+                others.append(key)
+        if others:
+            said = ", ".join(f"flow.{key} is {as_typed(given[key])}" for key in others)
+            options = " ".join(f"--flow.{key} {shlex.quote(as_typed(own[key]))}" for key in others)
+            more = ""
+            if vae is not None and self.vae_differs(vae):
+                more = f"; its autoencoder is another than vae.name too: give {self.vae_options()}"
+            raise ValueError(
+                f"{said}, but the pipeline {self.name!r} has {', '.join(as_typed(own[key]) for key in others)}: give "
+                f"{options}, or --flow '{{}}' for its flow as it is{more}"
+            )
         sizes = {"sample_size": given["sample_size"]} if "sample_size" in given else {}
         return {key: value for key, value in own.items() if key != "sample_size"} | sizes
 
@@ -134,6 +155,11 @@ class Start:
             more = f" and {len(others) - 5} more" if len(others) > 5 else ""
             found.append(f"classes that the pipeline {self.name!r} does not know: {', '.join(others[:5])}{more}")
         return found
+
+
+def as_typed(value: Any) -> str:
+    """A setting as one types it: true, null, [1, 2], name."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def load_start(name: str) -> Start:

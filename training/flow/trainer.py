@@ -28,7 +28,8 @@ def flow_trainer(config: RunConfig, resolved: str) -> Trainer:
     """
     start = None if config.init_from is None else load_start(config.init_from)
     if start is not None:
-        config = replace(config, flow=start.flow_settings(config.flow))
+        own = config.data.source == "latents" or config.vae.name == "new"  # autoencoder of the run
+        config = replace(config, flow=start.flow_settings(config.flow, None if own else config.vae))
     if config.data.source == "latents":
         config, resolved = as_cached(config, resolved)
     accelerator = flow_accelerator(config)
