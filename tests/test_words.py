@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import typing
 
 import pytest
 import torch
+from helpers import ROOT
 from test_pipeline import make_pipeline
 
 from tarflow import TARFlowPipeline
@@ -35,6 +37,8 @@ def test_choices_are_the_same_everywhere() -> None:
         assert set(DENOISE) <= {value for part in typing.get_args(hints["denoise"]) for value in typing.get_args(part)}
     assert decodings(make_pipeline("none")) == [name for name in DECODINGS if name != STUDENT]
     assert set(DECODINGS) - {"fast", STUDENT} < set(METHODS)
+    table = re.findall(r'^\| `"(\w+)"', (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(table) == sorted(DECODINGS)
 
 
 def test_what_draws_has_the_same_defaults() -> None:
