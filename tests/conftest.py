@@ -4,6 +4,7 @@ names one, and the same random numbers each time."""
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -22,6 +23,12 @@ import torch
 
 torch.set_num_threads(int(os.environ.get("TARFLOW_TEST_THREADS", "1")))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries made stays; a full collection of garbage, which benchmarks ask for, need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

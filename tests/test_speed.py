@@ -117,16 +117,15 @@ def test_counted_memory_is_what_torch_counts() -> None:
 def test_checkpointed_blocks_keep_their_inputs_only() -> None:
     found = {}
     for mode in ("none", "block"):
-        found[mode] = [training_memory({**MEASURED, "layers_per_block": [2] * n}, 4, mode=mode) for n in (2, 4, 8)]
+        found[mode] = [training_memory({**MEASURED, "layers_per_block": [2] * n}, 4, mode=mode) for n in (2, 4)]
     slack = 4096  # log-dets and other numbers of a block
-    for fewer, more in zip(found["block"], found["block"][1:], strict=False):
-        assert more.activations - fewer.activations <= more.block_inputs - fewer.block_inputs + slack
-    for fewer, more in zip(found["none"], found["none"][1:], strict=False):
-        assert more.activations > 1.8 * fewer.activations
-        assert more.gradients > fewer.gradients
-    memory = found["none"][0]
-    assert memory.gradients == memory.parameters
-    assert 2 * memory.parameters <= memory.optimizer < 2.01 * memory.parameters
+    fewer, more = found["block"]
+    assert more.activations - fewer.activations <= more.block_inputs - fewer.block_inputs + slack
+    fewer, more = found["none"]
+    assert more.activations > 1.8 * fewer.activations
+    assert more.gradients > fewer.gradients
+    assert fewer.gradients == fewer.parameters
+    assert 2 * fewer.parameters <= fewer.optimizer < 2.01 * fewer.parameters
 
 
 def test_the_variants_of_training_have_equal_losses() -> None:
