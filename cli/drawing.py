@@ -17,6 +17,7 @@ from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
 from tarflow.cli.subjects import subjects_of
 from tarflow.common.seeds import image_seed
+from tarflow.common.words import rounded
 from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count
 from tarflow.pipeline.call.settings import resolve_size
@@ -75,7 +76,7 @@ def draw(args: argparse.Namespace, target: Target) -> None:
         target.save(held[0] if total == 1 else make_grid(held, columns))
     what = f"{total} pictures" if total > 1 else "1 picture"
     grid = " in a grid" if total > 1 and not target.is_folder else ""
-    print(f"{target.path}: {what} of {width} × {height} pixels{grid}, seed {seed}, {seconds:.2g} seconds each")
+    print(f"{target.path}: {what} of {width} × {height} pixels{grid}, seed {seed}, {rounded(seconds)} seconds each")
 
 
 def names_of(pipe: Any) -> dict[int, str]:

@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from tarflow.cli.fid_settings import CalcConfig, ExtractorConfig, RefConfig, RunConfig
 from tarflow.common.files import check_writable, write_json
+from tarflow.common.words import rounded
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import Comparison, evaluate, reference_statistics, table
 from tarflow.evaluation.samples.generation import generate_images
@@ -33,7 +34,10 @@ def gen(config: GenerationConfig, state: PartialState) -> None:
     state.wait_for_everyone()  # until the first process has put the files in order
     if state.is_main_process:
         speed = result["images_per_second"]
-        print(f"{result['num']} images in {result['out']}" + (f", {speed:.3g} a second and process" if speed else ""))
+        print(
+            f"{result['num']} images in {result['out']}"
+            + (f", {rounded(speed, 3)} a second and process" if speed else "")
+        )
 
 
 def calc(config: CalcConfig, state: PartialState) -> None:

@@ -10,6 +10,11 @@ def count_in_words(count: int) -> str:
     return f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,}"
 
 
+def rounded(value: float, digits: int = 2) -> str:
+    """A number of so many digits, without exponents: "0.35", "160", "1,200"."""
+    return f"{float(f'{value:.{digits}g}'):,.12g}"
+
+
 def duration_in_words(seconds: float) -> str:
     """A time, for example "13 hours 50 minutes", no more exact than an estimate is; at least a minute."""
     minutes = max(1, round(seconds / 60))

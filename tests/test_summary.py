@@ -16,7 +16,7 @@ from test_training import CLASS_FLOW, TEXT_FLOW, train
 
 from tarflow.cli import generate
 from tarflow.cli.main import main
-from tarflow.common.words import count_in_words, duration_in_words
+from tarflow.common.words import count_in_words, duration_in_words, rounded
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
 from tarflow.training.autoencoder.mixture import Mixture
@@ -47,6 +47,8 @@ def captioned(folder: Path, count: int, captions: int) -> Path:
 def test_numbers_are_said_in_words() -> None:
     counts = {999: "999", 12_345: "12,345", 7_900_000: "7.9 million", 3_900_000_000: "3.9 billion"}
     assert {count: count_in_words(count) for count in counts} == counts
+    numbers = {0.0034: "0.0034", 0.352: "0.35", 9.96: "10", 158.2: "160", 1234.5: "1,200"}
+    assert {value: rounded(value) for value in numbers} == numbers and rounded(1234.5, 3) == "1,230"
     times = {5: "1 minute", 150: "2 minutes", 3600: "1 hour", 49_990: "13 hours 50 minutes", 90_000: "1 day 1 hour"}
     times |= {172_800: "2 days", 7_260: "2 hours"}
     assert {seconds: duration_in_words(seconds) for seconds in times} == times

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence, Sized
 from pathlib import Path
 
-from tarflow.common.words import count_in_words, duration_in_words
+from tarflow.common.words import count_in_words, duration_in_words, rounded
 from tarflow.data.folder import ImageFolder
 from tarflow.data.stream.stream import Stream
 from tarflow.training.loop.schedule import TIMED_STEPS
@@ -111,6 +111,6 @@ class TimeEstimate:
         if step * left < SHORT:
             return None
         return (
-            f"about {duration_in_words(step * left)} to go, at {step:.2g} s a step, evaluations not counted; "
+            f"about {duration_in_words(step * left)} to go, at {rounded(step)} s a step, evaluations not counted; "
             f"{self.option} ends it earlier"
         )
