@@ -65,7 +65,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
     )
     graphs = ("graphs",) if torch.device(arguments.device).type == "cuda" else ()
     methods = (*PLAIN, *graphs, *(("compiled", "compiled auto") if arguments.compile else ()))
-    announce(f"{len(methods)} methods, {arguments.repeats} times each: minutes on a CPU, --repeats takes fewer")
+    announce(f"{len(methods)} methods, --repeats {arguments.repeats}: on a CPU that takes minutes, fewer of them less")
     for batch in arguments.batches:
         cond, null = conditions(model, text, batch, level)
         speeds = compare(model, batch, cond, null, guidance, SamplingPlan(methods=methods, repeats=arguments.repeats))
@@ -145,7 +145,9 @@ def run_training(arguments: argparse.Namespace) -> None:
         repeats=arguments.repeats,
         steps=arguments.steps,
     )
-    announce(f"{len(plan.variants)} variants, {plan.repeats} times each: minutes on a CPU, --variants takes fewer")
+    announce(
+        f"{len(plan.variants)} variants, --repeats {plan.repeats}: on a CPU that takes minutes, fewer of them less"
+    )
     for batch in arguments.batches:
         found = compare_training(model, batch, shape.prefix_length, peaks, plan)
         if device.type == "cpu":

@@ -11,6 +11,8 @@ import transformers.utils.logging
 
 #: What libraries say in the course of things, and nobody who uses a command can act on.
 NOISE = ("Removed shared tensor", "torch_dtype", "local_dir_use_symlinks")
+#: Who says it (the second of `to`, which names no module), where it is no warning of Python.
+LOGGERS = ("accelerate.utils.other", "diffusers.models.modeling_utils")
 
 
 def hush_libraries() -> None:
@@ -20,7 +22,8 @@ def hush_libraries() -> None:
     for words in NOISE:
         warnings.filterwarnings("ignore", message=f".*{words}")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # that library says errors before it raises them
-    logging.getLogger("accelerate.utils.other").addFilter(is_no_noise)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(is_no_noise)
 
 
 def is_no_noise(record: logging.LogRecord) -> bool:

@@ -64,8 +64,8 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
         return pipe(**arguments, generator=generators, guidance_scale=scale, decoding=decoding, **options).images
 
     announce(
-        f"batches of {', '.join(map(str, config.batch_sizes))} are timed {config.repeats} times each: minutes on a CPU, "
-        "--repeats takes fewer"
+        f"batches of {', '.join(map(str, config.batch_sizes))} are timed, --repeats {config.repeats}: on a CPU that takes "
+        "minutes, fewer of them less"
     )
     speed = []
     for batch in config.batch_sizes:

@@ -6,6 +6,8 @@ import logging
 import warnings
 
 import pytest
+import torch
+from helpers import small_model
 
 from tarflow.cli.quiet import hush_libraries
 from tarflow.common.command import ending, sentence
@@ -62,10 +64,12 @@ def test_remarks_of_libraries_that_nobody_can_act_on_are_not_shown(
         "The `local_dir_use_symlinks` argument is deprecated and ignored in `hf_hub_download`.",
         "Removed shared tensor {'shared.weight'} while saving.",
     ]
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         hush_libraries()
         for text in (*remarks, "the disk is nearly full"):
             warnings.warn(text, stacklevel=1)
             logging.getLogger("accelerate.utils.other").warning(text)
+        small_model().to(torch.float32)  # of which Diffusers says that no module should be kept in float32
     assert [str(one.message) for one in caught] == caplog.messages == ["the disk is nearly full"]
