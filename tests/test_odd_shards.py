@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import multiprocessing
 import re
 import tarfile
 from collections import Counter
@@ -17,6 +18,7 @@ import pytest
 from stream_helpers import parquet_shards, png, row, tar_bytes, tar_shards, write
 from test_streams import config, first_error, items_of, number_of, readers_of, table
 
+from tarflow.benchmarks import data_sources
 from tarflow.benchmarks.data_sources import http_server
 from tarflow.data.stream.rows import Row
 from tarflow.data.stream.stream import Stream
@@ -169,3 +171,39 @@ def test_an_address_with_a_signature(tmp_path: Path) -> None:
         assert sorted(number_of(item) for item in items_of(streams[0])) == list(range(6))
     assert streams[0].identity == streams[1].identity
     assert streams[0].identity == Stream(config("memory://odd/{0..1}.tar.gz", on_error="skip")).identity
+
+
+class Busy(data_sources.SlowHandler):
+    """Answers its first requests by an error."""
+
+    status, left = 503, multiprocessing.Value("i", 0)
+
+    def send_head(self) -> Any:
+        with self.left.get_lock():
+            self.left.value -= 1
+            if self.left.value >= 0:
+                self.send_error(self.status)
+                return None
+        return super().send_head()
+
+
+def test_a_web_server_that_is_busy_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever it answers when a file is opened fsspec says that the file is not there."""
+    (tmp_path / "0.tar").write_bytes(tar_bytes([row(number) for number in range(3)]))
+    monkeypatch.setattr(data_sources, "SlowHandler", Busy)
+    monkeypatch.setattr("tarflow.data.stream.reading.WAITS", (0.01, 0.02, 0.03))
+    with http_server(tmp_path, 0.0) as url:
+        Busy.left.value = 4  # at the start, and when it is read
+        assert sorted(number_of(item) for item in items_of(Stream(config(f"{url}/0.tar")))) == [0, 1, 2]
+        assert Busy.left.value < 0
+        stream = Stream(config(f"{url}/0.tar"))
+        Busy.left.value = 100
+        with pytest.raises(ValueError, match=r"cannot open '.*/0\.tar': 503 Server Error"):
+            items_of(stream)
+        assert Busy.left.value < 100 - 6
+    monkeypatch.setattr(Busy, "status", 403)
+    with http_server(tmp_path, 0.0) as url:
+        Busy.left.value = 100
+        with pytest.raises(ValueError, match=r"cannot open '.*/0\.tar': 403 Client Error"):
+            items_of(Stream(config(f"{url}/0.tar")))
+        assert Busy.left.value >= 100 - 4  # is not asked again

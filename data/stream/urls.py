@@ -20,6 +20,8 @@ BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 PACKAGES = {"zstd": "zstandard"}
 #: Errors that stay when something is tried again.
 FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError, ImportError)
+#: Schemes of web addresses, and answers that stay: not known who asks, not allowed, gone.
+WEB, FORBIDDEN = ("http", "https"), (401, 403, 410)
 
 
 class UnreachableError(ValueError):
@@ -115,17 +117,15 @@ def check_there(names: Sequence[str]) -> None:
             fs, place = open_url(name)
             try:
                 fs.info(place)
-            except FileNotFoundError:
-                missing = True
-            except Exception:  # noqa: BLE001 (whoever reads it says what is the matter)
-                missing = False
+            except Exception as error:  # noqa: BLE001 (of other errors whoever reads it tells)
+                missing = isinstance(told_by_server(error, name), FileNotFoundError)
         if missing:
             raise ValueError(f"cannot open {name!r}: there is no such file")
 
 
 def without_query(url: str) -> str:
     """A URL without what a web address may end with, such as a signature that is another one tomorrow."""
-    return url.partition("?")[0] if scheme_of(url) in ("http", "https") else url
+    return url.partition("?")[0] if scheme_of(url) in WEB else url
 
 
 @contextmanager
@@ -153,10 +153,21 @@ def opened(url: str, compression: str | None = None) -> Iterator[IO[bytes]]:
         else:
             file = fs.open(path, "rb", compression=compression)
     except Exception as error:
-        kind = ValueError if isinstance(error, FINAL) else UnreachableError
-        raise kind(f"cannot open {url!r}: {reason_of(error)}") from error
+        told = told_by_server(error, url)
+        kind = ValueError if isinstance(told, FINAL) else UnreachableError
+        raise kind(f"cannot open {url!r}: {reason_of(told)}") from error
     with file:
         yield file
+
+
+def told_by_server(error: Exception, url: str) -> Exception:
+    """What is the matter with a file that could not be opened. Of web servers fsspec says that it is not there whatever they
+    answer, also where they are busy; their answer is the cause."""
+    cause = error.__cause__
+    if not (isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and scheme_of(url) in WEB):
+        return error
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+    return PermissionError(str(cause)) if status in FORBIDDEN else cause
 
 
 def reason_of(error: Exception) -> str:
