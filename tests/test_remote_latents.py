@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from tarflow.data.images import collate
 from tarflow.data.latents import CachedLatents
 from tarflow.data.shard_store import MissingShardError
 from tarflow.data.shards import checksums, is_intact
+from tarflow.data.stream.ahead import Ahead
 from tarflow.training.flow.config import VaeConfig
 from tarflow.training.flow.resume import check_order
 from tarflow.training.latent_cache.caching import cache_latents
@@ -258,6 +261,23 @@ def test_a_shard_that_cannot_be_read(url: str, harm: str, monkeypatch: pytest.Mo
         remove(url, name)
         with pytest.raises(ValueError, match=f"the shard '{url}/{name}' is not there: run tarflow cache-latents again"):
             CachedLatents(url)
+
+
+def test_a_thread_that_is_ended_makes_no_further_value() -> None:
+    """Which might be a shard that is fetched for seconds."""
+    made: list[int] = []
+
+    def values() -> Iterator[int]:
+        for number in range(5):
+            made.append(number)
+            yield number
+
+    ahead = Ahead(values(), 1)
+    while len(made) < 2:  # the second waits for room
+        time.sleep(0.01)
+    ahead.close()
+    ahead.wait(time.monotonic() + 60)
+    assert made == [0, 1]
 
 
 def test_a_cache_that_is_gone_on_with_meanwhile(url: str) -> None:

@@ -65,7 +65,7 @@ class Ahead(Generic[Value]):
         while not self._closed.is_set():
             try:
                 self._queue.put((kind, value), timeout=LOOK)
-                return True
+                return not self._closed.is_set()  # closing makes room
             except Full:
                 continue
         return False
