@@ -18,6 +18,7 @@ from transformers import MobileNetV2Config, MobileNetV2Model, VisionTextDualEnco
 
 from tarflow.cli.main import main
 from tarflow.data.config import DataConfig
+from tarflow.data.stream.captioned import CaptionedRows
 from tarflow.evaluation.features.caption_ranks import (
     caption_score,
     captions_before,
@@ -268,8 +269,12 @@ def test_a_stream_is_learned_as_a_folder(
     assert train_captions(config).first == pytest.approx(score.first, abs=1e-6)
     few = open_pairs(settings_with(config, num_images=6, num_validation_images=3))
     assert [len(few[0].indices) + few[0].left_out, len(few[1].indices)] == [6, 3]
+    assert CaptionedRows(config.data, "train", 2, ["__folder__"]).values == [[("__folder__", "x")]] * 2
     for changes, message in (
-        ({"concept": ["colour"]}, "the stream has no column 'colour'; its rows have emoji, keywords"),
+        (
+            {"concept": ["colour"]},
+            "the stream has no column 'colour'; its rows have __folder__, __key__, emoji, keywords",
+        ),
         ({"data": replace(config.data, on_error="raise")}, "of the shard 'memory://captions/1.tar'"),
         ({"data": replace(config.data, caption_template=None, more_caption_templates=[])}, "the data has no captions"),
         ({"data": replace(config.data, validation_fraction=0)}, "the split 'validation' of the data is empty"),
@@ -281,6 +286,9 @@ def test_a_stream_is_learned_as_a_folder(
 def test_an_unreadable_picture_is_not_learned_from_anothers(tmp_path: Path, vision: str) -> None:
     config = settings(tmp_path, vision)
     train, _ = open_pairs(settings_with(config, data=replace(config.data, on_error="skip")))
+    facts = train.images.facts(len(train.images)), train.indices  # type: ignore[union-attr]
+    assert train.facts != facts  # by which earlier versions kept features, another's for one that cannot be read
+    assert open_pairs(config)[0].facts == facts  # where none may be unreadable, these are kept
     broken = train.indices[3]
     (tmp_path / "data" / train.images.source.rows[broken].name).write_bytes(b"nothing")  # type: ignore[union-attr]
     assert [place for place, picture in enumerate(train.pictures()) if picture is None] == [3]

@@ -53,7 +53,7 @@ class CaptionedRows:
                     raise
                 left_out.append(str(error))
                 continue
-            known.update(name for name in row.values if not name.startswith("__"))
+            known.update(row.values)
             found = [(name, row.values.get(name)) for name in columns]
             self.captions.append(captions)
             self.values.append([(name, str(value).casefold()) for name, value in found if value])
@@ -61,7 +61,8 @@ class CaptionedRows:
             digest.update(f"{row.place}\0".encode(errors="surrogateescape"))
             digest.update(row.values[PICTURE] or b"")
         if self.captions and (unknown := [name for name in columns if name not in known]):
-            raise ValueError(f"the stream has no column {unknown[0]!r}; its rows have {', '.join(sorted(known))}")
+            own = sorted(name for name in known if name != PICTURE)
+            raise ValueError(f"the stream has no column {unknown[0]!r}; its rows have {', '.join(own)}")
         if left_out:
             say_once(f"{len(left_out)} rows cannot be read and are left out, for example: {left_out[0]}")
         self.fingerprint = digest.hexdigest()

@@ -41,7 +41,9 @@ class Pairs:
         """What tells that the pictures changed."""
         if isinstance(self.images, CaptionedRows):
             return self.images.fingerprint, self.indices
-        return self.images.facts(len(self.images)), self.indices
+        facts = self.images.facts(len(self.images)), self.indices
+        # Earlier versions kept the next picture's features for one that cannot be read.
+        return facts if self.images.config.on_error == "raise" else (*facts, "without the unreadable")
 
     def pictures(self) -> Iterator[Tensor | None]:
         """The pictures, uint8 (3, S, S); None for one that cannot be read, where that is allowed."""
