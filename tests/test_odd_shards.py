@@ -198,12 +198,12 @@ def test_a_web_server_that_is_busy_is_asked_again(tmp_path: Path, monkeypatch: p
         assert Busy.left.value < 0
         stream = Stream(config(f"{url}/0.tar"))
         Busy.left.value = 100
-        with pytest.raises(ValueError, match=r"cannot open '.*/0\.tar': 503 Server Error"):
+        with pytest.raises(ValueError, match=r"cannot open '.*/0\.tar': 503"):
             items_of(stream)
         assert Busy.left.value < 100 - 6
     monkeypatch.setattr(Busy, "status", 403)
     with http_server(tmp_path, 0.0) as url:
         Busy.left.value = 100
-        with pytest.raises(ValueError, match=r"cannot open '.*/0\.tar': 403 Client Error"):
+        with pytest.raises(ValueError, match=r"cannot open '.*/0\.tar': 403"):
             items_of(Stream(config(f"{url}/0.tar")))
         assert Busy.left.value >= 100 - 4  # is not asked again
