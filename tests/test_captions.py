@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import torch
 from fid_helpers import save_clip, write_pictures
 from PIL import Image
-from stream_helpers import tar_bytes, write
+from stream_helpers import row as tar_row
+from stream_helpers import tar_bytes, tar_shards, write
 from transformers import MobileNetV2Config, MobileNetV2Model, VisionTextDualEncoderModel, ViTImageProcessor
 
 from tarflow.cli.main import main
@@ -253,14 +255,14 @@ def test_a_stream_is_learned_as_a_folder(
     seen = {caption.casefold() for caption in held_out.first}
     assert train.left_out > 0 and seen.isdisjoint(caption.casefold() for caption in train.first)
     for pairs in (train, held_out):
-        pictures = list(pairs.pictures())
+        pictures = in_order(pairs.pictures())
         assert len(pictures) == len(pairs.captions)
         for picture, captions in zip(pictures, pairs.captions, strict=True):
             if picture is not None:  # of the shade that its caption says
                 name, _, shade = captions[0].casefold().split(",")[0].split()
                 expected = np.clip(np.array(COLOURS[name]) + 12 * int(shade), 0, 255)
                 assert picture[:, 8, 8].tolist() == expected.tolist()
-    unreadable = sum(picture is None for pairs in (train, held_out) for picture in pairs.pictures())
+    unreadable = sum(picture is None for pairs in (train, held_out) for _, picture in pairs.pictures())
     score = train_captions(config)
     assert score.pictures + unreadable >= len(held_out.indices)
     told = "1 unreadable images of the split" in capsys.readouterr().out
@@ -283,6 +285,31 @@ def test_a_stream_is_learned_as_a_folder(
             open_pairs(settings_with(config, **changes))
 
 
+def in_order(pictures: Iterator[tuple[int, torch.Tensor | None]]) -> list[torch.Tensor | None]:
+    """Pictures by their numbers, each of which comes once."""
+    found = list(pictures)
+    assert sorted(number for number, _ in found) == list(range(len(found)))
+    return [picture for _, picture in sorted(found, key=lambda pair: pair[0])]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_rows_that_are_gone_when_their_pictures_are_read(lanes: int) -> None:
+    """The others keep their pictures, though they come in another order."""
+    path = tar_shards("memory://gone", [2, 2, 2, 2])
+    given: dict[str, Any] = {"source": "webdataset", "path": path, "image_size": 8, "caption_column": "txt"}
+    given |= {"lanes": lanes, "validation_fraction": 0}
+    rows, strict = (CaptionedRows(DataConfig(**given, on_error=way), "train") for way in ("skip", "raise"))
+    expected = [int(caption.split()[1].strip(",")) for (caption,) in rows.captions]
+    for gone, content in (({3}, tar_bytes([tar_row(2)], 2)), ({2, 3}, b"nothing")):
+        write("memory://gone/001.tar", content)
+        found = in_order(rows.pictures(range(8)))
+        numbers = [None if picture is None else int(picture[0, 0, 0]) for picture in found]
+        assert numbers == [None if number in gone else number for number in expected]
+        message = "cannot be read any more|is cut off or damaged"
+        with pytest.raises(ValueError, match=rf"the shard 'memory://gone/001.tar' .*({message})"):
+            list(strict.pictures(range(8)))
+
+
 def test_an_unreadable_picture_is_not_learned_from_anothers(tmp_path: Path, vision: str) -> None:
     config = settings(tmp_path, vision)
     train, _ = open_pairs(settings_with(config, data=replace(config.data, on_error="skip")))
@@ -291,7 +318,7 @@ def test_an_unreadable_picture_is_not_learned_from_anothers(tmp_path: Path, visi
     assert open_pairs(config)[0].facts == facts  # where none may be unreadable, these are kept
     broken = train.indices[3]
     (tmp_path / "data" / train.images.source.rows[broken].name).write_bytes(b"nothing")  # type: ignore[union-attr]
-    assert [place for place, picture in enumerate(train.pictures()) if picture is None] == [3]
+    assert [place for place, picture in train.pictures() if picture is None] == [3]
     assert train.only([place != 3 for place in range(len(train.indices))]).indices == [
         index for index in train.indices if index != broken
     ]

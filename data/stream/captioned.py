@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 
@@ -74,36 +73,36 @@ class CaptionedRows:
     def has_captions(self) -> bool:
         return self.stream.has_captions
 
-    def pictures(self, indices: Sequence[int]) -> Iterator[Tensor | None]:
-        """Pictures of rows, uint8 (3, S, S); None for one that cannot be read, where that is allowed.
-
-        Args:
-            indices: ascending.
+    def pictures(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor | None]]:
+        """Pictures of rows, uint8 (3, S, S), each with its place in ``indices``, as they come; None for one that cannot be
+        read, where that is allowed.
 
         Raises:
             ValueError: that names shard and key of a picture which cannot be read.
         """
-        left = deque(self._places[index] for index in indices)
-        for row in self.stream.one_pass(shuffled=False) if left else ():
-            if not isinstance(row, Row) or place_of(row) != left[0]:
+        wanted = {self._places[index]: number for number, index in enumerate(indices)}
+        for row in self.stream.one_pass(shuffled=False) if wanted else ():
+            number = wanted.pop(place_of(row), None) if isinstance(row, Row) else None
+            if number is None or not isinstance(row, Row):
                 continue
-            left.popleft()
             reader = self._reader(row)
             try:
                 picture = reader.pixels(row, reader.picture(row))
             except ValueError:
                 if self.config.on_error == "raise":
                     raise
-                yield None
+                yield number, None
             else:
-                yield picture
-            if not left:
+                yield number, picture
+            if not wanted:
                 return
-        if left:
-            name = self.stream.shards[left[0][0]].names[left[0][1]]
-            raise ValueError(
-                f"row {left[0][2]} of the shard {name!r} was there a moment ago, and cannot be read any more"
-            )
+        for (source, shard, row_number), number in wanted.items():
+            if self.config.on_error == "raise":
+                name = self.stream.shards[source].names[shard]
+                raise ValueError(
+                    f"row {row_number} of the shard {name!r} was there a moment ago, and cannot be read any more"
+                )
+            yield number, None
 
     def _reader(self, row: Row) -> RowReader:
         reader = self.stream.readers[row.source]

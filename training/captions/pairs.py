@@ -45,12 +45,13 @@ class Pairs:
         # Earlier versions kept the next picture's features for one that cannot be read.
         return facts if self.images.config.on_error == "raise" else (*facts, "without the unreadable")
 
-    def pictures(self) -> Iterator[Tensor | None]:
-        """The pictures, uint8 (3, S, S); None for one that cannot be read, where that is allowed."""
+    def pictures(self) -> Iterator[tuple[int, Tensor | None]]:
+        """The pictures, uint8 (3, S, S), each with its number among these, as they come; None for one that cannot be read,
+        where that is allowed."""
         if isinstance(self.images, CaptionedRows):
             return self.images.pictures(self.indices)
-        items = (self.images[index] for index in self.indices)
-        return (None if item["skipped"] else item["image"] for item in items)  # where another one stands for it
+        items = enumerate(self.images[index] for index in self.indices)
+        return ((number, None if item["skipped"] else item["image"]) for number, item in items)  # not another's
 
     def only(self, usable: Sequence[bool]) -> Pairs:
         """Those pictures that are usable."""

@@ -98,13 +98,14 @@ def features_of(pairs: Pairs, vision: PreTrainedModel, processor: Any, batch_siz
     Raises:
         ValueError: if none can be read, or of one that cannot and must be.
     """
-    rows: list[Tensor | None] = []
+    rows: list[Tensor | None] = [None] * len(pairs.indices)
     walk = pairs.pictures()
     for _ in progress_bar(range(0, len(pairs.indices), batch_size), desc="features", unit="batch"):
-        pictures = list(islice(walk, batch_size))
-        usable = [picture for picture in pictures if picture is not None]
-        found = iter(pooled_features(vision, processor, torch.stack(usable)).cpu() if usable else ())
-        rows += [None if picture is None else next(found) for picture in pictures]
+        usable = {number: picture for number, picture in islice(walk, batch_size) if picture is not None}
+        if usable:
+            found = pooled_features(vision, processor, torch.stack(list(usable.values()))).cpu()
+            for number, row in zip(usable, found, strict=True):
+                rows[number] = row
     known = [row for row in rows if row is not None]
     if not known:
         raise ValueError(f"none of the {len(rows)} pictures of the split {pairs.images.split!r} can be read")
