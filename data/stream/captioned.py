@@ -1,4 +1,4 @@
-"""The first rows of a stream with all their captions, and their pictures in that order, read when they are asked for."""
+"""The first rows of a stream with all their captions, and their pictures, read when they are asked for."""
 
 from __future__ import annotations
 
