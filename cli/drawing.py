@@ -88,7 +88,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Arguments that are the same for all pictures."""
     guidance = pipe.config.guidance_scale if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
-        raise ValueError("--negative-prompt needs --guidance above 1")
+        raise ValueError("--negative-prompt needs --guidance-scale above 1")
     along = trajectory_steps(pipe.flow, args.steps, args.decoding, args.denoise)
     denoise, decoder = pipe.check_outputs(args.denoise, "pil", args.decoder, args.decoding)
     levels, default = pipe.noise_levels, pipe.config.num_inference_steps

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import sys
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -29,7 +32,16 @@ def start_script(name: str, words: list[str], printed: Path, largest_file: int |
     """
     process = CONTEXT.Process(target=run_script, args=(name, words, printed, largest_file))
     process.start()
+    # One that goes on after a test failed would be waited for at the end of all tests.
+    atexit.register(kill_group, process)
     return process
+
+
+def kill_group(process: BaseProcess) -> None:
+    """End a script and the processes that it started, if it runs yet."""
+    if process.is_alive() and process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_script(name: str, words: list[str], printed: Path, largest_file: int | None) -> None:

@@ -88,7 +88,7 @@ BAD = [
     ("captions", ["a", "--num", "1000000000"], "1,000,000,000 pictures are too many"),
     ("captions", ["a", "--guidance", "0.5"], "--guidance-scale must be at least 1 (off), got 0.5"),
     ("captions", ["a", "--guidance", "nan"], "--guidance-scale must be at least 1 (off), got nan"),
-    ("captions", ["a", "--negative-prompt", "b"], "needs --guidance above 1"),
+    ("captions", ["a", "--negative-prompt", "b"], "needs --guidance-scale above 1"),
     ("captions", ["a", "--seed", "-3"], "--seed must be 0 to"),
     ("captions", ["a", "--size", "big"], "--size must be width x height"),
     ("captions", ["a", "--size", "30x32"], "width must be a positive multiple of 8, got 30"),

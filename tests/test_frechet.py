@@ -13,6 +13,7 @@ import scipy.linalg
 import torch
 from fid_helpers import Tiny, tiny, write_pictures
 from PIL import Image
+from processes import CONTEXT
 from test_pipeline import make_pipeline
 from torch import Tensor
 
@@ -191,7 +192,7 @@ def test_two_processes_get_what_one_gets(tmp_path: Path) -> None:
         Image.new("L", (32, 32)).save(write_pictures(tmp_path / name, 7) / "00003.png")
     file = tmp_path / "broken/00006.png"
     file.write_bytes(file.read_bytes()[:300])
-    torch.multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method=CONTEXT.get_start_method())
     compute_statistics(open_images(tmp_path / "a"), tiny(), batch_size=2).save(tmp_path / "one")
     wanted = (tmp_path / "one/moments.safetensors").read_bytes()
     assert b"greyscale" in wanted

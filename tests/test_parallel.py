@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import pytest
 import torch
 from accelerate.commands import launch as launcher
 from helpers import ROOT
+from processes import CONTEXT
 from safetensors.torch import load_file
 from stream_helpers import parquet_shards, row, tar_bytes, write
 from test_training import CLASS_FLOW, TEXT_FLOW, train
@@ -103,8 +103,7 @@ def work(rank: int, settings: dict[str, str], runs: dict[str, list[str]], folder
 def forked(kind: str, processes: int, runs: dict[str, list[str]], folder: Path, killed: bool = False) -> dict[str, Any]:
     """As `launch`, of processes which need not import anything; no results if they are to be ``killed``."""
     settings = {**launcher_settings(kind, processes), "WORLD_SIZE": str(processes)}
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=work, args=(rank, settings, runs, folder)) for rank in range(processes)]
+    started = [CONTEXT.Process(target=work, args=(rank, settings, runs, folder)) for rank in range(processes)]
     for process in started:
         process.start()
     for process in started:
