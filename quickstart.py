@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
         rows = {"pipeline": f"{config.output}/pipeline"}
         rows |= {"training curves": f"tensorboard --logdir {config.output}/logs"}
         rows |= {LIKELIHOODS[name]: f"{metrics[name]:.4f}" for name in LIKELIHOODS if name in metrics}
+        print("drawing a grid, and samples to check", flush=True)
         rows |= draw_and_check(config)
         if (
             not config.log.checkpoint_every

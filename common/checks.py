@@ -34,6 +34,9 @@ class Range:
     holds: Callable[[Any], bool]
     words: str
 
+    def __repr__(self) -> str:  # in help texts
+        return self.words
+
     def check(self, name: str, value: Any) -> None:
         """An error that names the value if it, or one of a list, is outside. None is no number, and always right."""
         numbers = value if isinstance(value, list | tuple) else [value]

@@ -55,7 +55,10 @@ def read_metadata(files: Files, images: Sequence[str], left_out: Sequence[str] =
             f"{shown(unnamed[0])!r}: add them to {METADATA} or remove the images"
         )
     if absent:
-        raise ValueError(f"{METADATA} in {str(files.path)!r} names {len(absent)} absent images, first {absent[0]!r}")
+        raise ValueError(
+            f"{METADATA} in {str(files.path)!r} names {len(absent)} absent images, first {absent[0]!r}: "
+            "add them, or take their lines out"
+        )
     unwanted = set(left_out)
     return [row for row in rows if row["file_name"] not in unwanted]
 

@@ -206,3 +206,9 @@ def test_bad_input(conditioning, arguments, message):
 def test_learned_positions_have_one_size(options):
     with pytest.raises(ValueError, match="width must be 32 with learned positions, got 64"):
         make_pipeline("none", **options)(width=64)
+
+
+@pytest.mark.parametrize("name", ["emojy", "runs/mine/pipelin"])
+def test_a_mistyped_name_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ValueError, match=f"there is no pipeline '{name}': give its folder, a shipped name"):
+        TARFlowPipeline.from_pretrained(name)

@@ -28,6 +28,7 @@ from tarflow.training.loop.summary import (
     TimeEstimate,
     beginning,
     drawing_line,
+    held_out_in_words,
     number_of_pictures,
     pictures_in_words,
 )
@@ -90,6 +91,9 @@ def test_endless_drawings_are_no_number_of_pictures() -> None:
     assert pictures_in_words(drawings, drawings) == "drawings, each made for its place in a batch"
     _, second = beginning("drawings", len(drawings), 5, 1000, 16, Path("runs/a"))
     assert second == "1,000 steps of 16 pictures; all is written to runs/a"
+    _, second = beginning("40 pictures", 40, 5, 1000, 16, Path("runs/a"), minutes=0.5)
+    assert second == "at most 1,000 steps of 16 pictures, and about 0.5 minutes; all is written to runs/a"
+    assert held_out_in_words(1) == "1 other is held out"
 
 
 def test_the_time_is_said_once_if_it_is_long() -> None:

@@ -36,7 +36,7 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
     images = open_pictures(config.data, config.split, config.num, "num")
     count = len(images) if config.num is None else min(config.num, len(images))
     if count == 0:
-        raise ValueError(f"the data's split {config.split!r} is empty")
+        raise ValueError(f"the data's split {config.split!r} is empty; raise data.validation_fraction or take another")
     chosen = evenly(len(images), count)
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def caption_conditions(captions: str, data: DataConfig | None, split: str, examp
             return stream_captions(data, split)
         images = Images(data, split)
         if not len(images) or not images.has_captions:
-            raise ValueError(f"the data's split {split!r} has no captions")
+            raise ValueError(f"the data's split {split!r} has no {'captions' if len(images) else 'pictures'}")
         texts: Any = images.caption
         count, digest = len(images), repr((data, split))
     else:
@@ -235,7 +235,7 @@ def stream_label_counts(data: DataConfig, split: str, classes: int) -> list[floa
             if data.on_error == "raise":
                 raise
     if not counts.any():
-        raise ValueError(f"the data's split {split!r} is empty")
+        raise ValueError(f"the data's split {split!r} is empty; raise data.validation_fraction or take another")
     if len(counts) > 1:
         totals, weights = counts.sum(1), np.array(stream.weights)
         shares = weights * (totals > 0) / weights[totals > 0].sum()

@@ -17,7 +17,7 @@ from tarflow.common.files import write_json
 from tarflow.flows.layers.prepared import check_saved_whole
 from tarflow.models import resolve
 from tarflow.pipeline.loading.folder import usual_rights, written_into
-from tarflow.pipeline.loading.place import INDEX
+from tarflow.pipeline.loading.place import HUB_ID, INDEX, locate
 from tarflow.pipeline.loading.weight_files import WeightFile, weight_file
 from tarflow.vae import shared  # noqa: F401 (Diffusers loads components of modules that are imported already)
 
@@ -41,10 +41,13 @@ class PipelineFiles(DiffusionPipeline):
         """Load a pipeline: a shipped one by its name (`tarflow.models.shipped`), a folder, or a hub id.
 
         Raises:
-            ValueError: if weights are missing.
+            ValueError: if weights are missing, or for a name that is none of these.
         """
+        found = resolve(pretrained_model_name_or_path)
+        if not Path(found).exists() and not HUB_ID.fullmatch(found):
+            locate(found)  # says what there is
         with kept_default_dtype():
-            pipe = super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+            pipe = super().from_pretrained(found, **kwargs)
         for name, part in pipe.components.items():
             missing = missing_tensors(part) if isinstance(part, nn.Module) else []
             if missing:

@@ -29,17 +29,30 @@ def pictures_in_words(data: Sized, held_out: Sized | None) -> str:
     """What is trained on, and how much is held out."""
     if isinstance(data, Stream):
         count = 0 if held_out is None else len(held_out)
-        shards, said = sum(len(one.names) for one in data.shards), f"{count:,} others are held out"
-        return f"a stream of {shards:,} shards, {said if count else 'none is held out'}"
+        shards, said = sum(len(one.names) for one in data.shards), held_out_in_words(count)
+        return f"a stream of {shards:,} shards, {said}"
     if len(data) >= ENDLESS:
         return "drawings, each made for its place in a batch"
     count = 0 if held_out is None else number_of_pictures(held_out)
-    others = f"{count:,} others are held out" if count else "none is held out"
-    return f"{number_of_pictures(data):,} pictures, {others}"
+    return f"{number_of_pictures(data):,} pictures, {held_out_in_words(count)}"
+
+
+def held_out_in_words(count: int) -> str:
+    """How many pictures are held out."""
+    if not count:
+        return "none is held out"
+    return "1 other is held out" if count == 1 else f"{count:,} others are held out"
 
 
 def beginning(
-    pictures: str, items: int, parameters: int, steps: int, batch: int, folder: Path, first: int = 0
+    pictures: str,
+    items: int,
+    parameters: int,
+    steps: int,
+    batch: int,
+    folder: Path,
+    first: int = 0,
+    minutes: float | None = None,
 ) -> list[str]:
     """Sentences, a line each.
 
@@ -51,9 +64,12 @@ def beginning(
         batch: pictures of a step.
         folder: of the run.
         first: steps that are done already.
+        minutes: after which the run ends, if the steps take longer.
     """
     length = f"{steps:,} steps of {batch:,} pictures"
-    if items < ENDLESS:
+    if minutes is not None:
+        length = f"at most {length}, and about {minutes:g} minutes"
+    elif items < ENDLESS:
         times = steps * batch / items
         length += f", each is seen about {times:,.0f} times" if times >= 1.5 else ", most are seen once at most"
     going_on = f", from step {first:,} on" if first else ""

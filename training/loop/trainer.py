@@ -120,7 +120,8 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         batch = self.settings.images_per_step(processes)
         items, total = len(self.task.train), self.total_steps
-        for line in beginning(self.task.about(), items, parameters, total, batch, self.folder, self.step):
+        minutes = None if self.lowered else self.settings.train.max_minutes
+        for line in beginning(self.task.about(), items, parameters, total, batch, self.folder, self.step, minutes):
             write_line(line)
         if self.settings.log.trackers:
             self.accelerator.init_trackers("logs")
