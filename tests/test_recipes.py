@@ -271,6 +271,12 @@ def test_all_that_a_run_has_otherwise_than_the_pipeline_is_said_at_once() -> Non
     )
     with pytest.raises(ValueError, match=r"for its flow as it is$"):
         start.flow_settings(given)
+    with pytest.raises(
+        ValueError, match=r"^flow\.kind is trajectory, .* has flow, .*: give --flow '\{\}' for its flow as it is$"
+    ):
+        start.flow_settings(
+            {"kind": "trajectory", "steps": [4], "layers_per_block": [1, 9]}
+        )  # flow.steps is not of a flow
     assert start.flow_settings({"layers_per_block": layers}) == start.flow_settings({})
 
 

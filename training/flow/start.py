@@ -113,13 +113,15 @@ class Start:
                 others.append(key)
         if others:
             said = ", ".join(f"flow.{key} is {as_typed(given[key])}" for key in others)
-            options = " ".join(f"--flow.{key} {shlex.quote(as_typed(own[key]))}" for key in others)
+            options = " ".join(f"--flow.{key} {shlex.quote(as_typed(own[key]))}" for key in others) + ", or "
+            if "kind" in others:
+                options = ""  # as other settings of that kind would stay
             more = ""
             if vae is not None and self.vae_differs(vae):
                 more = f"; its autoencoder is another than vae.name too: give {self.vae_options()}"
             raise ValueError(
                 f"{said}, but the pipeline {self.name!r} has {', '.join(as_typed(own[key]) for key in others)}: give "
-                f"{options}, or --flow '{{}}' for its flow as it is{more}"
+                f"{options}--flow '{{}}' for its flow as it is{more}"
             )
         sizes = {"sample_size": given["sample_size"]} if "sample_size" in given else {}
         return {key: value for key, value in own.items() if key != "sample_size"} | sizes
