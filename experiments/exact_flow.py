@@ -206,7 +206,7 @@ def draw_tool(config: ExactFlowConfig) -> None:
     """
     pipe = open_pipeline(config.pipeline)
     if config.tool in LONG:
-        fewer = "--steps takes fewer" if config.tool == "inpaint" else "--num takes fewer"
+        fewer = "fewer --steps end sooner" if config.tool == "inpaint" else "--num takes fewer"
         announce(f"{config.tool} of {config.num} pictures: on a CPU that takes minutes, {fewer}")
     if config.tool == "ood":
         out_of_distribution(config, pipe)
