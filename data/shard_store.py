@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from hashlib import sha256
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -27,6 +27,8 @@ from tarflow.data.shards import is_intact, map_tensors
 WAITS = (1.0, 2.0, 4.0)
 #: Threads that fetch before shards are needed; locks, of which each is for many shards.
 FETCHERS, LOCKS = 4, 64
+#: Seconds between two looks at a lock that another holds.
+LOOK = 0.002
 #: Seconds that closing waits for what is being fetched.
 PATIENCE = 5.0
 #: A folder of copies; whatever else lies beside is not ours.
@@ -92,7 +94,7 @@ class ShardStore:
         reason = ""
         for wait in (0.0, *waits):
             time.sleep(wait)
-            with FileLock(self.path / f".lock-{crc32(shard['file'].encode()) % LOCKS}"):
+            with lock(self.path / f".lock-{crc32(shard['file'].encode()) % LOCKS}"):
                 if self._is_here(path, shard):
                     return path
                 try:
@@ -114,7 +116,7 @@ class ShardStore:
         """
         target = self.path / name
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / f".lock-{name}"):  # of several processes one fetches it
+        with lock(self.path / f".lock-{name}"):  # of several processes one fetches it
             if not target.is_dir():
                 for left in self.path.glob(f".{name}.*.tmp"):  # of a killed process
                     shutil.rmtree(left, ignore_errors=True)
@@ -184,6 +186,11 @@ class ShardStore:
         return {**self.__dict__, "_queue": None, "_threads": [], "_process": 0}
 
 
+def lock(path: Path) -> AbstractContextManager[Any]:
+    """A lock among threads and processes. Who waits for it looks often: training waits for what is fetched."""
+    return FileLock(path).acquire(poll_interval=LOOK)
+
+
 def make_room(root: Path, limit: int, arriving: Path) -> None:
     """Remove the copies that were needed longest ago until at most ``limit`` bytes are left, and note one that arrives.
 
@@ -192,7 +199,7 @@ def make_room(root: Path, limit: int, arriving: Path) -> None:
         limit: bytes.
         arriving: path of what arrives, with its size in its name.
     """
-    with FileLock(root / ".lock"):
+    with lock(root / ".lock"):
         found: list[tuple[float, int, Path]] = []
         total = 0
         for path in (path for folder in root.iterdir() if COPIES.fullmatch(folder.name) for path in folder.glob("*")):
