@@ -17,8 +17,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from helpers import ROOT
 
-#: A copy of this process has all libraries, but none may be made of one that uses a GPU.
-CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+#: Copies are made of a process that has all libraries and has used none of them: whatever tests did before, such as
+#: starting autograd's threads or using a GPU, would end a copy of this one.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tarflow.training.flow.trainer", "tarflow.training.flow.arguments", "accelerate"])
 
 
 def start_script(name: str, words: list[str], printed: Path, largest_file: int | None = None) -> BaseProcess:

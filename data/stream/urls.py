@@ -167,6 +167,8 @@ def told_by_server(error: Exception, url: str) -> Exception:
     if not (isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and scheme_of(url) in WEB):
         return error
     status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+    if status == 404:
+        return error
     return PermissionError(str(cause)) if status in FORBIDDEN else cause
 
 
