@@ -289,10 +289,15 @@ def check_folder_writable(path: str) -> None:
         check_writable(local if scheme_of(path) else path, folder=True)
 
 
-def hash_of_file(file: IO[bytes], kind: Callable[[], Any] = hashlib.sha256) -> str:
-    """A checksum of an open file's content, SHA-256 unless another ``kind`` is given."""
-    digest = kind()
+def hash_of_file(file: IO[bytes]) -> str:
+    """SHA-256 of an open file's content."""
+    return checksums_of_file(file, hashlib.sha256)[0]
+
+
+def checksums_of_file(file: IO[bytes], *kinds: Callable[[], Any]) -> list[str]:
+    """Checksums of some kinds, such as `hashlib.sha256`, of an open file's content, which is read once."""
+    digests = [kind() for kind in kinds]
     while part := file.read(2**22):
-        digest.update(part)
-    found: str = digest.hexdigest()
-    return found
+        for digest in digests:
+            digest.update(part)
+    return [digest.hexdigest() for digest in digests]

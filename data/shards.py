@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from xxhash import xxh3_128
 
-from tarflow.common.folders import Folder, LocalFolder, hash_of_file, open_folder
+from tarflow.common.folders import Folder, LocalFolder, checksums_of_file, hash_of_file, open_folder
 from tarflow.data.place import MANIFEST
 
 #: What manifests and shards call themselves; changed whenever their layout is.
@@ -91,25 +90,22 @@ def read_header(path: Path | str, folder: Folder | None = None) -> dict[str, Any
 def checksums(path: Path | str, folder: Folder | None = None) -> dict[str, str]:
     """What a shard's record has of its content: SHA-256 for all comparisons but one; XXH3, which takes a tenth of the time,
     for shards that are fetched while training waits for them. Arguments as of `file_hash`."""
-    digests: dict[str, Any] = {"sha256": sha256(), "xxh3_128": xxh3_128()}
     with opened(path, folder) as file:
-        while part := file.read(2**22):
-            for digest in digests.values():
-                digest.update(part)
-    return {name: digest.hexdigest() for name, digest in digests.items()}
+        return dict(zip(("sha256", "xxh3_128"), checksums_of_file(file, sha256, xxh3_128), strict=True))
 
 
 def is_intact(path: Path, record: dict[str, Any]) -> bool:
     """Whether a shard's copy has the checksum of its record; of older ones SHA-256 is compared."""
-    if "xxh3_128" in record:
-        return file_hash(path, kind=xxh3_128) == record["xxh3_128"]
-    return file_hash(path) == record["sha256"]
+    if "xxh3_128" not in record:
+        return file_hash(path) == record["sha256"]
+    with opened(path) as file:
+        return checksums_of_file(file, xxh3_128) == [record["xxh3_128"]]
 
 
-def file_hash(path: Path | str, folder: Folder | None = None, kind: Callable[[], Any] = sha256) -> str:
-    """SHA-256, or a checksum of another ``kind``, of a file, or of the file of this name in ``folder``."""
+def file_hash(path: Path | str, folder: Folder | None = None) -> str:
+    """SHA-256 of a file, or of the file of this name in ``folder``."""
     with opened(path, folder) as file:
-        return hash_of_file(file, kind)
+        return hash_of_file(file)
 
 
 def opened(path: Path | str, folder: Folder | None = None) -> IO[bytes]:

@@ -35,6 +35,12 @@ def spread(images: Pictures, count: int) -> Subset:
     return Subset(images, range(count) if endless else evenly(len(images), count))
 
 
+def check_not_empty(count: int, split: str) -> None:
+    """Refuse a split of so many pictures if there are none."""
+    if not count:
+        raise ValueError(f"the data's split {split!r} is empty; raise data.validation_fraction or take another")
+
+
 def evenly(length: int, count: int) -> list[int]:
     """``count`` numbers below ``length``, ascending, at equal distances."""
     return [i * length // count for i in range(count)]

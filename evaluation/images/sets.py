@@ -17,6 +17,7 @@ from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder, flattened, read_image, read_size, unreadable, usable_images
 from tarflow.data.images import Images, fit
 from tarflow.data.layout import SPLIT_FOLDERS, place_pictures
+from tarflow.data.subset import check_not_empty
 from tarflow.evaluation.images.arrays import open_array, read_whole
 from tarflow.evaluation.images.conversions import Watched, conversions_of
 from tarflow.evaluation.images.image_set import READERS, REPLACED, ImageSet
@@ -133,8 +134,7 @@ class DataImages(ImageSet):
         name = f"{config.source} {config.path or config.name or ''}".strip() + f", {split}"
         if config.source == "drawings" and num is None:
             raise ValueError("the drawings have no end: say how many to take with num")
-        if not len(self.data):
-            raise ValueError(f"the data's split {split!r} is empty; raise data.validation_fraction or take another")
+        check_not_empty(len(self.data), split)
         super().__init__(name, limit(len(self.data), num, name), (config.image_size, config.image_size))
 
     def captions(self) -> list[str]:

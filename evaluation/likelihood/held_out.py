@@ -13,6 +13,7 @@ from torch import Tensor
 from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
 from tarflow.data.images import Pictures, collate, to_model
+from tarflow.data.subset import check_not_empty
 from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
 from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -147,8 +148,7 @@ def picture_likelihoods(
 def check_arguments(pipe: FlowPipeline, images: Pictures, count: int | None, draws: int, importance: int) -> int:
     """How many pictures there will be, if data, model and numbers fit."""
     check_flow_kind(pipe.flow, "likelihoods of pictures are")
-    if not len(images):
-        raise ValueError(f"the data's split {images.split!r} is empty; raise data.validation_fraction or take another")
+    check_not_empty(len(images), images.split)
     count = len(images) if count is None else min(count, len(images))
     pixels = pipe.vae is None
     for name, value, least in (("count", count, 1), ("draws", draws, 1), ("importance", importance, 0)):

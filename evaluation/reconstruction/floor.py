@@ -11,7 +11,7 @@ from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
 from tarflow.data.images import collate, to_model, to_uint8
 from tarflow.data.stream.first import open_pictures
-from tarflow.data.subset import evenly
+from tarflow.data.subset import check_not_empty, evenly
 from tarflow.evaluation.reconstruction.quality import psnr
 from tarflow.evaluation.reconstruction.settings import ReconstructConfig
 from tarflow.pipeline.opening import open_pipeline
@@ -35,8 +35,7 @@ def reconstruct(config: ReconstructConfig) -> tuple[int, float]:
         raise ValueError(f"the pipeline {config.pipeline!r} models pixels: it has no autoencoder")
     images = open_pictures(config.data, config.split, config.num, "num")
     count = len(images) if config.num is None else min(config.num, len(images))
-    if count == 0:
-        raise ValueError(f"the data's split {config.split!r} is empty; raise data.validation_fraction or take another")
+    check_not_empty(count, config.split)
     chosen = evenly(len(images), count)
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from tarflow.data.images import Images
 from tarflow.data.named import NamedDataset
 from tarflow.data.stream.first import FirstCaptions
 from tarflow.data.stream.stream import Stream
+from tarflow.data.subset import check_not_empty
 from tarflow.evaluation.samples.match import all_captions
 from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -234,8 +235,7 @@ def stream_label_counts(data: DataConfig, split: str, classes: int) -> list[floa
         except ValueError:
             if data.on_error == "raise":
                 raise
-    if not counts.any():
-        raise ValueError(f"the data's split {split!r} is empty; raise data.validation_fraction or take another")
+    check_not_empty(int(counts.sum()), split)
     if len(counts) > 1:
         totals, weights = counts.sum(1), np.array(stream.weights)
         shares = weights * (totals > 0) / weights[totals > 0].sum()

@@ -41,8 +41,7 @@ class Start:
 
     def check_autoencoder(self, other: Any) -> None:
         """An error if the run's autoencoder (or its hash; None for pixels) is not the pipeline's."""
-        own = None if self.pipeline.vae is None else autoencoder_hash(self.pipeline.vae)
-        if own != (other if other is None or isinstance(other, str) else autoencoder_hash(other)):
+        if not self.has_autoencoder(other):
             raise ValueError(
                 f"the pipeline {self.name!r} has another autoencoder than vae.name and the data give: give "
                 f"{self.vae_options()}, and of cached latents those of that autoencoder"
@@ -59,10 +58,12 @@ class Start:
 
     def vae_differs(self, given: VaeConfig) -> bool:
         """Whether settings name another autoencoder than the pipeline's."""
-        own, other = self.pipeline.vae, load_autoencoder(given.name, given.subfolder)
-        if own is None or other is None:
-            return own is not other
-        return autoencoder_hash(own) != autoencoder_hash(other)
+        return not self.has_autoencoder(load_autoencoder(given.name, given.subfolder))
+
+    def has_autoencoder(self, other: Any) -> bool:
+        """Whether an autoencoder (or its hash; None for pixels) is the pipeline's."""
+        own = None if self.pipeline.vae is None else autoencoder_hash(self.pipeline.vae)
+        return own == (other if other is None or isinstance(other, str) else autoencoder_hash(other))
 
     def text(self, config: TextConfig) -> tuple[Any, Any]:
         """Text encoder and tokenizer: a small encoder is the pipeline's, a pretrained one is loaded anew."""

@@ -223,11 +223,10 @@ class BatchReader(Reader):
     def __init__(self, loader: DataLoader[Any]):
         self._images = loader.dataset
         before = set(active_children())
-        self._batches: Iterator[dict[str, Any]] | Ahead[dict[str, Any]] = iter(loader)
+        batches = iter(loader)
         ahead = 0 if loader.num_workers else getattr(self._images, "batches_ahead", 0)
-        self._thread = Ahead(iter(self._batches), ahead) if ahead else None
-        if self._thread is not None:
-            self._batches = self._thread
+        self._thread = Ahead(batches, ahead) if ahead else None
+        self._batches = self._thread or batches
         self._readers = [process for process in active_children() if process not in before]
 
     def __next__(self) -> dict[str, Any]:
