@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from tarflow.demo import about, markup
-from tarflow.demo.drawing import Progress, Request, Result, check_prompt, checked, draw
+from tarflow.demo.drawing import Progress, Request, Result, StoppedError, check_prompt, checked, draw
 from tarflow.demo.rebuild import Rebuilt, read_upload, rebuild
 from tarflow.evaluation.likelihood.held_out import UNITS
 
@@ -24,17 +24,27 @@ NOTHING_REBUILT = EMPTY.format("A picture goes to noise and back here.")
 UNUSUAL = 5.0
 
 
+def name_of(opened: gr.Request | None) -> str | None:
+    """Gradio's name for one open page; two windows have two."""
+    return None if opened is None else opened.session_hash
+
+
 class Actions:
     """Of one page.
 
     Args:
         pipe: a `TARFlowPipeline`. One run at a time uses it.
+
+    Attributes:
+        stops: what Stop sets for the last run of each page that was opened, by Gradio's name for it. Gradio's own way of
+            cancelling is not used: it misses a run that has not begun, and the next run can be lost by it.
     """
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
         self.kind = pipe.flow.config.conditioning
         self.lock = threading.Lock()
+        self.stops: dict[str | None, threading.Event] = {}
         self.folder = tempfile.TemporaryDirectory(prefix="tarflow-demo-")
 
     def generate(
@@ -47,11 +57,13 @@ class Actions:
         noise_removal: Any,
         seed: Any,
         steps: Any = None,
+        opened: gr.Request | None = None,
     ) -> Iterator[tuple[Any, ...]]:
         """Status, pictures, strip, download, Draw and Stop, again and again while drawing; the last ones are the result.
 
         An error of any kind becomes a sentence in the status.
         """
+        stopped = self.stops.get(name_of(opened)) or threading.Event()
         going_on = gr.skip(), gr.skip()
         yield markup.progress(Progress()), gr.skip(), "", gr.update(visible=False), *going_on
         try:
@@ -59,7 +71,7 @@ class Actions:
             request = checked(self.pipe, asked)
             told = self.condition(request), request.seed, None if self.kind == "none" else request.guidance_scale
             shown = 0
-            for state in draw(self.pipe, request, self.lock):
+            for state in draw(self.pipe, request, self.lock, stopped):
                 new = len(state.stages) > shown
                 shown = len(state.stages)
                 pictures = markup.pictures(state.stages[-1].images, *told) if new else gr.skip()
@@ -75,20 +87,24 @@ class Actions:
                         gr.update(value=file, visible=True),
                         *self.end(),
                     )
+        except StoppedError:
+            yield markup.sentence("Stopped.", "note"), gr.skip(), gr.skip(), gr.skip(), *self.end()
         except Exception as error:  # noqa: BLE001 (the page goes on after any error)
             yield markup.sentence(sentence_of(error)), NOTHING_DRAWN, "", gr.update(visible=False), *self.end()
 
-    def begin(self) -> tuple[Any, ...]:
+    def begin(self, opened: gr.Request | None = None) -> tuple[Any, ...]:
         """Draw can be pressed no more, and Stop can; and the status, before the run's turn comes."""
+        self.stops[name_of(opened)] = threading.Event()
         return gr.update(interactive=False), gr.update(interactive=True), markup.progress(Progress(message="starting"))
 
     def end(self) -> tuple[Any, Any]:
         """Draw can be pressed again, and Stop cannot."""
         return gr.update(interactive=True), gr.update(interactive=False)
 
-    def stop(self) -> tuple[Any, ...]:
-        """The same where the run was stopped, and the status."""
-        return *self.end(), markup.sentence("Stopped.", "note")
+    def stop(self, opened: gr.Request | None = None) -> None:
+        """Ask the run of this page to stop: it says itself when it has."""
+        if name_of(opened) in self.stops:
+            self.stops[name_of(opened)].set()
 
     def condition(self, request: Request) -> str:
         """What a request asks for, in words."""

@@ -38,7 +38,7 @@ BEAT = 0.5
 
 
 class StoppedError(Exception):
-    """Raised inside the pipeline's call when nobody waits for its result any more."""
+    """A run was asked to stop, or nobody waits for its result any more."""
 
 
 @dataclass(frozen=True)
@@ -175,22 +175,23 @@ def whole_number(value: Any, name: str, least: int, most: int) -> int:
     return int(value)
 
 
-def draw(pipe: Any, request: Request, lock: threading.Lock) -> Iterator[Progress]:
-    """Draw in a thread; closing this generator stops the run before its next block.
+def draw(pipe: Any, request: Request, lock: threading.Lock, stopped: threading.Event) -> Iterator[Progress]:
+    """Draw in a thread; it stops before its next block when asked to, or when this generator is closed.
 
     Args:
         pipe: a `TARFlowPipeline`.
         request: a `checked` one.
         lock: held while the pipeline is in use.
+        stopped: set by whoever wants the run to stop; set at the end in any case.
 
     Yields:
         how far it is, at each stage and each `BEAT`; the last one has the result.
 
     Raises:
+        StoppedError: if it was stopped, at most a `BEAT` later.
         Exception: what the pipeline raised.
     """
     events: queue.Queue[Progress | Exception] = queue.Queue()
-    stopped = threading.Event()
     threading.Thread(target=work, args=(pipe, request, lock, events, stopped), daemon=True).start()
     began, progress = time.perf_counter(), Progress()
     try:
@@ -199,6 +200,8 @@ def draw(pipe: Any, request: Request, lock: threading.Lock) -> Iterator[Progress
                 event = events.get(timeout=BEAT)
             except queue.Empty:
                 event = progress
+            if stopped.is_set():
+                raise StoppedError
             if isinstance(event, Exception):
                 raise event
             progress = event
@@ -210,6 +213,8 @@ def draw(pipe: Any, request: Request, lock: threading.Lock) -> Iterator[Progress
 def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue[Any], stopped: threading.Event) -> None:
     """What the thread does: one run, its stages and its end into ``events``."""
     with lock:
+        if stopped.is_set():
+            return
         try:
             run(pipe, request, events, stopped)
         except StoppedError:

@@ -15,7 +15,7 @@ from tarflow.demo.drawing import LARGEST_GUIDANCE, MOST_IMAGES, MOST_STEPS, deco
 NEW_SEED = "() => Math.floor(Math.random() * 1e6)"
 #: Enter in the prompt presses Draw, so that it does nothing while one draws.
 PRESS = "() => { document.querySelector('#draw').click() }"
-#: In the browser, before the server answers: a second press would draw twice.
+#: In the browser, before the server answers: a second press of Draw would draw twice.
 PRESSED = "() => [{__type__: 'update', interactive: false}]"
 #: Uploads and downloads are looked for every so many seconds, and deleted when older than that.
 CACHE_SECONDS = (300, 3600)
@@ -73,15 +73,16 @@ def generate_tab(actions: Actions) -> None:
     prompt.submit(None, None, None, js=PRESS)
     button.click(None, None, button, js=PRESSED)
     begun = button.click(actions.begin, None, [button, stop, status], show_progress="hidden", queue=False)
-    run = begun.then(
+    begun.then(
         actions.generate,
         [prompt, label, scale, count, decoding, removal, seed, steps],
         [status, pictures, strip, download, button, stop],
         show_progress="hidden",
-        concurrency_id="pipeline",
-        concurrency_limit=1,
+        # They wait for the pipeline's lock, not for Gradio's turn, in which Stop would not reach them.
+        concurrency_limit=None,
     )
-    stop.click(actions.stop, None, [button, stop, status], cancels=[run], queue=False)
+    stop.click(None, None, stop, js=PRESSED)
+    stop.click(actions.stop, None, None, queue=False)
     new_seed.click(None, None, seed, js=NEW_SEED)
 
 
@@ -135,8 +136,6 @@ def rebuild_tab(actions: Actions) -> None:
         [cards, numbers],
         show_progress="minimal",
         show_progress_on=numbers,
-        concurrency_id="pipeline",
-        concurrency_limit=1,
     )
 
 

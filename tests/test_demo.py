@@ -4,6 +4,7 @@ in a browser."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import ipaddress
 import json
 import re
@@ -26,7 +27,7 @@ from test_pipeline import make_pipeline
 from tarflow.cli.main import main
 from tarflow.common.seeds import image_seed
 from tarflow.demo import about, markup, page, screenshot
-from tarflow.demo.drawing import MOST_IMAGES, Progress, Request, checked, draw, noise_removals
+from tarflow.demo.drawing import MOST_IMAGES, Progress, Request, StoppedError, checked, draw, noise_removals
 from tarflow.demo.rebuild import MOST_PIXELS, Rebuilt, noise_picture, read_upload, rebuild
 from tarflow.flows.decoding.calibration import calibrate
 from tarflow.models import shipped
@@ -39,7 +40,7 @@ REQUEST = Request(prompt="a red ring", guidance_scale=2.0, decoding="sequential"
 
 
 def drawn(pipe, request: Request) -> list:
-    return list(draw(pipe, checked(pipe, request), threading.Lock()))
+    return list(draw(pipe, checked(pipe, request), threading.Lock(), threading.Event()))
 
 
 @pytest.mark.parametrize(
@@ -219,13 +220,39 @@ def test_a_stopped_drawing_ends_before_its_next_block_and_the_next_one_is_drawn(
         return decode(latents, *arguments)
 
     pipe.decode_latents = slow
-    states = draw(pipe, checked(pipe, Request(decoding="sequential")), lock)
-    next(states)
+
+    def states(stopped: threading.Event):
+        return draw(pipe, checked(pipe, Request(decoding="sequential")), lock, stopped)
+
+    closed, waiting, stopped = states(threading.Event()), states(waits := threading.Event()), threading.Event()
+    next(closed)
     assert seen.wait(30)
-    states.close()
+    next(waiting)
+    waits.set()
+    with pytest.raises(StoppedError):
+        next(waiting)
+    closed.close()
     go_on.set()
-    assert list(draw(pipe, checked(pipe, Request(decoding="sequential")), lock))[-1].result is not None
+    assert list(states(stopped))[-1].result is not None and stopped.is_set()
     assert len(decoded) == 2 + 4
+
+
+def test_stop_reaches_the_run_of_its_own_page_and_no_other() -> None:
+    pytest.importorskip("gradio")
+    from tarflow.demo.actions import Actions
+
+    actions = Actions(make_pipeline("none"))
+    here, there = (SimpleNamespace(session_hash=name) for name in ("here", "there"))
+    asked = (None, None, 1, 1, "sequential", "score", 3, None)
+    actions.stop(here)  # nothing is drawn
+    actions.begin(here)
+    actions.begin(there)
+    actions.stop(here)
+    *_, (status, *_, draw_button, stop) = actions.generate(*asked, here)
+    assert "Stopped." in status and draw_button["interactive"] is True and stop["interactive"] is False
+    assert "Stopped." not in list(actions.generate(*asked, there))[-1][0]
+    actions.begin(here)
+    assert "Stopped." not in list(actions.generate(*asked, here))[-1][0]
 
 
 def test_uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,9 +421,10 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     answer, begin, begun = threading.Event(), Actions.begin, []
     answer.set()
 
-    def late(actions):
+    @functools.wraps(begin)  # Gradio reads its annotations
+    def late(actions, opened):
         begun.append(time.monotonic())
-        return begin(actions) if answer.wait(20) else None
+        return begin(actions, opened) if answer.wait(20) else None
 
     monkeypatch.setattr(Actions, "begin", late)
     app = page.start(page.build(pipe), "127.0.0.1", screenshot.free_port())
