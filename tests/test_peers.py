@@ -19,11 +19,12 @@ from tarflow.configs import resolve
 from tarflow.data.config import DataConfig
 from tarflow.data.latents import CachedLatents
 from tarflow.experiments.peers import comparison
-from tarflow.experiments.peers.comparison import compare_peers, conditions, in_turns, scores
+from tarflow.experiments.peers.comparison import compare_peers, conditions, scores
 from tarflow.experiments.peers.diffusion import DiffusionModel, matched_layers, parameters_of, sample, to_noise
 from tarflow.experiments.peers.diffusion_task import make_model
 from tarflow.experiments.peers.runs import Trainings
 from tarflow.experiments.peers.settings import TRAINED, DiffusionConfig, PeersComparison
+from tarflow.experiments.peers.timing import in_turns
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.loop.optimizer import hidden_matrices
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,6 @@ import torch
 from PIL import Image
 
 from tarflow.common.charts import markdown_table
-from tarflow.common.clock import clock
 from tarflow.common.files import check_writable, keep_settings, read_json_lines, write_json, write_picture, write_text
 from tarflow.common.machine import machine
 from tarflow.data.drawing_checker import class_shares, match_shares
@@ -31,12 +26,13 @@ from tarflow.evaluation.samples.match import all_captions, captioned_grid
 from tarflow.experiments.peers.drawing import DiffusionDrawer, Drawer, FlowDrawer
 from tarflow.experiments.peers.runs import Trainings
 from tarflow.experiments.peers.settings import PeersComparison
+from tarflow.experiments.peers.timing import fitting_steps, picture_seconds, step_seconds
 from tarflow.pipeline.call.choices import STUDENT
 
-#: Samples in a grid; samples that are timed together; noises that go to latents and back; steps that are timed.
-SHOWN, TIMED, TRIPS, STEPS = 24, 8, 8, 5
+#: Samples in a grid; noises that go to latents and back.
+SHOWN, TRIPS = 24, 8
 #: What decides the trainings: another value wants another folder.
-DECIDE = ("data", "condition", "recipe", "steps", "pictures", "held_out", "small", "seed")
+DECIDE = ("data", "condition", "recipe", "steps", "seconds", "pictures", "held_out", "small", "seed")
 #: What decides the scores of a row: with another value it is drawn and measured anew.
 SCORED = ("num", "extractor", "extractor_weights", "extractor_normalize", "caption_model", "remove")
 TITLES = {
@@ -51,6 +47,7 @@ COLUMNS = {
     "title": "",
     "guidance": "guidance",
     "parameters": "parameters",
+    "steps": "steps",
     "step_seconds": "seconds a step",
     "match_all": "right",
     "match_error": "±",
@@ -84,11 +81,13 @@ def compare_peers(config: PeersComparison) -> list[dict[str, Any]]:
     drawers: dict[str, Callable[[], Drawer]] = {}
     for name in config.train:
         with torch.enable_grad():
+            if config.seconds is not None:
+                trainings.fitting[name] = fitting_steps(trainings, name, config.seconds, config.repeats)
             trained = trainings.train(name)
         for key, about, open_drawer in ways(config, trainings, name):
             drawers[key] = open_drawer
             facts = {"key": key, "trained": name, **about, "parameters": trained["parameters"]}
-            facts["nats"] = trained.get("latent_nats_per_dim")
+            facts |= {"nats": trained.get("latent_nats_per_dim"), "steps": trainings.fitting.get(name)}
             rows.append(measured_row(config, facts, open_drawer, values))
             write_tables(config, rows)
     pictures = picture_seconds({key: make() for key, make in drawers.items()}, values, config.repeats)
@@ -120,9 +119,9 @@ def conditions(config: PeersComparison) -> list[Any]:
 
 def check_scores(config: PeersComparison, values: list[Any]) -> None:
     """Refuse, before anything is trained, scores that cannot be had."""
-    if config.caption_model is not None and len(set(without(values, config.remove))) < 100:
+    if config.caption_model is not None and (known := len(set(without(values, config.remove)))) < 100:
         raise ValueError(
-            f"the caption score chooses among 100 captions, but there are {len(set(values))}: raise num, or leave caption_model out"
+            f"the caption score chooses among 100 captions, but there are {known}: raise num, or leave caption_model out"
         )
 
 
@@ -199,45 +198,12 @@ def scores(config: PeersComparison, images: list[Image.Image], values: list[Any]
     return found
 
 
-def picture_seconds(drawers: Mapping[str, Drawer], values: list[Any], repeats: int) -> dict[str, float]:
-    """Median seconds a picture, the autoencoder included, of `TIMED` at once; all take turns, after one each."""
-    some = values[:TIMED]
-    return in_turns({key: partial(drawer.draw, some, 0) for key, drawer in drawers.items()}, repeats, len(some))
-
-
-def step_seconds(trainings: Trainings, names: list[str], repeats: int) -> dict[str, float]:
-    """Median seconds of a training step without reading, all trainings in turns of `STEPS`, after one each."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        turns: dict[str, Callable[[], Any]] = {}
-        for name in names:
-            trainer = trainings.trainer(name, f"{folder}/{name}")
-            batches = cycle(islice(stack.enter_context(trainer.batches()), 1))
-
-            def turn(trainer: Any = trainer, batches: Any = batches) -> None:
-                for _ in range(STEPS):
-                    trainer.train_step(batches)
-
-            turns[name] = turn
-        return in_turns(turns, repeats, STEPS)
-
-
-def in_turns(turns: Mapping[str, Callable[[], Any]], repeats: int, parts: int) -> dict[str, float]:
-    """Median seconds of each, over ``parts``; the first turn of each does not count."""
-    spent: dict[str, list[float]] = {name: [] for name in turns}
-    for repeat in range(repeats + 1):
-        for name, turn in turns.items():
-            began = clock(torch.device("cpu"))
-            turn()
-            if repeat:
-                spent[name].append((clock(torch.device("cpu")) - began) / parts)
-    return {name: statistics.median(times) for name, times in spent.items()}
-
-
 def write_tables(config: PeersComparison, rows: list[dict[str, Any]]) -> None:
     """``peers.json`` and ``peers.md``; columns that no row has are left out."""
     folder = Path(config.output).expanduser()
     settings = dataclasses.asdict(config)
-    about = f"{machine(torch.device('cpu'))}; {config.steps} steps of each, {config.num} samples, seconds are medians of turns"
+    length = f"{config.steps} steps" if config.seconds is None else f"{config.seconds:g} seconds of the processor"
+    about = f"{machine(torch.device('cpu'))}; {length} of each, {config.num} samples, seconds are medians of turns"
     write_json(folder / "peers.json", {"rows": rows, "settings": settings, "machine": about}, nan_as_null=True)
     names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     lines = [[shown(name, row.get(name)) for name in names] for row in rows]
@@ -253,4 +219,6 @@ def shown(name: str, value: Any) -> Any:
         return f"{100 * value:.1f} %"
     if name == "parameters":
         return f"{value / 1e6:.2f} million"
+    if name == "steps":
+        return f"{value:,}"
     return format(value, ".3g")

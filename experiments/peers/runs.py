@@ -14,7 +14,7 @@ from tarflow.common.files import write_json
 from tarflow.data.latents import CachedLatents
 from tarflow.experiments.peers.diffusion import matched_layers, parameters_of
 from tarflow.experiments.peers.diffusion_task import DiffusionTask
-from tarflow.experiments.peers.settings import DiffusionConfig, PeersComparison
+from tarflow.experiments.peers.settings import STEPS, DiffusionConfig, PeersComparison
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.config import RunConfig, VaeConfig
 from tarflow.training.flow.setup import make_parts
@@ -45,6 +45,7 @@ class Trainings:
     Attributes:
         folder: of the comparison.
         cache: folder of the latents.
+        fitting: steps of trainings that seconds have decided, by name; all others take the comparison's.
 
     Raises:
         ValueError: if the recipe is unknown, or of another condition.
@@ -54,6 +55,7 @@ class Trainings:
         self.config, self.folder = config, Path(config.output).expanduser()
         self.cache = self.folder / "latents"
         self.matched: int | None = None
+        self.fitting: dict[str, int] = {}
         self.recipe, _ = parse_config(self.flow_arguments("flow_muon"))
         wanted = {"caption": "prefix", "class": "class"}[config.condition]
         if not str(self.recipe.flow.get("conditioning", "none")).startswith(wanted):
@@ -65,9 +67,13 @@ class Trainings:
                 f"the recipe {config.recipe!r} has text.kind {self.recipe.text.kind!r}: a DiT learns with 'small' here"
             )
 
+    def steps(self, name: str) -> int:
+        """Of a training; of one that is only timed, before seconds have decided, any number."""
+        return self.fitting.get(name, self.config.steps or STEPS)
+
     def flow_arguments(self, name: str) -> list[str]:
         """The command line of a flow's training."""
-        config = self.config
+        config, steps = self.config, self.steps(name)
         arguments = ["--config", configs.resolve(config.recipe or RECIPES[config.condition])]
         arguments += SMALL if config.small else []
         optimizer = name.removeprefix("flow_")
@@ -78,14 +84,14 @@ class Trainings:
             "data.path": self.cache,
             "data.flip": "false",
             "optim.name": optimizer,
-            "train.steps": config.steps,
+            "train.steps": steps,
             "train.max_minutes": "null",
             "train.seed": config.seed,
             "log.trackers": "[]",
             "log.eval_every": 0,
             "log.sample_every": 0,
             "log.eval_images": config.held_out or 256,
-            "log.checkpoint_every": max(1, config.steps // 4),
+            "log.checkpoint_every": max(1, steps // 4),
             "log.keep_checkpoints": 1,
         }
         if optimizer == "adamw":
@@ -115,6 +121,7 @@ class Trainings:
             self.recipe.train,
             self.recipe.optim,
         )
+        steps = self.steps(name)
         own = [field.name for field in fields(RateSettings) if field.name.startswith("muon_")]
         muon = {rate: getattr(optim, rate) for rate in own} if name.endswith("muon") and optim.name == "muon" else {}
         found = DiffusionConfig(
@@ -132,7 +139,7 @@ class Trainings:
             text_heads=text.heads,
             max_length=text.max_length,
             drop_rate=train.drop_rate,
-            steps=config.steps,
+            steps=steps,
             batch_size=train.batch_size,
             mixed_precision=train.mixed_precision,
             ema_decay=train.ema_decays[0],
@@ -144,7 +151,7 @@ class Trainings:
             **muon,
             trackers=[],
             eval_every=0,
-            checkpoint_every=max(1, config.steps // 4),
+            checkpoint_every=max(1, steps // 4),
             keep_checkpoints=1,
             seed=config.seed,
             resume="auto",
@@ -164,6 +171,7 @@ class Trainings:
     def student(self) -> StudentConfig:
         """Settings of the student of the flow with Muon: the flow's width and number of layers."""
         config, flow, train = self.config, self.recipe.flow, self.recipe.train
+        steps = self.steps("student")
         return StudentConfig(
             pipeline=str(self.folder / "flow_muon/pipeline"),
             save_to=str(self.folder / "student/pipeline"),
@@ -173,7 +181,7 @@ class Trainings:
             width=flow["width"],
             head_dim=flow["head_dim"],
             guidance_scale=max(STUDENT_GUIDANCE, config.guidance_scale),
-            steps=config.steps,
+            steps=steps,
             batch_size=train.batch_size,
             mixed_precision="no" if train.mixed_precision == "no" else "bf16",
             ema_decay=train.ema_decays[0],
@@ -183,7 +191,7 @@ class Trainings:
             eval_every=0,
             grid_images=4,
             eval_images=min(64, config.held_out or 64),
-            checkpoint_every=max(1, config.steps // 4),
+            checkpoint_every=max(1, steps // 4),
             keep_checkpoints=1,
             seed=config.seed,
             resume="auto",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tarflow.common.checks import AtLeastOne, Fraction, at_least, check_ranges
+from tarflow.common.checks import AtLeastOne, Fraction, Positive, at_least, check_ranges
 from tarflow.data.config import DataConfig
 from tarflow.evaluation.features.settings import OptionalExtractor
 from tarflow.evaluation.samples.settings import GuidanceScale
@@ -14,7 +14,8 @@ from tarflow.training.loop.network_config import NetworkConfig
 #: What is trained: our flow and its student, and Diffusers' DiT by flow matching; with the optimizers of each.
 TRAINED = ("flow_muon", "flow_adamw", "student", "dit_muon", "dit_adamw")
 
-
+#: Of each training, unless seconds decide.
+STEPS = 2000
 #: The most of a small comparison; with a caption model it has 100 samples, whose captions that chooses from.
 SMALL = {"steps": 4, "pictures": 16, "held_out": 8, "num": 8, "repeats": 1}
 
@@ -32,7 +33,9 @@ class PeersComparison(OptionalExtractor):
             batch and averages. Null takes the quick start's.
         train: some of "flow_muon" and "flow_adamw" (the optimizer of the published models), "student" (of flow_muon),
             "dit_muon" and "dit_adamw".
-        steps: of each training.
+        steps: of each training, 2000 unless there are ``seconds``.
+        seconds: of the processor, of all its threads together, that each training may take for its steps, instead of
+            ``steps``. They are timed in turns with those of the first training, before each one.
         pictures, held_out: of the cache of latents, from the first on; null takes all, which drawings have not. A Fréchet
             distance is to as many held-out ones.
         num: samples of each row; held-out captions or classes in turn, of drawings all combinations.
@@ -52,7 +55,8 @@ class PeersComparison(OptionalExtractor):
     condition: Literal["caption", "class"] = "caption"
     recipe: str | None = None
     train: list[str] = field(default_factory=lambda: list(TRAINED))
-    steps: AtLeastOne = 2000
+    steps: AtLeastOne | None = None
+    seconds: Positive | None = None
     pictures: AtLeastOne | None = 16000
     held_out: AtLeastOne | None = 256
     num: Annotated[int, at_least(2)] = 216
@@ -68,6 +72,12 @@ class PeersComparison(OptionalExtractor):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.steps is not None and self.seconds is not None:
+            raise ValueError(
+                f"both steps ({self.steps}) and seconds ({self.seconds:g}) are given: leave one of them out"
+            )
+        if self.seconds is None and self.steps is None:
+            object.__setattr__(self, "steps", STEPS)
         if unknown := [name for name in self.train if name not in TRAINED]:
             raise ValueError(f"train must list some of {', '.join(TRAINED)}, got {unknown[0]!r}")
         if not self.train:
@@ -92,6 +102,8 @@ class PeersComparison(OptionalExtractor):
         if self.caption_model is not None and self.condition != "caption":
             raise ValueError("caption_model is for captions, but the condition is 'class'")
         for name, most in SMALL.items() if self.small else ():
+            if name == "steps" and self.seconds is not None:
+                continue
             most = 100 if name == "num" and self.caption_model is not None else most
             object.__setattr__(self, name, min(getattr(self, name) or most, most))  # null takes all
 
