@@ -5,6 +5,7 @@
     tarflow compare-peers --recipe emoji_text --data.source folder --data.path emoji.zip --pictures null \
         --held_out null --caption_model runs/captions --output runs/peers_emoji
 
+With `--seconds 420` instead of `--steps` each training takes as many steps as fit into 420 seconds of the processor.
 Each training goes on where it stopped, and each row of the table is kept as it is measured, so the same command goes on.
 Seconds are measured in turns, so that other work on the machine falls on all alike. The folder gets peers.md, peers.json
 and a grid for each row.

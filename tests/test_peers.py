@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tarflow.cli.main import main
 from tarflow.configs import resolve
 from tarflow.data.config import DataConfig
 from tarflow.data.latents import CachedLatents
-from tarflow.experiments.peers import comparison
+from tarflow.experiments.peers import comparison, timing
 from tarflow.experiments.peers.comparison import compare_peers, conditions, scores
 from tarflow.experiments.peers.diffusion import DiffusionModel, matched_layers, parameters_of, sample, to_noise
 from tarflow.experiments.peers.diffusion_task import make_model
@@ -137,6 +138,7 @@ def test_a_small_one_is_small() -> None:
     config = PeersComparison(small=True)
     assert (config.steps, config.pictures, config.held_out, config.num, config.repeats) == (4, 16, 8, 8, 1)
     assert PeersComparison(small=True, num=500, caption_model="m").num == 100
+    assert PeersComparison(small=True, seconds=3).steps is None and PeersComparison().steps == 2000
 
 
 def test_tokens_of_captions_are_those_of_the_flow(tmp_path: Path) -> None:
@@ -161,10 +163,33 @@ def test_tokens_of_captions_are_those_of_the_flow(tmp_path: Path) -> None:
         Trainings(small(tmp_path / "others", recipe=str(path)))
 
 
-def test_by_class(tmp_path: Path) -> None:
-    rows = compare_peers(small(tmp_path, condition="class", train=["dit_adamw"], diffusion_guidance=[1.0, 2.0]))
+def test_by_class_and_seconds(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"condition": "class", "train": ["dit_adamw"], "diffusion_guidance": [1.0, 2.0]}
+    rows = compare_peers(small(tmp_path, **changes, steps=None, seconds=0.1))
     assert [row["key"] for row in rows] == ["dit_adamw_2_1", "dit_adamw_2_2"]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+    steps = json.loads((tmp_path / "steps.json").read_text())["dit_adamw"]
+    assert 1 <= steps == rows[0]["steps"] == json.loads((tmp_path / "dit_adamw/trained.json").read_text())["steps"]
+    table = (tmp_path / "peers.md").read_text()
+    assert "| steps | seconds a step |" in table and "0.1 seconds of the processor of each" in table
+
+
+def test_seconds_are_shared_out_by_steps_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[dict[str, float]] = [{"flow_muon": 0.5}, {"flow_muon": 2.0, "dit_muon": 4.0}]  # by a slower machine
+    asked: list[list[str]] = []
+
+    def spent(trainings: Trainings, names: list[str], repeats: int, seconds: Any) -> dict[str, float]:
+        assert seconds is time.process_time
+        asked.append(names)
+        return measured[len(asked) - 1]
+
+    monkeypatch.setattr(timing, "step_seconds", spent)
+    trainings = Trainings(small(tmp_path, steps=None, seconds=20.0))
+    names = ["flow_muon", "dit_muon", "flow_muon", "dit_muon"]
+    assert [timing.fitting_steps(trainings, name, 20.0, 1) for name in names] == [40, 20, 40, 20]
+    assert asked == [["flow_muon"], ["flow_muon", "dit_muon"]]
+    trainings.fitting["flow_muon"] = 40
+    assert parse_config(trainings.flow_arguments("flow_muon"))[0].train.steps == 40
 
 
 def test_pictures_of_other_data_have_a_distance_and_a_caption_score(
@@ -194,6 +219,8 @@ def test_all_take_turns() -> None:
     [
         ({"train": ["vae"]}, "train must list some of flow_muon"),
         ({"train": []}, "train is empty"),
+        ({"seconds": 3.0}, r"both steps \(2\) and seconds \(3\) are given"),
+        ({"steps": None, "seconds": 0.0}, "seconds must be positive, got 0"),
         ({"train": ["student"]}, "'student' without 'flow_muon'"),
         ({"diffusion_steps": [0]}, "diffusion_steps must list numbers of at least 1"),
         ({"diffusion_guidance": [0.5]}, "diffusion_guidance must list scales of at least 1"),
