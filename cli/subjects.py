@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from typing import Any
 
-from tarflow.pipeline.call.labels import label_of, labels_by_name
+from tarflow.pipeline.call.labels import FEW, did_you_mean, label_of, labels_by_name
 from tarflow.pipeline.loading.place import Facts
 
 
@@ -40,14 +39,14 @@ def class_index(facts: Facts, text: str) -> int:
         return index
     if text.isascii() and text.isdigit() and int(text) < count:
         return int(text)
-    near = difflib.get_close_matches(text.lower(), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the pipeline has {some_classes(facts)}"
+    hint = did_you_mean(text, known) or f"the pipeline has {some_classes(facts)}"
     raise ValueError(f"unknown class {text!r}; {hint}")
 
 
-def some_classes(facts: Facts, most: int = 12) -> str:
-    """The first names of a pipeline's classes, and their numbers."""
+def some_classes(facts: Facts, most: int = FEW) -> str:
+    """The first names of a pipeline's classes, and their numbers; of many, where the others are."""
     known = list(labels_by_name(facts.names))
     names = ", ".join(known[:most]) + (", …" if len(known) > most else "")
     numbers = f"0 to {facts.num_classes - 1}"
+    numbers += "; id2label in its model_index.json has all names" if len(known) > most else ""
     return f"{names} (or {numbers})" if names else numbers

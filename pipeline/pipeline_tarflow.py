@@ -15,6 +15,7 @@ from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
+from tarflow.pipeline.call.arguments import check_types
 from tarflow.pipeline.call.flow_pipeline import Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.call.settings import (
@@ -24,7 +25,7 @@ from tarflow.pipeline.call.settings import (
     check_temperature,
     resolve_decoding,
     resolve_size,
-    resolve_temperature,
+    resolve_temperatures,
 )
 from tarflow.pipeline.call.steps import conditions_of, draw_by_flow, draw_by_student, pictures, residuals
 from tarflow.pipeline.call.student_sampling import check_student_call
@@ -149,6 +150,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         LatentCodec(vae, latents_mean, latents_std)  # an error for statistics that cannot be
 
     @torch.no_grad()
+    @check_types
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -247,6 +249,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        factor, step_factor = resolve_temperatures(temperature, self.config.temperature, latents is not None)
         self.check_inputs(
             prompt, class_labels, negative_prompt, prompt_embeds, scale, callback_on_step_end_tensor_inputs
         )
@@ -286,8 +289,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             decoding=inversion,
             denoise=denoise,
             decoder=decoder,
-            temperature=resolve_temperature(temperature, self.config.temperature, latents is not None),
-            step_temperature=resolve_temperature(temperature, self.config.temperature, False),
+            temperature=factor,
+            step_temperature=step_factor,
             return_residual=return_residual,
             num_steps=steps,
             noise_level=level,

@@ -178,12 +178,11 @@ class TestTraining:
             trainer(arguments(tmp_path / "third", *start, latent_channels=4))
         assert not (tmp_path / "third_run").exists() or not (tmp_path / "third_run" / "checkpoints").exists()
 
-    def test_perceptual_loss_and_time_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_perceptual_loss_and_time_limit(self, tmp_path: Path) -> None:
         save_file(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "x.safetensors")
-        monkeypatch.setattr("tarflow.training.loop.schedule.TIMED_STEPS", (2, 4))
         settings = ["--loss.perceptual", "1", "--loss.perceptual_weights", str(tmp_path / "x.safetensors")]
         metrics = train(tmp_path / "a", *settings, "--max_minutes", "1e-4", "--mixed_precision", "bf16")
-        assert metrics["step"] == 5
+        assert metrics["step"] == 1
 
     @on_cpu
     def test_two_processes_train_like_one(self, tmp_path: Path) -> None:

@@ -565,7 +565,7 @@ class TestArguments:
         ("conditioning", "arguments", "message"),
         [
             ("none", {"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least 1, got 0"),
-            ("none", {"num_images_per_prompt": 1.5}, "must be a whole number of at least 1, got 1.5"),
+            ("none", {"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a whole number, got 1.5"),
             ("none", {"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
             ("class_prefix", {"class_labels": 1, "num_images": 4}, "from classes: say num_images_per_prompt=4"),
             ("prefix", {"prompt": "a", "num_images": 4}, "from captions: say num_images_per_prompt=4"),

@@ -19,7 +19,7 @@ WRONG = [
     ("generate a --pipeline nowhere --out x.png", "there is no pipeline 'nowhere'"),
     (
         "generate --class square --pipeline drawings_class --out x.png",
-        "unknown class 'square'; did you mean 'red square'?",
+        "unknown class 'square'; did you mean 'red square', 'blue square' or 'green square'?",
     ),
     (
         "generate a --denoise score --decoder finetuned --out x.png",

@@ -9,7 +9,9 @@ from diffusers import AutoencoderKL
 from transformers import T5EncoderModel
 
 from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.flows.decoding.method import Decoding
 from tarflow.flows.model import TARFlowModel as DefiningClass
+from tarflow.pipeline.call.inputs import label_indices
 from tarflow.training.flow.config import TextConfig
 from tarflow.training.flow.text import small_t5, train_tokenizer
 from tarflow.vae.codec import load_autoencoder
@@ -212,3 +214,78 @@ def test_learned_positions_have_one_size(options):
 def test_a_mistyped_name_is_not_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(ValueError, match=f"there is no pipeline '{name}': give its folder, a shipped name"):
         TARFlowPipeline.from_pretrained(name)
+
+
+WHOLE, NUMBER, SWITCH, TENSOR = "a whole number", "a number", "True or False", "a tensor"
+TEXTS, GENERATOR = "a text or a list of texts", "a torch.Generator"
+IMAGE = torch.zeros(1, 3, 32, 32)
+
+
+def wrong_arguments():
+    """Methods with an argument of a wrong type, and what is expected instead."""
+    call = {
+        WHOLE: {"height": 32.0, "width": "64", "num_images_per_prompt": None, "num_images": True, "segment": "2"},
+        NUMBER: {
+            "guidance_scale": True,
+            "temperature": "x",
+            "tolerance": [1],
+            "noise_level": "1",
+            "attention_temperature": "",
+        },
+        SWITCH: {"guidance_annealed": "no", "return_dict": 2, "return_residual": None},
+        TENSOR: {"latents": [0.0], "prompt_embeds": "a", "negative_prompt_embeds": np.zeros(2)},
+        TEXTS: {"prompt": ["a", 3], "negative_prompt": 5},
+        GENERATOR: {"generator": 5},
+        "a function": {"callback_on_step_end": "x"},
+        "a list of texts": {"callback_on_step_end_tensor_inputs": "latents"},
+        "a name, a Decoding, or a list": {"decoding": 5},
+    }
+    for words, values in call.items():
+        for name, value in values.items():
+            yield "__call__", {name: value}, f"{name} must be {words}"
+    for name in ("num_inference_steps", "max_sequence_length"):
+        yield "__call__", {name: "4"}, f"{name} must be a whole number, got '4'"
+    yield "__call__", {"guidance_scale": "a"}, "guidance_scale must be a number, got 'a'"
+    yield "__call__", {"class_labels": [1.5]}, r"class_labels must be numbers or names of classes.*got \[1.5\]"
+    yield "__call__", {"class_labels": torch.tensor([1, 2])}, "class_labels must be numbers or names of classes"
+    for method in ("encode", "log_likelihood"):
+        yield method, {"image": IMAGE, "noise": "no"}, "noise must be True or False, got 'no'"
+        yield method, {"image": IMAGE, "generator": 1}, r"generator must be a torch.Generator, got 1: give .*seed\(1\)"
+    yield "encode", {"image": "a.png"}, "an image must be a PIL picture"
+    yield "interpolate", {"first": IMAGE, "second": IMAGE, "steps": "8"}, "steps must be a whole number, got '8'"
+    yield "vary", {"image": IMAGE, "strength": "0.4"}, "strength must be a number, got '0.4'"
+    yield "swap", {"image": IMAGE, "target_prompt": 3}, "target_prompt must be a text or a list of texts, got 3"
+    yield "inpaint", {"image": IMAGE, "mask": "x"}, "the mask must be a PIL picture, a tensor or an array, got 'x'"
+    yield "inpaint", {"image": IMAGE, "mask": IMAGE, "passes": 1.5}, "passes must be a whole number, got 1.5"
+    yield "best_of", {"num": "4"}, "num must be a whole number, got '4'"
+    yield "best_of", {"num": 2, "guidance_scale": "4"}, "guidance_scale must be a number, got '4'"
+    yield "encode_prompt", {"prompt": 3}, "prompt must be a text or a list of texts, got 3"
+    yield "remove_noise", {"latents": IMAGE, "denoise": True, "noise_level": "1"}, "noise_level must be a number"
+
+
+def test_arguments_of_a_wrong_type_are_named():
+    pipe = make_pipeline()
+    for method, arguments, message in wrong_arguments():
+        if method == "__call__" and "class_labels" not in arguments:
+            arguments = {"class_labels": 1, **arguments}
+        with pytest.raises(ValueError, match=message):
+            getattr(pipe, method)(**arguments)
+    for name in ("tolerance", "segment"):
+        with pytest.raises(ValueError, match=f"the decoding {name} must be"):
+            Decoding("gs_jacobi", **{"segment": 2, name: "x"})
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    numbers = {"height": np.int64(32), "guidance_scale": np.float32(1), "return_dict": np.True_, "return_residual": 0}
+    assert (
+        make_pipeline()(class_labels=[np.int64(1), torch.tensor(2)], output_type="pt", **numbers).images.shape[0] == 2
+    )
+
+
+def test_a_wrong_name_among_many_classes():
+    names = {f"class {index}, kind of thing": index for index in range(999)} | {"tench, Tinca tinca": 999}
+    for name, near in (("tinca", "'tench, Tinca tinca'"), ("Tench, Tinka tinca", "'tench, Tinca tinca'")):
+        with pytest.raises(ValueError, match=f"{name!r}; did you mean {near}. pipe.labels has all 1,000 names"):
+            label_indices(name, names, 1000)
+    with pytest.raises(ValueError, match=r"'xyz'; pipe\.labels has all 1,000 names"):
+        label_indices("xyz", names, 1000)

@@ -179,29 +179,35 @@ def test_settings_of_the_optimizer_change_at_a_resume(tmp_path):
         train(tmp_path, *options, "--resume", str(tmp_path / "checkpoints" / "step_00000002"))
 
 
-def test_processes_agree_on_the_time_left(monkeypatch):
+@pytest.mark.parametrize(
+    ("minutes", "first", "step", "steps"),
+    [
+        (20, 1, 1.0, 1200),
+        (20, 240, 1.0, 960),  # a compiled first step
+        (1, 15, 15.0, 4),  # slow from the first step on
+        (1, 1, 4.0, 15),
+        (0.1, 30, 30.0, 1),  # not even one step fits
+    ],
+)
+def test_processes_agree_on_the_time_left(monkeypatch, minutes, first, step, steps):
     clocks = [random.Random(rank) for rank in range(2)]
     now = [0.0, 0.0]
     rank = [0]
     monkeypatch.setattr("tarflow.training.loop.schedule.time.perf_counter", lambda: now[rank[0]])
-    limits = [TimeLimit(20) for _ in range(2)]
+    limits = [TimeLimit(minutes) for _ in range(2)]
     total, done = 100_000, 0
     while done < total:
-        done += 1
-        now = [time + 1 + clock.uniform(-0.05, 0.05) for time, clock in zip(now, clocks, strict=True)]
-        due = []
+        seconds, done = step if done else first, done + 1
+        now = [time + seconds * (1 + clock.uniform(-0.05, 0.05)) for time, clock in zip(now, clocks, strict=True)]
+        lefts = []
         for rank[0], limit in enumerate(limits):
-            due.append(limit.is_due(done))
-        assert due[0] == due[1]
-        if due[0]:
-            rank[0] = 0
-            left = limits[0].steps_left(done, 100_000 - done)
-            rank[0] = 1
-            limits[1].steps_left(done, 100_000 - done)
+            lefts.append(limit.steps_left(done, 100_000 - done))
+        if lefts[0] is not None:  # the main process's clock decides
             for limit in limits:
-                limit.agree(done, left)
-            total = done + left
-    assert total == pytest.approx(1200, rel=0.02)
+                limit.agree(done, lefts[0])
+            total = done + lefts[0]
+    assert total == pytest.approx(steps, rel=0.02, abs=1)
+    assert now[0] < 60 * minutes + 1.1 * max(step, first if steps == 1 else 0)
 
 
 @pytest.mark.parametrize("options", [["--train.compile", "true"], ["--train.checkpointing", "both"]])

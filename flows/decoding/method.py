@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -47,12 +48,12 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"the decoding method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if not self.tolerance > 0:
-            raise ValueError(f"the decoding tolerance must be positive, got {self.tolerance}")
+        if not (isinstance(self.tolerance, Real) and self.tolerance > 0):
+            raise ValueError(f"the decoding tolerance must be positive, got {self.tolerance!r}")
         if self.method == "gs_jacobi" and self.segment is None:
             raise ValueError("the decoding method 'gs_jacobi' needs a segment, a number of tokens")
-        if self.segment is not None and self.segment < 1:
-            raise ValueError(f"the decoding segment must be at least 1 token, got {self.segment}")
+        if self.segment is not None and not (isinstance(self.segment, Integral) and self.segment >= 1):
+            raise ValueError(f"the decoding segment must be at least 1 token, got {self.segment!r}")
 
 
 class InversionState:

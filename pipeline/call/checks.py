@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -33,8 +32,7 @@ def check_kind(kind: str, captions: Mapping[str, Any], classes: Mapping[str, Any
 def check_counts(kind: str, num_images: int | None, num_images_per_prompt: int) -> None:
     """Whether a call's numbers of images are such, and meant for a flow with the conditioning ``kind``."""
     for name, value in (("num_images", num_images), ("num_images_per_prompt", num_images_per_prompt)):
-        whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
-        if value is not None and not whole:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if num_images is not None and kind != "none":
         what = "captions" if kind == "prefix" else "classes"
@@ -80,6 +78,9 @@ def check_generator(generator: Any) -> None:
 
 def check_decoding(decoding: str | Decoding | list[Decoding], tolerance: float | None, segment: int | None) -> None:
     """Whether tolerance and segment are for this way to decode; the default tolerance may be given with any."""
+    listed = decoding if isinstance(decoding, list | tuple) else [decoding]
+    if not isinstance(decoding, str) and not all(isinstance(one, Decoding) for one in listed):
+        raise ValueError(f"decoding must be a name, a Decoding, or a list of one for each block, got {decoding!r}")
     name = decoding if isinstance(decoding, str) else None
     what = f"decoding={name!r}" if name is not None else "a Decoding, which has its own"
     if segment is not None and name != "gs_jacobi":

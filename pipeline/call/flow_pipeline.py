@@ -13,6 +13,7 @@ from tarflow.common.progress import progress_bar
 from tarflow.flows.decoding.method import Decoding
 from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call import inputs
+from tarflow.pipeline.call.arguments import check_types
 from tarflow.pipeline.call.callbacks import CallState
 from tarflow.pipeline.call.checks import check_generator
 from tarflow.pipeline.call.choices import STUDENT
@@ -72,6 +73,7 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         options = {"disable": not is_first, **getattr(self, "_progress_bar_config", {})}
         return progress_bar(iterable, total=total, **options)
 
+    @check_types
     def prepare_latents(
         self,
         batch: int,
@@ -93,6 +95,7 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
             noise = latents.to(device=device, dtype=torch.float32)
         return self.flow.scale_noise(noise)
 
+    @check_types
     def remove_noise(
         self,
         latents: Tensor,

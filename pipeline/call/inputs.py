@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.choices import DECODERS, DENOISE
-from tarflow.pipeline.call.labels import label_of
+from tarflow.pipeline.call.labels import label_of, unknown_class
 
 Labels = int | str | list[int | str]
 
@@ -34,10 +35,9 @@ def check_inputs(
     check_kind(kind, captions, {"class_labels": class_labels})
     if kind.startswith("class") and class_labels is None:
         raise ValueError(f"this model draws classes: give class_labels, 0 to {config.num_classes - 1}")
-    if prompt is not None and not (
-        isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
-    ):
-        raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
+    for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if isinstance(texts, tuple) or texts == []:
+            raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
     if not guidance_scale >= 1:
         raise ValueError(f"guidance_scale must be at least 1 (off), got {guidance_scale}")
 
@@ -149,10 +149,14 @@ def label_indices(class_labels: Labels, names: dict[str, int], count: int) -> li
         if isinstance(label, str):
             found = label_of(label, names)
             if found is None:
-                known = ", ".join(names) or "none: this pipeline has no names"
-                raise ValueError(f"unknown class name {label!r}; known are {known}")
+                raise ValueError(unknown_class(label, names))
             label = found
-        if not 0 <= int(label) < count:
+        try:
+            index = operator.index(label)
+        except TypeError as error:
+            message = f"class_labels must be numbers or names of classes, one or a list of them, got {class_labels!r}"
+            raise ValueError(message) from error
+        if not 0 <= index < count:
             raise ValueError(f"class labels must be 0 to {count - 1}, got {label}")
-        indices.append(int(label))
+        indices.append(index)
     return indices

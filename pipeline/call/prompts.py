@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tarflow.pipeline.call.arguments import check_types
 from tarflow.pipeline.call.aspect import fill_template
 from tarflow.pipeline.call.parts import PipelineParts
 from tarflow.pipeline.text.encoding import encode_captions, warn_of_cuts
@@ -14,6 +15,7 @@ from tarflow.pipeline.text.options import TextOptions
 class PromptEncoding(PipelineParts):
     """`TARFlowPipeline`'s way from texts to encoded captions."""
 
+    @check_types
     def encode_prompt(
         self,
         prompt: str | list[str] | None,

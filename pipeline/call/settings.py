@@ -160,16 +160,15 @@ def check_temperature(temperature: float) -> float:
     return float(temperature)
 
 
-def resolve_temperature(temperature: float | None, default: float, latents_given: bool) -> float:
-    """The factor that a call takes: its own, or the pipeline's for noise that the call draws, as z of a picture leads back
-    to it only as it is.
+def resolve_temperatures(temperature: float | None, default: float, latents_given: bool) -> tuple[float, float]:
+    """The factors that a call takes, on the prior noise and on that of a trajectory model's steps: its own, or the
+    pipeline's for noise that the call draws, as z of a picture leads back to it only as it is.
 
     Raises:
         ValueError: as of `check_temperature`.
     """
-    if temperature is None:
-        temperature = 1.0 if latents_given else default
-    return check_temperature(temperature)
+    factor = check_temperature(default if temperature is None else temperature)
+    return (1.0 if latents_given and temperature is None else factor), factor
 
 
 def resolve_size(

@@ -6,7 +6,6 @@ Shapes: B images, C channels, h × w of the latents, N states of a trajectory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -41,8 +40,7 @@ def trajectory_steps(
     Raises:
         ValueError: for a number that this model cannot take, or what trajectory models do not have.
     """
-    whole = isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1
-    if steps is not None and not whole:
+    if steps is not None and steps < 1:
         raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
     if not isinstance(flow, TrajectoryFlowModel):
         return None

@@ -69,7 +69,10 @@ def read_mask(mask: Mask, batch: int, size: tuple[int, int]) -> Tensor:
     """
     if isinstance(mask, Image.Image):
         mask = np.array(mask.convert("L"), dtype=np.float32) / 255
-    mask = torch.as_tensor(mask)
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the mask must be a PIL picture, a tensor or an array, got {mask!r}") from error
     mask = mask if mask.dtype == torch.bool else mask > 0.5
     shape = tuple(mask.shape)
     mask = mask[:, 0] if mask.ndim == 4 and shape[1] == 1 else mask

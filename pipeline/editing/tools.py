@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tarflow.flows import editing
 from tarflow.flows.likelihood import log_prob, nats_per_dim, token_log_prob
+from tarflow.pipeline.call.arguments import check_types
 from tarflow.pipeline.call.checks import check_generator
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.inputs import Labels
@@ -34,6 +35,7 @@ class ExactFlowTools(FlowPipeline):
     """
 
     @torch.no_grad()
+    @check_types
     def encode(
         self,
         image: Pictures,
@@ -54,6 +56,7 @@ class ExactFlowTools(FlowPipeline):
         return EncodingOutput(z=z, latents=x, error=error)
 
     @torch.no_grad()
+    @check_types
     def log_likelihood(
         self,
         image: Pictures,
@@ -82,6 +85,7 @@ class ExactFlowTools(FlowPipeline):
         return LikelihoodOutput(log_prob=total, nats_per_dim=nats_per_dim(total, x[0].numel()), map=shares)
 
     @torch.no_grad()
+    @check_types
     def interpolate(
         self,
         first: Pictures,
@@ -109,6 +113,7 @@ class ExactFlowTools(FlowPipeline):
         return editor.edited(z, editor.condition(steps, prompt, class_labels), output_type)
 
     @torch.no_grad()
+    @check_types
     def vary(
         self,
         image: Pictures,
@@ -134,6 +139,7 @@ class ExactFlowTools(FlowPipeline):
         return editor.edited(editing.resample(z, fresh, strength), condition, output_type)
 
     @torch.no_grad()
+    @check_types
     def swap(
         self,
         image: Pictures,
@@ -162,6 +168,7 @@ class ExactFlowTools(FlowPipeline):
         return editor.edited(z, editor.condition(len(x), target_prompt, target_labels), output_type, guidance_scale)
 
     @torch.no_grad()
+    @check_types
     def inpaint(
         self,
         image: Pictures,
@@ -222,6 +229,7 @@ class ExactFlowTools(FlowPipeline):
         )
 
     @torch.no_grad()
+    @check_types
     def best_of(
         self,
         num: int,

@@ -9,6 +9,8 @@ from tarflow.training.loop.config import OptimConfig
 
 #: The speed is first measured between these steps; the first ones are slower and not counted.
 TIMED_STEPS = (10, 70)
+#: This share of a limit in minutes may pass before.
+EARLY = 0.25
 
 
 def warmup_steps(config: OptimConfig, images_per_step: int) -> int:
@@ -34,28 +36,34 @@ def schedule_factor(step: int, total: int, warmup: int, config: OptimConfig) -> 
 
 
 class TimeLimit:
-    """How many steps fit into some minutes from now on, estimated again and again, as a machine's speed changes.
+    """How many steps fit into some minutes from now on, estimated again and again, as a machine's speed changes. Where steps
+    are so slow that a share of the minutes, `EARLY`, is over before the speed is measured, the first few steps must do.
 
-    Processes with clocks of their own estimate at the same steps, as long as they agree on the results.
+    The clock of one process decides, see `agree`.
     """
 
     def __init__(self, minutes: float):
         self.started = self.measured_from = time.perf_counter()
-        self.seconds, self.measured_step, self.next_estimate = 60 * minutes, 0, TIMED_STEPS[1]
+        self.seconds, self.measured_step, self.next_estimate, self.planned = 60 * minutes, 0, TIMED_STEPS[1], False
 
-    def is_due(self, done: int) -> bool:
-        """Whether it is time for an estimate; called after each step with the number of steps since the start."""
-        if done == TIMED_STEPS[0]:
-            self.measured_step, self.measured_from = done, time.perf_counter()
-        return done == self.next_estimate
-
-    def steps_left(self, done: int, most: int) -> int:
-        """Steps for the rest of the time by this process's clock, at least one and at most ``most``."""
+    def steps_left(self, done: int, most: int) -> int | None:
+        """Steps for the rest of the time by this process's clock, at most ``most``, and none when it is over; None if it is
+        not the time for an estimate. Called after each step with the number of steps since the start."""
         now = time.perf_counter()
-        seconds_per_step = (now - self.measured_from) / (done - self.measured_step)
+        elapsed = now - self.started
+        if elapsed >= self.seconds:
+            return 0
+        if not self.planned and done in (1, TIMED_STEPS[0]):
+            self.measured_step, self.measured_from = done, now
+        steps = done - self.measured_step
+        early = not self.planned and elapsed > EARLY * self.seconds
+        if not steps or not (early or done >= self.next_estimate):
+            return None
+        seconds_per_step = (now - self.measured_from) / steps
         self.measured_step, self.measured_from = done, now
-        return min(most, max(1, int((self.seconds - (now - self.started)) / seconds_per_step)))
+        return min(most, max(1, int((self.seconds - elapsed) / seconds_per_step)))
 
     def agree(self, done: int, left: int) -> None:
-        """Take over the number of steps that is left, which decides when to estimate again."""
-        self.next_estimate = done + max(TIMED_STEPS[0], min(done, left) // 2)
+        """Take over the number of steps that is left, which decides when to estimate again: soon, if it is from few."""
+        least = TIMED_STEPS[0] if done > TIMED_STEPS[0] else 1
+        self.next_estimate, self.planned = done + max(least, min(done, left) // 2), True

@@ -198,11 +198,12 @@ class Trainer:
                 self.step += 1
                 progress.update()
                 done = self.step - first
-                if limit is not None and limit.is_due(done):
+                if limit is not None:
                     left = broadcast_object_list([limit.steps_left(done, self.longest - self.step)])[0]
-                    limit.agree(done, left)
-                    self.total_steps = progress.total = self.step + left
-                    self.lowered = True
+                    if left is not None:
+                        limit.agree(done, left)
+                        self.total_steps = progress.total = self.step + left
+                        self.lowered = True
                 told = estimate.after(done, self.total_steps - self.step, self.stepper.seconds)
                 if told and accelerator.is_main_process:
                     write_line(told)
