@@ -21,13 +21,7 @@ from tarflow.training.latent_cache.config import CacheConfig
 
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(
-            CacheConfig,
-            argv,
-            __doc__,
-            "tarflow cache-latents",
-            lambda config: check_folder_writable(config.output),
-        )
+        config, _ = read_settings(CacheConfig, argv, __doc__, "tarflow cache-latents", check_places)
         from accelerate import PartialState
 
         from tarflow.training.latent_cache.caching import cache_latents
@@ -35,6 +29,16 @@ def main(argv: list[str] | None = None) -> None:
         manifest = cache_latents(config)
         if PartialState().is_main_process:
             print(report(config.output, manifest))
+
+
+def check_places(config: CacheConfig) -> None:
+    """Whether there is such an autoencoder, and a place to write to.
+
+    Raises:
+        ValueError: that names what is not there.
+    """
+    config.vae.check_place()
+    check_folder_writable(config.output)
 
 
 def report(output: str, manifest: dict[str, Any]) -> str:

@@ -103,6 +103,10 @@ def check_places(settings: Any) -> None:
     """
     if isinstance(settings, DataConfig):
         check_data(settings)
+        if settings.source == "folder":
+            from tarflow.data.folder import check_pictures  # here: generate needs no Pillow to read its options
+
+            check_pictures(settings)
     elif isinstance(settings, dict):
         for value in settings.values():
             check_places(value)

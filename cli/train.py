@@ -29,7 +29,7 @@ def main(
         the run's last metrics.
     """
     with ending():
-        config, resolved = read_settings(RunConfig, argv, description, prog)
+        config, resolved = read_settings(RunConfig, argv, description, prog, lambda config: config.vae.check_place())
         from tarflow.training.flow.arguments import check_flow_keys
         from tarflow.training.flow.trainer import flow_trainer
         from tarflow.training.loop.stopping import exit_status, launched_process

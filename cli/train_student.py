@@ -1,11 +1,11 @@
 """Train a student of a pipeline's flow, which makes a picture in one pass.
+It is put into the pipeline's folder, or with --save_to FOLDER into a copy of the pipeline.
 
     tarflow train-student --pipeline runs/NAME/pipeline --config student_drawings
 
 The flow stays as it is: it turns noisy pictures into noise, and the student learns the way back, with the noise taken
-away and guidance included. The student is put into the pipeline's folder, or with --save_to FOLDER into a copy of it;
-`tarflow generate --decoding student` draws with it, and in Python pipe(…, decoding="student"). --resume latest goes on
-from the last checkpoint. To train on several devices:
+away and guidance included. `tarflow generate --decoding student` draws with it, and in Python
+pipe(…, decoding="student"). --resume latest goes on from the last checkpoint. To train on several devices:
 accelerate launch --config_file "$(tarflow configs accelerate/ddp)" -m tarflow.cli train-student …
 """
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import os
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -17,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tarflow.data.captions import METADATA, keep, make_captions, read_metadata, readable_names
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files, hash_of, shown
-from tarflow.data.formats import count_suffixes
+from tarflow.data.formats import PICTURE_SUFFIXES, count_suffixes, suffix
 from tarflow.data.layout import Placed, place_pictures
 from tarflow.data.modes import check_mode, flatten
 
@@ -197,6 +200,23 @@ def usable_images(files: Files, skip: bool = False) -> list[str]:
     if closed or others:
         say_once(f"{where}: {count_suffixes(closed + others)} files are left out, as their formats are not read here")
     return images
+
+
+def check_pictures(config: DataConfig) -> None:
+    """Refuse a folder without pictures, or a file that is no archive; none with many files is listed for that.
+
+    Raises:
+        ValueError: that names it.
+    """
+    place = Path(str(config.path)).expanduser()
+    if place.is_dir():
+        for folder, inner, names in os.walk(place):
+            links = any(Path(folder, name).is_symlink() for name in inner)  # what they lead to is not listed here
+            if links or any(suffix(name) in PICTURE_SUFFIXES for name in names):
+                return
+    elif zipfile.is_zipfile(place):
+        return
+    usable_images(Files(str(config.path)))
 
 
 @cache

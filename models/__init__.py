@@ -6,6 +6,7 @@ May import: nothing else of the project.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 #: Each shipped pipeline has a folder here, named like it.
@@ -22,6 +23,37 @@ def shipped() -> tuple[str, ...]:
 def resolve(name: str | Path) -> str:
     """The folder of a shipped pipeline by its name; a folder of the user's, or a hub id, stays as it is."""
     return str(FOLDER / name) if str(name) in shipped() and not Path(name).exists() else str(name)
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be one on the Hub, ``owner/name``; an owner that is a folder here means a path."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).parent.exists()
+
+
+def locate_autoencoder(name: str) -> str:
+    """The folder or hub id that an autoencoder's name stands for; a mistyped one is an error, and never looked for on the
+    Hub, which is asked for half a minute.
+
+    Raises:
+        ValueError: if the name is none of a shipped autoencoder, a folder and ``owner/name``.
+    """
+    if name in AUTOENCODERS:
+        return str(AUTOENCODERS[name])
+    if Path(name).expanduser().exists():
+        return str(Path(name).expanduser())
+    if is_hub_id(name):
+        return name
+    reason = "there is no such folder"
+    if name in shipped():
+        own = next(known for known, folder in AUTOENCODERS.items() if folder == followed(FOLDER / name / "vae"))
+        reason = f"this is a shipped pipeline, whose autoencoder is {own}"
+    raise ValueError(
+        f"cannot load the autoencoder {name!r} (shipped: {', '.join(AUTOENCODERS)}; else a folder or hub id owner/name): "
+        f"{reason}"
+    )
 
 
 #: In the folder of an autoencoder instead of its weights: which of `AUTOENCODERS` it is.

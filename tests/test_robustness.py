@@ -101,11 +101,9 @@ def assert_same(folder: Path, expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_killed_at_ten_random_instants(tmp_path: Path, uninterrupted: tuple[dict[str, Tensor], float]) -> None:
+def test_killed_at_ten_instants(tmp_path: Path, uninterrupted: tuple[dict[str, Tensor], float]) -> None:
     expected, seconds = uninterrupted
-    seed = random.randrange(2**32)
-    print(f"the instants are of seed {seed}")
-    instants = random.Random(seed)
+    instants = random.Random(0)  # each time the same shares of a run's time, in which the machine decides where it is
     kills = runs = 0
     while kills < KILLS or runs == 0:
         folder = tmp_path / str(runs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tarflow.common.tensors import dequantized
-from tarflow.models import AUTOENCODERS, SHARED, followed
+from tarflow.models import AUTOENCODERS, SHARED, followed, locate_autoencoder
 
 
 def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
@@ -26,9 +26,9 @@ def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
     """
     if name in (None, "none"):
         return None
+    path = locate_autoencoder(name)
     import diffusers  # imported here: only training and the shipped autoencoder need it
 
-    path = str(AUTOENCODERS.get(name, name))
     if (own := Path(path, subfolder or "")).joinpath(SHARED).is_file():
         path, subfolder = str(followed(own)), None
     try:

@@ -27,6 +27,8 @@ FILE_NAME = "decoding.json"
 FORMAT = 2
 #: Seconds that a process waits for another one to finish writing.
 PATIENCE = 5.0
+#: Seconds between two looks whether it has; the library's own are longer than writing takes.
+LOOK = 0.005
 #: Numbers of each parameter that `sample_of_weights` takes, or up to twice as many.
 SAMPLED = 8
 #: Settings of models that came later, and are left out where they are off: what was kept before stays valid.
@@ -162,7 +164,7 @@ def lock(path: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24]
         held = filelock.FileLock(folder / f"{name}.lock", timeout=PATIENCE)
-        held.acquire()
+        held.acquire(poll_interval=LOOK)
     except (OSError, filelock.Timeout, NotImplementedError):
         held = None
     try:

@@ -15,9 +15,9 @@ from torch import nn
 from tarflow.common.dtypes import kept_default_dtype
 from tarflow.common.files import write_json
 from tarflow.flows.layers.prepared import check_saved_whole
-from tarflow.models import resolve
+from tarflow.models import HUB_ID, resolve
 from tarflow.pipeline.loading.folder import usual_rights, written_into
-from tarflow.pipeline.loading.place import HUB_ID, INDEX, locate
+from tarflow.pipeline.loading.place import INDEX, locate
 from tarflow.pipeline.loading.weight_files import WeightFile, weight_file
 from tarflow.vae import shared  # noqa: F401 (Diffusers loads components of modules that are imported already)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tarflow.models import resolve, shipped
+from tarflow.models import is_hub_id, resolve, shipped
 
 #: What makes a folder that of a pipeline.
 INDEX = "model_index.json"
 #: What draws if nothing else is asked for, the first that there is.
 DEFAULT_SHIPPED, DEFAULT_FOLDER = "emoji", "runs/quickstart/pipeline"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def locate(name: str) -> str:
@@ -30,8 +28,7 @@ def locate(name: str) -> str:
         raise ValueError(f"{name!r} is the folder of a run; its pipeline is {str(path / 'pipeline')!r}")
     if path.exists():
         raise ValueError(f"{name!r} is no folder of a pipeline: it has no {INDEX}")
-    # An owner that is a folder here means a path.
-    if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
+    if is_hub_id(name):
         return name
     known = ", ".join(shipped()) or "none"
     raise ValueError(f"there is no pipeline {name!r}: give its folder, a shipped name ({known}) or a hub id owner/name")

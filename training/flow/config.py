@@ -19,6 +19,7 @@ from tarflow.common.checks import (
     check_ranges,
 )
 from tarflow.data.config import DataConfig
+from tarflow.models import locate_autoencoder
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.joint_config import JointConfig, check_joint
 from tarflow.training.flow.levels_config import NoiseLevels
@@ -55,6 +56,11 @@ class VaeConfig:
     def pixels(self) -> bool:
         """Whether the flow models pixels."""
         return self.name in (None, "none")
+
+    def check_place(self) -> None:
+        """An error for a name that no autoencoder has, before libraries are loaded; see `locate_autoencoder`."""
+        if self.name is not None and self.name not in ("none", "new"):
+            locate_autoencoder(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
