@@ -16,6 +16,7 @@ from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.layers.condition import Condition, parts_of, with_level
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.loading.examples import example_captions
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def exactness_table(rows: Sequence[Exactness]) -> str:
     return markdown_table(["pipeline", "method", *(f"{scale:g}" for scale in scales)], lines, ".1e")
 
 
-def captions_of(pipe: Any, count: int) -> list[str]:
+def captions_of(pipe: TARFlowPipeline, count: int) -> list[str]:
     """Captions for a pipeline: of its folder's ``examples.json`` in turn, or of drawings."""
     captions = example_captions(pipe)
     if not captions:

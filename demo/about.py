@@ -13,6 +13,7 @@ from tarflow.common.words import count_in_words
 from tarflow.evaluation.likelihood.held_out import UNITS
 from tarflow.pipeline.loading.examples import example_captions, folder_of
 from tarflow.pipeline.loading.folder import HELD_OUT
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 CONDITIONS = {"prefix": "captions", "none": "none", "class_vectors": "classes", "class_prefix": "classes"}
 MOST_EXAMPLES = 12
@@ -27,7 +28,7 @@ PICTURES = {
 LARGEST_PICTURE = 4_000_000
 
 
-def name_of(pipe: Any) -> str:
+def name_of(pipe: TARFlowPipeline) -> str:
     """The folder's name, or the run's if the folder is only called "pipeline"."""
     folder = folder_of(pipe)
     if folder is None:
@@ -36,7 +37,7 @@ def name_of(pipe: Any) -> str:
     return folder.parent.name if folder.name == "pipeline" else folder.name
 
 
-def summary(pipe: Any) -> str:
+def summary(pipe: TARFlowPipeline) -> str:
     """One line: what it draws, how large."""
     config = pipe.flow.config
     side = config.sample_size * pipe.codec.factor
@@ -45,7 +46,7 @@ def summary(pipe: Any) -> str:
     return f"A normalizing flow that {kind}, {side} × {side} pixels."
 
 
-def details(pipe: Any) -> list[tuple[str, str]]:
+def details(pipe: TARFlowPipeline) -> list[tuple[str, str]]:
     """Names and values for the page."""
     config = pipe.flow.config
     size = f"{config.sample_size} × {config.sample_size}"
@@ -73,7 +74,7 @@ def parameters(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if hasattr(module, "parameters") else 0
 
 
-def card(pipe: Any) -> str:
+def card(pipe: TARFlowPipeline) -> str:
     """The folder's README.md without its head and tags; "" if none.
 
     Pictures of the folder itself are in the text; a paragraph with one from elsewhere, which the page would not have, is
@@ -107,7 +108,7 @@ def with_pictures(paragraph: str, folder: Path) -> str:
         return ""
 
 
-def held_out(pipe: Any) -> dict[str, float]:
+def held_out(pipe: TARFlowPipeline) -> dict[str, float]:
     """Means over held-out pictures, which training writes into the folder's ``held_out.json``; nothing without it.
 
     Names are those of metrics: those of `UNITS`, with "_without_condition" if that was measured,
@@ -125,7 +126,7 @@ def held_out(pipe: Any) -> dict[str, float]:
     return {name: float(value) for name, value in plain.items() if math.isfinite(value)}
 
 
-def held_out_in_words(pipe: Any) -> str:
+def held_out_in_words(pipe: TARFlowPipeline) -> str:
     """Their likelihood; "" if it is not known."""
     values = held_out(pipe)
     for name, unit in UNITS.items():
@@ -135,6 +136,6 @@ def held_out_in_words(pipe: Any) -> str:
     return ""
 
 
-def examples(pipe: Any) -> list[str]:
+def examples(pipe: TARFlowPipeline) -> list[str]:
     """The first prompts of the folder's ``examples.json``; none without such a file."""
     return example_captions(pipe)[:MOST_EXAMPLES]

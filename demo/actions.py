@@ -16,6 +16,7 @@ from tarflow.demo import about, markup
 from tarflow.demo.drawing import Progress, Request, Result, StoppedError, check_prompt, checked, draw
 from tarflow.demo.rebuild import Rebuilt, read_upload, rebuild
 from tarflow.evaluation.likelihood.held_out import UNITS
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 EMPTY = '<div class="empty">{}</div>'
 NOTHING_DRAWN = EMPTY.format("The pictures form here, block by block.")
@@ -40,7 +41,7 @@ class Actions:
             cancelling is not used: it misses a run that has not begun, and the next run can be lost by it.
     """
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: TARFlowPipeline):
         self.pipe = pipe
         self.kind = pipe.flow.config.conditioning
         self.lock = threading.Lock()

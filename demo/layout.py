@@ -10,6 +10,7 @@ import gradio as gr
 from tarflow.demo import about, markup
 from tarflow.demo.actions import NOTHING_DRAWN, NOTHING_REBUILT, Actions
 from tarflow.demo.drawing import LARGEST_GUIDANCE, MOST_IMAGES, MOST_STEPS, decodings, noise_removals
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 #: Below a million, so that it is easily typed.
 NEW_SEED = "() => Math.floor(Math.random() * 1e6)"
@@ -27,7 +28,7 @@ NOISE_REMOVAL_NAMES = {
 }
 
 
-def build(pipe: Any) -> gr.Blocks:
+def build(pipe: TARFlowPipeline) -> gr.Blocks:
     """The page over a pipeline; see `tarflow.demo.page` for starting it.
 
     Args:

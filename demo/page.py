@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.loading.place import default_pipeline
 from tarflow.pipeline.opening import open_pipeline
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -47,7 +48,7 @@ def serve(
     app.block_thread()
 
 
-def build(pipe: Any) -> gr.Blocks:
+def build(pipe: TARFlowPipeline) -> gr.Blocks:
     """The page over a `TARFlowPipeline` that is on its device."""
     check_gradio()
     from tarflow.demo import layout  # imported here: Gradio takes seconds, and is optional

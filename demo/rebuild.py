@@ -18,6 +18,7 @@ from tarflow.data.images import fit, to_model, to_uint8
 from tarflow.evaluation.likelihood.held_out import picture_likelihoods
 from tarflow.evaluation.reconstruction.quality import psnr
 from tarflow.pipeline.conditions import condition_of
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 #: Larger uploads are refused before they are decoded: 40 million pixels are 120 MB.
 MOST_PIXELS = 40_000_000
@@ -91,7 +92,7 @@ def read_upload(path: str | None) -> Image.Image:
 
 
 @torch.no_grad()
-def rebuild(pipe: Any, image: Image.Image, caption: str | None = None, label: int | None = None) -> Rebuilt:
+def rebuild(pipe: TARFlowPipeline, image: Image.Image, caption: str | None = None, label: int | None = None) -> Rebuilt:
     """Encode a picture and decode it again.
 
     Args:
