@@ -29,7 +29,7 @@ def main(
         the run's last metrics.
     """
     with ending():
-        config, resolved = read_settings(RunConfig, argv, description, prog, lambda config: config.vae.check_place())
+        config, resolved = read_settings(RunConfig, argv, description, prog, check_autoencoder)
         from tarflow.training.flow.arguments import check_flow_keys
         from tarflow.training.flow.trainer import flow_trainer
         from tarflow.training.loop.stopping import exit_status, launched_process
@@ -40,3 +40,9 @@ def main(
         if status := exit_status(metrics):
             raise SystemExit(status)
         return metrics
+
+
+def check_autoencoder(config: RunConfig) -> None:
+    """Whether there is one of this name; a cache of latents has its own."""
+    if config.data.source != "latents":
+        config.vae.check_place()
