@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tarflow.flows.layers.affine import SOFTPLUS_OFFSET, at_least_float32
 from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.layers.positions import rotary_angles, rotary_angles_1d
+from tarflow.flows.layers.scattered import SCATTERED
 
 
 def is_tarflow(block: Any) -> bool:
@@ -89,7 +90,7 @@ def mlp(module: Any, x: Tensor, tarflow: bool) -> Tensor:
 
 def embedded(block: Any, x: Tensor, grid: tuple[int, int], cond: Tensor | None) -> Tensor:
     """Embeddings (B, S, D) of tokens in the block's order, with learned positions and class vectors."""
-    if block.config.order == "coarse_to_fine":
+    if block.config.order in SCATTERED:
         raise ValueError("the published models have no deep_order: leave it out to compare with their steps")
     hidden = block.proj_in(x)
     if block.pos_embed is not None:

@@ -13,6 +13,7 @@ from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.config import CONDITIONINGS, DENOISERS, BlockConfig, TransformerConfig
 from tarflow.flows.layers.module_list import ModuleList
 from tarflow.flows.layers.order import PATCH_LAYOUTS, block_order
+from tarflow.flows.layers.scattered import SCATTERED
 
 BLOCKS: dict[str, type[FlowBlock]] = {
     "autoregressive": FlowBlock,
@@ -63,8 +64,8 @@ def check_deep_order(config: Any) -> None:
     """Errors of a model's ``deep_order``."""
     if config.deep_order is None:
         return
-    if config.deep_order != "coarse_to_fine":
-        raise ValueError(f"deep_order must be 'coarse_to_fine', or left out, got {config.deep_order!r}")
+    if config.deep_order not in SCATTERED:
+        raise ValueError(f"deep_order must be one of {', '.join(SCATTERED)}, or left out, got {config.deep_order!r}")
     if config.block != "autoregressive" or not config.start_token:
         raise ValueError(
             f"deep_order is for block 'autoregressive' with a start_token, got {config.block!r} and {config.start_token}: "

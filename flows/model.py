@@ -50,8 +50,8 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
         noise_conditioning: one flow for many levels of the training noise, which all calls then need as ``noise_level``:
             every block gets an embedding of its logarithm (iTARFlow).
         first_order: order of block 0, "row_major" or "reversed"; they alternate.
-        deep_order: of the last block, "coarse_to_fine" instead, see `tarflow.flows.layers.order.coarse_to_fine`: it is then
-            drawn in fewer sweeps. It has learned positions besides others, so samples are of the trained size.
+        deep_order: of the last block, "coarse_to_fine" or "outward" instead, see `tarflow.flows.layers.scattered`: it is
+            then drawn in fewer sweeps. It has learned positions besides others, so samples are of the trained size.
         learned_prior: keep a running prior variance per number (see `update_prior`).
         learned_denoiser: also a network that predicts the score, "none", "unconditional" or "conditional" (it sees the
             condition); of ``denoiser_layers`` layers of the shallow blocks' width.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow.flows.blocks.autoregressive import FlowBlock
-from tarflow.flows.layers.order import coarse_to_fine
+from tarflow.flows.layers.scattered import SCATTERED, scattered
 from tarflow.flows.model import TARFlowModel
 
 ROOT = Path(__file__).parents[1]
@@ -64,9 +64,9 @@ def random_images(model: TARFlowModel, batch: int, height: int = 0, width: int =
     return torch.randn(shape, dtype=model.blocks[0].proj_in.weight.dtype)
 
 
-def coarse_inputs(block: FlowBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What the slots of a block from coarse to fine hold, number by number, of tokens (T, C) in its order."""
-    order, start = coarse_to_fine(grid), block.start_token.to(x.dtype)
+def scattered_inputs(block: FlowBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What the slots of a block in a scattered order hold, number by number, of tokens (T, C) in its order."""
+    order, start = scattered(block.config.order, grid), block.start_token.to(x.dtype)
     made: dict[tuple[int, int], Tensor] = {}
     rows, last = [], start
     for token, (row, column) in zip(x, order, strict=True):
@@ -76,6 +76,9 @@ def coarse_inputs(block: FlowBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
         around = [(0, -1), (0, 1), (-1, 0), (1, 0)]
         if row % (2 * spacing) and column % (2 * spacing):
             around = [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+        if block.config.order == "outward":
+            spacing, around = 1, [(0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
+            around += [(0, -2), (0, 2), (-2, 0), (2, 0)]
         near = [made.get((row + spacing * down, column + spacing * right), start) for down, right in around]
         rows.append(torch.cat([last, *near]))
         made[row, column] = last = token
@@ -91,8 +94,8 @@ def block_parameters(
     """
     divisor = None if temperature == 1 else torch.full((x.shape[0], 1, 1, 1), temperature, dtype=x.dtype)
     context = block.context(cond, grid)
-    if block.config.order == "coarse_to_fine":
-        inputs = torch.stack([coarse_inputs(block, one, grid) for one in x])
+    if block.config.order in SCATTERED:
+        inputs = torch.stack([scattered_inputs(block, one, grid) for one in x])
         shift, log_scale = block.affine_parameters(inputs, 0, context, None, divisor)
         return shift, log_scale.exp()
     if block.start_token is not None:

@@ -122,7 +122,7 @@ def test_results_are_copies_of_the_buffers(batch: int) -> None:
     assert all(torch.equal(part, copy) for part, copy in zip(first, kept, strict=True))
 
 
-@pytest.mark.parametrize("order", [None, "coarse_to_fine"])
+@pytest.mark.parametrize("order", [None, "coarse_to_fine", "outward"])
 @pytest.mark.parametrize("how", [Guidance(1.0), Guidance(1.0, "linear", annealed=True)], ids=["gaussian", "annealed"])
 def test_one_graph_serves_all_weights_of_guidance(how: Guidance, order: str | None) -> None:
     model = small_model(conditioning="class_prefix", condition_blocks="deep", deep_order=order).double()

@@ -48,6 +48,7 @@ CASES |= {
     "identity_blocks": {"layers_per_block": (1, 0, 0, 1)},
     "row_major": {"first_order": "row_major", "conditioning": "prefix"},
     "coarse_to_fine": {"deep_order": "coarse_to_fine", "conditioning": "prefix"},
+    "outward": {"deep_order": "outward", "conditioning": "class_prefix", "num_classes": 3},
     "coarse_to_fine-learned": {"deep_order": "coarse_to_fine", "positions": "learned", "scale": "exp"},
     "channel_first": {"patch_layout": "channel_first", "final_norm": False},
     "position_length": {"position_length": 7},
@@ -320,7 +321,7 @@ def test_unit_prior_is_left_alone() -> None:
         ({"scale": "sigmoid"}, "scale must be one of exp, softplus, additive"),
         ({"positions": "sine"}, "positions must be one of learned, rotary, rotary_1d"),
         ({"first_order": "random"}, "first_order must be one of row_major, reversed"),
-        ({"deep_order": "spiral"}, "deep_order must be 'coarse_to_fine', or left out, got 'spiral'"),
+        ({"deep_order": "spiral"}, "deep_order must be one of coarse_to_fine, outward, or left out, got 'spiral'"),
         (
             {"deep_order": "coarse_to_fine", "block": "coupling"},
             "with a start_token, got 'coupling' and True: leave it out",

@@ -13,12 +13,12 @@ from tarflow.flows.layers.order import (
     ORDERS,
     PATCH_LAYOUTS,
     block_order,
-    coarse_to_fine,
     patchify,
     reorder,
     restore,
     unpatchify,
 )
+from tarflow.flows.layers.scattered import SCATTERED, coarse_to_fine, outward, scattered
 from tarflow.training.flow.setup import check_shapes
 from tarflow.training.flow.start import Start
 
@@ -50,7 +50,8 @@ def test_an_order_has_each_token_once(order: str, grid: tuple[int, int]) -> None
     tokens = torch.randn(2, grid[0] * grid[1], 3)
     ordered = reorder(tokens, order, grid)
     assert torch.equal(restore(ordered, order, grid), tokens)
-    assert torch.equal(ordered[:, 0], tokens[:, -1 if order == "reversed" else 0])
+    first = {"reversed": -1, "outward": grid[0] // 4 * grid[1] + grid[1] // 4}.get(order, 0)
+    assert torch.equal(ordered[:, 0], tokens[:, first])
     assert torch.equal(reorder(tokens[0], order, grid, dim=0), ordered[0])
     assert sorted(ordered.flatten().tolist()) == sorted(tokens.flatten().tolist())
 
@@ -64,7 +65,17 @@ def test_each_finer_grid_lies_between_the_coarser_ones() -> None:
         assert sorted(made) == [(row, column) for row in range(0, 8, spacing) for column in range(0, 8, spacing)]
 
 
-def test_neighbours_in_a_field_need_fewer_sweeps_from_coarse_to_fine() -> None:
+def test_outward_each_token_has_a_neighbour_before_it_and_none_of_its_turn_beside_it() -> None:
+    starts = [(2, 2), (6, 6), (2, 6), (6, 2)]
+    made: list[tuple[int, int]] = []
+    for row, column in outward((8, 8)):
+        beside = [(row + down, column + right) in made for down, right in ((0, -1), (0, 1), (-1, 0), (1, 0))]
+        assert any(beside) or (row, column) in starts
+        made.append((row, column))
+    assert made[:4] == starts and set(made[4:12]) == {(a + d, b) for a, b in starts for d in (-1, 1)}
+
+
+def test_neighbours_in_a_field_need_fewer_sweeps_in_scattered_orders() -> None:
     """A Gaussian field whose covariance is exp(−distance / 2), with noise, drawn token by token: its exact conditionals
     are known, and each sweep is a product with what a token owes to those before it."""
     grid = (8, 8)
@@ -83,8 +94,8 @@ def test_neighbours_in_a_field_need_fewer_sweeps_from_coarse_to_fine() -> None:
             if (x - factor @ z).abs().max() < 1e-3:
                 needed[order] = sweep + 1
                 break
-    assert needed["coarse_to_fine"] <= 9
-    assert min(needed["row_major"], needed["reversed"]) > 1.8 * needed["coarse_to_fine"]
+    assert needed["coarse_to_fine"] <= 9 and needed["outward"] <= 10
+    assert min(needed["row_major"], needed["reversed"]) > 1.8 * needed["outward"]
 
 
 def test_orders_alternate() -> None:
@@ -94,18 +105,19 @@ def test_orders_alternate() -> None:
         block_order(0, "spiral")
 
 
+@pytest.mark.parametrize("order", SCATTERED)
 @pytest.mark.parametrize("conditioning", ["none", "class_prefix"])
-def test_from_coarse_to_fine_a_slot_has_the_rotary_position_of_its_token(conditioning: str) -> None:
+def test_in_a_scattered_order_a_slot_has_the_rotary_position_of_its_token(conditioning: str, order: str) -> None:
     options = {"sample_size": 6, "patch_size": 1, "conditioning": conditioning, "num_classes": 2}
     tables = []
-    for order in (None, "coarse_to_fine"):
-        model = small_model(**options, deep_order=order)
+    for deep_order in (None, order):
+        model = small_model(**options, deep_order=deep_order)
         labels = None if conditioning == "none" else torch.tensor([1])
         context = model.blocks[-1].context(model.condition(labels, None, 1), (6, 6))
         tables.append([part[context.prefix_length :] for part in context.rotation or ()])
         assert context.prefix_length == (conditioning != "none") and len(tables[-1]) == 2
     for plain, ordered in zip(*tables, strict=True):
-        for slot, (row, column) in enumerate(coarse_to_fine((6, 6))):
+        for slot, (row, column) in enumerate(scattered(order, (6, 6))):
             torch.testing.assert_close(ordered[slot], plain[6 * row + column])
 
 

@@ -45,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_heads": 4,
         "num_kv_heads": 2,
     },
+    "outward-class": {"conditioning": "class_vectors", "num_classes": 3, "deep_order": "outward"},
     "unconditional": {},
 }
 GUIDANCES = {

@@ -19,6 +19,7 @@ from tarflow.flows.decoding.step import DecodeStep, ModuleStep, StaticStep, deco
 from tarflow.flows.layers.affine import affine_inverse
 from tarflow.flows.layers.order import held_places
 from tarflow.flows.layers.prepared import leaves_after_use, may_prepare, state_of
+from tarflow.flows.layers.scattered import SCATTERED
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +79,8 @@ class FastStep:
             torch.zeros(run.num_tokens + 1, run.batch, channels, dtype=dtype, device=device) for _ in range(3)
         )
         #: Which tokens each slot holds, if not the previous one, (T, `HELD`).
-        self.held = held_places(run.grid, device) if step.config.order == "coarse_to_fine" else None
+        order = step.config.order
+        self.held = held_places(order, run.grid, device) if order in SCATTERED else None
         #: Of guidance; on the device, so that another weight needs no other graph.
         self.weight = torch.zeros((), dtype=dtype, device=device)
         self.guidance = None if run.guidance is None else replace(run.guidance, weight=self.weight)

@@ -19,8 +19,9 @@ from tarflow.flows.layers.block import Block, Flow
 from tarflow.flows.layers.condition import Condition, parts_of, with_level
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.kv_cache import KVCache
-from tarflow.flows.layers.order import held_tokens, reorder, restore
+from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.layers.prepared import at_hand, compute_device, compute_dtype
+from tarflow.flows.layers.scattered import SCATTERED, held_tokens
 
 #: How far samples are from exact ones at most with these tolerances, and the guidance scale up to which that holds (see
 #: docs/sampling.md for how it was measured): stronger guidance magnifies errors, those of rounding too.
@@ -126,15 +127,16 @@ class InversionState:
         return self.start_token.to(dtype).expand(rows, -1)
 
     def next_inputs(self, made: Sequence[Tensor], like: Tensor) -> Tensor:
-        """What sits in the slot of the next token, (B, C) or from coarse to fine (B, `HELD`·C).
+        """What sits in the slot of the next token, (B, C) or in a scattered order (B, `HELD`·C).
 
         Args:
             made: the tokens before it, (B, C) each.
             like: a tensor of B rows, and of the tokens' dtype.
         """
-        if self.block.config.order != "coarse_to_fine":
+        order = self.block.config.order
+        if order not in SCATTERED:
             return made[-1] if made else self.before_first(len(like), like.dtype)
-        first, held = self.before_first(len(like), like.dtype), held_tokens(self.grid)[len(made)]
+        first, held = self.before_first(len(like), like.dtype), held_tokens(order, self.grid)[len(made)]
         return torch.cat([made[token] if token < len(made) else first for token in held], dim=1)
 
     def doubled(self, inputs: Tensor) -> Tensor:

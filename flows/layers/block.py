@@ -19,6 +19,7 @@ from tarflow.flows.layers.kv_cache import Cache
 from tarflow.flows.layers.module_list import ModuleList
 from tarflow.flows.layers.network import BlockContext, TokenNetwork
 from tarflow.flows.layers.order import held_places
+from tarflow.flows.layers.scattered import SCATTERED
 
 
 class Block(TokenNetwork):
@@ -50,22 +51,23 @@ class Block(TokenNetwork):
         raise NotImplementedError(f"{type(self).__name__} lacks `inverse`")
 
     def slot_inputs(self, x: Tensor, grid: tuple[int, int], start: int, end: int) -> Tensor:
-        """What the slots hold that give the parameters of tokens start … end − 1: the token before each, or from coarse to
-        fine what `held_tokens` says.
+        """What the slots hold that give the parameters of tokens start … end − 1: the token before each, or in a
+        scattered order what `held_tokens` says.
 
         Args:
             x: all tokens in the block's order, (B, T, C).
             grid: rows and columns of tokens.
 
         Returns:
-            (B, end − start, C or `HELD`·C). Without a start token, token 0 has no slot.
+            (B, end − start, C), in a scattered order H·C. Without a start token, token 0 has no slot.
         """
-        if start > 0 and self.config.order != "coarse_to_fine":
+        order = self.config.order
+        if start > 0 and order not in SCATTERED:
             return x[:, start - 1 : end - 1]
-        assert self.start_token is not None  # where token 0 is made, and in the order coarse to fine
+        assert self.start_token is not None  # where token 0 is made, and in scattered orders
         first = self.start_token.to(x.device, x.dtype).expand(len(x), 1, -1)
-        if self.config.order == "coarse_to_fine":
-            return torch.cat([x, first], dim=1)[:, held_places(grid, x.device)[start:end]].flatten(2)
+        if order in SCATTERED:
+            return torch.cat([x, first], dim=1)[:, held_places(order, grid, x.device)[start:end]].flatten(2)
         return torch.cat([first, x[:, : end - 1]], dim=1)
 
     def affine_parameters(

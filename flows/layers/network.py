@@ -20,9 +20,10 @@ from tarflow.flows.layers.config import BlockConfig
 from tarflow.flows.layers.kv_cache import Cache, KVCache
 from tarflow.flows.layers.level import LevelEmbedding
 from tarflow.flows.layers.module_list import ModuleList
-from tarflow.flows.layers.order import HELD, reorder
+from tarflow.flows.layers.order import reorder
 from tarflow.flows.layers.positions import Rotation, rotary_angles, rotary_angles_1d, rotation_tables, slots_of
 from tarflow.flows.layers.prepared import called_with_group, compute_device, compute_dtype, weights_move
+from tarflow.flows.layers.scattered import HELD
 from tarflow.flows.layers.transformer import OutputLinear, RMSNorm, TransformerLayer
 
 
@@ -66,15 +67,14 @@ class TokenNetwork(nn.Module):
         super().__init__()
         self.config = config
         transformer = config.transformer
-        held = HELD if config.order == "coarse_to_fine" else 1
-        self.proj_in = nn.Linear(held * config.token_dim, transformer.width)
+        self.proj_in = nn.Linear(HELD.get(config.order, 1) * config.token_dim, transformer.width)
         self.layers: ModuleList[TransformerLayer] = ModuleList(
             TransformerLayer(transformer) for _ in range(transformer.layers)
         )
         self.final_norm = RMSNorm(transformer.width) if config.final_norm else None
         self.proj_out = OutputLinear(transformer.width, outputs)
         self.pos_embed = None
-        if config.positions == "learned" or config.order == "coarse_to_fine":  # whose steps from token to token differ
+        if config.positions == "learned" or config.order in HELD:  # whose steps from token to token differ
             self.pos_embed = nn.Parameter(torch.randn(config.grid_size**2, transformer.width) * 0.01)
         self.class_embed = self.proj_cond = None
         if config.conditioning == "class_vectors":
@@ -135,7 +135,7 @@ class TokenNetwork(nn.Module):
                 )
             else:
                 angles = rotary_angles_1d(length + grid[0] * grid[1], config.transformer.head_dim, device, dtype)
-            if config.order == "coarse_to_fine":  # positions of a slot's own token
+            if config.order in HELD:  # positions of a slot's own token
                 prefix_angles, image_angles = angles.split([length, grid[0] * grid[1]])
                 angles = torch.cat([prefix_angles, reorder(image_angles, config.order, grid, dim=0)])
             rotation = rotation_tables(angles)
@@ -173,7 +173,8 @@ class TokenNetwork(nn.Module):
         """Outputs of a run of image slots.
 
         Args:
-            inputs: what sits in slots first_slot … first_slot + S − 1, (B, S, C), from coarse to fine (B, S, `HELD`·C).
+            inputs: what sits in slots first_slot … first_slot + S − 1, (B, S, C), in a scattered order
+                (B, S, `HELD`·C).
             first_slot: 0 without a cache; with one, as many slots as it holds of image tokens.
             context: what `context` gave for this sequence.
             cache: the slots before; the new ones are written to it, and the prefix if it is empty.

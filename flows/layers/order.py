@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from tarflow.flows.layers.scattered import SCATTERED, held_tokens, scattered
+
 #: Orders that alternate from block to block.
 ALTERNATING = ("row_major", "reversed")
-ORDERS = (*ALTERNATING, "coarse_to_fine")
-#: How many tokens a slot holds from coarse to fine: the one before, and four neighbours.
-HELD = 5
+ORDERS = (*ALTERNATING, *SCATTERED)
 PATCH_LAYOUTS = ("channel_first", "channel_last")
 
 
@@ -27,66 +26,29 @@ def reorder(tokens: Tensor, order: str, grid: tuple[int, int], dim: int = 1) -> 
     """Row-major tokens of a grid (rows, columns) into a block's order."""
     if order == "reversed":
         return tokens.flip(dim)
-    return tokens.index_select(dim, places(grid, tokens.device)[0]) if order == "coarse_to_fine" else tokens
+    return tokens.index_select(dim, places(order, grid, tokens.device)[0]) if order in SCATTERED else tokens
 
 
 def restore(tokens: Tensor, order: str, grid: tuple[int, int], dim: int = 1) -> Tensor:
     """The inverse of `reorder`."""
-    if order == "coarse_to_fine":
-        return tokens.index_select(dim, places(grid, tokens.device)[1])
+    if order in SCATTERED:
+        return tokens.index_select(dim, places(order, grid, tokens.device)[1])
     return reorder(tokens, order, grid, dim)
 
 
 @lru_cache
 @torch.inference_mode(False)  # what is kept may be used with gradients later
-def places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of the order "coarse_to_fine": the row-major place of each token of the sequence, (T,), and the inverse."""
-    order = torch.tensor([row * grid[1] + column for row, column in coarse_to_fine(grid)])
-    return order.to(device), order.argsort().to(device)
-
-
-def coarse_to_fine(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """Rows and columns of a grid's tokens, from a coarse grid to finer ones.
-
-    Of a grid of spacing 2·s, first the middles of its squares come, then those of their sides: then there is a grid of
-    spacing s. A token's neighbours are mostly in other groups than its own, and in a group tokens are far apart. So a
-    chain of tokens of which each depends much on the one before is about as long as there are groups, three for each
-    spacing; in row-major order it is as long as a row and a column. Sweeps carry what a token is along such chains.
-    """
-    found = [(0, 0)]
-    for spacing in (2**level for level in reversed(range((max(grid) - 1).bit_length()))):
-        for first_row, first_column in ((spacing, spacing), (0, spacing), (spacing, 0)):
-            rows, columns = range(first_row, grid[0], 2 * spacing), range(first_column, grid[1], 2 * spacing)
-            found += itertools.product(rows, columns)
-    return found
-
-
-@lru_cache
-def held_tokens(grid: tuple[int, int]) -> list[list[int]]:
-    """Of the order "coarse_to_fine": which tokens of the sequence each token's slot holds, `HELD` of them; T where there is
-    none.
-
-    First the one before, as in other orders: so each token is in a slot that all behind it see. Then the nearest that
-    were made before: left, right, above and below at the token's spacing, or at the corners of the square whose middle it
-    is. The one before is far away, and without its neighbours a token is learned slowly.
-    """
-    order = coarse_to_fine(grid)
-    place = {token: number for number, token in enumerate(order)}
-    found = [[len(order)] * HELD]
-    for number, (row, column) in enumerate(order[1:], start=1):
-        spacing = (row | column) & -(row | column)  # the largest power of two that divides both
-        middle = row & spacing and column & spacing
-        steps = ((-1, -1), (-1, 1), (1, -1), (1, 1)) if middle else ((0, -1), (0, 1), (-1, 0), (1, 0))
-        near = [place.get((row + spacing * down, column + spacing * right), len(order)) for down, right in steps]
-        found.append([number - 1, *(token if token < number else len(order) for token in near)])
-    return found
+def places(order: str, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of one of `SCATTERED`: the row-major place of each token of the sequence, (T,), and the inverse."""
+    sequence = torch.tensor([row * grid[1] + column for row, column in scattered(order, grid)])
+    return sequence.to(device), sequence.argsort().to(device)
 
 
 @lru_cache
 @torch.inference_mode(False)
-def held_places(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """`held_tokens` as a tensor (T, `HELD`)."""
-    return torch.tensor(held_tokens(grid), device=device)
+def held_places(order: str, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """`held_tokens` as a tensor (T, H)."""
+    return torch.tensor(held_tokens(order, grid), device=device)
 
 
 def patchify(x: Tensor, patch_size: int, layout: str) -> Tensor:
