@@ -10,6 +10,7 @@ import ast
 import importlib
 import itertools
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,14 @@ def make_files(words: list[str], folder: Path) -> None:
     """Make what a command takes for granted: archives, caches, pipelines, statistics, checkpoints."""
     for option, value in itertools.pairwise(words):
         path = folder / value
-        if (
-            (option.endswith(".path") and value.endswith(".zip"))
-            or option == "--checkpoint"
-            or (option == "--config" and words[0] == "convert")
-        ):
+        if option.endswith(".path") and value.endswith(".zip"):
+            zipfile.ZipFile(path, "w").close()
+        elif option == "--checkpoint" or (option == "--config" and words[0] == "convert"):
             path.touch()
         elif option.endswith(".path") or option in ("--ref", "--samples"):
             path.mkdir(parents=True, exist_ok=True)
             (path / "manifest.json").touch()
+            (path / "picture.png").touch()
         elif option.endswith("pipeline") and value not in shipped():
             path.mkdir(parents=True, exist_ok=True)
             (path / "model_index.json").write_text("{}")
@@ -56,8 +56,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         if hasattr(module, "loading"):
             monkeypatch.setattr(module, "loading", stop)
     make_files(["--pipeline", "runs/quickstart/pipeline"], tmp_path)  # which configs/fid_example.yaml names
+    (tmp_path / "runs" / "vae_f16").mkdir()  # which configs/emoji128_f16.yaml names
     for archive in ("emoji.zip", "nette.zip", "pictures.zip", "my_pictures.zip", "imagenette-64.zip"):
-        (tmp_path / archive).touch()
+        zipfile.ZipFile(tmp_path / archive, "w").close()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
