@@ -25,7 +25,7 @@ class StepSettings:
 
     Attributes:
         steps: optimizer steps. ``max_minutes`` caps them, by the measured speed, so that training takes about this long;
-            the schedule then ends there, and resuming keeps the checkpoint's number. No step begins after them.
+            the schedule then ends there, and resuming keeps the checkpoint's number.
         batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
         mixed_precision: "no", "bf16" or "fp16".
         ema_decay: of the averaged weights, which are evaluated and saved.

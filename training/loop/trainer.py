@@ -198,10 +198,10 @@ class Trainer:
                 self.step += 1
                 progress.update()
                 done = self.step - first
-                if limit is not None:
+                if limit is not None and limit.is_due(done):
                     left = broadcast_object_list([limit.steps_left(done, self.longest - self.step)])[0]
+                    limit.agree(done, left)
                     if left is not None:
-                        limit.agree(done, left)
                         self.total_steps = progress.total = self.step + left
                         self.lowered = True
                 told = estimate.after(done, self.total_steps - self.step, self.stepper.seconds)
