@@ -400,7 +400,7 @@ def test_the_page_rebuilds_a_picture_at_the_highest_level() -> None:
 def test_the_page_shows_each_level() -> None:
     pipe = make("none")
     request = checked(pipe, Request(decoding="sequential", steps=3))
-    *_, last = draw(pipe, request, threading.Lock())
+    *_, last = draw(pipe, request, threading.Lock(), threading.Event())
     names = [stage.name for stage in last.stages]
     assert names == ["noise", "block 1", "block 2, raw", "level 1 of 3", "level 2 of 3", "noise removed"]
     with pytest.raises(ValueError, match="The number of steps must be a whole number from 1 to 100"):

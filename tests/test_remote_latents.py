@@ -74,12 +74,20 @@ def remove(url: str, name: str) -> None:
 
 
 def copies() -> int:
-    """Bytes of all copies: those that are removed or written while they are counted, too or not."""
-    total = 0
+    """Bytes of all copies at one moment: counted again while other threads remove or write some."""
+    found, before = listed(), None
+    while found != before:
+        found, before = listed(), found
+    return sum(found.values())
+
+
+def listed() -> dict[Path, int]:
+    """The size of each copy that is there."""
+    sizes = {}
     for file in (cache_folder() / "shards").rglob("*.safetensors"):
         with suppress(FileNotFoundError):
-            total += file.stat().st_size
-    return total
+            sizes[file] = file.stat().st_size
+    return sizes
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
