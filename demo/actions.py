@@ -25,7 +25,7 @@ NOTHING_REBUILT = EMPTY.format("A picture goes to noise and back here.")
 UNUSUAL = 5.0
 
 
-def name_of(opened: gr.Request | None) -> str | None:
+def window_of(opened: gr.Request | None) -> str | None:
     """Gradio's name for one open page; two windows have two."""
     return None if opened is None else opened.session_hash
 
@@ -64,7 +64,7 @@ class Actions:
 
         An error of any kind becomes a sentence in the status.
         """
-        stopped = self.stops.get(name_of(opened)) or threading.Event()
+        stopped = self.stops.get(window_of(opened)) or threading.Event()
         going_on = gr.skip(), gr.skip()
         yield markup.progress(Progress()), gr.skip(), "", gr.update(visible=False), *going_on
         try:
@@ -95,7 +95,7 @@ class Actions:
 
     def begin(self, opened: gr.Request | None = None) -> tuple[Any, ...]:
         """Draw can be pressed no more, and Stop can; and the status, before the run's turn comes."""
-        self.stops[name_of(opened)] = threading.Event()
+        self.stops[window_of(opened)] = threading.Event()
         return gr.update(interactive=False), gr.update(interactive=True), markup.progress(Progress(message="starting"))
 
     def end(self) -> tuple[Any, Any]:
@@ -104,8 +104,8 @@ class Actions:
 
     def stop(self, opened: gr.Request | None = None) -> None:
         """Ask the run of this page to stop: it says itself when it has."""
-        if name_of(opened) in self.stops:
-            self.stops[name_of(opened)].set()
+        if window_of(opened) in self.stops:
+            self.stops[window_of(opened)].set()
 
     def condition(self, request: Request) -> str:
         """What a request asks for, in words."""

@@ -61,10 +61,10 @@ def draw(page: Any, prompt: str | None, seed: int, count: int) -> None:
 def press(page: Any, button: str, place: str) -> None:
     """Press a button, and wait until a place (both CSS selectors) has other numbers or another error than before."""
     shown = f"{place} dl, {place} .error"
-    before = page.evaluate("shown => document.querySelector(shown)?.innerText", shown)
+    before = page.evaluate("shown => document.querySelector(shown)?.innerText ?? null", shown)
     page.click(button)
     page.wait_for_function(
-        "([shown, before]) => ![before ?? undefined, undefined].includes(document.querySelector(shown)?.innerText)",
+        "([shown, before]) => ![before, null].includes(document.querySelector(shown)?.innerText ?? null)",
         arg=[shown, before],
         timeout=600_000,
     )

@@ -20,14 +20,14 @@ from tarflow.experiments.peers.drawing import Drawer
 from tarflow.experiments.peers.runs import Trainings
 
 #: Pictures that are timed together; steps that are.
-TIMED, STEPS = 8, 5
+TIMED_PICTURES, TIMED_STEPS = 8, 5
 #: How many steps each training takes, where seconds decide that.
 FITTING = "steps.json"
 
 
 def picture_seconds(drawers: Mapping[str, Drawer], values: list[Any], repeats: int) -> dict[str, float]:
-    """Median seconds a picture, the autoencoder included, of `TIMED` at once; all take turns, after one each."""
-    some = values[:TIMED]
+    """Median seconds a picture, the autoencoder included, of `TIMED_PICTURES` at once; all take turns, after one each."""
+    some = values[:TIMED_PICTURES]
     return in_turns({key: partial(drawer.draw, some, 0) for key, drawer in drawers.items()}, repeats, len(some))
 
 
@@ -51,7 +51,7 @@ def fitting_steps(trainings: Trainings, name: str, seconds: float, repeats: int)
 def step_seconds(
     trainings: Trainings, names: list[str], repeats: int, seconds: Callable[[], float] | None = None
 ) -> dict[str, float]:
-    """Median seconds of a training step without reading, all trainings in turns of `STEPS`, after one each.
+    """Median seconds of a training step without reading, all trainings in turns of `TIMED_STEPS`, after one each.
 
     Args:
         trainings: of the comparison.
@@ -66,11 +66,11 @@ def step_seconds(
             batches = cycle(islice(stack.enter_context(trainer.batches()), 1))
 
             def turn(trainer: Any = trainer, batches: Any = batches) -> None:
-                for _ in range(STEPS):
+                for _ in range(TIMED_STEPS):
                     trainer.train_step(batches)
 
             turns[name] = turn
-        return in_turns(turns, repeats, STEPS, seconds)
+        return in_turns(turns, repeats, TIMED_STEPS, seconds)
 
 
 def in_turns(
