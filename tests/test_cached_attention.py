@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tarflow.flows.decoding import fast_step
 from tarflow.flows.decoding.attention import cached_attention, masked_attention
 from tarflow.flows.decoding.fast_step import FastStep, FastSteps, fastest
-from tarflow.flows.decoding.fused import ELEMENTS, can_be_fused, suits
+from tarflow.flows.decoding.fused import WAYS, Way, can_be_fused, suits
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.decoding.sequential import decode_sequential
@@ -59,6 +59,40 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     worker = Path(__file__).with_name("triton_worker.py")
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "16 cases\n18 layers\n", done.stderr[-3000:]
+
+
+@pytest.mark.skipif(not TRITON, reason="without Triton")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_early_kernels_load_weights_before_they_wait(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all that other kernels write after it: the input and the residual."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tarflow.flows.decoding.triton_layer import launch_options, normed_product
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    way = next(way for way in WAYS if way.early == (capability >= 90))
+    early = launch_options(way)["early"]
+    constants = {"norm_weight_at": None, "norm_bias_at": None, "eps": 0.0, "rows": 1, "width": 256, "padded_width": 256}
+    constants |= {"columns": 64, "block": 8, "norm": "none", "activation": "none", "residual": True}
+    constants |= {"weights_stay": "", "others_stay": "", "early": early}
+    names = normed_product.arg_names
+    kinds = {name: "constexpr" if name in constants else "*bf16" for name in names}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in constants}
+    source = ASTSource(normed_product, kinds, {(names.index(name),): each for name, each in constants.items()}, aligned)
+    options = {"launch_pdl": True} if early else {}
+    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    assert ("griddepcontrol" in ptx) == early
+    if early:
+        begun, waited = ptx.split("griddepcontrol.wait")
+        assert "ld.global" not in begun.split("griddepcontrol.launch_dependents")[0]
+        assert "ld.global.v4" in begun and "ld.global.v4" not in waited  # the weight: 16 bytes a load
+        assert "ld.global.b32" not in begun and "ld.global.b32" in waited  # the input: two numbers a thread
+        assert waited.count("ld.global.b16") >= 1  # the residual
+        assert "st.global" not in begun and "st.global" in waited
 
 
 class Replayed:
@@ -200,14 +234,14 @@ def test_an_attention_temperature_in_16_bits(fast: bool) -> None:
 class OneByOne:
     """Stands for kernels of whole layers."""
 
-    def __init__(self, step: StaticStep, elements: int, off: float = 0.0, error: str = ""):
-        self.step, self.elements, self.off, self.error, self.calls = step, elements, off, error, 0
+    def __init__(self, step: StaticStep, way: Way, off: float = 0.0, error: str = "", unsteady: float = 0.0):
+        self.step, self.way, self.off, self.error, self.unsteady, self.calls = step, way, off, error, unsteady, 0
 
     def __call__(self, hidden: Tensor, position: Tensor) -> Tensor:
         self.calls += 1
         if self.error:
             raise RuntimeError(self.error)
-        return self.step.run_layers(hidden, position) + self.off
+        return self.step.run_layers(hidden, position) + self.off + self.unsteady * (self.calls % 37 == 0)
 
 
 def deep_run(batch: int = 2, **options: Any) -> InversionState:
@@ -219,8 +253,8 @@ def deep_run(batch: int = 2, **options: Any) -> InversionState:
 def test_of_steps_that_agree_the_fastest_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A faster one that fails or makes other tokens is left out, with a warning."""
-    now, costs, messages = [0.0], {None: 3.0, 1: 2.0, 2: 1.0, 3: 0.5, 4: 0.1}, list[str]()
+    """A faster one that fails, makes other tokens or not always the same is left out, with a warning."""
+    now, costs, messages = [0.0], {None: 3.0, 1: 2.0, 2: 1.0, 3: 0.5, 4: 0.1, 5: 0.2}, list[str]()
     monkeypatch.setattr(fast_step, "clock", lambda device: now[0])
     monkeypatch.setattr(fast_step.logger, "warning", messages.append)
     with torch.no_grad():
@@ -229,12 +263,13 @@ def test_of_steps_that_agree_the_fastest_is_taken(
             run.block, run.context, run.block.new_cache(4, run.cache.capacity, torch.float32), run.temperature
         )
         step.cache.keys_values.zero_()
-        ways = [OneByOne(step, 1), OneByOne(step, 2), OneByOne(step, 3, off=0.5), OneByOne(step, 4, error="no memory")]
+        faults: tuple[dict[str, Any], ...] = ({}, {}, {"off": 0.5}, {"error": "no memory"}, {"unsteady": 1e-3})
+        ways = [OneByOne(step, Way(f"way {count}", count), **fault) for count, fault in enumerate(faults, 1)]
         steps = [FastStep(step, run, torch.float32, None, None, way) for way in (None, *ways)]
         make_token = FastStep.make_token
 
         def costly(self: FastStep) -> None:
-            now[0] += costs[self.fused and self.fused.elements]
+            now[0] += costs[self.fused and self.fused.way.elements]
             make_token(self)
 
         for one in steps:
@@ -243,11 +278,13 @@ def test_of_steps_that_agree_the_fastest_is_taken(
         assert best is steps[2]
         assert {name: round(each) for name, each in best.trials.items()} == {
             "one by one": 3000,
-            "fused, 1 elements": 2000,
-            "fused, 2 elements": 1000,
+            "way 1": 2000,
+            "way 2": 1000,
         }
-    assert any("3 elements differ" in message for message in messages)
-    assert any("4 elements failed" in message and "no memory" in message for message in messages)
+    assert len(messages) == 3
+    assert "way 3 differ" in messages[0]
+    assert "way 4 failed" in messages[1] and "no memory" in messages[1]
+    assert "way 5 are not the same each time" in messages[2]
 
 
 def test_kernels_of_layers_are_one_call_within_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,11 +292,12 @@ def test_kernels_of_layers_are_one_call_within_a_compiled_step(monkeypatch: pyte
     torch.compiler.reset()
     made: list[OneByOne] = []
 
-    def fake(block: Any, step: StaticStep, elements: int) -> OneByOne:
-        made.append(OneByOne(step, elements))
+    def fake(block: Any, step: StaticStep, way: Way) -> OneByOne:
+        made.append(OneByOne(step, way))
         return made[-1]
 
     monkeypatch.setattr(fast_step, "suits", lambda block, step: True)
+    monkeypatch.setattr(fast_step, "ways_on", lambda device: list(WAYS))
     monkeypatch.setattr(fast_step, "FusedLayers", fake)
     monkeypatch.setattr(fast_step, "fastest", lambda steps, run: steps[-1])
     model = small_model(conditioning="class_prefix", condition_blocks="deep", sample_size=8)
@@ -269,8 +307,8 @@ def test_kernels_of_layers_are_one_call_within_a_compiled_step(monkeypatch: pyte
     found = generate(model, noise, cond, null, Guidance(1.0), fast=steps)
     for ours, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
-    assert [one.elements for one in made] == list(ELEMENTS) * len(model.blocks)
-    assert [one.calls for one in made[len(ELEMENTS) - 1 :: len(ELEMENTS)]] == [16] * len(model.blocks)
+    assert [one.way for one in made] == list(WAYS) * len(model.blocks)
+    assert [one.calls for one in made[len(WAYS) - 1 :: len(WAYS)]] == [16] * len(model.blocks)
 
 
 @pytest.mark.parametrize(

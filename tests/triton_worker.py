@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import small_model
 
 from tarflow.flows.decoding import triton_attention as kernel
-from tarflow.flows.decoding.fused import FusedLayers, can_be_fused
+from tarflow.flows.decoding.fused import WAYS, FusedLayers, can_be_fused
 from tarflow.flows.decoding.method import InversionState
 from tarflow.flows.decoding.step import StaticStep
 from tarflow.flows.layers.guidance import Guidance
@@ -56,17 +56,19 @@ def layers_agree(dtype: torch.dtype = torch.float32, temperature: float = 1.0, b
         run = InversionState(block, batch, (side, side), cond, null, how)
         step = StaticStep(block, run.context, run.cache, run.temperature)
         assert can_be_fused(list(block.layers), 2 * batch, step)
-        fused, cache = FusedLayers(block, step, 8192), step.cache.keys_values
+        first, other = (FusedLayers(block, step, way) for way in WAYS[:2])
+        cache = step.cache.keys_values
         for position in (kernel.PART if side > 4 else 1, cache.shape[-2] - 1):
             earlier = torch.randn(cache.shape).to(dtype)
             hidden = torch.randn(2 * batch, block.config.transformer.width).to(dtype)
             results = []
-            for layers in (step.run_layers, fused):
+            for layers in (step.run_layers, first, other):
                 cache.copy_(earlier)
                 results.append((layers(hidden.clone(), torch.tensor(position)), cache.clone()))
             assert not torch.equal(results[0][1], earlier)
-            for ours, exact in zip(*results[::-1], strict=True):
-                torch.testing.assert_close(ours, exact, **rounding)
+            for found in results[1:]:
+                for ours, exact in zip(found, results[0], strict=True):
+                    torch.testing.assert_close(ours, exact, **rounding)
             count += len(block.layers)
     return count
 

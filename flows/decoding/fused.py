@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,38 @@ from tarflow.flows.layers.transformer import LayerNorm, RMSNorm
 
 #: So many rows at most: each program computes all rows from one reading of its weights.
 MOST_ROWS = 4
-#: Elements of a weight that one program holds, to choose from, and the longest column.
-ELEMENTS, LONGEST = (16384, 32768), 16384
+#: The longest column of a weight.
+LONGEST = 16384
+
+
+class Way(NamedTuple):
+    """Sizes by which the kernels can be started.
+
+    Attributes:
+        name: in reports.
+        elements: of a weight that one program holds.
+        warps: of a program of a product.
+        part: slots of the cache that one program looks at.
+        early: whether kernels start, and load weights, before the one before is complete; compute capability 9.0 and on.
+        hints: whether the second-level cache is told to keep activations rather than weights.
+    """
+
+    name: str
+    elements: int
+    warps: int = 8
+    part: int = 128
+    early: bool = False
+    hints: bool = False
+
+
+#: To choose from; each takes one or two seconds to compile.
+WAYS = (
+    Way("fused, 16384 elements", 16384),
+    Way("fused, 8192 elements, parts of 64", 8192, warps=4, part=64, hints=True),
+    Way("fused, 16384 elements, parts of 64, early", 16384, part=64, early=True),
+    Way("fused, 16384 elements, 4 warps, parts of 64, early", 16384, warps=4, part=64, early=True, hints=True),
+    Way("fused, 8192 elements, parts of 64, early", 8192, warps=4, part=64, early=True, hints=True),
+)
 
 
 def suits(block: Block, step: StaticStep) -> bool:
@@ -30,6 +60,14 @@ def suits(block: Block, step: StaticStep) -> bool:
     if stored.device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return False  # as `cached_attention`, which reads slots that a trial has filled where there is no kernel
     return stored.dtype in DTYPES and step.dtype == stored.dtype and can_be_fused(modules, stored.shape[1], step)
+
+
+def ways_on(device: torch.device) -> list[Way]:
+    """Of a CUDA device with Triton."""
+    from tarflow.flows.decoding.triton_layer import starts_early
+
+    early = starts_early(device)
+    return [way for way in WAYS if early or not way.early]
 
 
 def can_be_fused(layers: list[Any], rows: int, step: StaticStep) -> bool:
@@ -56,14 +94,13 @@ class FusedLayers:
     Args:
         block: whose layers `can_be_fused`.
         step: has their weights, as they are used.
-        elements: see `ELEMENTS`.
+        way: one of `ways_on` the device.
     """
 
-    def __init__(self, block: Block, step: StaticStep, elements: int):
-        from tarflow.flows.decoding import triton_attention, triton_layer  # where there is Triton
+    def __init__(self, block: Block, step: StaticStep, way: Way):
+        from tarflow.flows.decoding import triton_layer  # where there is Triton
 
-        self.kernels, self.join = triton_layer, triton_attention.join_parts
-        self.step, self.elements = step, elements
+        self.kernels, self.step, self.way = triton_layer, step, way
         self.calls = [self.layer(module, layer) for module, layer in zip(block.layers, step.layers, strict=True)]
 
     def __call__(self, hidden: Tensor, position: Tensor) -> Tensor:
@@ -73,7 +110,7 @@ class FusedLayers:
 
     def layer(self, module: Any, weights: LayerWeights) -> Callable[[Tensor, Tensor], Tensor]:
         """One layer as a function of hidden and position. Weights are those of the step, or views of them."""
-        product, attention, step, elements = self.kernels.product, self.kernels.attention, self.step, self.elements
+        product, attention, step, way = self.kernels.product, self.kernels.attention, self.step, self.way
         (qkv, qkv_bias), (proj, proj_bias), (up, up_bias), (down, down_bias) = (
             (weight.t(), bias) for weight, bias in (weights.qkv, weights.proj, weights.up, weights.down)
         )
@@ -87,13 +124,11 @@ class FusedLayers:
 
         def call(hidden: Tensor, position: Tensor) -> Tensor:
             rotation = None if step.cos is None else (step.cos, step.sin)
-            y = product(hidden, qkv, qkv_bias, elements, first)
-            y = attention(
-                y, weights.keys_values, position, rotation, norms, step.inverse_temperature, self.join, eps=eps
-            )
-            hidden = product(y, proj, proj_bias, elements, residual=hidden)
-            y = product(hidden, up, up_bias, elements, second, activation)
-            return product(y, down, down_bias, elements, residual=hidden)
+            y = product(hidden, qkv, qkv_bias, way, first)
+            y = attention(y, weights.keys_values, position, rotation, norms, step.inverse_temperature, way, eps=eps)
+            hidden = product(y, proj, proj_bias, way, residual=hidden)
+            y = product(hidden, up, up_bias, way, second, activation)
+            return product(y, down, down_bias, way, residual=hidden)
 
         return call
 

@@ -2,7 +2,11 @@
 product in one, the activation or the residual sum with it; queries and keys normed, rotated and written with attention.
 
 Such a step reads each weight once and does little else. Each kernel has some microseconds in which it begins and ends, and
-memory waits; so few kernels, whose programs hold enough loads in flight, come nearer to the memory's speed.
+memory waits; so few kernels, whose programs hold enough loads in flight, come nearer to the memory's speed. From compute
+capability 9.0 on a kernel may also start early (`Way.early`), while the one before still runs. It loads what no kernel of
+the chain writes: weights, the position, and slots before it. All else comes after its wait, which ends when the kernel
+before is complete; as every program waits, the one before that is complete then too. Kernels that start normally stand at
+both ends of the chain.
 
 Only imported where there is Triton. Shapes: R rows, N columns, D width, H query heads, K key/value heads, d head size.
 """
@@ -17,9 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tarflow.flows.decoding.triton_attention import PART, TURN
+from tarflow.flows.decoding.fused import Way
+from tarflow.flows.decoding.triton_attention import TURN, join_parts
 
-WARPS = 8
+#: Of programmatic dependent launch; None in a Triton without it, where no way is early.
+LAUNCH_NEXT: Any = getattr(tl.extra.cuda, "gdc_launch_dependents", None)
+WAIT: Any = getattr(tl.extra.cuda, "gdc_wait", None)
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels on this CUDA device can start before the ones before them end."""
+    return WAIT is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
@@ -40,28 +52,47 @@ def normed_product(
     norm: tl.constexpr,
     activation: tl.constexpr,
     residual: tl.constexpr,
+    weights_stay: tl.constexpr,
+    others_stay: tl.constexpr,
+    early: tl.constexpr,
 ):
     """act(norm(x)·Wᵀ + b) + residual of some columns: x (R, D), W (N, D), both row after row; rounded where the operations
     one by one would round. Norm: "none", "layer", or "rms", whose weight w acts as 1 + w. Activation: "none", "gelu", or
     "geglu", whose W has the gates' rows first and then as many others."""
+    if early:
+        LAUNCH_NEXT()
     numbers = tl.program_id(0) * block + tl.arange(0, block)
     lanes = tl.arange(0, padded_width)
     exists, inside = numbers < columns, lanes < width
     here = exists[:, None] & inside[None, :]
     # Loads first: all that comes before they are used happens while they are on their way.
     place = numbers.to(tl.int64)[:, None] * width + lanes[None, :]
-    weight = tl.load(weight_at + place, mask=here, other=0.0)
+    weight = tl.load(weight_at + place, mask=here, other=0.0, eviction_policy=weights_stay)
     bias = tl.load(bias_at + numbers, mask=exists, other=0.0).to(tl.float32)
     if activation == "geglu":
-        further = tl.load(weight_at + columns * width + place, mask=here, other=0.0)
+        further_place = weight_at + columns * width + place
+        further = tl.load(further_place, mask=here, other=0.0, eviction_policy=weights_stay)
         further_bias = tl.load(bias_at + columns + numbers, mask=exists, other=0.0).to(tl.float32)
     if norm != "none":
         norm_weight = tl.load(norm_weight_at + lanes, mask=inside, other=0.0).to(tl.float32)
     if norm == "layer":
         norm_bias = tl.load(norm_bias_at + lanes, mask=inside, other=0.0).to(tl.float32)
     kind = out_at.dtype.element_ty
+    if early:
+        WAIT()
+    next_x = tl.load(x_at + lanes, mask=inside, other=0.0, eviction_policy=others_stay)
+    if residual:
+        next_added = tl.load(residual_at + numbers, mask=exists, other=0.0, eviction_policy=others_stay)
     for row in tl.static_range(rows):
-        x = tl.load(x_at + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
+        x = next_x.to(tl.float32)
+        if residual:
+            added = next_added.to(tl.float32)
+        if row + 1 < rows:  # on its way while this row is computed
+            x_place = x_at + (row + 1) * width + lanes
+            next_x = tl.load(x_place, mask=inside, other=0.0, eviction_policy=others_stay)
+            if residual:
+                added_place = residual_at + (row + 1) * columns + numbers
+                next_added = tl.load(added_place, mask=exists, other=0.0, eviction_policy=others_stay)
         if norm == "layer":
             x = tl.where(inside, x - tl.sum(x, axis=0) / width, 0.0)
             x = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + eps) * norm_weight + norm_bias
@@ -81,7 +112,7 @@ def normed_product(
             y = gate.to(kind).to(tl.float32) * y
         target = row * columns + numbers
         if residual:
-            y += tl.load(residual_at + target, mask=exists, other=0.0).to(tl.float32)
+            y += added
         tl.store(out_at + target, y.to(kind), mask=exists)
 
 
@@ -114,9 +145,12 @@ def attend_with_new(
     rotated: tl.constexpr,
     normed: tl.constexpr,
     tempered: tl.constexpr,
+    early: tl.constexpr,
 ):
     """As `triton_attention.attend_to_part`, from the product that makes queries, keys and values, (R, (H + 2K)·d): they are
     normed and rotated here, and the program whose part has the position writes the new key and value to the cache."""
+    if early:
+        LAUNCH_NEXT()
     pair = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row, head = pair // kv_heads, pair % kv_heads
@@ -128,6 +162,14 @@ def attend_with_new(
     queries = tl.arange(0, padded_group)
     exists = queries < group
     kind = cache_at.dtype.element_ty
+    # Slots before the position were written by earlier tokens.
+    cache = cache_at + row * row_stride + head * head_stride
+    slots = begin + tl.arange(0, turn)
+    place = cache + slots[:, None] * size + lanes[None, :]
+    next_keys = tl.load(place, mask=(slots < end)[:, None], other=0.0)
+    next_values = tl.load(place + value_stride, mask=(slots < end)[:, None], other=0.0)
+    if early:
+        WAIT()
     heads: tl.constexpr = kv_heads * group
     product = qkv_at + row * (heads + 2 * kv_heads) * size
     q_place = product + (head * group + queries[:, None]) * size
@@ -162,13 +204,14 @@ def attend_with_new(
     most = tl.full((padded_group,), float("-inf"), tl.float32)
     total = tl.zeros((padded_group,), tl.float32)
     out = tl.zeros((padded_group, size), tl.float32)
-    cache = cache_at + row * row_stride + head * head_stride
     for first in range(begin, end, turn):  # none if the part lies behind the position
-        slots = first + tl.arange(0, turn)
-        seen = slots < end
-        place = cache + slots[:, None] * size + lanes[None, :]
-        keys = tl.load(place, mask=seen[:, None], other=0.0).to(tl.float32)
-        values = tl.load(place + value_stride, mask=seen[:, None], other=0.0).to(tl.float32)
+        keys, values = next_keys.to(tl.float32), next_values.to(tl.float32)
+        seen = first + tl.arange(0, turn) < end
+        if part_size > turn:
+            further = first + turn + tl.arange(0, turn)
+            further_place = cache + further[:, None] * size + lanes[None, :]
+            next_keys = tl.load(further_place, mask=(further < end)[:, None], other=0.0)
+            next_values = tl.load(further_place + value_stride, mask=(further < end)[:, None], other=0.0)
         logits = tl.sum(q[:, None, :] * keys[None, :, :], axis=2)  # (G, turn)
         logits = tl.where(seen[None, :], logits, float("-inf"))
         higher = tl.maximum(most, tl.max(logits, axis=1))
@@ -188,17 +231,42 @@ def attend_with_new(
         total = total * fading + weight_of_new
         out = out * fading[:, None] + weight_of_new[:, None] * value.to(tl.float32)[None, :]
         most = largest
-    place = (pair * parts + part) * group + queries
-    tl.store(most_at + place, most, mask=exists)
-    tl.store(total_at + place, total, mask=exists)
-    tl.store(out_at + place[:, None] * size + lanes[None, :], out, mask=exists[:, None])
+    target = (pair * parts + part) * group + queries
+    tl.store(most_at + target, most, mask=exists)
+    tl.store(total_at + target, total, mask=exists)
+    tl.store(out_at + target[:, None] * size + lanes[None, :], out, mask=exists[:, None])
+
+
+@triton.jit
+def join_after_wait(
+    parts_at,
+    most_at,
+    total_at,
+    out_at,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    parts: tl.constexpr,
+    padded_parts: tl.constexpr,
+    size: tl.constexpr,
+    early: tl.constexpr,
+):
+    """`triton_attention.join_parts`, which may start early."""
+    if early:
+        LAUNCH_NEXT()
+        WAIT()
+    join_parts(parts_at, most_at, total_at, out_at, kv_heads, group, parts, padded_parts, size)
+
+
+def launch_options(way: Way) -> dict[str, Any]:
+    """Of each kernel: only an early one has the option, which interpreters and other backends do not know."""
+    return {"early": True, "launch_pdl": True} if way.early else {"early": False}
 
 
 def product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    elements: int,
+    way: Way,
     norm: tuple[str, Tensor | None, Tensor | None, float] = ("none", None, None, 0.0),
     activation: str = "none",
     residual: Tensor | None = None,
@@ -208,14 +276,14 @@ def product(
     Args:
         x: (R, D), contiguous.
         weight, bias: (N, D) and (N,), contiguous; for "geglu" 2N.
-        elements: of the weight that one program holds; each holds all of a column.
+        way: says how many elements of the weight one program holds; each holds all of a column.
         norm: its kind, weight, bias and eps.
         residual: (R, N), added at the end.
     """
     rows, width = x.shape
     columns = weight.shape[0] // (2 if activation == "geglu" else 1)
     padded = triton.next_power_of_2(width)
-    block = max(1, elements // padded // (2 if activation == "geglu" else 1))
+    block = max(1, way.elements // padded // (2 if activation == "geglu" else 1))
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     kind, norm_weight, norm_bias, eps = norm
     normed_product[(triton.cdiv(columns, block),)](
@@ -235,7 +303,10 @@ def product(
         norm=kind,
         activation=activation,
         residual=residual is not None,
-        num_warps=WARPS,
+        weights_stay="evict_first" if way.hints else "",
+        others_stay="evict_last" if way.hints else "",
+        num_warps=way.warps,
+        **launch_options(way),
     )
     return out
 
@@ -247,7 +318,7 @@ def attention(
     rotation: tuple[Tensor, Tensor] | None,
     norms: tuple[Tensor, Tensor] | None,
     inverse_temperature: Tensor | None,
-    join: Any,
+    way: Way,
     eps: float = 1e-6,
 ) -> Tensor:
     """`attend_with_new` and the joining of its parts, (R, H·d); writes the slot's key and value to the cache.
@@ -259,12 +330,12 @@ def attention(
         rotation: tables (S, at least d), row by row.
         norms: weights (d,) of the norms of queries and keys.
         inverse_temperature: (R, 1).
-        join: the kernel `triton_attention.join_parts`.
+        way: says how many slots one program looks at.
         eps: of these norms.
     """
     rows, _, kv_heads, capacity, size = keys_values.shape
     heads = qkv.shape[1] // size - 2 * kv_heads
-    group, parts = heads // kv_heads, triton.cdiv(capacity, PART)
+    group, parts = heads // kv_heads, triton.cdiv(capacity, way.part)
     partial = torch.empty(rows * kv_heads, parts, group, size, dtype=torch.float32, device=qkv.device)
     most, total = (torch.empty(partial.shape[:3], dtype=torch.float32, device=qkv.device) for _ in range(2))
     out = torch.empty(rows, heads * size, dtype=qkv.dtype, device=qkv.device)
@@ -293,13 +364,14 @@ def attention(
         padded_group=triton.next_power_of_2(group),
         parts=parts,
         size=size,
-        part_size=PART,
+        part_size=way.part,
         turn=TURN,
         rotated=cos is not None,
         normed=norms is not None,
         tempered=inverse_temperature is not None,
+        **launch_options(way),
     )
-    join[(rows * kv_heads, group)](
+    join_after_wait[(rows * kv_heads, group)](
         partial,
         most,
         total,
@@ -309,5 +381,6 @@ def attention(
         parts=parts,
         padded_parts=triton.next_power_of_2(parts),
         size=size,
+        **launch_options(way),
     )
     return out
