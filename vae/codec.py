@@ -19,7 +19,8 @@ from tarflow.models import AUTOENCODERS, SHARED, followed, locate_autoencoder
 
 
 def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
-    """A frozen autoencoder by shipped name, folder or hub id; None for None or "none" (the flow works on pixels).
+    """A frozen autoencoder by shipped name, folder or hub id; None for None or "none" (the flow works on pixels). A folder
+    has Diffusers' format, or TAEF2's own two files.
 
     Raises:
         ValueError: if there is no such autoencoder.
@@ -29,12 +30,18 @@ def load_autoencoder(name: str | None, subfolder: str | None = None) -> Any:
     path = locate_autoencoder(name)
     import diffusers  # imported here: only training and the shipped autoencoder need it
 
+    from tarflow.vae.taef2 import AutoencoderTAEF2, is_original
+
     if (own := Path(path, subfolder or "")).joinpath(SHARED).is_file():
         path, subfolder = str(followed(own)), None
     try:
-        config = diffusers.AutoencoderKL.load_config(path, subfolder=subfolder)
-        class_name = config["_class_name"]
-        vae = getattr(diffusers, class_name).from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
+        if is_original(Path(path, subfolder or "")):
+            vae: Any = AutoencoderTAEF2.from_original(Path(path, subfolder or ""))
+        else:
+            class_name = diffusers.AutoencoderKL.load_config(path, subfolder=subfolder)["_class_name"]
+            own = class_name == AutoencoderTAEF2.__name__
+            kind = AutoencoderTAEF2 if own else getattr(diffusers, class_name)
+            vae = kind.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
     except (OSError, AttributeError, KeyError) as error:
         known = ", ".join(AUTOENCODERS)
         reason = " ".join(str(error).split())

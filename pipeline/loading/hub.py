@@ -19,7 +19,7 @@ from tarflow.models import HUB_ID, resolve
 from tarflow.pipeline.loading.folder import usual_rights, written_into
 from tarflow.pipeline.loading.place import INDEX, locate
 from tarflow.pipeline.loading.weight_files import WeightFile, weight_file
-from tarflow.vae import shared  # noqa: F401 (Diffusers loads components of modules that are imported already)
+from tarflow.vae import shared, taef2  # noqa: F401 (Diffusers loads components of modules that are imported already)
 
 #: By this file in a pipeline's folder `diffusers.DiffusionPipeline` finds the class, which is not one of its own.
 MODULE = "pipeline"
