@@ -36,7 +36,7 @@ from tarflow.pipeline.loading.hub import PipelineFiles
 from tarflow.pipeline.lora.lora import LoraLoading
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.vae.codec import LatentCodec
-from tarflow.vae.decoder import LatentDecoder
+from tarflow.vae.decoder import DecoderHalf
 
 
 @dataclass
@@ -110,7 +110,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         guidance_method: str = "gaussian",
         caption_template: str | None = None,
         decoder: str = "vae",
-        finetuned_decoder: LatentDecoder | None = None,
+        finetuned_decoder: DecoderHalf | None = None,
         denoise: bool = True,
         student: StudentModel | None = None,
         text_options: dict[str, Any] | None = None,

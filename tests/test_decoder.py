@@ -24,7 +24,7 @@ from tarflow.pipeline.loading.folder import add_component
 from tarflow.training.autoencoder.decoder import DecoderTask, finetune_decoder
 from tarflow.training.autoencoder.decoder_config import DecoderConfig
 from tarflow.vae.codec import weights_hash
-from tarflow.vae.decoder import LatentDecoder
+from tarflow.vae.decoder import LatentDecoder, decoder_of
 
 
 def draw(pipe, **options):
@@ -69,7 +69,11 @@ def test_it_gives_the_autoencoders_numbers(options, tmp_path) -> None:
 
 
 def test_other_autoencoders_are_refused() -> None:
-    with pytest.raises(ValueError, match="out of an AutoencoderKL only, but this autoencoder is AutoencoderTiny"):
+    with pytest.raises(
+        ValueError, match=r"out of an AutoencoderKL or an AutoencoderTAEF2 only, but .* is AutoencoderTiny"
+    ):
+        decoder_of(AutoencoderTiny())
+    with pytest.raises(ValueError, match="this decoder is of an AutoencoderKL, but the autoencoder is AutoencoderTiny"):
         LatentDecoder.from_autoencoder(AutoencoderTiny())
 
 

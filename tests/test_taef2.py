@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tarflow import LatentCodec, TARFlowPipeline
 from tarflow.flows.model import TARFlowModel
 from tarflow.vae.codec import autoencoder_hash, load_autoencoder
+from tarflow.vae.decoder import TAEF2Decoder, decoder_of
 from tarflow.vae.taef2 import ORIGINAL, AutoencoderTAEF2, PooledBlock
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights" / "taef2"
@@ -52,6 +53,18 @@ def test_a_pipeline_keeps_it(tmp_path: Path) -> None:
     drawn = [p(generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (pipe, loaded)]
     assert drawn[0].shape == (1, 3, 8, 8)
     torch.testing.assert_close(*drawn, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_its_decoder_gives_its_numbers(tmp_path: Path) -> None:
+    vae, raw = small(), torch.randn(2, 3, 4, 5)
+    decoder = decoder_of(vae)
+    torch.testing.assert_close(decoder.decode(raw), vae.decode(raw).sample, rtol=0, atol=1e-5)
+    decoder.save_pretrained(tmp_path)
+    loaded = TAEF2Decoder.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.decode(raw), vae.decode(raw).sample, rtol=0, atol=1e-5)
+    decoder.last_layer.zero_()
+    assert vae.decoder.layers[-1].weight.any()  # a copy
 
 
 def write_original(vae: AutoencoderTAEF2, folder: Path) -> None:

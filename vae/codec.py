@@ -139,7 +139,7 @@ class LatentCodec:
         """Latents (B, C, h, w) → images (B, 3, h·f, w·f), about [−1, 1], not clipped.
 
         Args:
-            decoder: decodes raw latents instead of the autoencoder; see `tarflow.vae.decoder.LatentDecoder`.
+            decoder: decodes raw latents instead of the autoencoder; see `tarflow.vae.decoder.DecoderHalf`.
         """
         raw = self.raw(latents)
         decoder = self.vae if decoder is None else decoder

@@ -1,35 +1,70 @@
-"""LatentDecoder: the decoder half of an autoencoder, which can be trained while the whole one stays as it is."""
+"""Decoder halves of autoencoders, which can be trained while the whole ones stay as they are."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, ClassVar, Self
 
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.autoencoders.vae import Decoder, DecoderTiny
 from torch import Tensor, nn
 
 from tarflow.common.dtypes import kept_default_dtype
-
-#: What the decoder half takes of the settings of Diffusers' ``AutoencoderKL``, under the same names.
-SETTINGS = (
-    "latent_channels",
-    "out_channels",
-    "up_block_types",
-    "block_out_channels",
-    "layers_per_block",
-    "act_fn",
-    "norm_num_groups",
-    "use_post_quant_conv",
-    "mid_block_add_attention",
-)
+from tarflow.vae.taef2 import AutoencoderTAEF2, pool_blocks
 
 
-class LatentDecoder(ModelMixin, ConfigMixin):
-    """Raw latents → images, with the parts and the weights' names of Diffusers' ``AutoencoderKL``.
+class DecoderHalf(ModelMixin, ConfigMixin):
+    """Raw latents → images, with the parts and the weights' names of an autoencoder, and of its settings those that its
+    decoder has. `LatentDecoder` and `TAEF2Decoder` are the ones.
+
+    Attributes:
+        whole: the autoencoder's class.
+    """
+
+    whole: ClassVar[type[Any]]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Self:
+        """As of `ModelMixin`; an error leaves the process's default dtype as it was."""
+        with kept_default_dtype():
+            return super().from_pretrained(*args, **options)
+
+    @classmethod
+    def from_autoencoder(cls, vae: Any) -> Self:
+        """A copy of an autoencoder's decoder, on its device and in its dtype.
+
+        Raises:
+            ValueError: if the autoencoder is of another class than `whole`.
+        """
+        if type(vae) is not cls.whole:
+            raise ValueError(f"this decoder is of an {cls.whole.__name__}, but the autoencoder is {type(vae).__name__}")
+        settings = list(inspect.signature(cls.__init__).parameters)[1:]
+        decoder = cls(**{name: vae.config[name] for name in settings})
+        weights = {name: value for name, value in vae.state_dict().items() if name in decoder.state_dict()}
+        decoder.load_state_dict(weights)
+        if vae.dtype != decoder.dtype:
+            decoder.to(vae.dtype)
+        return decoder.to(vae.device).eval()
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weights of the layer that makes the pixels."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) → images (B, 3, h·f, w·f), by the name that an autoencoder has for it."""
+        return self(latents)
+
+
+class LatentDecoder(DecoderHalf):
+    """The decoder of Diffusers' ``AutoencoderKL``.
 
     Args: as of ``AutoencoderKL``.
     """
+
+    whole = AutoencoderKL
+    decoder: Decoder
 
     @register_to_config
     def __init__(
@@ -57,30 +92,6 @@ class LatentDecoder(ModelMixin, ConfigMixin):
             mid_block_add_attention=mid_block_add_attention,
         )
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> LatentDecoder:
-        """As of `ModelMixin`; an error leaves the process's default dtype as it was."""
-        with kept_default_dtype():
-            return super().from_pretrained(*args, **options)
-
-    @classmethod
-    def from_autoencoder(cls, vae: Any) -> LatentDecoder:
-        """A copy of an autoencoder's decoder, on its device and in its dtype.
-
-        Raises:
-            ValueError: if it is no ``AutoencoderKL``.
-        """
-        if not isinstance(vae, AutoencoderKL):
-            raise ValueError(
-                f"a decoder can be taken out of an AutoencoderKL only, but this autoencoder is {type(vae).__name__}"
-            )
-        decoder = cls(**{name: vae.config[name] for name in SETTINGS})
-        weights = {name: value for name, value in vae.state_dict().items() if name in decoder.state_dict()}
-        decoder.load_state_dict(weights)
-        if vae.dtype != decoder.dtype:
-            decoder.to(vae.dtype)
-        return decoder.to(vae.device).eval()
-
     @property
     def last_layer(self) -> nn.Parameter:
         """The weights of the layer that makes the pixels."""
@@ -90,6 +101,54 @@ class LatentDecoder(ModelMixin, ConfigMixin):
         """Raw latents (B, C, h, w) → images (B, 3, h·f, w·f), about [−1, 1], not clipped."""
         return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """The same by the name that an autoencoder has for it."""
-        return self(latents)
+
+class TAEF2Decoder(DecoderHalf):
+    """The decoder of an `AutoencoderTAEF2`.
+
+    Args: as of `AutoencoderTAEF2`.
+    """
+
+    whole = AutoencoderTAEF2
+    decoder: DecoderTiny
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 32,
+        block_out_channels: tuple[int, ...] = (64, 64, 64, 64),
+        num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1),
+    ):
+        super().__init__()
+        self.decoder = DecoderTiny(
+            in_channels=latent_channels,
+            out_channels=3,
+            num_blocks=tuple(num_decoder_blocks),
+            block_out_channels=tuple(reversed(block_out_channels)),
+            upsampling_scaling_factor=2,
+            act_fn="relu",
+            upsample_fn="nearest",
+        )
+        pool_blocks(self.decoder, num_decoder_blocks)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weights of the layer that makes the pixels."""
+        return self.decoder.layers[-1].weight
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Raw latents (B, 32, h, w) → images (B, 3, 8h, 8w), about [−1, 1], not clipped."""
+        return self.decoder(latents)
+
+
+def decoder_of(vae: Any) -> DecoderHalf:
+    """A copy of an autoencoder's decoder, on its device and in its dtype.
+
+    Raises:
+        ValueError: if none is known of such an autoencoder.
+    """
+    halves: tuple[type[DecoderHalf], ...] = (LatentDecoder, TAEF2Decoder)
+    for half in halves:
+        if type(vae) is half.whole:
+            return half.from_autoencoder(vae)
+    names = " or an ".join(half.whole.__name__ for half in halves)
+    raise ValueError(f"a decoder can be taken out of an {names} only, but this autoencoder is {type(vae).__name__}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderTiny, ModelMixin  # noqa: F401 (Diffusers loads classes of modules that have ModelMixin)
 from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.models.autoencoders.vae import DecoderTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -34,6 +35,12 @@ class PooledBlock(AutoencoderTinyBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + self.pool(x))
+
+
+def pool_blocks(decoder: DecoderTiny, num_blocks: tuple[int, ...]) -> None:
+    """Exchange the blocks of a tiny decoder's lowest resolution, its first, for `PooledBlock`."""
+    for index in range(2, 2 + num_blocks[0]):  # after a convolution and its activation
+        decoder.layers[index] = PooledBlock(decoder.layers[0].out_channels)
 
 
 class AutoencoderTAEF2(AutoencoderTiny):
@@ -72,8 +79,7 @@ class AutoencoderTAEF2(AutoencoderTiny):
         last = len(self.encoder.layers) - 1
         for index in range(last - num_encoder_blocks[-1], last):
             self.encoder.layers[index] = PooledBlock(block_out_channels[-1])
-        for index in range(2, 2 + num_decoder_blocks[0]):
-            self.decoder.layers[index] = PooledBlock(block_out_channels[-1])
+        pool_blocks(self.decoder, num_decoder_blocks)
 
     @classmethod
     def from_original(cls, folder: str | Path) -> AutoencoderTAEF2:

@@ -18,7 +18,7 @@ from tarflow.pipeline.call.inputs import Labels, label_indices, latent_shape
 from tarflow.pipeline.call.labels import labels_by_name
 from tarflow.pipeline.call.walk import check_levels
 from tarflow.vae.codec import LatentCodec
-from tarflow.vae.decoder import LatentDecoder
+from tarflow.vae.decoder import DecoderHalf
 
 
 class PipelineParts(DiffusionPipeline):
@@ -28,7 +28,7 @@ class PipelineParts(DiffusionPipeline):
     vae: Any  # of any class with Diffusers' ``encode`` and ``decode``
     text_encoder: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
-    finetuned_decoder: LatentDecoder | None
+    finetuned_decoder: DecoderHalf | None
     student: StudentModel | None
     scheduler: Any  # one of levels, see `scheduler_for`
     config: Any

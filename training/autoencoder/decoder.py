@@ -21,7 +21,7 @@ from tarflow.training.loop.network_trainer import network_trainer
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.losses.task import PictureTask
 from tarflow.vae.codec import weights_hash
-from tarflow.vae.decoder import LatentDecoder
+from tarflow.vae.decoder import DecoderHalf, decoder_of
 
 
 class DecoderTask(PictureTask):
@@ -37,7 +37,7 @@ class DecoderTask(PictureTask):
 
     config: DecoderConfig
     train: AnyPictures
-    network: LatentDecoder
+    network: DecoderHalf
 
     def __init__(self, config: DecoderConfig, accelerator: Accelerator):
         super().__init__(config, accelerator, config.folder, config.loss, config.image_size)
@@ -61,10 +61,10 @@ class DecoderTask(PictureTask):
             self.validation = held_out
             on_main(accelerator, lambda: self.prepare_held_out(held_out))
 
-    def start_network(self) -> LatentDecoder:
+    def start_network(self) -> DecoderHalf:
         """The decoder as training begins, in float32."""
         if self.config.start == "vae":
-            return LatentDecoder.from_autoencoder(self.pipe.vae)
+            return decoder_of(self.pipe.vae)
         finetuned = self.pipe.finetuned_decoder
         if finetuned is None:
             raise ValueError(
@@ -110,7 +110,7 @@ class DecoderTask(PictureTask):
         the decoder."""
         metrics: dict[str, float] = {}
         # A copy: Accelerate makes the network itself compute with mixed precision.
-        decoder = LatentDecoder.from_config(self.network.config).eval()
+        decoder = type(self.network).from_config(self.network.config).eval()
         decoder.load_state_dict(self.network.state_dict())
         if self.held_out is not None:
             self.pipe.register_modules(finetuned_decoder=decoder.to(self.accelerator.device))
