@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarflow.flows.decoding import fast_step
-from tarflow.flows.decoding.attention import cached_attention, masked_attention
+from tarflow.flows.decoding import step as step_module
+from tarflow.flows.decoding.attention import (
+    ATTENTION_WAYS,
+    AttentionWay,
+    attention_ways,
+    cached_attention,
+    masked_attention,
+)
 from tarflow.flows.decoding.fast_step import FastStep, FastSteps, fastest
 from tarflow.flows.decoding.fused import WAYS, Way, can_be_fused, suits
 from tarflow.flows.decoding.method import InversionState
@@ -49,8 +56,13 @@ def test_the_kernel_is_taken_where_it_fits() -> None:
         (cuda, torch.bfloat16, 48),
     ):
         assert cached_attention(device, dtype, size) is masked_attention
+        assert not attention_ways(device, dtype, size)
     if TRITON:
-        assert cached_attention(cuda, torch.bfloat16, 64) is not masked_attention
+        assert attention_ways(cuda, torch.bfloat16, 64) == ATTENTION_WAYS
+        for way in ATTENTION_WAYS:
+            taken = cached_attention(cuda, torch.bfloat16, 64, way)
+            assert taken is not masked_attention
+            assert taken.keywords == {"elements": way.elements, "warps": way.warps}  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not TRITON, reason="without Triton")
@@ -58,7 +70,7 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     worker = Path(__file__).with_name("triton_worker.py")
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "16 cases\n18 layers\n", done.stderr[-3000:]
+    assert done.stdout == "32 cases\n18 layers\n", done.stderr[-3000:]
 
 
 @pytest.mark.skipif(not TRITON, reason="without Triton")
@@ -93,6 +105,29 @@ def test_early_kernels_load_weights_before_they_wait(
         assert "ld.global.b32" not in begun and "ld.global.b32" in waited  # the input: two numbers a thread
         assert waited.count("ld.global.b16") >= 1  # the residual
         assert "st.global" not in begun and "st.global" in waited
+
+
+@pytest.mark.skipif(not TRITON, reason="without Triton")
+def test_keys_stay_where_they_were_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a program's keys and values are asked for, 16 bytes a load, before anything is exchanged among threads; and
+    neither goes through shared memory, only sums do."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tarflow.flows.decoding.triton_attention import attend_to_tile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    way, names = ATTENTION_WAYS[1], attend_to_tile.arg_names
+    constants = {"scale": 0.125, "kv_heads": 32, "group": 1, "parts": 9, "size": 64, "part_size": way.elements // 64}
+    kinds = {name: "constexpr" if name in constants else "i32" if "stride" in name else "*fp32" for name in names}
+    kinds |= {"q_at": "*bf16", "cache_at": "*bf16", "position_at": "*i64"}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in constants}
+    source = ASTSource(attend_to_tile, kinds, {(names.index(name),): each for name, each in constants.items()}, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": way.warps})
+    loads = 2 * way.elements // (8 * 32 * way.warps)
+    assert made.asm["ptx"].split("shfl")[0].split("bar.sync")[0].count("ld.global.v4") >= loads
+    assert made.metadata.shared <= 4 * 64 * way.warps  # a float32 of each lane and warp
 
 
 class Replayed:
@@ -309,6 +344,48 @@ def test_kernels_of_layers_are_one_call_within_a_compiled_step(monkeypatch: pyte
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
     assert [one.way for one in made] == list(WAYS) * len(model.blocks)
     assert [one.calls for one in made[len(WAYS) - 1 :: len(WAYS)]] == [16] * len(model.blocks)
+
+
+def test_the_fastest_attention_is_taken_and_only_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that makes other tokens or fails is left out; all ways have one cache."""
+    torch.compiler.reset()
+    now, messages, compiled = [0.0], list[str](), []
+    costs, faults = dict(zip(ATTENTION_WAYS, (3.0, 2.0, 1.0, 0.5), strict=True)), {ATTENTION_WAYS[2]: 0.5}
+
+    def attention(device: Any, dtype: Any, head_dim: int, way: AttentionWay = ATTENTION_WAYS[0]) -> Any:
+        def attend(q: Tensor, keys_values: Tensor, position: Tensor) -> Tensor:
+            if way is ATTENTION_WAYS[3]:
+                raise RuntimeError("no shared memory")
+            if not torch.compiler.is_compiling():
+                now[0] += costs[way]
+            return masked_attention(q, keys_values, position) + faults.get(way, 0.0)
+
+        return attend
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(fast_step, "clock", lambda device: now[0])
+    monkeypatch.setattr(fast_step.logger, "warning", messages.append)
+    monkeypatch.setattr(step_module, "cached_attention", attention)
+    monkeypatch.setattr(step_module, "attention_ways", lambda *kind: ATTENTION_WAYS)
+    run = deep_run()
+    with torch.no_grad():
+        steps = FastSteps(backend)
+        taken = steps.get(run, torch.float32)
+        assert isinstance(taken, FastStep) and not compiled
+        assert taken.name == ATTENTION_WAYS[1].name
+        assert list(taken.trials) == [way.name for way in ATTENTION_WAYS[:2]]
+        noise = torch.randn(2, 16, run.block.config.token_dim)
+        found = taken.decode(run, noise)[0]
+        assert len(compiled) == 1
+        plain = FastSteps(None).get(run, torch.float32)
+        assert isinstance(plain, FastStep) and plain.name == ATTENTION_WAYS[1].name
+        expected = decode_sequential(run, noise)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(messages) == 4 and "2 warps failed" in messages[1] and "no shared memory" in messages[1]
+    assert f"{ATTENTION_WAYS[2].name} differ" in messages[0]
 
 
 @pytest.mark.parametrize(

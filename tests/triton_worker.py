@@ -26,11 +26,12 @@ def main() -> None:
         for position in {0, 1, 63, 64, 127, 128, capacity - 1} & set(range(capacity)):
             behind = cache.clone()
             behind[:, :, :, position + 1 :] = torch.nan  # must not be read
-            found = kernel.launched(q, behind, torch.tensor(position), lambda function: function)
             seen = cache[:, :, :, : position + 1]
             expected = F.scaled_dot_product_attention(q.reshape(rows, kv_heads, group, size), seen[:, 0], seen[:, 1])
-            torch.testing.assert_close(found, expected.reshape(rows, -1), rtol=1e-5, atol=1e-5)
-            cases += 1
+            for elements in (0, 4096):
+                found = kernel.launched(q, behind, torch.tensor(position), lambda function: function, elements)
+                torch.testing.assert_close(found, expected.reshape(rows, -1), rtol=1e-5, atol=1e-5)
+                cases += 1
     print(f"{cases} cases")
     print(f"{sum(layers_agree(**options) for options in LAYERS)} layers")
 

@@ -133,7 +133,7 @@ class FastStep:
 
     @property
     def name(self) -> str:
-        return "one by one" if self.fused is None else self.fused.way.name
+        return self.step.attention_way.name if self.fused is None else self.fused.way.name
 
     def tried(self, run: InversionState) -> tuple[Tensor, float]:
         """Tokens whose noise is 1, of the beginning and the middle of a sequence, made several times, (times, n, B, 2C), and
@@ -260,9 +260,23 @@ class FastSteps:
         return fast
 
     def made(self, step: StaticStep, run: InversionState, dtype: torch.dtype) -> FastStep:
-        """A fast step; where kernels of whole layers suit the block, the fastest of all that there are."""
-        plain = FastStep(step, run, dtype, self.backend, self.pool)
+        """A fast step; where kernels of whole layers suit the block, the fastest of all that there are; else the one with
+        the fastest attention."""
         if not suits(run.block, step):
-            return plain
+            return self.with_attention(step, run, dtype)
+        plain = FastStep(step, run, dtype, self.backend, self.pool)
         ways = [FusedLayers(run.block, step, way) for way in ways_on(step.cache.keys_values.device)]
         return fastest([plain, *(FastStep(step, run, dtype, self.backend, self.pool, way) for way in ways)], run)
+
+    def with_attention(self, step: StaticStep, run: InversionState, dtype: torch.dtype) -> FastStep:
+        """A fast step by the fastest way of attention, if there are several. They are tried uncompiled, since the
+        compiler takes long and does not change these kernels; then one is compiled."""
+        ways = step.ways()
+        if not ways:
+            return FastStep(step, run, dtype, self.backend, self.pool)
+        best = fastest([FastStep(way, run, dtype, None, self.pool) for way in ways], run)
+        if self.backend is None:
+            return best
+        compiled = FastStep(best.step, run, dtype, self.backend, self.pool)
+        compiled.trials = best.trials
+        return compiled

@@ -9,6 +9,7 @@ Shapes: R rows (samples, twice as many under guidance), D width, H query heads, 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflow.flows.decoding.attention import cached_attention
+from tarflow.flows.decoding.attention import ATTENTION_WAYS, AttentionWay, attention_ways, cached_attention
 from tarflow.flows.layers.affine import at_least_float32, log_scale_of
 from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.kv_cache import KVCache
@@ -140,8 +141,8 @@ class DecodeStep:
 
     def refresh(self) -> None:
         """Take over the weights' present numbers, in place."""
-        for copy, make in self.copies:
-            copy.copy_(make())
+        for made, make in self.copies:
+            made.copy_(make())
 
     def transposed(self, linear: Any, rows: int = 0, scale: float = 1, wide: bool = False) -> tuple[Tensor, Tensor]:
         """Weight (in, out) and bias (out,), zeros if there is none. The weight is a view, or for many rows on a CPU a
@@ -297,7 +298,20 @@ class StaticStep(DecodeStep):
             if (rows := getattr(self, name)) is not None:
                 setattr(self, name, torch.stack(rows))
         stored = cache.keys_values
+        self.attention_way = ATTENTION_WAYS[0]
         self.attention = cached_attention(stored.device, stored.dtype, self.head_dim)
+
+    def ways(self) -> list[StaticStep]:
+        """This step by each way of attention that there is for it; all have its weights, buffers and cache."""
+        stored = self.cache.keys_values
+        return [self.by(way) for way in attention_ways(stored.device, stored.dtype, self.head_dim)]
+
+    def by(self, way: AttentionWay) -> StaticStep:
+        """This step by another way of attention, with the same weights, buffers and cache."""
+        other, stored = copy.copy(self), self.cache.keys_values
+        other.attention_way = way
+        other.attention = cached_attention(stored.device, stored.dtype, self.head_dim, way)
+        return other
 
     def load(self, context: BlockContext, cache: KVCache, temperature: Tensor | None) -> None:
         """Take over another sequence of the same shapes: its prefix in a cache, positions, vectors, temperature."""

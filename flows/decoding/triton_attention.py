@@ -1,5 +1,10 @@
-"""The kernel of `cached_attention`: each head's keys are divided among several programs, so that a small batch fills a GPU,
+"""The kernels of `cached_attention`: each head's keys are divided among several programs, so that a small batch fills a GPU,
 and programs behind the position end at once. A second, short kernel joins the parts.
+
+There are two kernels for the parts. `attend_to_part` goes through its keys in turns and computes all queries of a group
+together, with three axes; for that, each turn's keys pass through shared memory, since threads load 16 bytes in a row but
+such sums want neighbouring numbers in neighbouring threads. `attend_to_tile` asks for all its keys and values at once, keeps
+them where they were loaded, and computes one query after the other.
 
 Only imported where there is Triton. Shapes as there; G query heads share a key/value head.
 """
@@ -79,6 +84,54 @@ def attend_to_part(
 
 
 @triton.jit
+def attend_to_tile(
+    q_at,
+    cache_at,
+    position_at,
+    out_at,
+    most_at,
+    total_at,
+    q_stride,
+    row_stride,
+    value_stride,
+    head_stride,
+    scale: tl.constexpr,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    parts: tl.constexpr,
+    size: tl.constexpr,
+    part_size: tl.constexpr,
+):
+    """The same results as of `attend_to_part`, without turns; `part_size` is a power of two."""
+    pair = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row, head = pair // kv_heads, pair % kv_heads
+    filled = tl.load(position_at).to(tl.int32) + 1
+    lanes = tl.arange(0, size)
+    target = (pair * parts + part) * group
+    if part * part_size < filled:
+        slots = part * part_size + tl.arange(0, part_size)
+        seen = slots < filled
+        place = cache_at + row * row_stride + head * head_stride + slots[:, None] * size + lanes[None, :]
+        keys = tl.load(place, mask=seen[:, None], other=0.0)
+        values = tl.load(place + value_stride, mask=seen[:, None], other=0.0)
+        for query in tl.static_range(group):
+            q = tl.load(q_at + row * q_stride + (head * group + query) * size + lanes).to(tl.float32) * scale
+            logits = tl.where(seen, tl.sum(q[None, :] * keys.to(tl.float32), axis=1), float("-inf"))
+            most = tl.max(logits, axis=0)  # the first slot is seen
+            weights = tl.exp(logits - most)
+            tl.store(most_at + target + query, most)
+            tl.store(total_at + target + query, tl.sum(weights, axis=0))
+            out = tl.sum(weights[:, None] * values.to(tl.float32), axis=0)
+            tl.store(out_at + (target + query) * size + lanes, out)
+    else:
+        for query in tl.static_range(group):
+            tl.store(most_at + target + query, float("-inf"))
+            tl.store(total_at + target + query, 0.0)
+            tl.store(out_at + (target + query) * size + lanes, tl.zeros((size,), tl.float32))
+
+
+@triton.jit
 def join_parts(
     parts_at,
     most_at,
@@ -105,14 +158,24 @@ def join_parts(
     tl.store(out_at + place, out.to(out_at.dtype.element_ty))
 
 
-def launched(q: Tensor, keys_values: Tensor, position: Tensor, wrap: Callable[[Any], Any]) -> Tensor:
-    """Both kernels, one after the other; ``wrap`` makes of each what is called with a grid."""
+def launched(
+    q: Tensor,
+    keys_values: Tensor,
+    position: Tensor,
+    wrap: Callable[[Any], Any],
+    elements: int = 0,
+    warps: int = 4,
+) -> Tensor:
+    """Both kernels, one after the other; ``wrap`` makes of each what is called with a grid. The last two are an
+    `AttentionWay`'s."""
     rows, _, kv_heads, capacity, size = keys_values.shape
-    group, parts = q.shape[1] // (kv_heads * size), triton.cdiv(capacity, PART)
+    part = elements // size if elements else PART
+    group, parts = q.shape[1] // (kv_heads * size), triton.cdiv(capacity, part)
     partial = torch.empty(rows * kv_heads, parts, group, size, dtype=torch.float32, device=q.device)
     most, total = (torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     out = torch.empty(rows, q.shape[1], dtype=q.dtype, device=q.device)
-    wrap(attend_to_part)[(rows * kv_heads, parts)](
+    turns = {"padded_group": triton.next_power_of_2(group), "turn": TURN}
+    wrap(attend_to_tile if elements else attend_to_part)[(rows * kv_heads, parts)](
         q,
         keys_values,
         position,
@@ -126,11 +189,10 @@ def launched(q: Tensor, keys_values: Tensor, position: Tensor, wrap: Callable[[A
         scale=1 / math.sqrt(size),  # a constant: an argument would be 64 bits wide in compiled steps
         kv_heads=kv_heads,
         group=group,
-        padded_group=triton.next_power_of_2(group),
         parts=parts,
         size=size,
-        part_size=PART,
-        turn=TURN,
+        part_size=part,
+        **({"num_warps": warps} if elements else turns),
     )
     wrap(join_parts)[(rows * kv_heads, group)](
         partial,
@@ -147,6 +209,6 @@ def launched(q: Tensor, keys_values: Tensor, position: Tensor, wrap: Callable[[A
 
 
 @triton_op("tarflow::decode_attention", mutates_args={})
-def decode_attention(q: Tensor, keys_values: Tensor, position: Tensor) -> Tensor:
-    """As of `masked_attention`; slots behind the position are not read."""
-    return launched(q, keys_values, position, wrap_triton)
+def decode_attention(q: Tensor, keys_values: Tensor, position: Tensor, elements: int = 0, warps: int = 4) -> Tensor:
+    """As of `masked_attention`; slots behind the position are not read. The last two are an `AttentionWay`'s."""
+    return launched(q, keys_values, position, wrap_triton, elements, warps)
