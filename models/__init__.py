@@ -12,7 +12,7 @@ from pathlib import Path
 #: Each shipped pipeline has a folder here, named like it.
 FOLDER = Path(__file__).resolve().parent
 #: Their autoencoders, by the names that `tarflow.vae.codec.load_autoencoder` takes.
-AUTOENCODERS = {"drawings_emoji_f8c8": FOLDER / "drawings_text" / "vae", "emoji_f8c8": FOLDER / "emoji" / "vae"}
+AUTOENCODERS = {"drawings_emoji_f8c8": FOLDER / "drawings_text" / "vae", "taef2": FOLDER / "emoji" / "vae"}
 
 
 def shipped() -> tuple[str, ...]:

@@ -43,7 +43,7 @@ WRONG = [
     ("train --config quickstart_text --data.source latents --data.path nowhere", "no latent cache in 'nowhere'"),
     ("train --config quickstart_text --data.source folder --data.path .", "no images found in '.': expected files"),
     ("cache-latents --output x --data.source folder --data.path /dev/null", "neither a folder nor a zip archive"),
-    ("train --config quickstart_text --vae.name emoji", "a shipped pipeline, whose autoencoder is emoji_f8c8"),
+    ("train --config quickstart_text --vae.name emoji", "a shipped pipeline, whose autoencoder is taef2"),
     ("cache-latents --output x --data.source drawings --vae.name nowhere", "owner/name): there is no such folder"),
     ("train --config quickstart_text --train.steps 0", "train.steps must be at least 1, got 0"),
     ("train-vae --config vae_emoji --sources.emoji.data.path nowhere", "the data path 'nowhere' does not exist"),

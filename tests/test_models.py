@@ -77,7 +77,7 @@ def test_a_shared_autoencoder_is_an_ordinary_one(tmp_path: Path, where: str) -> 
 
 def test_an_autoencoder_that_is_not_shipped_is_named(tmp_path: Path) -> None:
     (tmp_path / SHARED).write_text('{"autoencoder": "f16"}')
-    with pytest.raises(ValueError, match="'f16'; shipped are drawings_emoji_f8c8, emoji_f8c8: install the version"):
+    with pytest.raises(ValueError, match="'f16'; shipped are drawings_emoji_f8c8, taef2: install the version"):
         followed(tmp_path)
 
 

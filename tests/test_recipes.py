@@ -269,7 +269,7 @@ def test_all_that_a_run_has_otherwise_than_the_pipeline_is_said_at_once() -> Non
     given = {"qk_norm": True, "conditioning": "prefix", "layers_per_block": [1, 9]}
     own = start.pipeline.flow.config
     with pytest.raises(ValueError) as refused:
-        start.flow_settings(given, VaeConfig(name="emoji_f8c8"))
+        start.flow_settings(given, VaeConfig(name="taef2"))
     layers = list(own.layers_per_block)
     assert str(refused.value) == (
         f"flow.qk_norm is true, flow.layers_per_block is [1, 9], but the pipeline 'my base' has false, {layers}: give "
@@ -289,14 +289,12 @@ def test_all_that_a_run_has_otherwise_than_the_pipeline_is_said_at_once() -> Non
 
 def test_an_autoencoder_that_ships_is_named() -> None:
     start = Start(make_pipeline("prefix"), "my base")
-    start.pipeline.register_modules(vae=load_autoencoder("emoji_f8c8"))
-    assert start.vae_options() == "--vae.name emoji_f8c8" and not start.vae_differs(VaeConfig(name="emoji_f8c8"))
+    start.pipeline.register_modules(vae=load_autoencoder("taef2"))
+    assert start.vae_options() == "--vae.name taef2" and not start.vae_differs(VaeConfig(name="taef2"))
     assert start.vae_differs(VaeConfig(name="none"))
-    with pytest.raises(
-        ValueError, match=r"give --vae\.name emoji_f8c8, and of cached latents those of that autoencoder"
-    ):
+    with pytest.raises(ValueError, match=r"give --vae\.name taef2, and of cached latents those of that autoencoder"):
         start.check_autoencoder("another hash")
     next(start.pipeline.vae.parameters()).data += 1
     assert start.vae_options() == "--vae.name 'my base' --vae.subfolder vae"
     start.pipeline.register_modules(vae=None)
-    assert start.vae_options() == "--vae.name none" and start.vae_differs(VaeConfig(name="emoji_f8c8"))
+    assert start.vae_options() == "--vae.name none" and start.vae_differs(VaeConfig(name="taef2"))
