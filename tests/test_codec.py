@@ -200,10 +200,12 @@ def test_unknown_autoencoders_are_errors(tmp_path: Path) -> None:
 
 
 def test_the_shipped_autoencoders() -> None:
-    for name in SHIPPED:
+    channels = {"drawings_emoji_f8c8": 8, "taef2": 32}
+    assert set(channels) == set(SHIPPED)
+    for name, count in channels.items():
         codec = LatentCodec(load_autoencoder(name))
         latents = codec.encode(torch.zeros(1, 3, 64, 64))
-        assert (codec.factor, latents.shape) == (8, (1, 8, 8, 8))
+        assert (codec.factor, latents.shape) == (8, (1, count, 8, 8))
 
 
 def test_an_autoencoder_made_elsewhere_keeps_photographs() -> None:

@@ -96,8 +96,10 @@ def test_has_a_card(name: str) -> None:
     ],
 )
 def test_inverts_itself_and_depends_on_the_condition(pipelines, name: str, condition: dict) -> None:
-    noise = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
-    output = pipelines[name](**condition, latents=noise, decoding="sequential", return_residual=True, output_type="np")
+    pipe = pipelines[name]
+    channels = pipe.flow.config.in_channels
+    noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+    output = pipe(**condition, latents=noise, decoding="sequential", return_residual=True, output_type="np")
     assert output.residual_max.max() < 1e-3
     first, second = output.images
     assert first.std() > 0.05
