@@ -62,7 +62,8 @@ def test_given_latents_are_taken_as_they_are_unless_a_call_says_otherwise(cool: 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), True, "warm"])
 def test_what_is_no_positive_number(temperature: Any) -> None:
     pipe = make_pipeline("none")
-    with pytest.raises(ValueError, match=r"temperature must be (positive|a number), got"):
+    expected = "positive" if type(temperature) in (int, float) else "a number"
+    with pytest.raises(ValueError, match=f"temperature must be {expected}, got"):
         pipe(num_images=1, temperature=temperature)
     with pytest.raises(ValueError, match="temperature must be positive, got"):
         TARFlowPipeline(pipe.flow, pipe.vae, temperature=temperature)

@@ -26,6 +26,20 @@ PART, TURN = 128, 64
 
 
 @triton.jit
+def with_more_keys(q, keys, values, seen, most, total, out):
+    """What `attend_to_part` gives, (G,), (G,) and (G, d), after a turn of further keys and values (turn, d), all float32;
+    keys that are not seen count for nothing."""
+    logits = tl.sum(q[:, None, :] * keys[None, :, :], axis=2)  # (G, turn)
+    logits = tl.where(seen[None, :], logits, float("-inf"))
+    higher = tl.maximum(most, tl.max(logits, axis=1))
+    weights = tl.exp(logits - higher[:, None])
+    fade = tl.exp(most - higher)
+    total = total * fade + tl.sum(weights, axis=1)
+    out = out * fade[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], axis=1)
+    return higher, total, out
+
+
+@triton.jit
 def attend_to_part(
     q_at,
     cache_at,
@@ -69,14 +83,7 @@ def attend_to_part(
         place = cache + slots[:, None] * size + lanes[None, :]
         keys = tl.load(place, mask=seen[:, None], other=0.0).to(tl.float32)
         values = tl.load(place + value_stride, mask=seen[:, None], other=0.0).to(tl.float32)
-        logits = tl.sum(q[:, None, :] * keys[None, :, :], axis=2)  # (G, turn)
-        logits = tl.where(seen[None, :], logits, float("-inf"))
-        higher = tl.maximum(most, tl.max(logits, axis=1))
-        weights = tl.exp(logits - higher[:, None])
-        fade = tl.exp(most - higher)
-        total = total * fade + tl.sum(weights, axis=1)
-        out = out * fade[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], axis=1)
-        most = higher
+        most, total, out = with_more_keys(q, keys, values, seen, most, total, out)
     place = (pair * parts + part) * group + queries
     tl.store(most_at + place, most, mask=exists)
     tl.store(total_at + place, total, mask=exists)
@@ -158,6 +165,15 @@ def join_parts(
     tl.store(out_at + place, out.to(out_at.dtype.element_ty))
 
 
+def room_for_parts(
+    pairs: int, parts: int, group: int, size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For what the programs of all parts give: weighted sums (pairs, parts, G, d), largest logits and sums of weights."""
+    sums = torch.empty(pairs, parts, group, size, dtype=torch.float32, device=device)
+    most, total = (torch.empty(sums.shape[:3], dtype=torch.float32, device=device) for _ in range(2))
+    return sums, most, total
+
+
 def launched(
     q: Tensor,
     keys_values: Tensor,
@@ -171,8 +187,7 @@ def launched(
     rows, _, kv_heads, capacity, size = keys_values.shape
     part = elements // size if elements else PART
     group, parts = q.shape[1] // (kv_heads * size), triton.cdiv(capacity, part)
-    partial = torch.empty(rows * kv_heads, parts, group, size, dtype=torch.float32, device=q.device)
-    most, total = (torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    partial, most, total = room_for_parts(rows * kv_heads, parts, group, size, q.device)
     out = torch.empty(rows, q.shape[1], dtype=q.dtype, device=q.device)
     turns = {"padded_group": triton.next_power_of_2(group), "turn": TURN}
     wrap(attend_to_tile if elements else attend_to_part)[(rows * kv_heads, parts)](

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tarflow.flows.decoding.fused import Way
-from tarflow.flows.decoding.triton_attention import TURN, join_parts
+from tarflow.flows.decoding.triton_attention import TURN, join_parts, room_for_parts, with_more_keys
 
 #: Of programmatic dependent launch; None in a Triton without it, where no way is early.
 LAUNCH_NEXT: Any = getattr(tl.extra.cuda, "gdc_launch_dependents", None)
@@ -212,14 +212,7 @@ def attend_with_new(
             further_place = cache + further[:, None] * size + lanes[None, :]
             next_keys = tl.load(further_place, mask=(further < end)[:, None], other=0.0)
             next_values = tl.load(further_place + value_stride, mask=(further < end)[:, None], other=0.0)
-        logits = tl.sum(q[:, None, :] * keys[None, :, :], axis=2)  # (G, turn)
-        logits = tl.where(seen[None, :], logits, float("-inf"))
-        higher = tl.maximum(most, tl.max(logits, axis=1))
-        weights = tl.exp(logits - higher[:, None])
-        fade = tl.exp(most - higher)
-        total = total * fade + tl.sum(weights, axis=1)
-        out = out * fade[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], axis=1)
-        most = higher
+        most, total, out = with_more_keys(q, keys, values, seen, most, total, out)
     if (position >= begin) & (position < begin + part_size):
         stored = key.to(kind)
         tl.store(cache + position * size + lanes, stored)
@@ -336,8 +329,7 @@ def attention(
     rows, _, kv_heads, capacity, size = keys_values.shape
     heads = qkv.shape[1] // size - 2 * kv_heads
     group, parts = heads // kv_heads, triton.cdiv(capacity, way.part)
-    partial = torch.empty(rows * kv_heads, parts, group, size, dtype=torch.float32, device=qkv.device)
-    most, total = (torch.empty(partial.shape[:3], dtype=torch.float32, device=qkv.device) for _ in range(2))
+    partial, most, total = room_for_parts(rows * kv_heads, parts, group, size, qkv.device)
     out = torch.empty(rows, heads * size, dtype=qkv.dtype, device=qkv.device)
     cos, sin = (None, None) if rotation is None else rotation
     query_norm, key_norm = (None, None) if norms is None else norms
