@@ -19,6 +19,7 @@ from tarflow.cli.subjects import subjects_of
 from tarflow.common.seeds import image_seed
 from tarflow.common.words import rounded
 from tarflow.pipeline.call.choices import STUDENT
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.limits import available_bytes, check_num_images, gigabytes, largest_count
 from tarflow.pipeline.call.settings import resolve_size
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
@@ -79,12 +80,12 @@ def draw(args: argparse.Namespace, target: Target) -> None:
     print(f"{target.path}: {what} of {width} × {height} pixels{grid}, seed {seed}, {rounded(seconds)} seconds each")
 
 
-def names_of(pipe: Any) -> dict[int, str]:
+def names_of(pipe: FlowPipeline) -> dict[int, str]:
     """Names of a pipeline's classes, by index."""
     return {int(index): name for index, name in (pipe.config.id2label or {}).items()}
 
 
-def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
+def call_options(pipe: FlowPipeline, args: argparse.Namespace) -> dict[str, Any]:
     """Arguments that are the same for all pictures."""
     guidance = pipe.config.guidance_scale if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
@@ -113,7 +114,7 @@ def call_options(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def picture_size(pipe: Any, args: argparse.Namespace) -> tuple[int, int]:
+def picture_size(pipe: FlowPipeline, args: argparse.Namespace) -> tuple[int, int]:
     """Width and height in pixels; an error if the model cannot draw them."""
     width, height = args.size or (None, None)
     (_, rows, columns), _ = resolve_size(pipe, height, width, args.aspect_ratio)
@@ -133,7 +134,7 @@ def check_grid(target: Target, total: int, columns: int, width: int, height: int
 
 
 def draw_batches(
-    pipe: Any, name: str, values: list[Any], num: int, seed: int, batch: int, options: dict[str, Any]
+    pipe: FlowPipeline, name: str, values: list[Any], num: int, seed: int, batch: int, options: dict[str, Any]
 ) -> Iterator[Image.Image]:
     """``num`` pictures of each value, in their order, at most ``batch`` at once.
 

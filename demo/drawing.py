@@ -25,6 +25,7 @@ from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.layers.prepared import is_elsewhere
 from tarflow.pipeline.call.choices import DECODINGS, NOISE_REMOVALS, STUDENT
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.limits import check_num_images
 
 MOST_IMAGES = 16
@@ -113,12 +114,12 @@ class Progress:
     result: Result | None = None
 
 
-def decodings(pipe: Any) -> list[str]:
+def decodings(pipe: FlowPipeline) -> list[str]:
     """How this pipeline can make latents of noise."""
     return [name for name in DECODINGS if name != STUDENT or pipe.student is not None]
 
 
-def noise_removals(pipe: Any) -> list[str]:
+def noise_removals(pipe: FlowPipeline) -> list[str]:
     """What this pipeline can remove the training noise by, its own default first."""
     names = ["none"]
     if pipe.config.noise_std > 0:
@@ -130,7 +131,7 @@ def noise_removals(pipe: Any) -> list[str]:
     return names
 
 
-def checked(pipe: Any, request: Request) -> Request:
+def checked(pipe: FlowPipeline, request: Request) -> Request:
     """The request with plain numbers.
 
     Raises:
@@ -148,8 +149,9 @@ def checked(pipe: Any, request: Request) -> Request:
         raise ValueError(f"The guidance scale must be a number from 1 (off) to {LARGEST_GUIDANCE:g}.")
     if request.decoding not in decodings(pipe):
         raise ValueError(f"The decoding must be one of {', '.join(decodings(pipe))}.")
-    if request.decoding == STUDENT and scale > pipe.student.config.max_guidance_scale:
-        raise ValueError(f"The student knows guidance scales up to {pipe.student.config.max_guidance_scale:g}.")
+    largest = pipe.student.config.max_guidance_scale if pipe.student is not None else math.inf
+    if request.decoding == STUDENT and scale > largest:
+        raise ValueError(f"The student knows guidance scales up to {largest:g}.")
     if request.noise_removal not in noise_removals(pipe):
         raise ValueError(f"This pipeline removes noise by {', '.join(noise_removals(pipe))}.")
     steps = None
@@ -175,11 +177,11 @@ def whole_number(value: Any, name: str, least: int, most: int) -> int:
     return int(value)
 
 
-def draw(pipe: Any, request: Request, lock: threading.Lock, stopped: threading.Event) -> Iterator[Progress]:
+def draw(pipe: FlowPipeline, request: Request, lock: threading.Lock, stopped: threading.Event) -> Iterator[Progress]:
     """Draw in a thread; it stops before its next block when asked to, or when this generator is closed.
 
     Args:
-        pipe: a `TARFlowPipeline`.
+        pipe: a `FlowPipeline`.
         request: a `checked` one.
         lock: held while the pipeline is in use.
         stopped: set by whoever wants the run to stop; set at the end in any case.
@@ -210,7 +212,9 @@ def draw(pipe: Any, request: Request, lock: threading.Lock, stopped: threading.E
         stopped.set()
 
 
-def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue[Any], stopped: threading.Event) -> None:
+def work(
+    pipe: FlowPipeline, request: Request, lock: threading.Lock, events: queue.Queue[Any], stopped: threading.Event
+) -> None:
     """What the thread does: one run, its stages and its end into ``events``."""
     with lock:
         if stopped.is_set():
@@ -223,7 +227,7 @@ def work(pipe: Any, request: Request, lock: threading.Lock, events: queue.Queue[
             events.put(error)
 
 
-def run(pipe: Any, request: Request, events: queue.Queue[Any], stopped: threading.Event) -> None:
+def run(pipe: FlowPipeline, request: Request, events: queue.Queue[Any], stopped: threading.Event) -> None:
     """Draw, and put a `Progress` for each stage."""
     blocks = 1 if request.decoding == STUDENT else len(pipe.flow.blocks)
     walk = arguments(pipe, request).get("num_inference_steps", 1)
@@ -276,7 +280,7 @@ def run(pipe: Any, request: Request, events: queue.Queue[Any], stopped: threadin
     events.put(Progress(list(stages), 1.0, "done", result=result))
 
 
-def tries_decodings(pipe: Any, request: Request) -> bool:
+def tries_decodings(pipe: FlowPipeline, request: Request) -> bool:
     """Whether a run begins with a calibration, as nothing is known yet of calls like it."""
     if request.decoding not in ("auto", "fast") or is_elsewhere(pipe.flow) or pipe.flow.blocks[0].one_pass:
         return False
@@ -289,12 +293,12 @@ def tries_decodings(pipe: Any, request: Request) -> bool:
     return known is None or known.stale
 
 
-def cleaned(pipe: Any, request: Request) -> bool:
+def cleaned(pipe: FlowPipeline, request: Request) -> bool:
     """Whether a student has removed the training noise itself."""
-    return request.decoding == STUDENT and pipe.student.config.target == "clean"
+    return request.decoding == STUDENT and pipe.student is not None and pipe.student.config.target == "clean"
 
 
-def arguments(pipe: Any, request: Request) -> dict[str, Any]:
+def arguments(pipe: FlowPipeline, request: Request) -> dict[str, Any]:
     """Of the pipeline's call."""
     kind = pipe.flow.config.conditioning
     condition: dict[str, Any] = {"num_images": request.count}
@@ -313,10 +317,11 @@ def arguments(pipe: Any, request: Request) -> dict[str, Any]:
     }
 
 
-def taken_decodings(pipe: Any, request: Request) -> list[str]:
+def taken_decodings(pipe: FlowPipeline, request: Request) -> list[str]:
     """How the run that has just ended inverted each block, the first inverted one first."""
     if request.decoding == STUDENT:
         return [STUDENT] * len(pipe.flow.blocks)
     return [
-        one.method if one.segment is None else f"{one.method}, {one.segment} tokens" for one in reversed(pipe.decodings)
+        one.method if one.segment is None else f"{one.method}, {one.segment} tokens"
+        for one in reversed(pipe.decodings or [])
     ]

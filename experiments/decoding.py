@@ -30,6 +30,7 @@ from tarflow.evaluation.reports.fid import open_reference, versions
 from tarflow.evaluation.samples.conditions import Conditions, make_conditions
 from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.experiments.settings import ComparisonConfig
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 
 #: A row of the table: its columns' names in the JSON file and in the table.
 COLUMNS = {
@@ -43,7 +44,7 @@ COLUMNS = {
 
 
 @torch.no_grad()
-def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]]:
+def compare_decoding(config: ComparisonConfig, pipe: FlowPipeline) -> list[dict[str, Any]]:
     """Compare, and write tables and pictures.
 
     Args:
@@ -83,7 +84,11 @@ def compare_decoding(config: ComparisonConfig, pipe: Any) -> list[dict[str, Any]
 
 
 def compare_samples(
-    config: ComparisonConfig, pipe: Any, conditions: Conditions, extractor: Extractor | None, methods: list[str]
+    config: ComparisonConfig,
+    pipe: FlowPipeline,
+    conditions: Conditions,
+    extractor: Extractor | None,
+    methods: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float], float]:
     """Draw each sample once and decode it by all methods.
 
@@ -115,7 +120,7 @@ def compare_samples(
 
 
 def sampled(
-    config: ComparisonConfig, pipe: Any, conditions: Conditions
+    config: ComparisonConfig, pipe: FlowPipeline, conditions: Conditions
 ) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
     """Noisy latents (B, C, h, w), the flow's keyword arguments for their condition, and the seconds that they took."""
     device = pipe.flow.device
@@ -142,7 +147,7 @@ def sampled(
 
 
 def time_methods(
-    pipe: Any, methods: list[str], latents: Tensor, condition: dict[str, Tensor], repeats: int
+    pipe: FlowPipeline, methods: list[str], latents: Tensor, condition: dict[str, Tensor], repeats: int
 ) -> dict[str, float]:
     """Median seconds per image to remove the noise and decode, by method; they take turns."""
     spent: dict[str, list[float]] = {method: [] for method in methods}
@@ -187,7 +192,7 @@ def labelled_rows(rows: dict[str, Tensor], least: int = 96) -> Image.Image:
 
 
 def write_tables(
-    config: ComparisonConfig, pipe: Any, rows: list[dict[str, Any]], extractor: Extractor | None, out: Path
+    config: ComparisonConfig, pipe: FlowPipeline, rows: list[dict[str, Any]], extractor: Extractor | None, out: Path
 ) -> None:
     """Write ``comparison.json``, with all that the numbers depend on, and ``comparison.md``."""
     warning = None if extractor is None else bias_warning(config.num, extractor.dims)

@@ -21,6 +21,7 @@ from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_
 from tarflow.experiments.decoding import labelled_rows
 from tarflow.experiments.settings import ExactFlowConfig
 from tarflow.pipeline.opening import open_pipeline
+from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
 Rows = dict[str, Tensor]  # uint8 pictures (N, 3, H, W) by the row's name
 
@@ -35,10 +36,10 @@ class Batch:
     """Pictures (N, 3, H, W) of 8 bits, and their conditions: "prompt" or "class_labels" by name, or nothing."""
 
     images: Tensor
-    conditions: dict[str, list[Any]]
+    conditions: dict[str, Any]
 
 
-def read_batch(config: ExactFlowConfig, pipe: Any) -> Batch:
+def read_batch(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Batch:
     images = open_pictures(config.data, config.split, config.num, "num")
     items = spread(images, config.num)
     batch = collate([items[i] for i in range(len(items))])
@@ -60,7 +61,7 @@ def stretched(values: Tensor, size: int) -> Tensor:
     return bytes_of(F.interpolate(values.clamp(0, 1).expand(-1, 3, -1, -1).float(), size=(size, size)))
 
 
-def encode(config: ExactFlowConfig, pipe: Any) -> Rows:
+def encode(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
     batch = read_batch(config, pipe)
     out = pipe.encode(batch.images, **batch.conditions, generator=generator_of(config))
     print(
@@ -71,20 +72,23 @@ def encode(config: ExactFlowConfig, pipe: Any) -> Rows:
     return {"picture": batch.images, "3 channels\nof z": noise, "decoded\nagain": bytes_of(again)}
 
 
-def likelihood(config: ExactFlowConfig, pipe: Any) -> Rows:
+def likelihood(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
     batch = read_batch(config, pipe)
     out = pipe.log_likelihood(batch.images, **batch.conditions, generator=generator_of(config))
     alone = pipe.log_likelihood(batch.images, generator=generator_of(config))
     level = "" if pipe.drawing_level is None else f" at noise level {pipe.drawing_level:g}"
     for name, values in (("with its condition", out.nats_per_dim), ("with none", alone.nats_per_dim)):
         print(f"nats per dimension {name}{level}:", " ".join(f"{value:.3f}" for value in values.tolist()))
+    if out.map is None:
+        print("the flow's blocks are not autoregressive: no token has a likelihood of its own")
+        return {"picture": batch.images}
     low, high = out.map.flatten(1).aminmax(dim=1)
     low, high = low[:, None, None], high[:, None, None]  # each picture from its cheapest token, black, to white
     expensive = ((high - out.map) / (high - low))[:, None]
     return {"picture": batch.images, "-log p of\neach token": stretched(expensive.cpu(), batch.images.shape[-1])}
 
 
-def interpolate(config: ExactFlowConfig, pipe: Any) -> Rows:
+def interpolate(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
     first, second = read_batch(config, pipe).images[:2]
     rows = {}
     for path in ("spherical", "linear"):
@@ -93,7 +97,7 @@ def interpolate(config: ExactFlowConfig, pipe: Any) -> Rows:
     return rows
 
 
-def vary(config: ExactFlowConfig, pipe: Any) -> Rows:
+def vary(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
     batch, rows = read_batch(config, pipe), {}
     for strength in (0.0, 0.2, 0.4, 0.7, 1.0):
         out = pipe.vary(batch.images, strength, **batch.conditions, generator=generator_of(config), output_type="pt")
@@ -101,14 +105,15 @@ def vary(config: ExactFlowConfig, pipe: Any) -> Rows:
     return {"picture": batch.images, **rows}
 
 
-def inpaint(config: ExactFlowConfig, pipe: Any) -> Rows:
+def inpaint(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
     batch = read_batch(config, pipe)
     mask = torch.zeros(batch.images.shape[2:], dtype=torch.bool)
     mask[:, mask.shape[1] // 2 :] = True  # the right half
     rows = {"picture": batch.images, "known": torch.where(mask, 128, batch.images)}
     for method in ("fill", "metropolis"):
-        options = {"method": method, "steps": config.steps, "step_size": config.step_size, "output_type": "pt"}
-        out = pipe.inpaint(batch.images, mask, **batch.conditions, generator=generator_of(config), **options)
+        options: dict[str, Any] = {"method": method, "steps": config.steps, "step_size": config.step_size}
+        options |= {"generator": generator_of(config), "output_type": "pt"}
+        out = pipe.inpaint(batch.images, mask, **batch.conditions, **options)
         rows[method] = bytes_of(out.images)
         changed = (rows[method] != batch.images)[:, :, ~mask].sum()
         print(f"{method}: log p {out.log_prob.mean(-1).flatten()[-1]:.1f}, {changed} known pixels changed", end="")
@@ -120,7 +125,7 @@ def inpaint(config: ExactFlowConfig, pipe: Any) -> Rows:
     return rows
 
 
-def swap(config: ExactFlowConfig, pipe: Any) -> Rows:
+def swap(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
     batch = read_batch(config, pipe)
     if not batch.conditions:
         raise ValueError("the model or the data has no conditions to swap")
@@ -141,17 +146,18 @@ def swap(config: ExactFlowConfig, pipe: Any) -> Rows:
     return rows
 
 
-def temperature(config: ExactFlowConfig, pipe: Any) -> Rows:
+def temperature(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
     batch = read_batch(config, pipe)
     rows: Rows = {}
     counts: dict[str, Any] = {**batch.conditions} or {"num_images": config.num}
     for factor in (0.4, 0.7, 0.9, 1.0, 1.2):
-        images = pipe(**counts, temperature=factor, generator=generator_of(config), output_type="pt").images
+        options: dict[str, Any] = {"temperature": factor, "generator": generator_of(config), "output_type": "pt"}
+        images, *_ = pipe(**counts, **options, return_dict=False)
         rows[f"T = {factor:g}"] = bytes_of(images)
     return rows
 
 
-def best_of(config: ExactFlowConfig, pipe: Any) -> Rows:
+def best_of(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
     batch = read_batch(config, pipe)
     condition = {name: values[0] for name, values in batch.conditions.items()}
     out = pipe.best_of(config.num, **condition, guidance_scale=1.0, generator=generator_of(config), output_type="pt")
@@ -165,7 +171,7 @@ def name_of(data: DataConfig) -> str:
     return data.source if data.path is None else Path(str(data.path)).stem
 
 
-def out_of_distribution(config: ExactFlowConfig, pipe: Any) -> None:
+def out_of_distribution(config: ExactFlowConfig, pipe: TARFlowPipeline) -> None:
     if config.outside is None:
         raise ValueError("the tool 'ood' needs outside, the pictures to tell from those of data")
     images, outside = (open_pictures(data, config.split, config.num, "num") for data in (config.data, config.outside))
@@ -182,7 +188,7 @@ def out_of_distribution(config: ExactFlowConfig, pipe: Any) -> None:
     detection_chart(detections, (own_name, other_name), title, Path(config.out))
 
 
-TOOLS: dict[str, Callable[[ExactFlowConfig, Any], Rows]] = {
+TOOLS: dict[str, Callable[[ExactFlowConfig, TARFlowPipeline], Rows]] = {
     "encode": encode,
     "likelihood": likelihood,
     "interpolate": interpolate,

@@ -19,6 +19,7 @@ from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.experiments.decoding import labelled_rows
 from tarflow.experiments.settings import StudentComparisonConfig
 from tarflow.pipeline.call.choices import STUDENT
+from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.student_sampling import student_samples
 
 #: What is timed: the latents as they come, with or without the training noise, and whole calls.
@@ -29,7 +30,7 @@ TIMED: dict[str, dict[str, Any]] = {
 
 
 @torch.no_grad()
-def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any]:
+def compare_student(config: StudentComparisonConfig, pipe: FlowPipeline) -> dict[str, Any]:
     """Compare, and write tables and pictures.
 
     Args:
@@ -46,13 +47,13 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     out = Path(config.out).expanduser()
     check_writable(out, folder=True)
     pipe.check_outputs(None, "pt", None, STUDENT)
-    pipe.check_student()
-    pipe.student.to(getattr(torch, config.student_dtype))
+    student = pipe.check_student()
+    student.to(getattr(torch, config.student_dtype))
     if config.compile:
         pipe.enable_fast_decoding()
     scale = config.guidance_scale
     if scale is None:
-        scale = min(pipe.config.guidance_scale, pipe.student.config.max_guidance_scale)
+        scale = min(pipe.config.guidance_scale, student.config.max_guidance_scale)
     captions = config.captions
     if captions is None and config.data is not None and pipe.flow.config.conditioning == "prefix":
         captions = "data"
@@ -75,9 +76,9 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
                 "student": partial(call, batch, STUDENT, **options),
             }
             speed.append({"batch": batch, "timed": name, **timed(ways, batch, config.repeats, pipe.flow.device)})
-    arguments, method = conditions.arguments(range(config.num)), pipe.student.config.guidance_method
+    arguments, method = conditions.arguments(range(config.num)), student.config.guidance_method
     exact = exact_samples(pipe, arguments, config.num, scale, method, config.seed)
-    _, noisy = student_samples(pipe.student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
+    _, noisy = student_samples(student, exact.noise, exact.class_labels, exact.cond, exact.guidance_weight)
     report = {
         "speed": speed,
         "errors": exact.errors(pipe.flow, noisy),
@@ -93,7 +94,7 @@ def compare_student(config: StudentComparisonConfig, pipe: Any) -> dict[str, Any
     return report
 
 
-def write_tables(report: dict[str, Any], pipe: Any, out: Path) -> None:
+def write_tables(report: dict[str, Any], pipe: FlowPipeline, out: Path) -> None:
     """Write ``student.json`` and ``student.md``."""
     write_json(out / "student.json", report, nan_as_null=True)
     size = pipe.flow.config.sample_size // pipe.flow.config.patch_size

@@ -66,6 +66,14 @@ def test_other_tools_write_their_rows(run: Run, tmp_path: Path, tool: str, rows:
         assert image.height == picture_size(rows, 3)[1]
 
 
+def test_without_autoregressive_blocks_the_likelihood_has_no_map(run: Run, tmp_path: Path) -> None:
+    make_pipeline("none", block="coupling").save_pretrained(tmp_path / "coupling")
+    text = run("likelihood", pipeline=tmp_path / "coupling")
+    assert "nats per dimension with none" in text and "not autoregressive" in text
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.height == picture_size(1, 3)[1]
+
+
 def test_strangers_get_a_curve(run: Run, tmp_path: Path) -> None:
     text = run("ood", "--outside.source", "drawings", "--outside.image_size", "32")
     # The same pictures on both sides: no score tells them apart.

@@ -47,12 +47,11 @@ class EditingOutput(BaseOutput):
     Attributes:
         images: as ``output_type`` says.
         latents: of the pictures, without the training noise, (B, C, h, w).
-        log_prob: of them with the training noise, in nats, where the tool computes it: (B,), or along a
-            Metropolis–Hastings chain (steps + 1, B).
+        log_prob: of them with the training noise, in nats: (B,), or along a Metropolis–Hastings chain (steps + 1, B).
         acceptance: share of accepted proposals of such a chain, (B,).
     """
 
     images: Any
     latents: Tensor
-    log_prob: Tensor | None = None
+    log_prob: Tensor
     acceptance: Tensor | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+
+from diffusers import DiffusionPipeline
 
 from tarflow.common.files import write_json
 from tarflow.pipeline.loading.place import INDEX
@@ -13,13 +14,13 @@ from tarflow.pipeline.loading.place import INDEX
 EXAMPLES = "examples.json"
 
 
-def folder_of(pipe: Any) -> Path | None:
+def folder_of(pipe: DiffusionPipeline) -> Path | None:
     """The folder that a pipeline was loaded from, if there is one."""
     path = Path(pipe.config.get("_name_or_path") or "")
     return path if (path / INDEX).is_file() else None
 
 
-def example_captions(pipe: Any) -> list[str]:
+def example_captions(pipe: DiffusionPipeline) -> list[str]:
     """The captions of a pipeline's `EXAMPLES`; none without such a file, or one that cannot be read."""
     folder = folder_of(pipe)
     try:

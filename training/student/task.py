@@ -160,7 +160,7 @@ def check_conditions(pipe: TARFlowPipeline, images: AnyPictures) -> None:
             )
 
 
-def student_arguments(config: StudentConfig, pipe: Any) -> dict[str, Any]:
+def student_arguments(config: StudentConfig, pipe: TARFlowPipeline) -> dict[str, Any]:
     """Arguments of `StudentModel` for a pipeline's flow.
 
     Raises:
