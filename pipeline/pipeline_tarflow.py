@@ -95,6 +95,7 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         torch.Size([2])
     """
 
+    @check_types
     def __init__(
         self,
         flow: TARFlowModel | TrajectoryFlowModel,

@@ -270,6 +270,9 @@ def test_arguments_of_a_wrong_type_are_named():
             arguments = {"class_labels": 1, **arguments}
         with pytest.raises(ValueError, match=message):
             getattr(pipe, method)(**arguments)
+    for name, value in (("num_inference_steps", 2.5), ("max_sequence_length", "16"), ("denoise", "no")):
+        with pytest.raises(ValueError, match=f"{name} must be (a whole number|True or False), got {value!r}"):
+            TARFlowPipeline(pipe.flow, **{name: value})
     for name in ("tolerance", "segment"):
         with pytest.raises(ValueError, match=f"the decoding {name} must be"):
             Decoding("gs_jacobi", **{"segment": 2, name: "x"})

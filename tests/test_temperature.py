@@ -65,7 +65,7 @@ def test_what_is_no_positive_number(temperature: Any) -> None:
     expected = "positive" if type(temperature) in (int, float) else "a number"
     with pytest.raises(ValueError, match=f"temperature must be {expected}, got"):
         pipe(num_images=1, temperature=temperature)
-    with pytest.raises(ValueError, match="temperature must be positive, got"):
+    with pytest.raises(ValueError, match=f"temperature must be {expected}, got"):
         TARFlowPipeline(pipe.flow, pipe.vae, temperature=temperature)
     pipe.register_to_config(temperature=temperature)
     with pytest.raises(ValueError, match="temperature must be positive, got"):

@@ -10,7 +10,6 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def resolve_level(levels: Sequence[float] | None, noise_level: float | None) -> 
     low, high = check_levels(levels)
     if noise_level is None:
         return high
-    if not isinstance(noise_level, Real) or not low <= noise_level <= high:
+    if not low <= noise_level <= high:
         raise ValueError(f"noise_level must be in the trained levels, {low:g} to {high:g}, got {noise_level!r}")
     return float(noise_level)
 
@@ -103,9 +102,9 @@ def resolve_steps(
         level: that it starts at.
 
     Raises:
-        ValueError: for what is no number of steps, or more of them than can have an effect.
+        ValueError: for fewer than 1, or more of them than can have an effect.
     """
-    if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
+    if steps is not None and steps < 1:
         raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
     if steps is not None and steps > 1 and levels is None:
         raise ValueError(
