@@ -17,6 +17,9 @@ from typing import IO, Any
 from tarflow.data.formats import OTHER_SUFFIXES, PICTURE_SUFFIXES, is_of_system, readable_suffixes, suffix
 from tarflow.data.place import status_of
 
+#: The last record of a zip archive with the longest comment.
+END_BYTES = 22 + 65_535
+
 
 class Files:
     """The files below a folder, or inside a zip archive, named by their paths with forward slashes.
@@ -191,6 +194,15 @@ def list_archive(path: Path) -> dict[str, str]:
             raise ValueError(f"the archive {str(path)!r} has two different files of the name {name!r}: pack it anew")
         members[name] = info
     return {name: info.filename for name, info in members.items()}
+
+
+def archive_length(path: Path) -> int:
+    """How many files a zip archive has, or 65,535 if more, as its last record says, without listing them."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - END_BYTES))
+        end = file.read()
+    found = end.rfind(b"PK\5\6")
+    return int.from_bytes(end[found + 10 : found + 12], "little")
 
 
 def hash_of(values: Iterable[Any]) -> str:

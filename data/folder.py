@@ -19,10 +19,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tarflow.data.captions import METADATA, keep, make_captions, read_metadata, readable_names
 from tarflow.data.config import DataConfig
-from tarflow.data.files import Files, hash_of, shown
+from tarflow.data.files import Files, archive_length, hash_of, shown
 from tarflow.data.formats import PICTURE_SUFFIXES, count_suffixes, suffix
 from tarflow.data.layout import Placed, place_pictures
 from tarflow.data.modes import check_mode, flatten
+
+#: Files of an archive that are listed in a tenth of a second.
+FEW_FILES = 10_000
 
 
 class Row(NamedTuple):
@@ -203,7 +206,8 @@ def usable_images(files: Files, skip: bool = False) -> list[str]:
 
 
 def check_pictures(config: DataConfig) -> None:
-    """Refuse a folder without pictures, or a file that is no archive; none with many files is listed for that.
+    """Refuse a folder or archive without pictures, or a file that is no archive. A folder is listed up to its first
+    picture for that, an archive if it has few files.
 
     Raises:
         ValueError: that names it.
@@ -214,7 +218,7 @@ def check_pictures(config: DataConfig) -> None:
             links = any(Path(folder, name).is_symlink() for name in inner)  # what they lead to is not listed here
             if links or any(suffix(name) in PICTURE_SUFFIXES for name in names):
                 return
-    elif zipfile.is_zipfile(place):
+    elif zipfile.is_zipfile(place) and archive_length(place) > FEW_FILES:
         return
     usable_images(Files(str(config.path)))
 

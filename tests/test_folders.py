@@ -20,8 +20,8 @@ from tarflow.common.arguments import parse_dataclass
 from tarflow.data import formats
 from tarflow.data.captions import readable_names
 from tarflow.data.config import DataConfig
-from tarflow.data.files import Files, list_folder
-from tarflow.data.folder import ImageFolder
+from tarflow.data.files import Files, archive_length, list_folder
+from tarflow.data.folder import ImageFolder, check_pictures
 from tarflow.data.images import Images
 from tarflow.data.layout import place_pictures, split_of
 from tarflow.evaluation.images.sets import open_images
@@ -495,3 +495,19 @@ def test_classes_that_differ_in_capitals(tmp_path: Path) -> None:
     assert label_indices(["Cat", "CAT"], labels, 2) == [0, 1]
     with pytest.raises(ValueError, match="unknown class name 'cat'; known are Cat, CAT"):
         label_indices("cat", labels, 2)
+
+
+def test_an_archive_without_pictures_is_told_before_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = zipped(tmp_path / "texts.zip", {"a/0.txt": b"x", "a/1.txt": b"y"})
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.comment = b"of no pictures" * 4000
+    assert archive_length(archive) == 2
+    with pytest.raises(ValueError, match=r"no images found in .*texts\.zip"):
+        check_pictures(config(archive))
+    with pytest.raises(ValueError, match="no images found in"):
+        check_pictures(config(zipped(tmp_path / "empty.zip", {})))
+    check_pictures(config(zipped(tmp_path / "good.zip", {"0.png": b""})))
+    monkeypatch.setattr("tarflow.data.folder.FEW_FILES", 1)
+    check_pictures(config(archive))  # many files are listed once, when the data is opened
