@@ -20,7 +20,7 @@ from tarflow.evaluation.images import store as image_store
 from tarflow.evaluation.samples import conditions
 from tarflow.evaluation.samples.conditions import make_conditions, read_captions
 from tarflow.evaluation.samples.generation import generate_images
-from tarflow.evaluation.samples.match import all_captions
+from tarflow.evaluation.samples.match import all_captions, captioned_grid
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.pipeline.loading.examples import write_examples
 
@@ -292,3 +292,9 @@ def test_captions_are_the_pipelines_own_examples_unless_told(tmp_path) -> None:
     of_data = make_conditions(pipe, data=DataConfig(image_size=16))
     assert of_data.summary == make_conditions(pipe, captions="data", data=DataConfig(image_size=16)).summary
     assert not set(of_data.values(range(3))) & {"a blue star"}
+
+
+def test_captions_below_pictures_have_plain_spaces_and_no_boxes() -> None:
+    odd = "a\u202fred\u2009\u200bca\u00adt\tand\na\ufeff\u200e dog\x00"
+    here, there = (captioned_grid([Image.new("RGB", (99, 9))], [text]) for text in (odd, "a red cat and a dog"))
+    assert np.array_equal(np.asarray(here), np.asarray(there))

@@ -95,9 +95,10 @@ def captioned_grid(images: list[Image.Image], captions: list[str], columns: int 
 
 
 def wrap(text: str, font: Any, width: int) -> list[str]:
-    """The text broken into lines that are not wider than ``width`` pixels."""
-    lines = [""]
-    for word in text.split():
+    """The text broken into lines that are not wider than ``width`` pixels; each space of any kind is a plain one, and
+    what has no width is left out, as fonts would draw boxes for it."""
+    lines, seen = [""], "".join(one for one in text if one.isprintable() or one.isspace())
+    for word in seen.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width:
             lines[-1] = longer
