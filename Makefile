@@ -15,8 +15,9 @@ HOST ?= 127.0.0.1
 PORT ?= 7860
 
 # Tests of what most changes touch: rooms and names, files, settings, and the mathematics of a block.
-FAST_TESTS = tests/test_imports.py tests/test_configs.py tests/test_tools.py tests/test_checks.py tests/test_files.py \
-	tests/test_affine.py tests/test_order.py tests/test_positions.py tests/test_likelihood.py
+FAST_TESTS = tests/repository/test_imports.py tests/repository/test_configs.py tests/repository/test_tools.py \
+	tests/common/test_checks.py tests/common/test_files.py tests/flows/test_affine.py tests/flows/test_order.py \
+	tests/flows/test_positions.py tests/flows/test_likelihood.py
 
 .PHONY: quickstart demo check format test .venv
 

@@ -139,9 +139,11 @@ def check_sharded_training(task: Task) -> dict[str, Any]:
 
 def check_tests(task: Task) -> dict[str, Any]:
     """The tests of training, which then run on the device."""
-    if not (TESTS / "test_recipes.py").is_file():
+    if not (TESTS / "training" / "test_recipes.py").is_file():
         return {"pytest": "left out: the tests are in the project's repository"}
-    names = ["test_likelihood.py"] if task.small else ["test_recipes.py", "test_training.py", "test_decoding.py"]
+    names = ["flows/test_likelihood.py"]
+    if not task.small:
+        names = ["training/test_recipes.py", "training/test_training.py", "flows/decoding/test_decoding.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(TESTS / name) for name in names)]
     command += ["-k", "not bit_identical"]  # which a GPU does not promise
     output = quietly(command, task.deadline, TARFLOW_TEST_DEVICE=task.device)

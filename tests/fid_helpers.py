@@ -61,3 +61,10 @@ def save_clip(folder: Path) -> Path:
     CLIPModel(config).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
+
+
+class Means(nn.Module):
+    """Mean colours (B, 3)."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.double().mean((2, 3))

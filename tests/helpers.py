@@ -105,3 +105,12 @@ def block_parameters(
     shift, log_scale = block.affine_parameters(x[:, :-1], 0, context, None, divisor)
     zero = torch.zeros_like(x[:, :1])
     return torch.cat([zero, shift], 1), torch.cat([zero, log_scale], 1).exp()
+
+
+def jacobian(function: Any, x: Tensor) -> Tensor:
+    """d function(x) / dx with both flattened."""
+    return torch.autograd.functional.jacobian(function, x, vectorize=True).reshape(x.numel(), x.numel())
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -14,6 +14,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from tarflow.data.config import DataConfig
+from tarflow.data.stream.rows import Row
+from tarflow.data.stream.stream import Stream
+from tarflow.training.loop.streaming import Share, StreamReader
+
 
 def png(number: int, size: tuple[int, int] = (8, 8)) -> bytes:
     """A picture in one colour, which tells its number."""
@@ -90,3 +95,44 @@ def breaking_connections(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], li
 
     monkeypatch.setattr("tarflow.data.stream.urls.io.BytesIO", Breaking)
     return broken, waited
+
+
+def config(path: str | None, **changes: Any) -> DataConfig:
+    settings: dict[str, Any] = {"source": "webdataset", "image_size": 8, "caption_column": "txt", "shuffle_buffer": 16}
+    return DataConfig(**{**settings, "validation_fraction": 0.0, "path": path, **changes})
+
+
+def table(files: str, **changes: Any) -> DataConfig:
+    settings: dict[str, Any] = {"source": "datasets", "streaming": True, "name": "parquet", "data_files": files}
+    return config(None, **{"caption_column": "text", **settings, **changes})
+
+
+def number_of(item: dict[str, Any]) -> int:
+    """What `png` made a picture of."""
+    return int(item["image"][0, 0, 0]) + 256 * int(item["image"][1, 0, 0])
+
+
+def readers_of(
+    stream: Stream,
+    batch: int,
+    processes: int,
+    done: int = 0,
+    state: Any = None,
+    accumulation: int = 1,
+    workers: int = 0,
+) -> list[StreamReader]:
+    """All processes' readers, in one process."""
+    shares = [Share(batch, process, processes, accumulation) for process in range(processes)]
+    return [StreamReader(stream, share, workers, done, state) for share in shares]
+
+
+def items_of(stream: Stream) -> list[dict[str, Any]]:
+    return [stream.readers[row.source].item(row) for row in stream.one_pass() if isinstance(row, Row)]
+
+
+def first_error(settings: DataConfig, steps: int = 60) -> str:
+    with pytest.raises(ValueError) as found:
+        reader = readers_of(Stream(settings), 4, 1)[0]
+        for _ in range(steps):
+            next(reader)
+    return str(found.value)

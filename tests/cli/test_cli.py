@@ -13,8 +13,8 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from helpers import ROOT
 from PIL import Image
-from test_pipeline import make_pipeline
-from test_training import CLASS_FLOW, SMALL
+from pipelines import make_pipeline
+from trainings import CLASS_FLOW, SMALL
 
 from tarflow import configs
 from tarflow.cli.configs import purpose

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import CAPTIONS, make_pipeline
+from pipelines import CAPTIONS, make_pipeline
 
 from tarflow.cli.main import main
 from tarflow.data.config import DataConfig

@@ -15,8 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stream_helpers import parquet_shards, png, row, tar_bytes, tar_shards, write
-from test_streams import config, first_error, items_of, number_of, readers_of, table
+from stream_helpers import (
+    config,
+    first_error,
+    items_of,
+    number_of,
+    parquet_shards,
+    png,
+    readers_of,
+    row,
+    table,
+    tar_bytes,
+    tar_shards,
+    write,
+)
 
 from tarflow.benchmarks import data_sources
 from tarflow.benchmarks.data_sources import http_server

@@ -15,10 +15,11 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from autoencoders import save_autoencoder
+from latent_caches import COUNT, SHARD, config_of
 from safetensors.torch import load_file
-from test_cache_folder import save_autoencoder
-from test_training import CLASS_FLOW, train
 from torch import Tensor
+from trainings import CLASS_FLOW, train
 
 from tarflow.common.cache import cache_folder
 from tarflow.data import shard_store
@@ -28,14 +29,11 @@ from tarflow.data.latents import CachedLatents
 from tarflow.data.shard_store import MissingShardError
 from tarflow.data.shards import checksums, is_intact
 from tarflow.data.stream.ahead import Ahead
-from tarflow.training.flow.config import VaeConfig
 from tarflow.training.flow.resume import check_order
 from tarflow.training.latent_cache.caching import cache_latents
-from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop import order as shard_order
 from tarflow.training.loop.batches import BatchReader, fixed_batches, read_batches, step_sampler, train_loader
 
-COUNT, SHARD = 100, 10
 FLOW = CLASS_FLOW.replace('"width"', '"patch_size": 2, "width"')
 #: What one shard takes here, of which four are more than half of the copies' room below.
 BYTES = 1967
@@ -52,12 +50,6 @@ def local(tmp_path_factory: pytest.TempPathFactory, vae_path: str) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     cache_latents(config_of(folder, vae_path))
     return folder
-
-
-def config_of(output: Path | str, vae_path: str, **changes: Any) -> CacheConfig:
-    arguments: dict[str, Any] = {"data": DataConfig(image_size=8), "num_images": COUNT, "num_validation_images": 12}
-    arguments |= {"vae": VaeConfig(name=vae_path), "shard_size": SHARD}
-    return CacheConfig(output=str(output), **{**arguments, **changes})
 
 
 @pytest.fixture

@@ -22,12 +22,26 @@ import pyarrow.parquet
 import pytest
 import torch
 from fsspec.compression import compr
-from stream_helpers import breaking_connections, parquet_shards, png, row, tar_bytes, tar_shards, write
-from test_training import train, weights
+from stream_helpers import (
+    breaking_connections,
+    config,
+    first_error,
+    items_of,
+    number_of,
+    parquet_shards,
+    png,
+    readers_of,
+    row,
+    table,
+    tar_bytes,
+    tar_shards,
+    write,
+)
 from torch import Tensor
+from trainings import train, weights
 
 from tarflow.benchmarks.data_sources import http_server
-from tarflow.data.config import DataConfig, MixedSource
+from tarflow.data.config import MixedSource
 from tarflow.data.folder import is_held_out
 from tarflow.data.images import Images
 from tarflow.data.place import check_data
@@ -43,21 +57,6 @@ from tarflow.training.loop.streaming import Share, SizedBatches, StreamReader, p
 COUNTS = [20, 13, 30, 11]
 FEW = [10, 7, 15, 6]
 NAMES: list[str | int] = ["even", "odd"]
-
-
-def config(path: str | None, **changes: Any) -> DataConfig:
-    settings: dict[str, Any] = {"source": "webdataset", "image_size": 8, "caption_column": "txt", "shuffle_buffer": 16}
-    return DataConfig(**{**settings, "validation_fraction": 0.0, "path": path, **changes})
-
-
-def table(files: str, **changes: Any) -> DataConfig:
-    settings: dict[str, Any] = {"source": "datasets", "streaming": True, "name": "parquet", "data_files": files}
-    return config(None, **{"caption_column": "text", **settings, **changes})
-
-
-def number_of(item: dict[str, Any]) -> int:
-    """What `png` made a picture of."""
-    return int(item["image"][0, 0, 0]) + 256 * int(item["image"][1, 0, 0])
 
 
 @pytest.fixture
@@ -80,20 +79,6 @@ def steps(readers: list[StreamReader], number: int) -> Seen:
                 numbers = [int(image[0, 0, 0]) for image in batch["image"]]
                 seen += zip(batch["turn"], numbers, strict=True)
     return seen
-
-
-def readers_of(
-    stream: Stream,
-    batch: int,
-    processes: int,
-    done: int = 0,
-    state: Any = None,
-    accumulation: int = 1,
-    workers: int = 0,
-) -> list[StreamReader]:
-    """All processes' readers, in one process."""
-    shares = [Share(batch, process, processes, accumulation) for process in range(processes)]
-    return [StreamReader(stream, share, workers, done, state) for share in shares]
 
 
 def state_of(readers: list[StreamReader]) -> dict[str, Any]:
@@ -195,10 +180,6 @@ def test_first_pictures_are_read_no_further_than_needed(monkeypatch: pytest.Monk
         read.clear()
     assert len(FirstPictures(Stream(settings, "validation"), 0)) == 0
     assert read == []
-
-
-def items_of(stream: Stream) -> list[dict[str, Any]]:
-    return [stream.readers[row.source].item(row) for row in stream.one_pass() if isinstance(row, Row)]
 
 
 def test_filters_templates_and_labels_are_as_for_folders() -> None:
@@ -438,14 +419,6 @@ def test_no_size_gathers_pictures_without_end() -> None:
         assert len({tuple(item["image"].shape) for item in items}) == 1
         most = max(most, len(batches.items))
     assert most <= 24
-
-
-def first_error(settings: DataConfig, steps: int = 60) -> str:
-    with pytest.raises(ValueError) as found:
-        reader = readers_of(Stream(settings), 4, 1)[0]
-        for _ in range(steps):
-            next(reader)
-    return str(found.value)
 
 
 def test_what_cannot_be_read_is_named_or_skipped_and_counted() -> None:

@@ -19,10 +19,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from decoders import with_decoder
 from helpers import ROOT
 from PIL import Image
-from test_decoder import with_decoder
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from tarflow.cli.main import main
 from tarflow.common.seeds import image_seed

@@ -13,8 +13,8 @@ import scipy.linalg
 import torch
 from fid_helpers import Tiny, tiny, write_pictures
 from PIL import Image
+from pipelines import make_pipeline
 from processes import CONTEXT
-from test_pipeline import make_pipeline
 from torch import Tensor
 
 from tarflow.evaluation.features.extractors import Extractor

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import CAPTIONS, make_pipeline
+from pipelines import CAPTIONS, make_pipeline
 
 from tarflow import TARFlowPipeline
 from tarflow.common.seeds import image_seed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from tarflow.cli.reconstruct import main
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 from torch.utils.tensorboard import SummaryWriter
 
 from tarflow.data.config import DataConfig

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from decoders import with_decoder
+from fid_helpers import Means
 from PIL import Image
-from test_decoder import with_decoder
-from test_pipeline import make_pipeline
-from torch import nn
+from pipelines import make_pipeline
 
 from tarflow.cli.sweep import main as command
 from tarflow.evaluation.features import extractors
@@ -154,13 +154,6 @@ def test_rows_of_earlier_versions_stay(pipeline, tmp_path) -> None:
         del row["settings"]["decoder"], row["settings"]["temperature"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(run_sweep(config, Measure(fails_at=0))) == 2
-
-
-class Means(nn.Module):
-    """Mean colours (B, 3)."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.double().mean((2, 3))
 
 
 def test_distances_to_a_reference(pipeline, tmp_path, monkeypatch, capsys) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from autoencoders import small_autoencoder
+from decoders import with_decoder
+from fid_helpers import Means
 from helpers import small_model
 from PIL import Image
-from test_decoder import small_autoencoder, with_decoder
-from test_sweep import Means
 
 from tarflow import TARFlowPipeline
 from tarflow.cli.compare_decoding import main as command

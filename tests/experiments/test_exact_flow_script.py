@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from tarflow.cli.exact_flow import main
 from tarflow.experiments.decoding import labelled_rows

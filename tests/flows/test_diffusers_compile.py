@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from test_diffusers_model import flow_of, small_student
-from test_pipeline import draw, make_pipeline
-from test_student import with_student
+from flow_kinds import flow_of
+from pipelines import draw, make_pipeline
+from students import lone_student, with_student
 
 from tarflow import TARFlowPipeline
 
@@ -69,7 +69,7 @@ def test_a_flow_is_exported_with_class_labels(kind: str) -> None:
 
 def test_a_student_compiles_and_is_exported() -> None:
     student, z = (
-        small_student(conditioning="class_prefix", num_classes=3, max_guidance_scale=3.0),
+        lone_student(conditioning="class_prefix", num_classes=3, max_guidance_scale=3.0),
         torch.randn(2, 2, 4, 4),
     )
     labels, weight = torch.tensor([0, 3]), torch.tensor(0.5)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from diffusers.training_utils import EMAModel
-from helpers import condition_of, perturb, random_images, small_model
+from flow_kinds import KINDS, flow_of
+from helpers import random_images, small_model
+from students import lone_student
 from torch import Tensor
 
 from tarflow.flows.decoding.method import Decoding
@@ -27,15 +29,6 @@ from tarflow.vae.decoder import LatentDecoder
 
 #: Diffusers' backends that run on a CPU.
 ON_CPUS = ("native", "_native_math", "_native_flash", "flex")
-#: Flows of which each has another path through the attention.
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "class_vectors": {"conditioning": "class_vectors", "positions": "learned", "start_token": False},
-    "prefix": {"conditioning": "prefix", "head_dim": 16, "num_heads": 4, "num_kv_heads": 2, "positions": "rotary_1d"},
-    "coupling": {"block": "coupling", "mixing": "lu", "actnorm": True, "conditioning": "class_prefix", "head_dim": 64},
-    "inverse": {"block": "inverse_autoregressive"},
-    "denoiser": {"learned_denoiser": "conditional", "denoiser_layers": 1, "conditioning": "class_vectors"},
-}
 flows_of_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -46,19 +39,6 @@ def default_backend() -> Iterator[None]:
     yield
     assert torch.get_default_dtype() == dtype
     _AttentionBackendRegistry.set_active_backend(active)
-
-
-def small_student(**changes: Any) -> StudentModel:
-    """A perturbed student of `small_model`'s pictures."""
-    arguments = {"in_channels": 2, "sample_size": 4, "num_layers": 2, "width": 64, "head_dim": 32}
-    return perturb(StudentModel(**{**arguments, **changes})).eval()
-
-
-def flow_of(kind: str, **changes: Any) -> tuple[TARFlowModel, Tensor, dict[str, Tensor]]:
-    """A small flow, pictures and their condition."""
-    torch.manual_seed(0)
-    model = small_model(**{"sample_size": 6, **KINDS[kind], **changes})
-    return model, random_images(model, 3), condition_of(model, 3)
 
 
 # Attention backends
@@ -181,7 +161,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("network", ["flow", "student"])
 def test_backends_are_set_for_a_model_or_in_a_context_and_reset(network: str, asked: list[str]) -> None:
-    model = small_model() if network == "flow" else small_student()
+    model = small_model() if network == "flow" else lone_student()
     x, layers = torch.randn(2, 2, 4, 4), 3 if network == "flow" else 2
     model(x)
     assert not asked
@@ -228,7 +208,7 @@ def test_gradient_checkpointing_keeps_the_gradients(kind: str) -> None:
 
 
 def test_gradient_checkpointing_of_a_student_keeps_the_gradients() -> None:
-    model, x = small_student(state_layers=(1,), through_states=True), torch.randn(2, 2, 4, 4)
+    model, x = lone_student(state_layers=(1,), through_states=True), torch.randn(2, 2, 4, 4)
     expected = gradients(model, x, {})
     calls = []
 
@@ -263,7 +243,7 @@ def test_outputs_are_tuples_or_named() -> None:
     named = model(x, return_dict=True, return_block_outputs=True)
     assert isinstance(named, FlowOutput) and torch.equal(named.z, z) and torch.equal(named.log_det, log_det)
     assert len(named.block_outputs) == 2 and len(model(x, return_dict=True).to_tuple()) == 2
-    student, noise = small_student(state_layers=(1,)), torch.randn(2, 2, 4, 4)
+    student, noise = lone_student(state_layers=(1,)), torch.randn(2, 2, 4, 4)
     plain = student(noise)
     (in_tuple,) = student(noise, return_dict=False)
     named = student(noise, return_dict=True, return_states=True)
@@ -279,7 +259,7 @@ def test_parallelism_over_one_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="TARFlowModel has no context or tensor parallelism"):
         TARFlowModel.from_pretrained(tmp_path, parallel_config=object())
     with pytest.raises(ValueError, match="StudentModel has no context or tensor parallelism"):
-        small_student().enable_parallelism(config=object())
+        lone_student().enable_parallelism(config=object())
 
 
 # Dtypes
@@ -306,7 +286,7 @@ def test_flows_are_loaded_and_run_in_16_bits(kind: str, dtype: torch.dtype, tmp_
 
 def test_an_error_while_loading_leaves_the_default_dtype(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path / "flow")
-    small_student().save_pretrained(tmp_path / "student")
+    lone_student().save_pretrained(tmp_path / "student")
     for kind, folder, key in ((TARFlowModel, "flow", "width"), (StudentModel, "student", "head_dim")):
         file = tmp_path / folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), key: 7}))
@@ -344,7 +324,7 @@ def test_an_error_while_loading_a_pipeline_leaves_the_default_dtype(tmp_path: Pa
 )
 def test_networks_are_saved_and_loaded(network: str, options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = small_model() if network == "flow" else small_student()
+    model = small_model() if network == "flow" else lone_student()
     model.save_pretrained(tmp_path, **options)
     weights = [file for file in tmp_path.iterdir() if file.suffix in (".safetensors", ".bin")]
     assert len(weights) > 1 if "max_shard_size" in options else len(weights) == 1

@@ -17,8 +17,8 @@ from accelerate import cpu_offload
 from diffusers import ModelMixin
 from diffusers.hooks.group_offloading import ModuleGroup
 from helpers import condition_of, random_images, small_model
-from test_pipeline import draw, make_pipeline
-from test_student import with_student
+from pipelines import draw, make_pipeline
+from students import with_student
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.flows.decoding.calibration import conditions_key

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import condition_of, perturb, random_images, small_model
 from PIL import Image
-from test_pipeline import CAPTIONS, make_pipeline
+from pipelines import CAPTIONS, make_pipeline
 
 from tarflow.evaluation.likelihood.out_of_distribution import roc, typicality
 from tarflow.flows.editing import HeldFlow, interpolate, metropolis, resample

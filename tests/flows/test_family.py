@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import condition_of, perturb, random_images, small_model
-from test_model import jacobian
-from test_pipeline import make_pipeline
+from helpers import condition_of, jacobian, perturb, random_images, small_model
+from pipelines import make_pipeline
 from torch import Tensor
 
 from tarflow.benchmarks.memory import training_memory

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import condition_of, random_images, small_model
+from helpers import condition_of, jacobian, random_images, small_model
 from torch import Tensor
 
 from tarflow.flows.layers.order import reorder
@@ -71,11 +71,6 @@ def model(request: pytest.FixtureRequest) -> TARFlowModel:
 @pytest.fixture(params=FEW)
 def float_model(request: pytest.FixtureRequest) -> TARFlowModel:
     return small_model(**CASES[request.param])
-
-
-def jacobian(function: Any, x: Tensor) -> Tensor:
-    """d function(x) / dx with both flattened."""
-    return torch.autograd.functional.jacobian(function, x, vectorize=True).reshape(x.numel(), x.numel())
 
 
 def test_inverse_undoes_forward(model: TARFlowModel) -> None:

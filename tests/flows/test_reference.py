@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SHARED
+from helpers import ROOT, SHARED
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from tarflow.flows.likelihood import flow_loss
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.conversion import load_published, read_tensors
 
-HERE = Path(__file__).parent / "reference"
+HERE = ROOT / "tests" / "reference"
 NAMES = ("tarflow_class", "tarflow_uncond", "tarflow_volume_preserving", "starflow_class", "starflow_denoiser")
 NAMES += ("starflow_gqa_swiglu", "starflow_no_sos", "starflow_text", "itarflow_class", "itarflow_uncond")
 

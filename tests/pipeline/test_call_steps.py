@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from tarflow import TARFlowPipeline
 from tarflow.data.config import DataConfig

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import ROOT
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
 
@@ -22,7 +23,7 @@ from tarflow.pipeline.published import published_from_yaml, read_published_confi
 from tarflow.training.flow.config import TextConfig
 from tarflow.training.flow.text import small_t5, train_tokenizer
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE = ROOT / "tests" / "reference"
 #: tests/reference/starflow_text/config.json in the published YAML's form.
 YAML = [
     *({"img_size": 64}, {"txt_size": 6}, {"channel_size": 4}, {"patch_size": 1}, {"channels": 64}, {"blocks": 3}),

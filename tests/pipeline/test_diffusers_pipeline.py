@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL
 from diffusers.callbacks import PipelineCallback
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from test_pipeline import CAPTIONS, draw, make_pipeline
-from test_student import with_student
+from pipelines import CAPTIONS, draw, make_pipeline
+from students import with_student
 from torch import nn
 
 from tarflow import TARFlowModel, TARFlowPipeline

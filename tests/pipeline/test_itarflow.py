@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import perturb
+from helpers import ROOT, perturb
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from tarflow.flows.conversion import convert_state_dict, model_arguments
 from tarflow.flows.model import TARFlowModel
 from tarflow.pipeline.conversion import convert_checkpoint, load_published
 
-REFERENCE = Path(__file__).parent / "reference" / "itarflow_uncond"
+REFERENCE = ROOT / "tests" / "reference" / "itarflow_uncond"
 CONFIG: dict[str, Any] = {
     "in_channels": 3, "img_size": 12, "patch_sizes": [3], "channels": [64, 64, 128], "num_blocks": 3,
     "layers_per_block": [1, 2, 3], "nvp": True, "num_classes": 4,

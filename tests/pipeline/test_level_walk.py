@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from PIL import Image
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 from torch import Tensor
 
 from tarflow import TARFlowPipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from tarflow.flows.layers.kv_cache import KVCache
 from tarflow.pipeline.call.limits import (

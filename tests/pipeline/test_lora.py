@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import FILE, add, arguments, pipeline
 from helpers import random_images, small_model
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from pipelines import draw
 from safetensors import safe_open
-from test_pipeline import draw, make_pipeline
 
-from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow import TARFlowPipeline
 from tarflow.flows.adapters.adapters import adapter_layers, weight_of
 from tarflow.flows.adapters.targets import LORA_TARGETS
 from tarflow.flows.student import StudentModel
@@ -27,31 +28,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "gs_jacobi": {"decoding": "gs_jacobi", "tolerance": 1e-6, "segment": 4},
     "auto": {"decoding": "auto", "tolerance": 1e-6},
 }
-FILE = "pytorch_lora_weights.safetensors"
-
-
-def add(model: Any, name: str = "default", std: float = 0.1, **options: Any) -> None:
-    """A LoRA adapter that changes something: its B is not zero."""
-    config = LoraConfig(**{"r": 2, "lora_alpha": 8, **options})
-    if isinstance(model, TARFlowModel):
-        model.add_adapter(config, adapter_name=name)
-    else:
-        inject_adapter_in_model(config, model, adapter_name=name)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f"lora_B.{name}." in key:
-                parameter.normal_(std=std)
-
-
-def pipeline(conditioning: str = "class_prefix", **options: Any) -> TARFlowPipeline:
-    torch.manual_seed(0)
-    return make_pipeline(conditioning, **options)
-
-
-def arguments(pipe: TARFlowPipeline) -> dict[str, Any]:
-    if pipe.flow.config.conditioning == "prefix":
-        return {"prompt": ["a red ring", "a blue star"], "output_type": "latent", "decoding": "sequential"}
-    return {"class_labels": ["tench", "church"], "output_type": "latent", "decoding": "sequential"}
 
 
 @pytest.fixture(scope="module")

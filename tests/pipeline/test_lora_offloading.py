@@ -9,11 +9,11 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from adapters import FILE, add, arguments, pipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 from peft import LoraConfig
-from test_lora import FILE, add, arguments, pipeline
-from test_pipeline import draw
+from pipelines import draw
 from torch import nn
 
 from tarflow import TARFlowPipeline

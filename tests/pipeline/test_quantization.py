@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import add, arguments
 from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from helpers import perturb
-from test_lora import add, arguments
-from test_pipeline import draw, make_pipeline
+from pipelines import draw, make_pipeline
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.common.tensors import dequantized, is_quantized

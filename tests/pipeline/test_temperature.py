@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from tarflow import TARFlowPipeline
 from tarflow.cli import generate as command

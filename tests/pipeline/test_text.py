@@ -12,8 +12,8 @@ import transformers
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import constants
-from test_training import CLASS_FLOW, train
 from text_models import CONFIGS, LAYERS, POSITIONS, WIDTH, make_encoder, make_tokenizer, saved
+from trainings import CLASS_FLOW, train
 
 from tarflow import TARFlowPipeline, TrajectoryFlowModel
 from tarflow.data.config import DataConfig

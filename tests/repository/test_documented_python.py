@@ -15,8 +15,8 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from documented import TEXTS
 from helpers import ROOT
 from PIL import Image
-from test_pipeline import make_pipeline
-from test_student import with_student
+from pipelines import make_pipeline
+from students import with_student
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.flows.likelihood import flow_loss

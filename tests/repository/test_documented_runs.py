@@ -27,7 +27,7 @@ from documented import ALL, TEXTS, WHOLE, filled_in, named, other_lines, shell_l
 from fid_helpers import save_backbone
 from helpers import ROOT
 from PIL import Image
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 from torch.utils.tensorboard import SummaryWriter
 
 from tarflow.cli.main import main

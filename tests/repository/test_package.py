@@ -71,7 +71,7 @@ def test_the_source_distribution_has_what_a_clone_has(built: tuple[Path, Path]) 
     found = contents(built[1])
     wanted = {path.name for path in ROOT.glob("*.py")} | {"README.md", "CHANGELOG.md", "Makefile", "LICENSE"}
     wanted |= {"tarflow/py.typed"}
-    for pattern in ("configs/**/*.yaml", "docs/*.md", "tests/*.py", "tests/reference/**/*", "scripts/*.py"):
+    for pattern in ("configs/**/*.yaml", "docs/*.md", "tests/**/*.py", "tests/reference/**/*", "scripts/*.py"):
         wanted |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern) if path.is_file()}
     wanted = {name for name in wanted if "__pycache__" not in name and not name.endswith((".safetensors", ".png"))}
     assert wanted - found == set()

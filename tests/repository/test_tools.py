@@ -56,3 +56,14 @@ def test_what_tools_keep_is_not_for_commits() -> None:
         check=False,
     )
     assert len(done.stdout.split()) == 5, done.stdout + done.stderr
+
+
+def test_tests_stand_in_rooms_and_share_modules_that_are_no_tests() -> None:
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert [file.name for file in files if file.parent == ROOT / "tests"] == []
+    names = [file.name for file in files]
+    assert [name for name in names if names.count(name) > 1] == []
+    shared = re.compile(r"^ *(?:from|import) test_", re.MULTILINE)
+    assert [file.name for file in files if shared.search(file.read_text(encoding="utf-8"))] == []
+    rooms = {file.relative_to(ROOT / "tests").parts[0] for file in files}
+    assert [room for room in rooms - {"repository"} if not (ROOT / room / "__init__.py").is_file()] == []

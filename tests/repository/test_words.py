@@ -10,7 +10,7 @@ import typing
 import pytest
 import torch
 from helpers import ROOT
-from test_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from tarflow import TARFlowPipeline
 from tarflow.cli import generate

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from accelerate.state import AcceleratorState, GradientState
+from autoencoders import MODEL, SETTINGS, arguments, train, trainer
 from diffusers import AutoencoderKL
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
@@ -31,28 +31,9 @@ from tarflow.training.autoencoder.model import (
     kl_divergence,
 )
 from tarflow.training.autoencoder.report import evaluate
-from tarflow.training.autoencoder.task import autoencoder_trainer
 from tarflow.training.loop.network_task import write_metrics
 from tarflow.training.loop.step import Stepper
-from tarflow.training.loop.trainer import Trainer
 
-MODEL: dict[str, Any] = {
-    "latent_channels": 2,
-    "sample_size": 32,
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [8, 8, 8],
-    "norm_num_groups": 4,
-    "mid_block_add_attention": False,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 1.0,
-}
-SETTINGS = [
-    *("--sources", '{"drawings": {"data": {"source": "drawings", "image_size": 32}}}'),
-    *("--batch_size", "4", "--warmup_steps", "2", "--ema_decay", "0.9", "--mixed_precision", "no", "--lr", "3e-3"),
-    *("--eval_every", "0", "--eval_images", "10", "--checkpoint_every", "0", "--trackers", "[]", "--dtype", "float32"),
-]
 on_cpu = pytest.mark.skipif(
     os.environ.get("TARFLOW_TEST_DEVICE", "cpu") != "cpu", reason="the same bits are promised on a CPU only"
 )
@@ -60,21 +41,6 @@ ADVERSARIAL = [
     *("--loss.adversarial", "0.5", "--loss.adversarial_start", "2"),
     *("--loss.discriminator_width", "8", "--loss.discriminator_layers", "2"),
 ]
-
-
-def arguments(folder: Path, *settings: str, **model: Any) -> list[str]:
-    return [*SETTINGS, "--model", json.dumps({**MODEL, **model}), "--output", str(folder), *settings]
-
-
-def trainer(argv: list[str]) -> Trainer:
-    """As a fresh process would make it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return autoencoder_trainer(*parse_dataclass(TrainVaeConfig, argv))
-
-
-def train(folder: Path, *settings: str, **model: Any) -> dict[str, Any]:
-    return trainer(arguments(folder, *settings, **model)).run()
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

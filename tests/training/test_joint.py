@@ -13,7 +13,7 @@ import yaml
 from diffusers import AutoencoderKL
 from helpers import ROOT, small_model
 from safetensors.torch import load_file
-from test_training import CLASS_FLOW, train
+from trainings import CLASS_FLOW, train
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_draws import CPU, assert_independent, parts, pictures, run_config
-from test_student import small_student
-from test_training import CLASS_FLOW, PIXEL_FLOW, train, weights
+from draws import CPU, assert_independent, parts, pictures, run_config
+from students import small_student
+from trainings import CLASS_FLOW, PIXEL_FLOW, train, weights
 
 from tarflow import TARFlowPipeline
 from tarflow.data.config import DataConfig

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from parallel_runs import forked
 from safetensors.torch import load_file
-from test_parallel import forked
-from test_training import CLASS_FLOW, SMALL, TEXT_FLOW
-from test_training import train as train_run
+from trainings import CLASS_FLOW, SMALL, TEXT_FLOW
+from trainings import train as train_run
 
 from tarflow import TARFlowPipeline
 from tarflow.cli.main import main

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from pipelines import make_pipeline
 from safetensors.torch import save_file
-from test_pipeline import make_pipeline
-from test_training import TEXT_FLOW, train, weights
+from trainings import TEXT_FLOW, train, weights
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig

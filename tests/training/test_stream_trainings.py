@@ -8,17 +8,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import autoencoders
+import decoders
 import numpy as np
 import pytest
-import test_autoencoder
-import test_decoder
-import test_student
+import students
 import torch
 from fid_helpers import tiny
 from PIL import Image
 from safetensors.torch import load_file
-from stream_helpers import png, row, tar_bytes, tar_shards, write
-from test_streams import config, number_of
+from stream_helpers import config, number_of, png, row, tar_bytes, tar_shards, write
 
 from tarflow.cli.captions import CaptionScoreConfig, pictures_and_captions
 from tarflow.common.arguments import parse_dataclass
@@ -59,17 +58,17 @@ class TestAutoencoders:
     def test_one_that_goes_on_is_the_same_to_the_bit(self, tmp_path: Path) -> None:
         mixed = sources({"data": shards("memory://vae", 32)}, {"data": {"source": "drawings", "image_size": 32}})
         settings = [*mixed, "--steps", "4", "--checkpoint_every", "2"]
-        whole = test_autoencoder.train(tmp_path / "whole", *settings)
+        whole = autoencoders.train(tmp_path / "whole", *settings)
         assert {"psnr_s0", "psnr_s1"} <= set(whole)
         checkpoint = tmp_path / "whole_run" / "checkpoints" / "step_00000002"
-        test_autoencoder.train(tmp_path / "again", *settings, "--resume", str(checkpoint))
+        autoencoders.train(tmp_path / "again", *settings, "--resume", str(checkpoint))
         assert same(weights(tmp_path / "whole"), weights(tmp_path / "again"))
         with pytest.raises(ValueError, match="was trained on a stream, but the data here is pictures by number"):
-            test_autoencoder.train(tmp_path / "other", "--steps", "4", "--resume", str(checkpoint))
-        test_autoencoder.train(tmp_path / "drawings", "--steps", "1", "--checkpoint_every", "1")
+            autoencoders.train(tmp_path / "other", "--steps", "4", "--resume", str(checkpoint))
+        autoencoders.train(tmp_path / "drawings", "--steps", "1", "--checkpoint_every", "1")
         resume = ["--resume", str(tmp_path / "drawings_run" / "checkpoints" / "step_00000001")]
         with pytest.raises(ValueError, match="was trained on pictures by number, but the data here is a stream"):
-            test_autoencoder.train(tmp_path / "other", *settings, *resume)
+            autoencoders.train(tmp_path / "other", *settings, *resume)
         assert not (tmp_path / "other_run").exists()
 
     def test_sources_come_by_their_shares_each_picture_once_a_pass(
@@ -137,8 +136,8 @@ class TestComponents:
     @pytest.mark.parametrize(
         ("part", "tiny_pipeline", "train", "columns"),
         [
-            ("finetuned_decoder", test_decoder.tiny_pipeline, test_decoder.finetune, {"flip": True}),
-            ("student", test_student.tiny_pipeline, test_student.train, {"label_column": "cls"}),
+            ("finetuned_decoder", decoders.tiny_pipeline, decoders.finetune, {"flip": True}),
+            ("student", students.tiny_pipeline, students.train, {"label_column": "cls"}),
         ],
     )
     def test_what_goes_on_is_the_same_to_the_bit(
@@ -162,11 +161,11 @@ class TestComponents:
             )
 
     def test_a_stream_shorter_than_a_step_is_refused(self, tmp_path: Path) -> None:
-        test_decoder.tiny_pipeline(tmp_path / "pipeline")
+        decoders.tiny_pipeline(tmp_path / "pipeline")
         path = tar_shards("memory://short", [5], (16, 16))
         data = ["--data.source", "webdataset", "--data.path", path, "--data.validation_fraction", "0"]
         with pytest.raises(ValueError, match="has only 5 training rows, fewer than the 8 pictures of a step"):
-            test_decoder.finetune(tmp_path / "pipeline", tmp_path / "run", *data)
+            decoders.finetune(tmp_path / "pipeline", tmp_path / "run", *data)
 
 
 class TestEvaluations:
@@ -269,7 +268,7 @@ class TestEvaluations:
             PeersComparison(data=config("x.tar"))
 
     def test_likelihood(self, tmp_path: Path) -> None:
-        pipe = test_decoder.tiny_pipeline(tmp_path / "pipeline")
+        pipe = decoders.tiny_pipeline(tmp_path / "pipeline")
         path = tar_shards("memory://likelihood", [4, 8], (16, 16))
         settings = DataConfig(source="webdataset", path=path, image_size=16, validation_fraction=0.5)
         images = open_pictures(settings, "validation", 3, "num_images")

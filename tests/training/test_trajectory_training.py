@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_training import SMALL, train, weights
+from trainings import SMALL, train, weights
 
 from tarflow import TARFlowPipeline
 from tarflow.flows.trajectory.chain import chain_entropy

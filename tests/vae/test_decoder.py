@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL, AutoencoderTiny
-from helpers import ROOT, small_model
+from accelerate.state import AcceleratorState
+from autoencoders import small_autoencoder
+from decoders import finetune, tiny_pipeline, with_decoder
+from diffusers import AutoencoderTiny
+from helpers import ROOT, files_of
 from PIL import Image
-from test_pipeline import draw as draw_images
-from test_pipeline import make_pipeline
+from pipelines import draw as draw_images
+from pipelines import make_pipeline
 
 from tarflow import TARFlowPipeline, models
 from tarflow.common.arguments import parse_dataclass
 from tarflow.data.images import collate, to_model
 from tarflow.pipeline.loading.folder import add_component
-from tarflow.training.autoencoder.decoder import DecoderTask, finetune_decoder
+from tarflow.training.autoencoder.decoder import DecoderTask
 from tarflow.training.autoencoder.decoder_config import DecoderConfig
 from tarflow.vae.codec import weights_hash
 from tarflow.vae.decoder import LatentDecoder, decoder_of
@@ -30,29 +32,6 @@ from tarflow.vae.decoder import LatentDecoder, decoder_of
 def draw(pipe, **options):
     """Two images by the decoding that does not depend on timing."""
     return draw_images(pipe, num_images=2, decoding="sequential", **options)
-
-
-def small_autoencoder(**changes) -> AutoencoderKL:
-    arguments = {
-        "latent_channels": 8,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 2,
-        "scaling_factor": 0.5,
-        "shift_factor": 0.1,
-    }
-    return AutoencoderKL(**{**arguments, **changes}).eval().requires_grad_(False)
-
-
-def with_decoder(pipe: TARFlowPipeline, default: str = "finetuned") -> TARFlowPipeline:
-    """The pipeline with a finetuned decoder that differs from the autoencoder's."""
-    decoder = LatentDecoder.from_autoencoder(pipe.vae)
-    with torch.no_grad():
-        decoder.last_layer.mul_(1.5)
-    pipe.register_modules(finetuned_decoder=decoder)
-    pipe.register_to_config(decoder=default)
-    return pipe
 
 
 @pytest.mark.parametrize("options", [{}, {"use_post_quant_conv": False, "mid_block_add_attention": False}])
@@ -158,30 +137,6 @@ def test_models_of_pixels_have_no_decoder() -> None:
         make_pipeline("none", vae=False)(decoder="finetuned")
 
 
-def tiny_pipeline(folder) -> TARFlowPipeline:
-    """A pipeline of drawings of 16 × 16 pixels in its folder, with files of other origins beside its own."""
-    torch.manual_seed(0)
-    vae = small_autoencoder(scaling_factor=1.0, shift_factor=None, mid_block_add_attention=False)
-    flow = small_model(in_channels=8, sample_size=8, conditioning="none", num_classes=0, cond_dim=0)
-    pipe = TARFlowPipeline(flow, vae, latents_mean=[0.0] * 8, latents_std=[1.0] * 8, noise_std=0.5)
-    pipe.save_pretrained(folder)
-    (folder / "README.md").write_text("a card")
-    (folder / "decoding.json").write_text("{}")
-    return pipe
-
-
-def finetune(pipeline, output, *arguments) -> dict[str, float]:
-    """Run as a fresh process would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    settings = [
-        *("--pipeline", str(pipeline), "--output", str(output), "--data.image_size", "16", "--trackers", "[]"),
-        *("--mixed_precision", "no", "--batch_size", "8", "--lr", "3e-3", "--warmup_steps", "2", "--ema_decay", "0.9"),
-        *("--eval_every", "0", "--eval_images", "16", "--checkpoint_every", "0", "--steps", "6"),
-    ]
-    return finetune_decoder(*parse_dataclass(DecoderConfig, [*settings, *arguments]))
-
-
 @pytest.mark.parametrize("sampled", [True, False])
 def test_noise_is_on_draws_or_means_of_the_posterior(tmp_path, sampled) -> None:
     tiny_pipeline(tmp_path / "pipeline")
@@ -213,10 +168,6 @@ def test_training_starts_from_either_decoder(tmp_path, start) -> None:
     wanted = pipe.finetuned_decoder if start == "finetuned" else LatentDecoder.from_autoencoder(pipe.vae)
     assert weights_hash(task.network) == weights_hash(wanted)
     assert all(weight.requires_grad for weight in task.network.parameters())
-
-
-def files_of(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_the_shipped_configuration_is_valid() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SHARED
 from safetensors.torch import save_file
 
 from tarflow import LatentCodec, TARFlowPipeline
@@ -14,7 +15,7 @@ from tarflow.vae.codec import autoencoder_hash, load_autoencoder
 from tarflow.vae.decoder import TAEF2Decoder, decoder_of
 from tarflow.vae.taef2 import ORIGINAL, AutoencoderTAEF2, PooledBlock
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights" / "taef2"
+WEIGHTS = SHARED / "data" / "weights" / "taef2"
 SMALL = {"latent_channels": 3, "block_out_channels": (8, 8), "num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1)}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import condition_of, random_images, small_model
+from helpers import ROOT, condition_of, random_images, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,7 +68,7 @@ def test_the_kernel_is_taken_where_it_fits() -> None:
 @pytest.mark.skipif(not TRITON, reason="without Triton")
 def test_the_kernels_in_tritons_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    worker = Path(__file__).with_name("triton_worker.py")
+    worker = ROOT / "tests" / "triton_worker.py"
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "32 cases\n18 layers\n", done.stderr[-3000:]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_images, small_model
-from test_pipeline import draw, make_pipeline
+from pipelines import draw, make_pipeline
 from torch import Tensor
 
 from tarflow import TARFlowPipeline

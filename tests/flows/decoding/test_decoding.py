@@ -11,9 +11,9 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from flow_kinds import GUIDANCES, MODELS, conditions
 from helpers import condition_of, random_images, small_model
-from test_pipeline import draw, make_pipeline
-from test_sampling import GUIDANCES, MODELS, conditions
+from pipelines import draw, make_pipeline
 from torch import Tensor
 
 from tarflow import TARFlowPipeline

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import block_parameters, condition_of, random_images, small_model
+from flow_kinds import GUIDANCES, MODELS, conditions
+from helpers import block_parameters, random_images, small_model
 from torch import Tensor
 
 from tarflow.flows.blocks.autoregressive import FlowBlock
@@ -17,61 +18,12 @@ from tarflow.flows.layers.kv_cache import KVCache
 from tarflow.flows.layers.order import reorder, restore
 from tarflow.flows.model import TARFlowModel
 
-MODELS: dict[str, dict[str, Any]] = {
-    "learned-vectors": {
-        "positions": "learned",
-        "conditioning": "class_vectors",
-        "start_token": False,
-        "scale": "exp",
-        "soft_clip": 0.0,
-        "final_norm": False,
-    },
-    "rotary-class_prefix": {"conditioning": "class_prefix"},
-    "rotary-prefix": {"conditioning": "prefix"},
-    "rotary_1d-prefix-shifted": {"conditioning": "prefix", "positions": "rotary_1d", "start_token": False},
-    "rich-prefix": {
-        "conditioning": "prefix",
-        "norm": "rms_norm",
-        "mlp": "geglu",
-        "qk_norm": True,
-        "post_norm": True,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-    },
-    "deep-prefix": {"conditioning": "prefix", "condition_blocks": "deep"},
-    "coarse_to_fine-prefix": {
-        "conditioning": "prefix",
-        "deep_order": "coarse_to_fine",
-        "num_heads": 4,
-        "num_kv_heads": 2,
-    },
-    "outward-class": {"conditioning": "class_vectors", "num_classes": 3, "deep_order": "outward"},
-    "unconditional": {},
-}
-GUIDANCES = {
-    "none": None,
-    "gaussian": Guidance(1.5),
-    "linear": Guidance(2.0, "linear"),
-    "linear_a": Guidance(1.0, "linear", "a"),
-    "linear_b": Guidance(1.0, "linear", "b"),
-    "linear_annealed": Guidance(2.0, "linear", annealed=True),
-    "temperature": Guidance(1.0, "linear", temperature=1.7),
-    "temperature_gaussian": Guidance(0.5, "gaussian", temperature=0.6),
-}
 GRID = (2, 2)
 
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> TARFlowModel:
     return small_model(**MODELS[request.param]).double()
-
-
-def conditions(model: TARFlowModel, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """The condition and the null condition, as blocks take them."""
-    given = condition_of(model, batch)
-    cond = model.condition(given.get("class_labels"), given.get("cond"), batch)
-    null = torch.randn(1, 3, model.config.cond_dim).double() if model.config.conditioning == "prefix" else None
-    return cond, model.condition(None, null, batch)
 
 
 @torch.no_grad()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import torch
-from accelerate import PartialState
-from test_cache_folder import save_autoencoder
-from test_remote_latents import config_of
+from autoencoders import save_autoencoder
+from latent_caches import config_of, run_two
 
 from tarflow.data.latents import CachedLatents
 from tarflow.data.shards import checksums
@@ -101,39 +97,6 @@ def test_places_of_others_are_refused(tmp_path: Path, vae_path: str, what: str) 
     with pytest.raises(ValueError, match=message[what]):
         cache_latents(config_of(url, vae_path, num_images=4, num_validation_images=0))
     assert contents(url) == before
-
-
-def work(rank: int, port: int, config: CacheConfig, last: int | None) -> None:
-    """One of two processes; it is killed at batch ``last``."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    PartialState._reset_state()
-    torch.set_num_threads(1)
-    calls, latents = [], Encoder.latents
-
-    def breaking(self: Encoder, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        calls.append(len(images))
-        if len(calls) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return latents(self, images)
-
-    Encoder.latents = breaking  # type: ignore[method-assign]
-    cache_latents(config)
-    os._exit(0)
-
-
-def run_two(config: CacheConfig, last: int | None) -> list[int | None]:
-    """Exit codes of two processes that write one cache."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank, port, config, last)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
 
 
 def test_two_processes_are_killed_and_go_on(expected: dict[str, bytes], tmp_path: Path, vae_path: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from autoencoders import save_autoencoder
 from diffusers import AutoencoderTiny
 from PIL import Image
 from processes import start_script
@@ -23,15 +24,6 @@ from tarflow.training.latent_cache import caching
 from tarflow.training.latent_cache import folder as cache_folder
 from tarflow.training.latent_cache.caching import cache_latents, same_plan
 from tarflow.training.latent_cache.config import CacheConfig
-
-
-def save_autoencoder(path: Path, seed: int = 0) -> str:
-    """A random autoencoder of factor 2."""
-    torch.manual_seed(seed)
-    channels = {f"{side}_block_out_channels": (4, 4) for side in ("encoder", "decoder")}
-    vae = AutoencoderTiny(**channels, latent_channels=2, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
-    vae.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
-from test_training import TEXT_FLOW, train
 from torch.utils.data import DataLoader
+from trainings import TEXT_FLOW, train
 from transformers import T5EncoderModel
 
 from tarflow.common.arguments import parse_dataclass

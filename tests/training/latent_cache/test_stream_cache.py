@@ -10,9 +10,9 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from autoencoders import save_autoencoder
+from latent_caches import run_two
 from stream_helpers import breaking_connections, parquet_shards, row, tar_bytes, tar_shards, write
-from test_cache_at_urls import run_two
-from test_cache_folder import save_autoencoder
 from transformers import T5EncoderModel
 
 from tarflow.data.config import DataConfig, MixedSource

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_training import train
+from trainings import train
 
 
 def test_they_are_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DynamoBackend
-from test_training import CLASS_FLOW, SMALL, train
+from trainings import CLASS_FLOW, SMALL, train
 
 from tarflow.training.flow.accelerator import flow_accelerator
 from tarflow.training.flow.arguments import parse_config

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from autoencoders import small_autoencoder
+from decoders import finetune, tiny_pipeline
 from helpers import ROOT, small_model
-from test_decoder import finetune, small_autoencoder, tiny_pipeline
-from test_training import train
 from torch import Tensor, nn
+from trainings import train
 
 from tarflow.common.arguments import parse_dataclass
 from tarflow.training.flow.arguments import parse_config

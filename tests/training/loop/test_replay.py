@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from test_training import CLASS_FLOW, TEXT_FLOW, train, weights
 from torch import nn
+from trainings import CLASS_FLOW, TEXT_FLOW, train, weights
 
 from tarflow.training.loop.muon import Muon
 from tarflow.training.loop.replay import MOST_SHAPES, WARM_UP, Outputs, ReplayedPass, check_graphs

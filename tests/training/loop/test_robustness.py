@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from processes import CONTEXT
 from safetensors.torch import load_file
-from test_training import CLASS_FLOW, SMALL
 from torch import Tensor
+from trainings import CLASS_FLOW, SMALL
 
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.trainer import flow_trainer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import train
+from trainings import train
 
 from tarflow.training.loop.config import LogSettings, LoopSettings, OptimConfig, StepSettings
 from tarflow.training.loop.step import Stepper

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from processes import start_script
 from safetensors.torch import load_file
-from test_training import CLASS_FLOW, SMALL, train
 from torch.utils.data import Dataset
+from trainings import CLASS_FLOW, SMALL, train
 
 from tarflow.training.flow.task import FlowTask
 from tarflow.training.loop import agreement

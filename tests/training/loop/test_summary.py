@@ -12,7 +12,7 @@ import pytest
 from accelerate import Accelerator
 from helpers import ROOT
 from PIL import Image
-from test_training import CLASS_FLOW, TEXT_FLOW, train
+from trainings import CLASS_FLOW, TEXT_FLOW, train
 
 from tarflow.cli import generate
 from tarflow.cli.main import main
