@@ -33,6 +33,7 @@ from tarflow.training.loop.step import Stepper
 from tarflow.training.student.config import StudentConfig
 from tarflow.training.student.loss import alignment_loss, extrapolated, teacher_states
 from tarflow.training.student.objective import StudentObjective
+from tarflow.training.student.pairs import KeptPairs, Pairs
 
 
 class TestPairs:
@@ -253,6 +254,42 @@ class TestPipeline:
             make_pipeline("none")(decoding="student")
 
 
+class TestPairsUsedAgain:
+    def pairs(self, first: int, count: int) -> Pairs:
+        """Pairs whose numbers tell which they are."""
+        numbers = torch.arange(first, first + count)
+        latents = numbers[:, None, None, None].float().expand(-1, 2, 3, 3)
+        return Pairs(latents, latents[:, None].expand(-1, 4, -1, -1, -1), numbers, None, numbers.float())
+
+    def test_all_of_a_pair_comes_back_together_and_the_oldest_goes(self) -> None:
+        kept, chances = KeptPairs(5), torch.arange(50) / 50
+        assert kept.among(self.pairs(0, 3), chances).labels.tolist() == [0, 1, 2]
+        for first in (0, 3, 6):
+            kept.add(self.pairs(first, 3))
+        found = kept.among(self.pairs(9, 1), chances)
+        assert found.cond is None
+        assert found.labels[0] == 9
+        assert sorted(set(found.labels[1:].tolist())) == [4, 5, 6, 7, 8]
+        assert all(torch.equal(found.labels.float(), value) for value in (found.weight, found.clean[:, 1, 2, 0]))
+        assert torch.equal(found.states[:, 3], found.clean)
+
+    def test_more_than_are_kept(self) -> None:
+        kept = KeptPairs(4)
+        kept.add(self.pairs(0, 10))
+        assert sorted(kept.kept["labels"].tolist()) == [6, 7, 8, 9]
+
+    def test_they_are_read_as_they_were_written(self, tmp_path) -> None:
+        kept, read = KeptPairs(6), KeptPairs(6)
+        for first in (0, 3):
+            kept.write(tmp_path / "pairs.safetensors")
+            read.read(tmp_path / "pairs.safetensors", torch.device("cpu"))
+            for one in (kept, read):
+                one.add(self.pairs(first, 3))
+            chances = torch.arange(12) / 12
+            found = [one.among(self.pairs(9, 1), chances).labels.tolist() for one in (kept, read)]
+            assert found[0] == found[1]
+
+
 class TestTraining:
     def test_it_learns_the_way_back(self, tmp_path) -> None:
         pipe = tiny_pipeline(tmp_path / "pipeline")
@@ -283,6 +320,7 @@ class TestTraining:
             ["--guidance", "extrapolated", "--data.flip", "true"],
             ["--own_share", "0.5", "--own_after", "0"],
             ["--patch_size", "4"],
+            ["--reuse", "3", "--reuse_from", "20"],
         ],
     )
     def test_every_choice_has_its_effect(self, tmp_path, options) -> None:
@@ -318,6 +356,7 @@ class TestTraining:
 
     def test_resuming_is_bit_identical(self, tmp_path) -> None:
         options = ["--checkpoint_every", "3", "--data.flip", "true", "--own_share", "0.5", "--accumulation", "2"]
+        options += ["--reuse", "2", "--reuse_from", "36"]
         for name in ("whole", "parts"):
             tiny_pipeline(tmp_path / name)
             train(tmp_path / name, tmp_path / f"run_{name}", *options)
@@ -328,6 +367,12 @@ class TestTraining:
         assert files_of(tmp_path / "whole") == files_of(tmp_path / "parts")
         with pytest.raises(ValueError, match=r"student\.width is 64 there and 32 here"):
             train(tmp_path / "parts", tmp_path / "run_parts", *options, "--resume", "latest", "--width", "32")
+        with pytest.raises(ValueError, match="reuse_from is 36 there and 40 here"):
+            train(tmp_path / "parts", tmp_path / "run_parts", *options, "--resume", "latest", "--reuse_from", "40")
+        pairs = tmp_path / "run_parts" / "checkpoints" / "step_00000006" / "pairs_0.safetensors"
+        pairs.write_bytes(pairs.read_bytes()[:100])
+        with pytest.raises(ValueError, match=r"pairs_0\.safetensors' cannot be read, it is damaged or cut off"):
+            train(tmp_path / "parts", tmp_path / "run_parts", *options, "--resume", "latest")
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -336,6 +381,7 @@ class TestTraining:
             (["--num_layers", "2"], "num_layers must be at least 3, one more than the states of the flow"),
             (["--perceptual", "1"], "perceptual needs weights of mobilenet_v2: set perceptual_weights"),
             (["--unguided_share", "2"], r"unguided_share must be in \[0, 1\], got 2"),
+            (["--reuse", "0"], "reuse must be at least 1, got 0"),
             (["--guidance_scale", "0.5"], r"guidance_scale must be at least 1 \(off\), got 0\.5"),
         ],
     )

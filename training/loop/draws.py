@@ -22,6 +22,7 @@ Purpose = Literal[
     "drop",  # whether its condition is dropped
     "unguided",  # whether a student learns it without guidance
     "guidance",  # the guidance weight that a student learns it with
+    "reuse",  # which earlier pairs a student sees again
     "student prior",  # the noise of a student's own sample
     "student noise",  # the training noise on it
     "time",  # how far a diffusion model's picture is on its way to noise

@@ -145,6 +145,16 @@ class Task(ABC):
         """What a checkpoint keeps beside the trainer's own, for `check_resume` and `make_parts`."""
         return self.resume_invariants()
 
+    def write_own(self, checkpoint: Path, process: int) -> None:  # noqa: B027
+        """Write into a checkpoint what this process alone has."""
+
+    def read_own(self, checkpoint: Path, process: int) -> None:  # noqa: B027
+        """Read what `write_own` wrote; there is nothing of processes that the run did not have when it was saved.
+
+        Raises:
+            ValueError: that names the file, if it cannot be read.
+        """
+
 
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens all so many steps, 0 for never, happens after this one."""

@@ -136,6 +136,7 @@ class Trainer:
         check_random_states(checkpoint, accelerator.process_index)
         with reading(checkpoint):
             accelerator.load_state(str(checkpoint))
+        self.task.read_own(checkpoint, accelerator.process_index)
         # Passes are counted within a step: a checkpoint of other numbers of them would shift the gradients' exchange.
         accelerator.step = 0
         for group, own in zip(groups.param_groups, wanted, strict=True):
@@ -159,11 +160,18 @@ class Trainer:
             "optimizer": self.settings.optim.name,
             **self.task.state(),
         }
-        more = None
-        if isinstance(self.reader, StreamReader):
-            state["stream"], more = self.reader.state(), self.reader.write_waiting
+        stream = self.reader if isinstance(self.reader, StreamReader) else None
+        if stream is not None:
+            state["stream"] = stream.state()
+
+        def write_own(checkpoint: Path) -> None:
+            self.task.write_own(checkpoint, self.accelerator.process_index)
+            if stream is not None:
+                stream.write_waiting(checkpoint)
+
         keep = self.settings.log.keep_checkpoints
-        self.saved = save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.averages, keep, more)
+        folder = self.folder / "checkpoints"
+        self.saved = save_checkpoint(self.accelerator, folder, state, self.averages, keep, write_own)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then evaluate and save; returns the last metrics, with "steps".

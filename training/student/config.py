@@ -31,6 +31,10 @@ class StudentConfig(ComponentConfig, PerceptualConfig):
             ``own_after`` of the steps (a fraction): the flow maps them to noise as it does any picture, so that the
             student learns where it will be used.
         own_after: see there.
+        reuse: how many passes each pair of the flow is part of on average. A pass has ``batch_size`` new pairs and
+            (``reuse`` − 1) · ``batch_size`` of earlier passes, which cost the student's own computation alone; 1 is new
+            ones only.
+        reuse_from: the number of last pairs that are kept for it, in memory and in checkpoints.
         perceptual: weight of a perceptual loss of ``perceptual_pictures`` decoded pictures of each pass; 0 is off.
     """
 
@@ -48,6 +52,8 @@ class StudentConfig(ComponentConfig, PerceptualConfig):
     unguided_share: Fraction = 0.25
     own_share: Fraction = 0.0
     own_after: Fraction = 0.5
+    reuse: AtLeastOne = 1
+    reuse_from: AtLeastOne = 4096
     perceptual_pictures: AtLeastOne = 8
     steps: AtLeastOne = 10000
     batch_size: AtLeastOne = 64

@@ -19,6 +19,7 @@ from tarflow.training.loop.task import Batch
 from tarflow.training.losses.perceptual import make_perceptual
 from tarflow.training.student.config import StudentConfig
 from tarflow.training.student.loss import alignment_loss, extrapolated, teacher_states
+from tarflow.training.student.pairs import KeptPairs, Pairs
 
 
 @dataclass
@@ -55,6 +56,7 @@ class StudentObjective:
     def __init__(self, config: StudentConfig, accelerator: Accelerator, network: StudentModel, pipe: TARFlowPipeline):
         self.config, self.accelerator, self.network, self.pipe = config, accelerator, network, pipe
         self.largest_weight = network.config.max_guidance_scale - 1
+        self.kept = KeptPairs(config.reuse_from) if config.reuse > 1 else None
         self.null_cond: Tensor | None = None
         if pipe.flow.config.conditioning == "prefix":
             self.null_cond = pipe.encode_prompt([""], accelerator.device, do_classifier_free_guidance=False)[0]
@@ -75,19 +77,12 @@ class StudentObjective:
             total: steps of the run, as far as is known.
             sample_ids: of the pictures in the step's batch of all processes and passes.
         """
-        config, pictures = self.config, self.pictures(batch, step, sample_ids)
-        with torch.no_grad():
-            if config.own_share > 0 and step >= config.own_after * total:
-                with self.accelerator.autocast():
-                    self.put_own_samples(pictures, step, sample_ids)
-            guided = self.largest_weight > 0 and config.guidance == "flow"
-            # What is learned is computed exactly: with bf16 the targets would be off by up to 0.4.
-            states = self.states(pictures, pictures.weight if guided else None)
-        z, led = states[0], states[1:]
-        found, read = model(z, pictures.labels, pictures.cond, pictures.weight, return_states=True)
-        wanted = pictures.clean if config.target == "clean" else pictures.noisy
+        config, pairs = self.config, self.pairs(batch, step, total, sample_ids)
+        z, led = pairs.states[:, 0], pairs.states[:, 1:].unbind(1)
+        found, read = model(z, pairs.labels, pairs.cond, pairs.weight, return_states=True)
+        wanted = pairs.clean if config.target == "clean" else led[-1]
         if self.largest_weight > 0 and config.guidance == "extrapolated":
-            wanted = self.away_from_unconditional(wanted, z, pictures)
+            wanted = self.away_from_unconditional(wanted, z, pairs)
         latents = (found - wanted).pow(2).mean()
         loss, parts = latents, {"latents": latents.detach()}
         if read:
@@ -102,6 +97,29 @@ class StudentObjective:
                 perceptual = self.perceptual(decoded, original)
             loss, parts["perceptual"] = loss + config.perceptual * perceptual, perceptual.detach()
         return {"loss": loss, **parts}
+
+    @torch.no_grad()
+    def pairs(self, batch: Batch, step: int, total: int, sample_ids: Sequence[int]) -> Pairs:
+        """What the flow makes of a batch, with earlier pairs behind it if these are used again."""
+        pairs, again = self.new_pairs(batch, step, total, sample_ids), self.config.reuse - 1
+        if self.kept is None:
+            return pairs
+        drawn = [number * again + time for number in sample_ids for time in range(again)]
+        chances = draw_chances(self.config.seed, step, drawn, self.accelerator.device, "reuse")
+        more = self.kept.among(pairs, chances)
+        self.kept.add(pairs)
+        return more
+
+    def new_pairs(self, batch: Batch, step: int, total: int, sample_ids: Sequence[int]) -> Pairs:
+        """What the flow makes of a batch."""
+        config, pictures = self.config, self.pictures(batch, step, sample_ids)
+        if config.own_share > 0 and step >= config.own_after * total:
+            with self.accelerator.autocast():
+                self.put_own_samples(pictures, step, sample_ids)
+        guided = self.largest_weight > 0 and config.guidance == "flow"
+        # What is learned is computed exactly: with bf16 the targets would be off by up to 0.4.
+        states = self.states(pictures, pictures.weight if guided else None)
+        return Pairs(pictures.clean, torch.stack(states, 1), pictures.labels, pictures.cond, pictures.weight)
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: int, sample_ids: Sequence[int]) -> Pictures:
@@ -150,9 +168,9 @@ class StudentObjective:
         pictures.clean[:count] = score_denoise(flow, noisy, sigma, class_labels=labels, cond=cond)
 
     @torch.no_grad()
-    def away_from_unconditional(self, wanted: Tensor, z: Tensor, pictures: Pictures) -> Tensor:
+    def away_from_unconditional(self, wanted: Tensor, z: Tensor, pairs: Pairs) -> Tensor:
         """Latents as guidance changes them, see `extrapolated`."""
-        labels = None if pictures.labels is None else torch.full_like(pictures.labels, self.pipe.flow.null_label)
+        labels = None if pairs.labels is None else torch.full_like(pairs.labels, self.pipe.flow.null_label)
         with self.accelerator.autocast():
             unconditional = self.network(z, labels, self.null_cond, 0.0)
-        return extrapolated(wanted, unconditional, pictures.weight)
+        return extrapolated(wanted, unconditional, pairs.weight)

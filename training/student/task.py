@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.component import ComponentFolders, example_line, open_splits, write_rows
 from tarflow.training.loop.network_task import NetworkTask
 from tarflow.training.loop.network_trainer import network_trainer
+from tarflow.training.loop.reading import reading
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.student.config import StudentConfig
 from tarflow.training.student.objective import StudentObjective
+
+#: A checkpoint's pairs that are used again, a file for each process.
+PAIRS = "pairs_{}.safetensors"
 
 
 class StudentTask(NetworkTask):
@@ -71,6 +76,16 @@ class StudentTask(NetworkTask):
         self.accelerator.backward(losses["loss"])
         return {**losses, "loss": losses["loss"].detach()}
 
+    def write_own(self, checkpoint: Path, process: int) -> None:
+        if self.objective.kept is not None:
+            self.objective.kept.write(checkpoint / PAIRS.format(process))
+
+    def read_own(self, checkpoint: Path, process: int) -> None:
+        path = checkpoint / PAIRS.format(process)
+        if self.objective.kept is not None and (process == 0 or path.exists()):
+            with reading(path):
+                self.objective.kept.read(path, self.accelerator.device)
+
     def prepare_held_out(self, held_out: AnyPictures | None, train: AnyPictures) -> None:
         """What the student is measured by: held-out pictures if there are any, and the flow's own samples."""
         if held_out is not None and self.pipe.vae is not None:
@@ -101,7 +116,9 @@ class StudentTask(NetworkTask):
     def network_invariants(self) -> dict[str, Any]:
         settings = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
         hashes = settings.pop("flow_hashes")
-        return {"the flow's SHA-256": hashes[0], **{f"student.{key}": value for key, value in settings.items()}}
+        facts = {"the flow's SHA-256": hashes[0], **{f"student.{key}": value for key, value in settings.items()}}
+        reuse, size = self.config.reuse, self.config.reuse_from
+        return facts if reuse == 1 else {**facts, "reuse": reuse, "reuse_from": size}
 
     @torch.no_grad()
     def measure(self, step: int, last: bool) -> dict[str, Any]:
