@@ -26,12 +26,18 @@ class CheckedError(Exception):
     """Raised where a command would load its libraries: its settings are right."""
 
 
+def make_archive(path: Path) -> None:
+    """Make one that lists a picture: archives without any are refused at once."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("picture.png", b"")
+
+
 def make_files(words: list[str], folder: Path) -> None:
     """Make what a command takes for granted: archives, caches, pipelines, statistics, checkpoints."""
     for option, value in itertools.pairwise(words):
         path = folder / value
         if option.endswith(".path") and value.endswith(".zip"):
-            zipfile.ZipFile(path, "w").close()
+            make_archive(path)
         elif option == "--checkpoint" or (option == "--config" and words[0] == "convert"):
             path.touch()
         elif option.endswith(".path") or option in ("--ref", "--samples"):
@@ -58,7 +64,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     make_files(["--pipeline", "runs/quickstart/pipeline"], tmp_path)  # which configs/fid_example.yaml names
     (tmp_path / "runs" / "vae_f16").mkdir()  # which configs/emoji128_f16.yaml names
     for archive in ("emoji.zip", "nette.zip", "pictures.zip", "my_pictures.zip", "imagenette-64.zip"):
-        zipfile.ZipFile(tmp_path / archive, "w").close()
+        make_archive(tmp_path / archive)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
