@@ -7,12 +7,12 @@ from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 from tarflow.pipeline.loading.place import locate
 
-DESCRIPTION = """Copy a pipeline with the weights of flow and decoders in 16 bits, as the shipped ones are.
+DESCRIPTION = """Copy a pipeline with its weights in 16 bits, as the shipped ones are.
 
   tarflow export --pipeline runs/NAME/pipeline --output models/NAME
 
 What the output folder has of other files, such as cards (README.md) and example prompts, stays there. Loading gives
-float32 again; the text encoder, which is small, keeps its precision."""
+float32 again. What has 16 bits already, such as a large text encoder, keeps them."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,13 +29,18 @@ def export(pipeline: str, output: str, dtype: torch.dtype, denoiser: bool = True
     if not denoiser and getattr(pipe.flow, "denoiser", None) is not None:
         pipe.flow.denoiser = None
         pipe.flow.register_to_config(learned_denoiser="none")
-    for name in ("flow", "vae", "finetuned_decoder"):
+    precision = getattr(pipe.text_encoder, "dtype", None)
+    for name in ("flow", "vae", "finetuned_decoder", "student", "text_encoder"):
         module = getattr(pipe, name)
-        if module is not None:
+        if module is not None and module.dtype == torch.float32:  # what has 16 bits already keeps them
             rounded(module, name, dtype)
     with written_into(target) as temporary:
         pipe.save_pretrained(temporary)
         forget_paths(temporary)
+        if precision is not None:  # Transformers reads weights in the type that the settings name
+            settings = temporary / "text_encoder" / "config.json"
+            named = {"dtype": str(precision).removeprefix("torch.")}
+            write_json(settings, json.loads(settings.read_text(encoding="utf-8")) | named)
         means = Path(locate(pipeline), HELD_OUT)
         if means.is_file():
             shutil.copyfile(means, temporary / HELD_OUT)

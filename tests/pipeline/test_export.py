@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines import CAPTIONS, draw, make_pipeline
 from safetensors.torch import load_file
+from students import with_student
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.cli.export import main
@@ -35,6 +37,19 @@ def test_weights_take_half_and_cards_stay(pipeline: Path, tmp_path: Path) -> Non
     assert loaded.dtype == torch.float32
     for name, value in load_file(pipeline / WEIGHTS).items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_text_encoders_and_students_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with_student(make_pipeline("prefix")).save_pretrained(tmp_path / "pipeline")
+    main(["--pipeline", str(tmp_path / "pipeline"), "--output", str(tmp_path / "copy")])
+    files = list((tmp_path / "copy").glob("*/*.safetensors"))
+    assert {file.parent.name for file in files} == {"flow", "vae", "text_encoder", "student"}
+    assert {value.dtype for file in files for value in load_file(file).values()} == {torch.float16}
+    pipes = [TARFlowPipeline.from_pretrained(tmp_path / name) for name in ("pipeline", "copy")]
+    assert [module.dtype for module in (pipes[1].text_encoder, pipes[1].student)] == [torch.float32] * 2
+    images = [draw(pipe, prompt=CAPTIONS[:2], decoding="student") for pipe in pipes]
+    assert abs(images[0] - images[1]).max() < 0.05
 
 
 def test_means_of_held_out_pictures_go_along(pipeline: Path, tmp_path: Path) -> None:
