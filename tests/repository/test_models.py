@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from helpers import ROOT
 
 from tarflow import TARFlowPipeline
-from tarflow.data.drawing_checker import match_shares
+from tarflow.data.drawing_checker import class_shares, match_shares
+from tarflow.data.drawings import CLASS_NAMES
 from tarflow.evaluation.samples.match import all_captions, generate
 from tarflow.models import FOLDER, SHARED, followed, resolve, shipped
 from tarflow.pipeline.loading.folder import add_component
@@ -111,6 +112,14 @@ def test_draws_the_drawings_that_are_asked_for(pipelines) -> None:
     shares = match_shares(generate(pipelines["drawings_text"], {"prompt": captions}, 27), captions)
     assert shares["colour"] > 0.9
     assert shares["all"] > 0.7
+
+
+def test_students_draw_the_drawings_that_are_asked_for(pipelines) -> None:
+    captions, names = all_captions()[::2], list(CLASS_NAMES)
+    pictures = generate(pipelines["drawings_text"], {"prompt": captions}, 54, decoding="student")
+    assert match_shares(pictures, captions)["all"] > 0.9
+    pictures = generate(pipelines["drawings_class"], {"class_labels": names}, 36, decoding="student")
+    assert class_shares(pictures, names)["all"] > 0.8
 
 
 def test_draws_emoji_of_the_colour_that_is_asked_for(pipelines) -> None:
