@@ -145,32 +145,6 @@ def test_start_from_a_pipeline(tmp_path, monkeypatch, capsys):
             train(tmp_path / "bad", *options, *arguments, flow=flow)
 
 
-def test_a_text_encoder_learns_alone(tmp_path):
-    text = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"]
-    train(tmp_path / "first", *text, "--train.steps", "2", flow=TEXT_FLOW)
-    pipeline = str(tmp_path / "first" / "pipeline")
-    options = [*text, "--text.alone", "true", "--init_from", pipeline, "--log.checkpoint_every", "2"]
-    train(tmp_path / "words", *options, "--train.steps", "4", flow="{}")
-    before, after = (TARFlowPipeline.from_pretrained(path) for path in (pipeline, tmp_path / "words" / "pipeline"))
-    for name, same in (("flow", True), ("text_encoder", False)):
-        pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
-        assert all(torch.equal(*pair) for pair in pairs) is same
-    resume = ["--resume", str(tmp_path / "words" / "checkpoints" / "step_00000002"), "--train.steps", "4"]
-    train(tmp_path / "again", *options, *resume, flow="{}")
-    again = TARFlowPipeline.from_pretrained(tmp_path / "again" / "pipeline").text_encoder.state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in after.text_encoder.state_dict().items())
-    with pytest.raises(ValueError, match=r"was trained with text\.alone True, but it is False here"):
-        train(tmp_path / "other", *options, *resume, "--text.alone", "false", flow="{}")
-    for arguments, message in (
-        (["--text.kind", "none"], r"text\.alone is for text\.kind 'small', but text\.kind is 'none'"),
-        (["--init_from", "null"], r"text\.alone needs a trained flow: give init_from, a pipeline"),
-        (["--lora.rank", "4"], r"text\.alone and lora\.rank train different parts: leave one of them out"),
-        (["--optim.name", "muon"], "'muon' is for hidden matrices, of which what is trained here has none"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(tmp_path / "bad", *options, *arguments, flow="{}")
-
-
 def test_pictures_instead_of_steps(tmp_path):
     options = ["--train.images", "50", "--optim.warmup_images", "30", "--optim.lr_scaling", "linear"]
     trainer, metrics = train(tmp_path, *options, "--optim.reference_batch", "4", "--train.accumulation", "2")

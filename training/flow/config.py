@@ -78,7 +78,6 @@ class TextConfig:
         vocab_size: of the small encoder's tokenizer.
         shard: with FSDP, divide a pretrained encoder's weights among the processes too.
         vocab_captions: how many captions the tokenizer is made of.
-        alone: train the small encoder of ``init_from`` alone, whose flow stays as it is: new words for what it draws.
         unit: what a token of the small tokenizer is: "word", or "bpe" for open vocabularies.
     """
 
@@ -97,7 +96,6 @@ class TextConfig:
     layers: AtLeastOne = 2
     heads: AtLeastOne = 4
     shard: bool = False
-    alone: bool = False
 
     def __post_init__(self) -> None:
         check(not self.shard or self.kind == "pretrained", "text.shard is for text.kind 'pretrained', a frozen encoder")
@@ -269,7 +267,6 @@ class RunConfig:
         if self.data.source == "latents":
             check(not self.vae.pixels, "data.source is 'latents', but vae.name is none, which models pixels")
         check_noise_levels(self)
-        check_text_alone(self)
         if self.train.noise == "uniform":
             check(self.vae.pixels, "train.noise is 'uniform', which is for pixels: set vae.name to none")
         check(
@@ -314,17 +311,6 @@ def has_denoiser(config: RunConfig) -> bool:
 def is_joint(config: RunConfig) -> bool:
     """Whether the autoencoder is trained along."""
     return config.vae.train == "joint"
-
-
-def check_text_alone(config: RunConfig) -> None:
-    """Errors of settings that do not fit ``text.alone``."""
-    if not config.text.alone:
-        return
-    check(config.text.kind == "small", f"text.alone is for text.kind 'small', but text.kind is {config.text.kind!r}")
-    check(config.init_from is not None, "text.alone needs a trained flow: give init_from, a pipeline")
-    check(not config.lora.rank, "text.alone and lora.rank train different parts: leave one of them out")
-    check(not is_joint(config), "text.alone leaves the autoencoder as it is: set vae.train to frozen")
-    check(not has_denoiser(config), "text.alone trains no denoiser: set flow.learned_denoiser to none")
 
 
 def check_noise_levels(config: RunConfig) -> None:

@@ -88,8 +88,6 @@ class FlowTask(Task):
             names = self.parts.train.class_names if self.parts.flow_arguments.get("num_classes") else None
             self.notes = self.start.differences(config.text, names)
         self.adapter = prepare_adapters(config, self.parts, self.start)
-        if config.text.alone:
-            self.parts.flow.requires_grad_(False)
         self.begins_anew, self.start = self.start is None, None  # of a pipeline only the parts are kept
         if state is None and config.data.verify:
             verify_caches(self.accelerator, self.parts.train, self.parts.validation)
@@ -191,8 +189,7 @@ class FlowTask(Task):
 
     @property
     def has_after_update(self) -> bool:
-        fixed = self.config.lora.rank > 0 or self.config.text.alone
-        return getattr(self.objective.flow, "prior_variance", None) is not None and not fixed
+        return getattr(self.objective.flow, "prior_variance", None) is not None and not self.config.lora.rank
 
     def after_update(self, step: int) -> None:
         if self.latents:

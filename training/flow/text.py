@@ -138,7 +138,7 @@ def text_invariants(config: TextConfig, encoder: nn.Module | None) -> dict[str, 
     """
     if config.kind == "none":
         return None
-    invariants = {"kind": config.kind, "max_length": config.max_length, "alone": config.alone, **asdict(config.options)}
+    invariants = {"kind": config.kind, "max_length": config.max_length, **asdict(config.options)}
     if config.kind == "pretrained" and encoder is not None:
         # The first numbers of each weight tell encoders apart in no time, however large they are.
         first = [(name, weight.detach().flatten()[:256]) for name, weight in encoder.named_parameters()]
