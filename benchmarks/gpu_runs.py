@@ -109,7 +109,7 @@ def check_emoji(task: Task) -> dict[str, Any]:
             task.tell(results)
         require(max(nats) - min(nats) < 0.05, results)
     if not task.small:
-        best = max(results[name]["images_per_second"] for name in EMOJI_WAYS if name in results)
+        best = max(results[name]["images_per_second_later"] for name in EMOJI_WAYS if name in results)
         results[f"images per second of at least {EMOJI_TARGET:,}"] = best >= EMOJI_TARGET
     return results
 

@@ -220,7 +220,7 @@ def check_pictures(config: DataConfig) -> None:
                 return
     elif zipfile.is_zipfile(place) and archive_length(place) > FEW_FILES:
         return
-    usable_images(Files(str(config.path)))
+    usable_images(Files(str(config.path)), skip=config.on_error == "skip")
 
 
 @cache

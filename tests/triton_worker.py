@@ -1,4 +1,4 @@
-"""Checks the decoding kernels in Triton's interpreter, on a CPU; started by test_cached_attention.py with TRITON_INTERPRET=1."""
+"""Checks the decoding kernels in Triton's interpreter, on a CPU; started by flows/decoding/test_cached_attention.py with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

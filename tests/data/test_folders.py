@@ -509,5 +509,9 @@ def test_an_archive_without_pictures_is_told_before_it_is_opened(
     with pytest.raises(ValueError, match="no images found in"):
         check_pictures(config(zipped(tmp_path / "empty.zip", {})))
     check_pictures(config(zipped(tmp_path / "good.zip", {"0.png": b""})))
+    other = zipped(tmp_path / "other.zip", {"0.png": b"", "1.heic": b""})
+    with pytest.raises(ValueError, match="formats that cannot be read here"):
+        check_pictures(config(other))
+    check_pictures(config(other, on_error="skip"))
     monkeypatch.setattr("tarflow.data.folder.FEW_FILES", 1)
     check_pictures(config(archive))  # many files are listed once, when the data is opened

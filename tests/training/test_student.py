@@ -367,8 +367,12 @@ class TestTraining:
         assert files_of(tmp_path / "whole") == files_of(tmp_path / "parts")
         with pytest.raises(ValueError, match=r"student\.width is 64 there and 32 here"):
             train(tmp_path / "parts", tmp_path / "run_parts", *options, "--resume", "latest", "--width", "32")
-        with pytest.raises(ValueError, match="reuse_from is 36 there and 40 here"):
-            train(tmp_path / "parts", tmp_path / "run_parts", *options, "--resume", "latest", "--reuse_from", "40")
+        for setting, value, message in (
+            ("reuse", "1", "reuse is 2 there and 1"),
+            ("reuse_from", "40", "reuse_from is 36 there and 40"),
+        ):
+            with pytest.raises(ValueError, match=f"{message} here"):
+                train(tmp_path / "parts", tmp_path / "run_parts", *options, "--resume", "latest", f"--{setting}", value)
         pairs = tmp_path / "run_parts" / "checkpoints" / "step_00000006" / "pairs_0.safetensors"
         pairs.write_bytes(pairs.read_bytes()[:100])
         with pytest.raises(ValueError, match=r"pairs_0\.safetensors' cannot be read, it is damaged or cut off"):
@@ -394,4 +398,4 @@ class TestTraining:
     def test_shipped_configurations_are_valid(self) -> None:
         for path in sorted((ROOT / "configs").glob("student_*.yaml")):
             config, _ = parse_dataclass(StudentConfig, ["--config", str(path)])
-            assert config.folder == Path("runs") / path.stem.replace("student_", "") / "student" or config.output
+            assert config.folder == Path("runs") / f"{path.stem.removeprefix('student_')}_student"

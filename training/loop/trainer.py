@@ -17,7 +17,7 @@ from tarflow.common.files import write_text
 from tarflow.common.processes import gather_objects
 from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.stream.stream import Stream
-from tarflow.training.loop.agreement import on_main
+from tarflow.training.loop.agreement import agreed, on_main
 from tarflow.training.loop.averages import WeightAverages
 from tarflow.training.loop.batches import BatchReader, Reader, step_sampler, train_loader
 from tarflow.training.loop.checkpoint import checkpoint_name, checkpoint_to_resume, read_state, save_checkpoint
@@ -50,7 +50,8 @@ class Trainer:
         step: steps done.
         total_steps: at which the run ends.
         saved: the last checkpoint, None if there is none.
-        speed: what was last logged of it: "images" so far, "images_per_second", and "waiting_for_data", a share.
+        speed: what was last logged of it: "images" so far, "images_per_second", and "waiting_for_data", a share; also
+            "images_per_second_later", of the steps after the first logged ones, in which things are compiled.
 
     Raises:
         ValueError: if settings, data and weights do not fit each other, or the checkpoint to resume from.
@@ -73,6 +74,7 @@ class Trainer:
         self.longest = self.total_steps = settings.total_steps(accelerator.num_processes)
         self.step, self.lowered = 0, False  # whether max_minutes has lowered the steps
         self.speed: dict[str, float] = {}
+        self.first_logged: tuple[int, float] | None = None  # steps and seconds
         self.reader: Reader | None = None
         self.stream: dict[str, Any] | None = None  # of the checkpoint, where the training pictures are a stream
         if self.saved is not None and state is not None:
@@ -136,7 +138,7 @@ class Trainer:
         check_random_states(checkpoint, accelerator.process_index)
         with reading(checkpoint):
             accelerator.load_state(str(checkpoint))
-        self.task.read_own(checkpoint, accelerator.process_index)
+        agreed(accelerator, lambda: self.task.read_own(checkpoint, accelerator.process_index))
         # Passes are counted within a step: a checkpoint of other numbers of them would shift the gradients' exchange.
         accelerator.step = 0
         for group, own in zip(groups.param_groups, wanted, strict=True):
@@ -259,6 +261,9 @@ class Trainer:
         speed, waiting = done * pictures / seconds, self.stepper.waited / seconds
         self.speed = {"images_per_second": speed, "images": self.step * pictures, "waiting_for_data": waiting}
         means |= {**self.speed, "lr": self.task.learner.optimizer.param_groups[0]["lr"]}
+        first_done, first_seconds = self.first_logged = self.first_logged or (done, seconds)
+        if done > first_done:
+            self.speed["images_per_second_later"] = (done - first_done) * pictures / (seconds - first_seconds)
         if self.settings.optim.skip_grad_norm is not None:
             means["skipped_steps"] = self.stepper.spikes
         self.accelerator.log({f"train/{key}": value for key, value in means.items()}, self.step)

@@ -116,9 +116,13 @@ class StudentTask(NetworkTask):
     def network_invariants(self) -> dict[str, Any]:
         settings = {key: value for key, value in self.network.config.items() if not key.startswith("_")}
         hashes = settings.pop("flow_hashes")
-        facts = {"the flow's SHA-256": hashes[0], **{f"student.{key}": value for key, value in settings.items()}}
         reuse, size = self.config.reuse, self.config.reuse_from
-        return facts if reuse == 1 else {**facts, "reuse": reuse, "reuse_from": size}
+        facts = {"the flow's SHA-256": hashes[0], "reuse": reuse, "reuse_from": size if reuse > 1 else None}
+        return facts | {f"student.{key}": value for key, value in settings.items()}
+
+    def check_resume(self, checkpoint: Path, state: State) -> None:
+        # Checkpoints from before pairs were used again do not say so.
+        super().check_resume(checkpoint, {**state, "facts": {"reuse": 1, **state.get("facts", {})}})
 
     @torch.no_grad()
     def measure(self, step: int, last: bool) -> dict[str, Any]:
