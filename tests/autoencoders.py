@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, AutoencoderTiny
+from helpers import fresh_process
 
 from tarflow.common.arguments import parse_dataclass
 from tarflow.training.autoencoder.config import TrainVaeConfig
@@ -63,8 +63,7 @@ def arguments(folder: Path, *settings: str, **model: Any) -> list[str]:
 
 def trainer(argv: list[str]) -> Trainer:
     """As a fresh process would make it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
     return autoencoder_trainer(*parse_dataclass(TrainVaeConfig, argv))
 
 

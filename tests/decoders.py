@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from autoencoders import small_autoencoder
-from helpers import small_model
+from helpers import fresh_process, small_model
 
 from tarflow import TARFlowPipeline
 from tarflow.common.arguments import parse_dataclass
@@ -38,8 +37,7 @@ def tiny_pipeline(folder) -> TARFlowPipeline:
 
 def finetune(pipeline, output, *arguments) -> dict[str, float]:
     """Run as a fresh process would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
     settings = [
         *("--pipeline", str(pipeline), "--output", str(output), "--data.image_size", "16", "--trackers", "[]"),
         *("--mixed_precision", "no", "--batch_size", "8", "--lr", "3e-3", "--warmup_steps", "2", "--ema_decay", "0.9"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from tarflow.flows.blocks.autoregressive import FlowBlock
@@ -17,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 NUM_CLASSES, COND_DIM, PREFIX_LENGTH = 3, 5, 3
+
+
+def fresh_process() -> None:
+    """Forget Accelerate's states, as a process has none at its start."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def perturb(model: nn.Module, std: float = 0.02) -> nn.Module:

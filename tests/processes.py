@@ -14,8 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from helpers import ROOT
+from helpers import ROOT, fresh_process
 
 #: Copies are made of a process that has all libraries and has used none of them: whatever tests did before, such as
 #: starting autograd's threads or using a GPU, would end a copy of this one.
@@ -49,8 +48,7 @@ def kill_group(process: BaseProcess) -> None:
 def run_script(name: str, words: list[str], printed: Path, largest_file: int | None) -> None:
     """What the process does."""
     os.setsid()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
     torch.set_num_threads(1)
     with printed.open("w", buffering=1, encoding="utf-8") as file:
         for number in (1, 2):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from autoencoders import small_autoencoder
-from helpers import perturb, small_model
+from helpers import fresh_process, perturb, small_model
 
 from tarflow import TARFlowPipeline
 from tarflow.common.arguments import parse_dataclass
@@ -57,8 +56,7 @@ def tiny_pipeline(folder, conditioning="class_prefix") -> TARFlowPipeline:
 
 def train(pipeline, output, *arguments) -> dict:
     """Run as a fresh process would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
     settings = [
         *("--pipeline", str(pipeline), "--output", str(output), "--data.image_size", "16", "--trackers", "[]"),
         *("--mixed_precision", "no", "--batch_size", "8", "--lr", "3e-3", "--warmup_steps", "2", "--ema_decay", "0.9"),

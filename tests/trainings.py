@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+from helpers import fresh_process
 from safetensors.torch import load_file
 
 from tarflow.training.flow import text
@@ -29,8 +29,7 @@ PIXEL_FLOW = (
 
 def train(folder, *arguments, flow=CLASS_FLOW, captions_looked_at=100):
     """Run as a fresh process would, but that fewer captions are looked at: there are only a few words in them."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
     few = ["--text.vocab_captions", "500"] if "small" in arguments else []
     options = ["--data", "{}", "--flow", flow, *SMALL, *few, "--output", str(folder), *arguments]
     with pytest.MonkeyPatch.context() as patch:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-from helpers import ROOT
+from helpers import ROOT, fresh_process
 from PIL import Image
 from pipelines import make_pipeline
 from trainings import CLASS_FLOW, SMALL
@@ -212,8 +211,7 @@ def test_demo_serves_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_train_then_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps from a shipped configuration by its bare name; then the likelihood of drawings."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
     monkeypatch.chdir(tmp_path)  # where there is no folder of configurations
     run = ["--config", "quickstart_class", *SMALL, "--flow", CLASS_FLOW, "--train.steps", "2", "--output", "run"]
     main(["train", *run])

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from fid_helpers import save_clip, tiny, write_pictures
+from helpers import fresh_process
 from PIL import Image
 from torch import nn
 
@@ -35,8 +35,7 @@ SIZES: dict[str, Any] = {"cache": "c", "output": "o", "condition": "class", "wid
 @pytest.fixture(autouse=True)
 def new_accelerators() -> None:
     """Trainings take another precision than those of tests before, in one process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
 
 
 class Straight(nn.Module):

@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from documented import ALL, TEXTS, WHOLE, filled_in, named, other_lines, shell_lines, words_of
 from fid_helpers import save_backbone
-from helpers import ROOT
+from helpers import ROOT, fresh_process
 from PIL import Image
 from pipelines import make_pipeline
 from torch.utils.tensorboard import SummaryWriter
@@ -231,8 +230,7 @@ def runnable() -> Iterator[tuple[Path, str]]:
 @pytest.fixture(autouse=True)
 def one_thing_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each command begins as in a process of its own; a page is not served for ever."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
     monkeypatch.setattr("gradio.Blocks.block_thread", lambda app: app.close())
     before = signal.getsignal(signal.SIGTERM)
     yield

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from autoencoders import small_autoencoder
 from decoders import finetune, tiny_pipeline, with_decoder
 from diffusers import AutoencoderTiny
-from helpers import ROOT, files_of
+from helpers import ROOT, files_of, fresh_process
 from PIL import Image
 from pipelines import draw as draw_images
 from pipelines import make_pipeline
@@ -143,7 +142,7 @@ def test_noise_is_on_draws_or_means_of_the_posterior(tmp_path, sampled) -> None:
     settings = ["--pipeline", str(tmp_path / "pipeline"), "--data.image_size", "16", "--noise_std", "0"]
     settings += ["--mixed_precision", "no", "--sample_posterior", str(sampled).lower()]
     config, _ = parse_dataclass(DecoderConfig, settings)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_process()
     task = DecoderTask(config, Accelerator(cpu=True))
     task.make_parts(None)
     batch = collate([task.train[i] for i in range(4)])
@@ -158,7 +157,7 @@ def test_training_starts_from_either_decoder(tmp_path, start) -> None:
     pipe = tiny_pipeline(tmp_path / "pipeline")
     settings = ["--pipeline", str(tmp_path / "pipeline"), "--data.image_size", "16", "--start", start]
     settings += ["--output", str(tmp_path / "run")]
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_process()
     task = DecoderTask(parse_dataclass(DecoderConfig, settings)[0], Accelerator(cpu=True))
     if start == "finetuned":
         with pytest.raises(ValueError, match=r"begins from the finetuned decoder of .*, which has none: leave --start"):

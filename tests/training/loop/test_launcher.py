@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DynamoBackend
+from helpers import fresh_process
 from trainings import CLASS_FLOW, SMALL, train
 
 from tarflow.training.flow.accelerator import flow_accelerator
@@ -44,8 +44,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith(("ACCELERATE_", "FSDP_")) and name != "ACCELERATE_USE_CPU":
             monkeypatch.delenv(name)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
 
 
 def set_all(monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]) -> None:

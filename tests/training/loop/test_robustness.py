@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from helpers import fresh_process
 from processes import CONTEXT
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,8 +41,7 @@ def run_training(
         kill_in_checkpoint: the number of a checkpoint in whose middle the process kills itself.
         terminate_at: a step in which it gets a SIGTERM.
     """
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_process()
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (progress bars)
     if largest_file is not None:
