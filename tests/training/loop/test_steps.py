@@ -98,8 +98,8 @@ def test_students_learn_classes_in_the_flows_order() -> None:
 
 def test_a_students_targets_are_computed_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     made: Any = object.__new__(StudentObjective)
-    made.config = SimpleNamespace(own_share=0.0, guidance="flow", target="clean")
-    made.largest_weight, made.perceptual = 0.0, None
+    made.config = SimpleNamespace(own_share=0.0, reuse=1, guidance="flow", target="clean")
+    made.largest_weight, made.perceptual, made.kept = 0.0, None, None
     pictures: Any = SimpleNamespace(clean=torch.zeros(1), labels=None, cond=None, weight=None)
     asked: list[bool] = []
 
