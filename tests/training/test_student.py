@@ -259,7 +259,8 @@ class TestPairsUsedAgain:
         """Pairs whose numbers tell which they are."""
         numbers = torch.arange(first, first + count)
         latents = numbers[:, None, None, None].float().expand(-1, 2, 3, 3)
-        return Pairs(latents, latents[:, None].expand(-1, 4, -1, -1, -1), numbers, None, numbers.float())
+        states = latents[:, None].expand(-1, 4, -1, -1, -1)
+        return Pairs(clean=latents, labels=numbers, cond=None, weight=numbers.float(), states=states)
 
     def test_all_of_a_pair_comes_back_together_and_the_oldest_goes(self) -> None:
         kept, chances = KeptPairs(5), torch.arange(50) / 50

@@ -36,7 +36,7 @@ def save_checkpoint(
     state: dict[str, Any],
     averages: WeightAverages,
     keep: int,
-    write_own: Callable[[Path], None] | None = None,
+    write_own: Callable[[Path], None],
 ) -> Path:
     """Save everything a resume needs; ``state`` (with "step") goes into run.json, and ``write_own`` writes what each process
     has of its own. Every process calls this.
@@ -61,7 +61,7 @@ def save_checkpoint(
         begin if main else None,
         lambda: accelerator.save_state(str(temporary)),
         lambda: averages.save(temporary / "averages"),
-        None if write_own is None else partial(write_own, temporary),
+        partial(write_own, temporary),
         end if main else None,
     ]
     for stage in stages[:1] if saved else stages:

@@ -261,7 +261,9 @@ class Trainer:
         speed, waiting = done * pictures / seconds, self.stepper.waited / seconds
         self.speed = {"images_per_second": speed, "images": self.step * pictures, "waiting_for_data": waiting}
         means |= {**self.speed, "lr": self.task.learner.optimizer.param_groups[0]["lr"]}
-        first_done, first_seconds = self.first_logged = self.first_logged or (done, seconds)
+        if self.first_logged is None:
+            self.first_logged = done, seconds
+        first_done, first_seconds = self.first_logged
         if done > first_done:
             self.speed["images_per_second_later"] = (done - first_done) * pictures / (seconds - first_seconds)
         if self.settings.optim.skip_grad_norm is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -19,25 +18,7 @@ from tarflow.training.loop.task import Batch
 from tarflow.training.losses.perceptual import make_perceptual
 from tarflow.training.student.config import StudentConfig
 from tarflow.training.student.loss import alignment_loss, extrapolated, teacher_states
-from tarflow.training.student.pairs import KeptPairs, Pairs
-
-
-@dataclass
-class Pictures:
-    """Latents (B, C, h, w) of a batch with their conditions.
-
-    Attributes:
-        clean, noisy: without and with the training noise.
-        labels: class indices (B,), or None.
-        cond: encoded captions (B, L, E), or None.
-        weight: guidance weights (B,).
-    """
-
-    clean: Tensor
-    noisy: Tensor
-    labels: Tensor | None
-    cond: Tensor | None
-    weight: Tensor
+from tarflow.training.student.pairs import KeptPairs, Pairs, Pictures
 
 
 class StudentObjective:
@@ -119,7 +100,8 @@ class StudentObjective:
         guided = self.largest_weight > 0 and config.guidance == "flow"
         # What is learned is computed exactly: with bf16 the targets would be off by up to 0.4.
         states = self.states(pictures, pictures.weight if guided else None)
-        return Pairs(pictures.clean, torch.stack(states, 1), pictures.labels, pictures.cond, pictures.weight)
+        labels, cond, weight = pictures.labels, pictures.cond, pictures.weight
+        return Pairs(clean=pictures.clean, labels=labels, cond=cond, weight=weight, states=torch.stack(states, 1))
 
     @torch.no_grad()
     def pictures(self, batch: Batch, step: int, sample_ids: Sequence[int]) -> Pictures:
@@ -143,7 +125,7 @@ class StudentObjective:
                 labels = torch.where(dropped, pipe.flow.null_label, labels)
             if cond is not None and self.null_cond is not None:
                 cond = torch.where(dropped[:, None, None], self.null_cond, cond)
-        return Pictures(clean, noisy, labels, cond, weight)
+        return Pictures(clean=clean, labels=labels, cond=cond, weight=weight, noisy=noisy)
 
     def states(self, pictures: Pictures, weight: Tensor | None) -> list[Tensor]:
         """The flow's states of the pictures, see `teacher_states`."""

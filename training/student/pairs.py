@@ -13,24 +13,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-@dataclass
-class Pairs:
-    """Pictures as latents (B, C, h, w), what the flow makes of them, and their conditions.
+@dataclass(kw_only=True)
+class Conditioned:
+    """Latents (B, C, h, w) of pictures with their conditions.
 
     Attributes:
         clean: without the training noise.
-        states: the flow's, (B, S, C, h, w): its noise z, what comes before each block on the way back, and at last the
-            latents with the training noise.
         labels: class indices (B,), or None.
         cond: encoded captions (B, L, E), or None.
         weight: guidance weights (B,).
     """
 
     clean: Tensor
-    states: Tensor
     labels: Tensor | None
     cond: Tensor | None
     weight: Tensor
+
+
+@dataclass(kw_only=True)
+class Pictures(Conditioned):
+    """A batch as the flow was trained on it; ``noisy`` are its latents with the training noise (B, C, h, w)."""
+
+    noisy: Tensor
+
+
+@dataclass(kw_only=True)
+class Pairs(Conditioned):
+    """What the flow makes of pictures: its ``states`` (B, S, C, h, w), the noise z, what comes before each block on the
+    way back, and at last the latents with the training noise."""
+
+    states: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, without those that are None."""
