@@ -29,6 +29,15 @@ def flow_of(kind: str, **changes: Any) -> tuple[TARFlowModel, Tensor, dict[str, 
     return model, random_images(model, 3), condition_of(model, 3)
 
 
+#: Norms and attention of other kinds than the usual ones, all together.
+RICH: dict[str, Any] = {
+    "norm": "rms_norm",
+    "mlp": "geglu",
+    "qk_norm": True,
+    "post_norm": True,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "learned-vectors": {
         "positions": "learned",
@@ -41,15 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "rotary-class_prefix": {"conditioning": "class_prefix"},
     "rotary-prefix": {"conditioning": "prefix"},
     "rotary_1d-prefix-shifted": {"conditioning": "prefix", "positions": "rotary_1d", "start_token": False},
-    "rich-prefix": {
-        "conditioning": "prefix",
-        "norm": "rms_norm",
-        "mlp": "geglu",
-        "qk_norm": True,
-        "post_norm": True,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-    },
+    "rich-prefix": {"conditioning": "prefix", **RICH},
     "deep-prefix": {"conditioning": "prefix", "condition_blocks": "deep"},
     "coarse_to_fine-prefix": {
         "conditioning": "prefix",

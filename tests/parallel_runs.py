@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,22 @@ def by_run(results: list[dict[str, Any]]) -> dict[str, Any]:
     """What the first process found in each run, with that of the others."""
     first, *others = results
     return {name: {**first[name], "others": [other[name] for other in others]} for name in first}
+
+
+def launched(kind: str, processes: int, script: str, arguments: list[str]) -> None:
+    """Run a script, by its path from the top, on several processes as a user starts it; it must end well."""
+    config = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / script)]
+    done = subprocess.run(
+        [*command, *arguments],
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def launcher_settings(kind: str, processes: int) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from flow_kinds import RICH
 from helpers import condition_of, jacobian, random_images, small_model
 from torch import Tensor
 
@@ -29,17 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
         (True, False),
     )
 }
-RICH = {
-    "norm": "rms_norm",
-    "mlp": "geglu",
-    "qk_norm": True,
-    "post_norm": True,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "bias": False,
-}
 CASES |= {
-    "rich": {**RICH, "conditioning": "prefix"},
+    "rich": {**RICH, "bias": False, "conditioning": "prefix"},
     "rich-layer_norm": {**RICH, "norm": "layer_norm", "bias": True, "conditioning": "class_prefix"},
     "one_kv_head": {"num_heads": 4, "num_kv_heads": 1, "mlp_ratio": 2},
     "deep_width": {"deep_width": 96, "conditioning": "prefix"},

@@ -7,8 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torchvision
 from autoencoders import MODEL, SETTINGS, arguments, train, trainer
 from diffusers import AutoencoderKL
 from helpers import ROOT
+from parallel_runs import launched
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -155,18 +154,7 @@ class TestTraining:
         # An adaptive weight would be each process's own.
         settings = [*ADVERSARIAL, "--loss.adaptive", "false", "--loss.adversarial_start", "0", "--steps", "3"]
         train(tmp_path / "one", *settings, "--accumulation", "2", "--checkpoint_every", "3")
-        config = ROOT / "configs" / "accelerate" / "ddp.yaml"
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command += ["--num_processes", "2", "--main_process_port", "0", str(ROOT / "scripts" / "train_vae.py")]
-        done = subprocess.run(
-            [*command, *arguments(tmp_path / "two", *settings, "--checkpoint_every", "3")],
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launched("ddp", 2, "scripts/train_vae.py", arguments(tmp_path / "two", *settings, "--checkpoint_every", "3"))
         for name, value in weights(tmp_path / "one").items():
             torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=0, atol=1e-5, msg=name)
         one, two = (

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT
-from parallel_runs import by_run, forked
+from parallel_runs import by_run, forked, launched
 from safetensors.torch import load_file
 from stream_helpers import parquet_shards, row, tar_bytes, write
 from text_models import make_encoder, make_tokenizer, saved
@@ -54,19 +51,8 @@ SMALL_TEXT = ["--text.kind", "small", "--text.width", "16", "--text.layers", "1"
 
 def launch(kind: str, processes: int, runs: dict[str, list[str]], folder: Path) -> dict[str, Any]:
     """Results of `parallel_worker` by run, started as a user starts it."""
-    config = ROOT / "configs" / "accelerate" / f"{kind}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "tests/parallel_worker.py")]
     result = folder / "result.json"
-    done = subprocess.run(
-        [*command, json.dumps(runs), str(result)],
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(kind, processes, "tests/parallel_worker.py", [json.dumps(runs), str(result)])
     return by_run(json.loads(result.read_text()))
 
 
