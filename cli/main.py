@@ -46,7 +46,7 @@ GROUPS = {
 }
 COMMANDS = tuple(name for group in GROUPS.values() for name in group)
 #: What has no command: tools of those who work on the project itself.
-SCRIPTS = ("screenshot_demo",)
+SCRIPTS = ("emoji_pictures", "screenshot_demo")
 
 HELP = """usage: tarflow COMMAND …
 
