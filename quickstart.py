@@ -19,9 +19,8 @@ from tarflow import TARFlowPipeline
 from tarflow.cli.quiet import hush_libraries
 from tarflow.common.command import ending
 from tarflow.common.files import write_picture
-from tarflow.data.drawings import CLASS_NAMES
+from tarflow.data.drawings import CLASS_NAMES, all_captions
 from tarflow.evaluation.samples.match import (
-    all_captions,
     captioned_grid,
     drawn_caption_shares,
     drawn_class_shares,

@@ -7,6 +7,7 @@ split draws only those.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,12 +55,22 @@ class Drawing:
 
     @property
     def caption(self) -> str:
-        article = "an" if self.size[0] in "aeiou" else "a"
-        return f"{article} {self.size} {self.colour} {self.shape} on a {self.background} background"
+        return caption_of(self.shape, self.colour, self.background, self.size)
 
     @property
     def label(self) -> int:
         return CLASS_NAMES.index(f"{self.colour} {self.shape}")
+
+
+def caption_of(shape: str, colour: str, background: str, size: str) -> str:
+    return f"a {size} {colour} {shape} on a {background} background"
+
+
+def all_captions() -> list[str]:
+    """One caption for each of the 108 combinations of shape, colour and background; the two sizes alternate."""
+    combinations = itertools.product(SHAPES, COLOURS, BACKGROUNDS)
+    sizes = itertools.cycle(SIZES)
+    return [caption_of(*combination, size) for combination, size in zip(combinations, sizes, strict=False)]
 
 
 def is_held_out(shape: str, colour: str, background: str) -> bool:

@@ -21,13 +21,13 @@ from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
 from tarflow.data.images import to_uint8
 from tarflow.data.stream.first import open_pictures
+from tarflow.evaluation.conditions import Conditions, make_conditions
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
 from tarflow.evaluation.features.statistics import Moments, compute_statistics
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reconstruction.noisy import available_methods, decode_by, noisy_pictures
 from tarflow.evaluation.reports.fid import open_reference, versions
-from tarflow.evaluation.samples.conditions import Conditions, make_conditions
 from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.experiments.settings import ComparisonConfig
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline

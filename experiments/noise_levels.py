@@ -17,10 +17,10 @@ from tarflow.common.charts import markdown_table
 from tarflow.common.files import check_writable, keep_settings, write_json, write_picture, write_text
 from tarflow.common.machine import machine
 from tarflow.common.seeds import image_seed
+from tarflow.evaluation.conditions import make_conditions
 from tarflow.evaluation.features.names import INCEPTION
 from tarflow.evaluation.reports.settings import SweepConfig
 from tarflow.evaluation.reports.sweep import Measure, run_sweep
-from tarflow.evaluation.samples.conditions import make_conditions
 from tarflow.evaluation.samples.generation import load_pipeline
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.experiments.decoding import labelled_rows

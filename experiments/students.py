@@ -14,7 +14,7 @@ from tarflow.common.files import check_writable, write_json, write_picture, writ
 from tarflow.common.machine import machine, timed
 from tarflow.common.progress import announce
 from tarflow.common.seeds import image_seed
-from tarflow.evaluation.samples.conditions import make_conditions
+from tarflow.evaluation.conditions import make_conditions
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.experiments.decoding import labelled_rows
 from tarflow.experiments.settings import StudentComparisonConfig

@@ -17,6 +17,7 @@ from tarflow.data.config import DataConfig
 from tarflow.data.images import collate
 from tarflow.data.stream.first import AnyPictures, open_pictures
 from tarflow.data.subset import Subset, evenly, spread
+from tarflow.evaluation.conditions import Conditions
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.likelihood.held_out import mean_and_error, picture_likelihoods
 from tarflow.evaluation.reports.fid import versions
@@ -24,7 +25,6 @@ from tarflow.evaluation.reports.files import read_curves, read_metrics
 from tarflow.evaluation.reports.neighbours import Describe, Neighbours, nearest_neighbours, pixel_description
 from tarflow.evaluation.reports.settings import NEIGHBOURS, ReportConfig
 from tarflow.evaluation.reports.svg_charts import Series
-from tarflow.evaluation.samples.conditions import Conditions
 from tarflow.evaluation.samples.generation import conditions_of, draw_chunk, load_pipeline
 from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig, Split

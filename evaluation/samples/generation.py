@@ -21,8 +21,8 @@ import torch
 from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
+from tarflow.evaluation.conditions import Conditions, make_conditions
 from tarflow.evaluation.images.store import NpzStore, PngStore
-from tarflow.evaluation.samples.conditions import Conditions, make_conditions
 from tarflow.evaluation.samples.record import (
     check_conditions,
     check_record,

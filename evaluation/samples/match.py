@@ -9,23 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tarflow.common.seeds import image_seed
 from tarflow.data.drawing_checker import class_shares, match_shares
-from tarflow.data.drawings import BACKGROUNDS, CLASS_NAMES, COLOURS, SHAPES, SIZES
+from tarflow.data.drawings import CLASS_NAMES, all_captions
 from tarflow.flows.decoding import sampling
 from tarflow.flows.trajectory.kinds import FlowModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.flows.trajectory.sampling import transported
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
-
-
-def all_captions() -> list[str]:
-    """One caption for each of the 108 combinations of shape, colour and background; the two sizes alternate."""
-    captions: list[str] = []
-    for shape in SHAPES:
-        for colour in COLOURS:
-            for background in BACKGROUNDS:
-                size = list(SIZES)[len(captions) % len(SIZES)]
-                captions.append(f"a {size} {colour} {shape} on a {background} background")
-    return captions
 
 
 def generate(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow.common.files import read_json_lines, replaced, write_json
-from tarflow.evaluation.samples.conditions import Conditions
+from tarflow.evaluation.conditions import Conditions
 from tarflow.evaluation.samples.told import CONDITIONS
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.call.walk import check_walk, resolve_level, resolve_steps

@@ -16,13 +16,13 @@ from tarflow.common.charts import markdown_table
 from tarflow.common.files import check_writable, keep_settings, read_json_lines, write_json, write_picture, write_text
 from tarflow.common.machine import machine
 from tarflow.data.drawing_checker import class_shares, match_shares
-from tarflow.data.drawings import CLASS_NAMES
+from tarflow.data.drawings import CLASS_NAMES, all_captions
 from tarflow.data.images import Images
 from tarflow.data.subset import evenly
 from tarflow.evaluation.features.caption_ranks import caption_score, without
 from tarflow.evaluation.features.metrics import calculate
 from tarflow.evaluation.images.sets import DataImages, FileImages
-from tarflow.evaluation.samples.match import all_captions, captioned_grid
+from tarflow.evaluation.samples.match import captioned_grid
 from tarflow.experiments.peers.drawing import DiffusionDrawer, Drawer, FlowDrawer
 from tarflow.experiments.peers.runs import Trainings
 from tarflow.experiments.peers.settings import PeersComparison

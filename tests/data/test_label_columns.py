@@ -12,7 +12,7 @@ from PIL import Image
 
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
-from tarflow.evaluation.samples.conditions import data_label_counts
+from tarflow.evaluation.conditions import data_label_counts
 
 COLUMNS: dict[str, tuple[str, list[Any]]] = {
     "text": ("string", ["dog", "cat", "dog", "Cat"]),

@@ -16,11 +16,12 @@ from pipelines import CAPTIONS, make_pipeline
 from tarflow import TARFlowPipeline
 from tarflow.common.seeds import image_seed
 from tarflow.data.config import DataConfig
+from tarflow.data.drawings import all_captions
+from tarflow.evaluation import conditions
+from tarflow.evaluation.conditions import make_conditions, read_captions
 from tarflow.evaluation.images import store as image_store
-from tarflow.evaluation.samples import conditions
-from tarflow.evaluation.samples.conditions import make_conditions, read_captions
 from tarflow.evaluation.samples.generation import generate_images
-from tarflow.evaluation.samples.match import all_captions, captioned_grid
+from tarflow.evaluation.samples.match import captioned_grid
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.pipeline.loading.examples import write_examples
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from fid_helpers import write_pictures
 
+from tarflow.evaluation.conditions import read_captions
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.sweep import read_rows, write_rows
-from tarflow.evaluation.samples.conditions import read_captions
 from tarflow.evaluation.samples.told import read_conditions
 
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"]

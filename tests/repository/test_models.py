@@ -14,8 +14,8 @@ from helpers import ROOT
 
 from tarflow import TARFlowPipeline
 from tarflow.data.drawing_checker import class_shares, match_shares
-from tarflow.data.drawings import CLASS_NAMES
-from tarflow.evaluation.samples.match import all_captions, generate
+from tarflow.data.drawings import CLASS_NAMES, all_captions
+from tarflow.evaluation.samples.match import generate
 from tarflow.models import FOLDER, SHARED, followed, resolve, shipped
 from tarflow.pipeline.loading.folder import add_component
 from tarflow.vae.codec import load_autoencoder

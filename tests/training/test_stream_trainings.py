@@ -25,10 +25,10 @@ from tarflow.data.config import DataConfig, MixedSource
 from tarflow.data.stream.first import FirstCaptions, open_pictures
 from tarflow.data.stream.rows import RowReader
 from tarflow.data.stream.stream import Stream
+from tarflow.evaluation.conditions import caption_conditions, data_label_counts
 from tarflow.evaluation.features.statistics import compute_statistics
 from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
-from tarflow.evaluation.samples.conditions import caption_conditions, data_label_counts
 from tarflow.experiments.peers.settings import PeersComparison
 from tarflow.training.autoencoder.config import TrainVaeConfig
 from tarflow.training.autoencoder.mixture import open_sources

@@ -12,14 +12,13 @@ import numpy as np
 
 from tarflow.common.files import json_lines
 from tarflow.data.config import DataConfig
-from tarflow.data.drawings import random_drawing
+from tarflow.data.drawings import all_captions, random_drawing
 from tarflow.data.folder import ImageFolder, say_once
 from tarflow.data.images import Images
 from tarflow.data.named import NamedDataset
 from tarflow.data.stream.first import FirstCaptions
 from tarflow.data.stream.stream import Stream
 from tarflow.data.subset import check_not_empty
-from tarflow.evaluation.samples.match import all_captions
 from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.loading.examples import example_captions
