@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         if (
             not config.log.checkpoint_every
         ):  # an interruption's checkpoint is of no use any more: the next run is a new one
-            shutil.rmtree(Path(config.output, "checkpoints"), ignore_errors=True)
+            shutil.rmtree(config.loop.folder / "checkpoints", ignore_errors=True)
     rows["time"] = f"{trained - started:.0f} s training, {time.perf_counter() - trained:.0f} s drawing"
     print()
     for name, value in rows.items():

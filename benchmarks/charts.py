@@ -81,10 +81,10 @@ def memory_table_text(rows: list[dict[str, Any]]) -> str:
 
 
 def memory_parts_text(modes: dict[str, TrainingMemory]) -> str:
-    """Gigabytes of each kind for one model, by mode."""
+    """GiB of each kind for one model, by mode."""
     kinds = ["parameters", "gradients", "optimizer", "weight_copies", "activations", "kept", "peak"]
     rows = [[mode, *(getattr(memory, kind) / 2**30 for kind in kinds)] for mode, memory in modes.items()]
-    return table(["GB", *(kind.replace("_", " ") for kind in kinds)], rows)
+    return table(["GiB", *(kind.replace("_", " ") for kind in kinds)], rows)
 
 
 def memory_chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -229,7 +229,7 @@ def run_memory(arguments: argparse.Namespace) -> None:
             f"{charts.memory_parts_text(modes)}\nParts are largest at different times, so the peak is below their sum."
         )
         averaged = modes["none"].parameters / 2**30
-        print(f"Averaged weights (train.ema_decay above 0) take another {averaged:.4g} GB.")
+        print(f"Averaged weights (train.ema_decay above 0) take another {averaged:.4g} GiB.")
         parts = {mode: dataclasses.asdict(memory) for mode, memory in modes.items()}
         write(arguments, header(arguments, model=arguments.model, **facts, modes=parts))
         return

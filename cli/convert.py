@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="the new pipeline folder")
     parser.add_argument("--vae", help="folder or hub id of the autoencoder; left out if not given")
     parser.add_argument("--text-encoder", help="folder or hub id of the T5 encoder; left out if not given")
-    parser.add_argument("--class-names", help="text file with a name per line, or JSON list")
+    parser.add_argument("--class-names", help="text file with a name per line, or JSON list or dictionary")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

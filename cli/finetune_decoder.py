@@ -1,7 +1,7 @@
 """Finetune a pipeline's decoder to take latents with the training noise, so that sampling needs no score step.
 
     tarflow finetune-decoder --pipeline runs/NAME/pipeline --config decoder \\
-        --data.source folder --data.path my_pictures.zip
+        --data.source folder --data.path my_pictures.zip --data.where null --data.caption_template null
 
 Encoder and flow stay as they are. The decoder is put into the pipeline's folder, whose calls then take it (unless
 --set_default false), or with --save_to FOLDER into a copy of it. --resume latest goes on from the last

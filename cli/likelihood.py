@@ -30,6 +30,8 @@ class LikelihoodConfig:
         draws: of noise for each picture.
         importance: draws K of the importance-weighted bound for models of pixels; 0 leaves it out.
         condition: "data" gives the model the labels or captions that it takes, "none" none.
+        batch_size: pictures at once.
+        seed: of the noise.
         noise_level: of a flow of many levels, that of the noise in what the likelihood is of; None is its highest.
         output: JSON file for the result.
     """

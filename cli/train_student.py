@@ -1,7 +1,13 @@
 """Train a student of a pipeline's flow, which makes a picture in one pass.
 It is put into the pipeline's folder, or with --save_to FOLDER into a copy of the pipeline.
 
-    tarflow train-student --pipeline runs/NAME/pipeline --config student_drawings
+    tarflow train-student --config student_drawings
+    tarflow train-student --config student_emoji --pipeline runs/mine/pipeline \\
+        --data.path my_pictures.zip --data.where null --data.caption_template null \\
+        --data.more_caption_templates '[]' --output runs/mine_student --save_to runs/mine_student/pipeline
+
+The first is a student of drawings_class, trained on the project's drawings; its file sets save_to, to
+runs/drawings_student/pipeline. The second learns from pictures of your own.
 
 The flow stays as it is: it turns noisy pictures into noise, and the student learns the way back, with the noise taken
 away and guidance included. `tarflow generate --decoding student` draws with it, and in Python

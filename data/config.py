@@ -15,6 +15,19 @@ class MixedSource:
 
     Attributes:
         weight: how often a picture is taken from it, relative to the other streams.
+        source: "datasets" or "webdataset".
+        path: of source "webdataset", its tar files.
+        validation_path: of source "webdataset", the tar files of held-out pictures.
+        name: of source "datasets".
+        data_files: for a builder name.
+        train_split: to train on.
+        validation_split: of held-out pictures.
+        image_column: of pictures.
+        caption_column: of captions.
+        label_column: of labels.
+        key_column: whose hash decides whether a row is held out.
+        caption_template: how a caption is made of the columns.
+        where: only rows whose column has one of these values.
     """
 
     weight: Positive = 1.0
@@ -45,8 +58,9 @@ class DataConfig:
     """Where pictures, captions and labels come from.
 
     Attributes:
-        source: "drawings" (made by the project), "folder" (a local folder or zip archive), "datasets" (a name that
-            the Datasets library loads), or "latents" (a folder that ``tarflow cache-latents`` wrote).
+        source: "drawings" (made by the project), "folder" (a local folder or zip archive), "datasets" (a name that the
+            Datasets library loads), "webdataset" (tar files by path or URL, read as a stream), or "latents" (a folder
+            that ``tarflow cache-latents`` wrote).
         path: the folder or zip archive of source "folder". Class folders give labels; ``metadata.jsonl`` files, with
             a ``file_name`` that counts from their own folder, give captions instead. A single folder that holds
             folders alone only wraps them. If then all top folders are named ``train`` or ``training``, ``val``,
@@ -63,8 +77,8 @@ class DataConfig:
             a pass takes the shards in a shuffled order, so many at a time, and shuffles the pictures of these. 0 mixes
             all pictures; None is 0 for caches on this machine and 16 for those at a URL.
         cache_gb: of source "latents" at a URL, how many GB (10⁹ bytes) local copies of shards may take, those of other
-            caches included; those that were needed longest ago are removed. They lie in ``shards`` in the folder that
-            ``TARFLOW_CACHE`` names, or else in ``~/.cache/tarflow``.
+            caches included; those that were needed longest ago are removed. They lie in ``shards`` of the user's cache:
+            the folder ``TARFLOW_CACHE``, or else ``tarflow`` in ``XDG_CACHE_HOME`` or the system's place for caches.
         validation_path: of source "webdataset", the tar files of held-out pictures; None holds out
             ``validation_fraction`` of the rows.
         streaming: read source "datasets" as a stream: nothing is listed, downloaded or stored.
@@ -87,10 +101,15 @@ class DataConfig:
         name: the name of source "datasets": a hub id, a local data set, or a builder such as "parquet".
         data_files: files for a builder name.
         image_size: side of the square pictures in pixels; larger ones are resized and centre-cropped.
-        train_split, validation_split: names of the splits of source "datasets". Without the second, and for folders
-            without split folders, ``validation_fraction`` of the data is held out by a hash of caption or file name.
-        image_column, caption_column, label_column: names in ``metadata.jsonl`` or of the data set's columns; None
-            where there is none. Labels are class numbers from 0 on, or texts, whose sorted values are the classes.
+        train_split: the split of source "datasets" that is trained on.
+        validation_split: the split that is held out; None holds out ``validation_fraction`` of the other.
+        validation_fraction: the share that is held out, by a hash of caption or file name, of data without a split for
+            it, such as folders without split folders.
+        image_column: the column of pictures; of source "webdataset", the ending of their files, if not the only picture
+            of a row.
+        caption_column: the column of captions, in ``metadata.jsonl`` or of the data set; None where there is none.
+        label_column: the column of labels, likewise: class numbers from 0 on, or texts, whose sorted values are the
+            classes.
         caption_template: how a caption is made of the columns, "{text}, {style} style"; None takes caption_column. The
             words of a column that holds a list are joined by commas.
         more_caption_templates: other ways to say it: each training picture is there once more with each of them,

@@ -17,12 +17,12 @@ from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from tarflow.common.modes import check_mode, flatten
 from tarflow.data.captions import METADATA, keep, make_captions, read_metadata, readable_names
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files, archive_length, hash_of, shown
 from tarflow.data.formats import PICTURE_SUFFIXES, count_suffixes, suffix
 from tarflow.data.layout import Placed, place_pictures
-from tarflow.data.modes import check_mode, flatten
 
 #: Files of an archive that are listed in a tenth of a second.
 FEW_FILES = 10_000

@@ -51,6 +51,9 @@ class Pictures(Protocol):
     split: str
     config: DataConfig
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...

@@ -18,7 +18,7 @@ class Subset:
 
     def __init__(self, images: Pictures, indices: Sequence[int]):
         self.images, self.indices = images, indices
-        self.config, self.split = images.config, images.split
+        self.config, self.split, self.class_names = images.config, images.split, images.class_names
 
     def __len__(self) -> int:
         return len(self.indices)

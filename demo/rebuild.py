@@ -57,6 +57,7 @@ class OnePicture:
     """A data set of one picture, uint8 (3, S, S), as the likelihood's functions read one."""
 
     split = "upload"
+    class_names: tuple[str, ...] | None = None  # its label is one of the model's
 
     def __init__(self, image: Tensor, caption: str | None, label: int | None):
         self.config = DataConfig(image_size=image.shape[-1])

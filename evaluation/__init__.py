@@ -1,4 +1,4 @@
 """How good samples and likelihoods are: a room for each question, and what the samples of all of them are drawn from.
 
-May import: data, data.stream, pipeline.call, pipeline.loading.
+May import: data, data.stream, pipeline, pipeline.call, pipeline.loading.
 """

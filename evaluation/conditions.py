@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tarflow.data.stream.stream import Stream
 from tarflow.data.subset import check_not_empty
 from tarflow.pipeline.call.checks import check_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
+from tarflow.pipeline.conditions import check_class_names
 from tarflow.pipeline.loading.examples import example_captions
 
 #: Labels of so many drawings are counted, as there is no end of them.
@@ -178,7 +180,7 @@ def label_conditions(
     if label_counts is None:
         if data is None:
             raise ValueError("labels are to be drawn as in the data: give label_counts or data")
-        label_counts = data_label_counts(data, split, classes)
+        label_counts = data_label_counts(data, split, classes, partial(check_class_names, pipe))
     counts = np.asarray(label_counts, dtype=np.float64)
     if len(counts) != classes or not (counts >= 0).all() or not 0 < counts.sum() < np.inf:
         raise ValueError(f"label_counts must be {classes} numbers, none below 0 and not all 0, got {label_counts}")
@@ -191,19 +193,23 @@ def label_conditions(
     return Conditions("label", draw, {"kind": "label", "labels": "data", "counts": counts.tolist()})
 
 
-def data_label_counts(data: DataConfig, split: str, classes: int) -> list[float]:
+def data_label_counts(
+    data: DataConfig, split: str, classes: int, check_names: Callable[[Sequence[str]], None] | None = None
+) -> list[float]:
     """How many pictures of a split have each label, without opening them; of drawings, of the first ones, and of several
     streams their parts by weight.
 
     Raises:
-        ValueError: if the data has no labels, or others than the model.
+        ValueError: if the data has no labels, or others than the model, or what ``check_names`` raises of their names.
     """
     if data.is_stream:
-        return stream_label_counts(data, split, classes)
+        return stream_label_counts(data, split, classes, check_names)
     images = Images(data, split)
     source = images.source
     if images.class_names is None or not len(images):
         raise ValueError(f"the data's split {split!r} has no class labels to draw from")
+    if check_names is not None:
+        check_names(images.class_names)
     if isinstance(source, ImageFolder):
         labels = [row.label for row in source.rows if row.label is not None]
     elif isinstance(source, NamedDataset) and source.labels is not None:
@@ -214,7 +220,9 @@ def data_label_counts(data: DataConfig, split: str, classes: int) -> list[float]
     return np.bincount(labels, minlength=classes).astype(float).tolist()
 
 
-def stream_label_counts(data: DataConfig, split: str, classes: int) -> list[float]:
+def stream_label_counts(
+    data: DataConfig, split: str, classes: int, check_names: Callable[[Sequence[str]], None] | None = None
+) -> list[float]:
     """The same of a stream, which is read through; rows that cannot be read are left out where that is allowed.
 
     Raises:
@@ -223,6 +231,8 @@ def stream_label_counts(data: DataConfig, split: str, classes: int) -> list[floa
     stream = Stream(data, split, data.seed)
     if stream.class_names is None:
         raise ValueError(f"the data's split {split!r} has no class labels to draw from")
+    if check_names is not None:
+        check_names(stream.class_names)
     check_labels(0, len(stream.class_names) - 1, classes)
     say_once("the stream is read through once, to count its labels; label_counts would spare that")
     counts = np.zeros((len(stream.readers), classes))

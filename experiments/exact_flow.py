@@ -20,6 +20,7 @@ from tarflow.data.subset import Subset, spread
 from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_chart
 from tarflow.experiments.decoding import labelled_rows
 from tarflow.experiments.settings import ExactFlowConfig
+from tarflow.pipeline.conditions import check_class_names
 from tarflow.pipeline.opening import open_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 
@@ -47,6 +48,7 @@ def read_batch(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Batch:
     if kind == "prefix" and "caption" in batch:
         conditions = {"prompt": batch["caption"]}
     elif kind.startswith("class") and "label" in batch:
+        check_class_names(pipe, images.class_names)
         conditions = {"class_labels": batch["label"].tolist()}
     return Batch(batch["image"], conditions)
 

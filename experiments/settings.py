@@ -16,16 +16,16 @@ class ComparisonConfig(OptionalExtractor, SampleSubjects):
     """What to compare.
 
     Attributes:
-        captions: of the samples, see `GenerationConfig`; None are the data's.
+        captions: of the samples, as of ``tarflow evaluate fid gen``; None are the data's.
+        extractor: of features, see ``tarflow evaluate fid``; None leaves the distance out.
         data: pictures to reconstruct, captions, and the reference of the distance if ``ref`` does not give one.
         out: folder for comparison.json, comparison.md, samples.png and reconstructions.png.
         split: of the data.
-        pictures: of the split, which are encoded, get the training noise, and are decoded by each method.
+        pictures: so many of the split are encoded, get the training noise, and are decoded by each method.
         num: samples; the flow draws each once.
         ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures; None takes the
             data's split (of endless drawings the first ``num``).
-        extractor: of features, see ``tarflow evaluate fid``; None leaves the distance out.
-        decoding: how the flow is inverted, see `GenerationConfig`.
+        decoding: how the flow is inverted, as at a pipeline's call.
         batch_size: samples and pictures at once.
         repeats: of the clock's measurements, of which the medians count; methods take turns.
         columns: samples in the pictures.
@@ -53,15 +53,17 @@ class StudentComparisonConfig(SampleSubjects):
     """What to compare, of a pipeline with a student.
 
     Attributes:
-        out: folder for student.json, student.md and samples.png.
-        data, split: of the captions, if the model takes some and ``captions`` does not name others.
         guidance_scale: None is the pipeline's own, or the student's largest if that is smaller.
+        out: folder for student.json, student.md and samples.png.
+        data: whose captions are taken, if the model takes some and ``captions`` does not name others.
+        split: of that data.
         batch_sizes: images at once, each timed.
         decoding: of the flow, to compare with.
         student_dtype: of the student's weights.
         compile: compile the student, and the flow's sequential step, see `TARFlowPipeline.enable_fast_decoding`.
         repeats: of the clock's measurements, of which the medians count; the two take turns.
-        num: samples whose errors are measured; ``columns`` of them are shown.
+        num: samples whose errors are measured.
+        columns: so many of these samples are shown.
     """
 
     out: str
@@ -94,10 +96,14 @@ class LevelComparisonConfig(OptionalExtractor):
         low: the lowest level of the latter.
         steps: of those flows' samples down from level to level.
         num: samples for each row.
+        batch_size: samples at once.
         guidance_scale: of the samples; None is the configuration's.
-        captions, labels: what they are of, see `GenerationConfig`.
-        ref, match, extractor: what they are measured by, see `SweepConfig`.
+        captions: of the samples, as of ``tarflow evaluate fid gen``; None takes the pipeline's examples.
+        labels: of the samples, likewise; None is all classes in turn.
+        ref: what they are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
+        match: measure the shares of drawings that are what their caption or class says.
         columns: samples in the grids.
+        seed: of the samples.
     """
 
     out: str
@@ -139,7 +145,8 @@ class ExactFlowConfig:
         split: "train" or "validation".
         outside: pictures of another kind, for "ood".
         num: how many pictures; of "best_of", how many are drawn.
-        steps, step_size: of "inpaint", of the chain.
+        steps: of "inpaint", of its chain.
+        step_size: of "inpaint", how much of the noise each step draws anew, above 0 and at most 1.
         seed: of all that is random.
     """
 

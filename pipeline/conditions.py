@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.walk import resolve_level
+
+
+def check_class_names(pipe: FlowPipeline, names: Sequence[str] | None) -> None:
+    """Whether the classes of data, by number, are those of a model that draws classes. Names that the model does not know are
+    taken for other names of its own, if there are as many.
+
+    Raises:
+        ValueError: if a class has another number in the model, or there are more or fewer, some under unknown names.
+    """
+    if not pipe.flow.config.conditioning.startswith("class") or not names:
+        return
+    known = {name: int(number) for number, name in (pipe.config.get("id2label") or {}).items()}
+    for number, name in enumerate(names):
+        if known.get(name, number) != number:
+            raise ValueError(
+                f"the class {name!r} is number {known[name]} of the model, but {number} of the data: give data that has all "
+                f"classes of the model, {len(known)}, in its order"
+            )
+    classes, unknown = pipe.flow.config.num_classes, [name for name in names if name not in known]
+    if known and unknown and len(names) != classes:
+        raise ValueError(
+            f"the model has {classes} classes, and the data {len(names)}, of which the model does not know {unknown[0]!r}: give "
+            "data of its classes"
+        )
 
 
 def condition_of(

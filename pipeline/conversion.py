@@ -192,7 +192,7 @@ def convert_checkpoint(
         ValueError: if anything does not fit; then nothing is written.
         OSError: if the folder cannot be written; then it is not there.
     """
-    output = Path(output)
+    output, checkpoint = Path(output).expanduser(), Path(checkpoint).expanduser()
     if not is_unused(output):
         raise ValueError(f"the output {str(output)!r} exists already; remove it or name another")
     autoencoder = load_autoencoder(vae)
@@ -271,7 +271,7 @@ def most_common_dtype(state: dict[str, Tensor]) -> torch.dtype:
 
 
 def read_class_names(path: str | Path | None, count: int) -> dict[int, str] | None:
-    """Names by label from a text file or JSON list.
+    """Names by label from a text file, or from a JSON list or dictionary.
 
     Raises:
         ValueError: if the file cannot be read, or has not one name for each class.
@@ -279,11 +279,18 @@ def read_class_names(path: str | Path | None, count: int) -> dict[int, str] | No
     if path is None:
         return None
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8")
         names = json.loads(text) if str(path).endswith(".json") else [line.strip() for line in text.splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the class names {str(path)!r}: {error}") from error
-    names = [str(name) for name in names if str(name)]
+    if isinstance(names, dict):  # by number, as configurations of Transformers have them
+        numbers = {str(number) for number in range(len(names))}
+        if names.keys() != numbers:
+            raise ValueError(f"the numbers of the classes in {str(path)!r} are not those from 0 to {len(names) - 1}")
+        names = [names[str(number)] for number in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the class names {str(path)!r} are no JSON list of texts: give one, or a name per line")
+    names = [name for name in names if name]
     if len(names) != count:
         raise ValueError(f"the file {str(path)!r} names {len(names)} classes, but the model has {count}")
     return dict(enumerate(names))

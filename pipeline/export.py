@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tarflow.common.files import check_writable, write_json
+from tarflow.pipeline.loading.examples import EXAMPLES
 from tarflow.pipeline.loading.folder import HELD_OUT, own_folder, written_into
 from tarflow.pipeline.loading.place import INDEX, locate
 from tarflow.pipeline.opening import open_pipeline
@@ -41,9 +42,13 @@ def export(pipeline: str, output: str, dtype: torch.dtype, denoiser: bool = True
             settings = temporary / "text_encoder" / "config.json"
             named = {"dtype": str(precision).removeprefix("torch.")}
             write_json(settings, json.loads(settings.read_text(encoding="utf-8")) | named)
-        means = Path(locate(pipeline), HELD_OUT)
-        if means.is_file():
-            shutil.copyfile(means, temporary / HELD_OUT)
+        beside = {name: Path(locate(pipeline), name) for name in (HELD_OUT, EXAMPLES)}
+        for name, path in beside.items():
+            if path.is_file():
+                shutil.copyfile(path, temporary / name)
+    for name, path in beside.items():
+        if not path.is_file():  # what lies there is of the pipeline that was here before
+            (target / name).unlink(missing_ok=True)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 

@@ -88,11 +88,16 @@ def read_published_config(path: str | Path, vae_factor: int = 8) -> Published:
         ValueError: if the file cannot be read, or says what is not implemented here.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # YAML contains JSON
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))  # YAML contains JSON
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the config {str(path)!r}: {' '.join(str(error).split())}") from error
     if isinstance(content, dict) and isinstance(content.get("arguments"), list):
-        return published_from_yaml(content["arguments"], vae_factor)
+        if not all(isinstance(entry, dict) for entry in content["arguments"]):
+            raise ValueError(f"the list 'arguments' of the config {str(path)!r} has entries other than 'name: value'")
+        try:
+            return published_from_yaml(content["arguments"], vae_factor)
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"a value in the config {str(path)!r} is empty or of a wrong type: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model", content), dict):
         raise ValueError(
             f"the config {str(path)!r} is neither a JSON of model arguments nor a YAML with a list 'arguments'"

@@ -17,13 +17,12 @@ def make_pipeline(conditioning="class_prefix", vae=True, sample_size=4, noise_le
     flow = TARFlowModel(
         in_channels=8 if vae else 3,
         sample_size=sample_size,
-        layers_per_block=(1, 1),
         width=64,
         head_dim=32,
         conditioning=conditioning,
         num_classes=3 if conditioning.startswith("class") else 0,
         cond_dim=16 if conditioning == "prefix" else 0,
-        **options,
+        **{"layers_per_block": (1, 1), **options},
     )
     with torch.no_grad():
         for parameter in flow.parameters():  # a new flow is the identity

@@ -18,7 +18,7 @@ from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_pe
 from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.walk import resolve_level
-from tarflow.pipeline.conditions import condition_of
+from tarflow.pipeline.conditions import check_class_names, condition_of
 
 #: What likelihoods are measured in, by the names of `Likelihood`.
 UNITS = {
@@ -122,6 +122,8 @@ def picture_likelihoods(
         ValueError: if data and model do not fit, or a number is out of range.
     """
     count = check_arguments(pipe, images, count, draws, importance)
+    if with_condition:
+        check_class_names(pipe, images.class_names)
     level = resolve_level(pipe.noise_levels, noise_level)
     pixels, dequantized = pipe.vae is None, pipe.vae is None and level is None
     nats: list[Tensor] = []  # (B, draws) each

@@ -15,7 +15,7 @@ from tarflow.evaluation.likelihood.held_out import check_arguments, noisy
 from tarflow.evaluation.reconstruction.quality import psnr, ssim
 from tarflow.pipeline.call.choices import NOISE_REMOVALS
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
-from tarflow.pipeline.conditions import condition_of
+from tarflow.pipeline.conditions import check_class_names, condition_of
 
 
 def available_methods(pipe: FlowPipeline) -> list[str]:
@@ -74,6 +74,7 @@ def noisy_pictures(pipe: FlowPipeline, images: Pictures, count: int, batch_size:
     if pipe.vae is None:
         raise ValueError("this model draws pixels: it has no decoder that could remove the noise")
     count = check_arguments(pipe, images, count, 1, 0)
+    check_class_names(pipe, images.class_names)
     some, found = spread(images, count), NoisyPictures([], [], [])
     for first in progress_bar(range(0, count, batch_size), desc="encoding", unit="batch", leave=False):
         indices = list(range(first, min(first + batch_size, count)))

@@ -16,9 +16,10 @@ class ReconstructConfig:
     Attributes:
         pipeline: folder, shipped name or hub id.
         data: the pictures.
+        out: folder of the pictures.
         split: "train" or "validation".
         num: how many pictures; None takes all.
-        out: folder of the pictures.
+        batch_size: pictures at once.
     """
 
     pipeline: str

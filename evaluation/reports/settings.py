@@ -24,13 +24,13 @@ class ReportConfig(OptionalExtractor, SampleSettings):
     """What to report on.
 
     Attributes:
+        captions: of the samples, as of ``tarflow evaluate fid gen``; None takes those of held-out pictures (of training
+            ones without).
         data: the pictures that it was trained on; its image_size must be the model's.
         out: the HTML file.
         title: of the page; None takes the pipeline's name.
         samples: how many images are drawn and shown.
         batch_size: images at once.
-        captions, labels: of the samples, see `GenerationConfig`; None takes captions of held-out pictures (of training
-            ones without), or all classes in turn.
         train_images: how many training pictures are searched for neighbours; they lie evenly in the split.
         yardstick_images: held-out pictures, and training pictures, whose own neighbours tell what distances mean.
         shown_neighbours: of so many samples, those nearest to a training picture.
@@ -67,10 +67,15 @@ class SweepConfig(RequiredExtractor):
 
     Attributes:
         gen: what all rows share; ``gen.out`` is the sweep's folder. Its swept settings have an effect where no list is
-            given.
-        guidance_scale, denoise, decoder, noise_std, decoding, num_inference_steps, temperature: lists of settings of which
-            every combination is a row; see `GenerationConfig`. Rows without denoising have no σ, and no steps from noise level
-            to noise level. The finetuned decoder, which takes noisy latents, is combined with no ``denoise`` but false.
+            given. Every combination of the lists is a row.
+        guidance_scale: list of scales; 1 is off.
+        denoise: list of ways to remove the noise before decoding.
+        decoder: list of what decodes; "finetuned", which takes noisy latents, is combined with no ``denoise`` but
+            false.
+        noise_std: list of σ that denoising takes for the training noise; rows without denoising have none.
+        decoding: list of ways to invert the blocks.
+        num_inference_steps: list of steps from noise level to noise level; rows without denoising have none.
+        temperature: list of factors on the prior noise.
         ref: what samples are compared with: a folder that ``tarflow evaluate fid ref`` wrote, or pictures.
         metrics: see ``tarflow evaluate fid calc``.
         match: measure the shares of drawings that are what their caption or class says.

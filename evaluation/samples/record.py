@@ -12,6 +12,7 @@ from typing import Any
 from tarflow.common.files import read_json_lines, replaced, write_json
 from tarflow.evaluation.conditions import Conditions
 from tarflow.evaluation.samples.told import CONDITIONS
+from tarflow.flows.decoding.names import DEFAULT_TOLERANCE
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.call.walk import check_walk, resolve_level, resolve_steps
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
@@ -41,8 +42,10 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
     along = trajectory_steps(pipe.flow, config.num_inference_steps, config.decoding, config.denoise)
     if along is not None:
         settings["num_inference_steps"] = along
-    if config.decoding in ("auto", "jacobi"):
-        settings["tolerance"] = config.tolerance
+    if config.decoding in ("auto", "jacobi") or (
+        config.decoding == "gs_jacobi" and config.tolerance != DEFAULT_TOLERANCE
+    ):
+        settings["tolerance"] = config.tolerance  # earlier versions told none of gs_jacobi
     return json.loads(json.dumps({**settings, "conditions": conditions.summary}))
 
 

@@ -48,7 +48,11 @@ class SampleSettings(SampleSubjects):
         denoise: how the training noise is removed before decoding, see `TARFlowPipeline`; None is the pipeline's way.
         decoder: what decodes, which may remove the noise itself; None is the pipeline's own.
         noise_std: standard deviation σ that denoising takes for the training noise; None is the pipeline's own.
-        num_inference_steps, noise_level, walk: of flows of many noise levels, as at a pipeline's call.
+        num_inference_steps: of flows of many noise levels, in how many steps the noise is removed; of trajectory
+            models, in how many they draw. None is the pipeline's own number.
+        noise_level: of flows of many noise levels, the level to draw at; None is the highest.
+        walk: of two such steps and more: "ode", Euler's, or "sde", with fresh noise at each level; None is the pipeline's
+            scheduler.
         temperature: factor on the prior noise; None is the pipeline's own.
         decoding: how blocks are inverted, as at a pipeline's call; "sequential" is exact to rounding; "student" is one
             pass of the pipeline's student.
@@ -78,7 +82,8 @@ class GenerationConfig(SampleSettings):
         batch_size: images that are drawn at once.
         format: "png", or "npz": uint8 ``arr_0`` (N, H, W, 3) and for classes int64 ``arr_1`` (N,), as of ADM.
         label_counts: frequencies for labels "data", one for each class.
-        data, split: whose frequencies or captions "data" means.
+        data: pictures whose frequencies of labels or whose captions "data" means.
+        split: of that data.
         tolerance: of the decodings that have one, as at a pipeline's call.
         dtype: of the weights.
         fast: compile the sequential decode step, see `TARFlowPipeline.enable_fast_decoding`.

@@ -36,8 +36,8 @@ class PeersComparison(OptionalExtractor):
         steps: of each training, 2000 unless there are ``seconds``.
         seconds: of the processor, of all its threads together, that each training may take for its steps, instead of
             ``steps``. They are timed in turns with those of the first training, before each one.
-        pictures, held_out: of the cache of latents, from the first on; null takes all, which drawings have not. A Fréchet
-            distance is to as many held-out ones.
+        pictures: of the cache of latents, to train on, from the first on; null takes all, which drawings have not.
+        held_out: held-out pictures of the cache, likewise; a Fréchet distance is to as many.
         num: samples of each row; held-out captions or classes in turn, of drawings all combinations.
         guidance_scale: of the flow and its student, which learns scales up to 4 or this one.
         diffusion_steps: of the sampler (`FlowMatchEulerDiscreteScheduler`), a row each.
@@ -116,9 +116,16 @@ class DiffusionConfig(NetworkConfig):
         cache: folder of the latents.
         output: folder of the run; the trained model is ``model`` in it.
         condition: "caption" or "class".
-        width, head_dim, layers: of the Transformer.
-        text_width, text_layers, text_heads, max_length: of the small text encoder that learns along.
-        text_unit, vocab_size, vocab_captions: of its tokens, see `TextConfig`.
+        width: numbers of a token in the Transformer.
+        head_dim: numbers of one of its attention heads.
+        layers: of the Transformer.
+        text_unit: what a token of the small text encoder that learns along is, see `TextConfig`.
+        vocab_size: of that encoder's tokenizer.
+        vocab_captions: how many captions the tokenizer is made of.
+        text_width: numbers of a token in the text encoder.
+        text_layers: of the text encoder.
+        text_heads: of its attention.
+        max_length: captions are padded or cut to this many tokens.
         drop_rate: share of pictures that are learned without their condition.
     """
 

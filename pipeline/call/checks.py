@@ -66,14 +66,19 @@ def check_caption_options(kind: str, max_sequence_length: int | None) -> None:
         raise ValueError(f"max_sequence_length must be at least 1, got {max_sequence_length}")
 
 
-def check_generator(generator: Any) -> None:
-    """Whether random numbers come from torch's generators, and not from a bare seed."""
-    for one in generator if isinstance(generator, list | tuple) else [generator]:
-        if one is not None and not isinstance(one, torch.Generator):
+def check_generator(generator: Any, images: int | None = None) -> None:
+    """Whether random numbers come from torch's generators, and not from a bare seed; of a list, whether it has one for each
+    of so many ``images``, where their number is known."""
+    if isinstance(generator, tuple):
+        raise ValueError("generator is a tuple, expected a torch.Generator or a list of them: give list(generator)")
+    for one in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
             seed = one if isinstance(one, int) else "SEED"
             raise ValueError(
                 f"generator must be a torch.Generator, got {one!r}: give torch.Generator().manual_seed({seed})"
             )
+    if isinstance(generator, list) and images is not None and len(generator) != images:
+        raise ValueError(f"got {len(generator)} generators for {images} images; give one, or one for each image")
 
 
 def check_decoding(decoding: str | Decoding | list[Decoding], tolerance: float | None, segment: int | None) -> None:

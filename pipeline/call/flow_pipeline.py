@@ -83,10 +83,8 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         latents: Tensor | None,
     ) -> Tensor:
         """A draw from the flow's prior, (B, C, h, w), float32; of ``latents``, if given, instead of fresh numbers."""
-        check_generator(generator)
+        check_generator(generator, batch)
         self.run_offload_hook(self.flow)  # the prior's variance is its
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"got {len(generator)} generators for {batch} images; give one, or one for each image")
         if latents is None:
             noise = randn_tensor((batch, *shape), generator=generator, device=device, dtype=torch.float32)
         else:

@@ -50,6 +50,8 @@ class PromptEncoding(PipelineParts):
                 raise ValueError("there is nothing to encode: give prompt or prompt_embeds")
             captions = [prompt] if isinstance(prompt, str) else prompt
             prompt_embeds = self._encode_captions(captions, length, aspect_ratio)
+        else:
+            length = prompt_embeds.shape[1]  # the empty caption is to have as many tokens
         prompt_embeds = prompt_embeds.to(device)
         count = len(prompt_embeds)
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
@@ -63,6 +65,12 @@ class PromptEncoding(PipelineParts):
         negative_prompt_embeds = negative_prompt_embeds.to(device)
         if len(negative_prompt_embeds) not in (1, count):
             raise ValueError(f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {count} prompts")
+        if negative_prompt_embeds.shape[1:] != prompt_embeds.shape[1:]:
+            found, expected = (tuple(embeds.shape[1:]) for embeds in (negative_prompt_embeds, prompt_embeds))
+            raise ValueError(
+                f"negative_prompt_embeds has {found} numbers a row, and prompt_embeds {expected}: encode both with one "
+                "max_sequence_length"
+            )
         negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
         return prompt_embeds, negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
 

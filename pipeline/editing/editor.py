@@ -81,7 +81,7 @@ class FlowEditor:
         """Latents as the flow was trained on them: with Gaussian noise, or pixels as uniform 8-bit ones."""
         if not noise:
             return latents
-        check_generator(generator)
+        check_generator(generator, len(latents))
         fresh = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         if self.pipe.vae is None and self.pipe.config.noise_std == 0:
             return dequantize((latents + 1) * 127.5, torch.special.ndtr(fresh))

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from tarflow.common.modes import flatten
+
 Pictures = Image.Image | list[Image.Image] | Tensor
 Mask = Image.Image | Tensor | np.ndarray
 
@@ -34,13 +36,24 @@ def read_images(image: Pictures, size: tuple[int, int], fit: bool = False) -> Te
         if not (images.is_floating_point() and float(images.min()) >= 0 and float(images.max()) <= 1):
             raise ValueError("a tensor of images must have 8-bit numbers, or real ones from 0 to 1")
     else:
-        images = torch.stack([read_picture(one, size, fit) for one in (image if isinstance(image, list) else [image])])
-    if tuple(images.shape[2:]) != size:
+        pictures = [read_picture(one, size, fit) for one in (image if isinstance(image, list) else [image])]
+        if not pictures:
+            raise ValueError("there is no image in the list: give one")
+        for picture in pictures:
+            check_size(picture, size)
+        images = torch.stack(pictures)
+    check_size(images, size)
+    return images * 2 - 1
+
+
+def check_size(image: Tensor, size: tuple[int, int]) -> None:
+    """Whether a picture (…, H, W) has the height and width that it must have."""
+    height, width = image.shape[-2:]
+    if (height, width) != size:
         raise ValueError(
-            f"the image has {images.shape[2]} × {images.shape[3]} pixels, the model takes {size[0]} × {size[1]}: "
+            f"the image has {height} × {width} pixels, the model takes {size[0]} × {size[1]}: "
             "resize it, or give a PIL picture with fit=True"
         )
-    return images * 2 - 1
 
 
 def read_picture(image: Image.Image, size: tuple[int, int], fit: bool) -> Tensor:
@@ -49,10 +62,22 @@ def read_picture(image: Image.Image, size: tuple[int, int], fit: bool) -> Tensor
         raise ValueError(f"an image must be a PIL picture, a list of them, or a tensor, got {type(image).__name__}")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         raise ValueError("the image is transparent: put it on a background first")
-    image = image.convert("RGB")
+    image = upright(image, "image")
     if fit:
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """A picture of any mode as an RGB one of 8 bits, turned as a camera says.
+
+    Raises:
+        ValueError: if it is not known which of its numbers are black and white.
+    """
+    try:
+        return flatten(image, (255, 255, 255))
+    except ValueError as error:
+        raise ValueError(f"the {name} cannot be read: {error}") from error
 
 
 def read_mask(mask: Mask, batch: int, size: tuple[int, int]) -> Tensor:
@@ -68,7 +93,7 @@ def read_mask(mask: Mask, batch: int, size: tuple[int, int]) -> Tensor:
         ValueError: for another size, or if it selects nothing or everything.
     """
     if isinstance(mask, Image.Image):
-        mask = np.array(mask.convert("L"), dtype=np.float32) / 255
+        mask = np.array(upright(mask, "mask").convert("L"), dtype=np.float32) / 255
     try:
         mask = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import secrets
@@ -170,6 +171,24 @@ def own_folder(pipeline: str, save_to: str | None) -> Path:
             "where to save the new one with --save_to FOLDER"
         )
     return folder
+
+
+def check_same_flow(source: Path, target: Path) -> None:
+    """Whether a folder that a changed copy of the pipeline ``source`` is to be written to has no other pipeline's flow,
+    which would be lost.
+
+    Raises:
+        ValueError: if it has.
+    """
+    if not (target / INDEX).is_file() or target.resolve() == source.resolve():
+        return
+    own, other = ({path.name: path for path in (folder / "flow").glob("*")} for folder in (source, target))
+    same = own.keys() == other.keys() and all(filecmp.cmp(own[name], other[name], shallow=False) for name in own)
+    if not same:
+        raise ValueError(
+            f"{str(target)!r}, where to save, is a pipeline with another flow than {str(source)!r} has, which would be "
+            "replaced: name a new folder"
+        )
 
 
 def add_component(source: Path, target: Path, name: str, component: ModelMixin, **settings: Any) -> None:

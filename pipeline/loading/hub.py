@@ -45,7 +45,7 @@ class PipelineFiles(DiffusionPipeline):
         """
         found = resolve(pretrained_model_name_or_path)
         if not Path(found).exists() and not HUB_ID.fullmatch(found):
-            locate(found)  # says what there is
+            found = locate(found)  # a folder below ~, or an error that says what there is
         with kept_default_dtype():
             pipe = super().from_pretrained(found, **kwargs)
         for name, part in pipe.components.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,21 @@ SOURCES = (
     "weight_name",
     "use_safetensors",
 )
+
+
+def check_all_loaded(model: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Whether a model has taken all of an adapter's weights; what it has no place for is otherwise left out unseen.
+
+    Raises:
+        ValueError: that names one which it has not.
+    """
+    from peft import get_peft_model_state_dict  # imported here: few pipelines have adapters
+
+    taken = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    if left := sorted(name for name in weights if "lora_" in name and name not in taken):
+        raise ValueError(
+            f"the adapter is of another flow: this one has no place for {len(left)} of its {len(weights)} weights, first {left[0]!r}"
+        )
 
 
 class LoraLoading(LoraBaseMixin):
@@ -123,6 +138,7 @@ class LoraLoading(LoraBaseMixin):
                     low_cpu_mem_usage=low_memory,
                     hotswap=hotswap,
                 )
+                check_all_loaded(self.flow, part_of(state, "flow") or {}, adapter_name)
             if texts:
                 own = part_of(state, "text_encoder") or {}
                 load_into_text_encoder(self.text_encoder, own, part_of(metadata, "text_encoder"), adapter_name)

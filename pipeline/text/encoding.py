@@ -102,7 +102,16 @@ def tokenized(
     special: bool = True,
 ) -> list[list[int]]:
     """Tokens of each caption, with the texts that the options put around it, cut to ``max_length``. ``special`` adds
-    the tokenizer's first and last tokens, which a chat template already has."""
+    the tokenizer's first and last tokens, which a chat template already has.
+
+    Raises:
+        ValueError: for a caption that is no valid text.
+    """
+    for caption in captions:
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the caption {caption!r} has bytes that are no text in UTF-8: write it anew") from error
     texts = options.filled(tokenizer, captions)
     cut = {"truncation": True, "max_length": max_length} if max_length else {}
     found = tokenizer(texts, add_special_tokens=special and not options.chat_template, verbose=False, **cut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
 import subprocess
@@ -16,8 +17,10 @@ from pipelines import make_pipeline
 from trainings import CLASS_FLOW, SMALL
 
 from tarflow import configs
+from tarflow.cli import fid
+from tarflow.cli.benchmark import parser
 from tarflow.cli.configs import purpose
-from tarflow.cli.main import main
+from tarflow.cli.main import COMMANDS, main
 from tarflow.cli.models import first_sentence
 from tarflow.cli.pictures import file_stems
 from tarflow.pipeline.call import limits
@@ -181,6 +184,39 @@ def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
     if not command:
         main([])
         assert capsys.readouterr().out == printed
+
+
+#: Commands of commands, which have the options.
+STEPS = {
+    "evaluate": ("likelihood", "captions", *(f"fid {step}" for step in fid.COMMANDS)),
+    "benchmark": ("sampling", "exactness", "training", "memory", "data"),
+}
+
+
+@pytest.mark.parametrize(
+    "command", [f"{command} {step}".strip() for command in COMMANDS for step in STEPS.get(command, ("",))]
+)
+def test_every_option_has_a_line_of_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of settings within settings, which an option like ``--data.mix.help`` tells."""
+    shown: list[argparse.ArgumentParser] = []
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser, *_: shown.append(parser))
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    for option in shown[0]._option_string_actions:
+        if option.endswith(".help"):
+            with pytest.raises(SystemExit):
+                main([*command.split(), option])
+    actions = [action for parser in shown for action in parser._actions]
+    assert not [action.option_strings or action.dest for action in actions if not (action.help or "").strip()]
+
+
+@pytest.mark.parametrize("step", STEPS["benchmark"])
+def test_every_benchmark_has_an_example(step: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["benchmark", step, "--help"])
+    (example,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  tarflow ")]
+    command, *options = example.split()[1:]
+    assert parser().parse_args(options).command == step and command == "benchmark"
 
 
 @pytest.mark.parametrize("name", ["num_images", "draws", "batch_size"])

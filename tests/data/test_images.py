@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tarflow.common.modes import flatten
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files
 from tarflow.data.folder import ImageFolder, is_held_out, read_size
 from tarflow.data.images import Images, background_colour, collate, fit, open_source
-from tarflow.data.modes import flatten
 from tarflow.evaluation.images.sets import open_images
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -10,9 +10,11 @@ from helpers import perturb
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
+from tarflow.data.drawings import CLASS_NAMES
 from tarflow.data.images import Images
 from tarflow.evaluation.likelihood.held_out import evaluate_likelihood
 from tarflow.flows.likelihood import bits_per_dim, dequantize
+from tarflow.pipeline.conditions import check_class_names
 from tarflow.vae.codec import load_autoencoder
 
 
@@ -74,3 +76,24 @@ def test_bad_input() -> None:
         evaluate_likelihood(pixel_pipeline(), drawings(), 2, draws=0)
     with pytest.raises(ValueError, match="has 1 channels; pictures have 3"):
         evaluate_likelihood(pixel_pipeline(in_channels=1), drawings(), 2)
+
+
+def test_classes_under_other_numbers_are_refused() -> None:
+    names = dict(enumerate(reversed(CLASS_NAMES)))
+    pipe = pixel_pipeline(conditioning="class_vectors", num_classes=36, positions="learned")
+    pipe.register_to_config(id2label=names)
+    with pytest.raises(ValueError, match="the class 'red circle' is number 35 of the model, but 0 of the data"):
+        evaluate_likelihood(pipe, drawings(), 2, 1)
+    assert math.isfinite(evaluate_likelihood(pipe, drawings(), 2, 1, with_condition=False).mean)
+
+
+def test_unknown_names_are_other_names_only_of_all_classes() -> None:
+    pipe = pixel_pipeline(conditioning="class_vectors", num_classes=3, positions="learned")
+    pipe.register_to_config(id2label={0: "tench", 1: "church", 2: "gas pump"})
+    check_class_names(pipe, ("n01", "n02", "n03"))
+    check_class_names(pipe, ("tench", "church"))
+    check_class_names(pixel_pipeline(), ("a", "b"))
+    with pytest.raises(
+        ValueError, match="the model has 3 classes, and the data 2, of which the model does not know 'n01'"
+    ):
+        check_class_names(pipe, ("n01", "n02"))

@@ -18,7 +18,7 @@ from tarflow import TARFlowPipeline
 from tarflow.cli.convert import main as convert
 from tarflow.pipeline import conversion
 from tarflow.pipeline.call.aspect import ASPECT_RATIOS, aspect_size, fill_template, nearest_aspect_ratio
-from tarflow.pipeline.conversion import convert_checkpoint, load_published
+from tarflow.pipeline.conversion import convert_checkpoint, load_published, read_class_names
 from tarflow.pipeline.published import published_from_yaml, read_published_config
 from tarflow.training.flow.config import TextConfig
 from tarflow.training.flow.text import small_t5, train_tokenizer
@@ -208,3 +208,40 @@ def test_aspect_ratios() -> None:
     assert aspect_size("16:9", 256, 8) == (192, 344)
     with pytest.raises(ValueError, match=r"must be one of 21:9, .*, got '7:5'"):
         aspect_size("7:5", 256, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"0": "tench", "1": "goldfish"}', {0: "tench", 1: "goldfish"}),
+        ('["tench", "goldfish"]', {0: "tench", 1: "goldfish"}),
+        ('{"1": "tench", "2": "goldfish"}', "are not those from 0 to 1"),
+        ('{"tench": 0, "goldfish": 1}', "are not those from 0 to 1"),
+        ('"ab"', "no JSON list of texts"),
+        ("3", "no JSON list of texts"),
+        ("[1, 2]", "no JSON list of texts"),
+    ],
+)
+def test_class_names_of_json(content: str, expected: dict[int, str] | str, tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text(content)
+    if isinstance(expected, dict):
+        assert read_class_names(tmp_path / "names.json", 2) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            read_class_names(tmp_path / "names.json", 2)
+
+
+@pytest.mark.parametrize("entries", [[1], [{"cfg": ""}], [{"noise_std": None}]])
+def test_settings_of_a_wrong_kind_are_a_sentence(entries: list[object], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"arguments": entries}))
+    with pytest.raises(ValueError, match="config\\.yaml"):
+        read_published_config(tmp_path / "config.yaml")
+
+
+def test_folders_below_the_home_folder(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(published))
+    convert(["--checkpoint", "~/model.pth", "--config", "~/config.yaml", "--output", "~/made"])
+    assert (published / "made" / "model_index.json").is_file()
+    with pytest.raises(ValueError, match="exists already"):
+        convert_checkpoint("~/model.pth", "~/config.yaml", "~/made", noise_std=0.9)
+    assert TARFlowPipeline.from_pretrained("~/made").config.noise_std == 0.3

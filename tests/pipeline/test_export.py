@@ -86,3 +86,14 @@ def test_what_cannot_be_copied(pipeline: Path, tmp_path: Path, capsys: pytest.Ca
         main(["--pipeline", str(pipeline), "--output", str(tmp_path / "copy")])
     assert "has numbers that torch.float16 cannot hold" in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()
+
+
+def test_what_tells_of_the_pipeline_that_was_there_before_goes(pipeline: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    main(["--pipeline", str(pipeline), "--output", str(target)])
+    for name in ("held_out.json", "examples.json"):
+        (target / name).write_text("[]")
+    (pipeline / "examples.json").write_text('["a cat"]')
+    main(["--pipeline", str(pipeline), "--output", str(target)])
+    assert not (target / "held_out.json").exists()
+    assert (target / "examples.json").read_text() == '["a cat"]'

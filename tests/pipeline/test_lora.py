@@ -301,3 +301,14 @@ def test_nothing_is_said_of_parts_without_adapters(caplog: pytest.LogCaptureFixt
         pipe.load_lora_weights(tmp_path)
     assert not caplog.records
     assert np.isfinite(draw(pipe, **{**arguments(pipe), "output_type": "np"})).all()
+
+
+def test_an_adapter_of_a_deeper_flow_is_refused(tmp_path: Path) -> None:
+    pipe, deeper = pipeline(), pipeline(layers_per_block=(1, 3))
+    add(deeper.flow)
+    before = draw(pipe, **arguments(pipe))
+    TARFlowPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(deeper.flow))
+    with pytest.raises(ValueError, match="of another flow: this one has no place for 16 of its 32 weights"):
+        pipe.load_lora_weights(tmp_path)
+    assert pipe.get_list_adapters() == {}
+    torch.testing.assert_close(draw(pipe, **arguments(pipe)), before, rtol=0, atol=1e-5)

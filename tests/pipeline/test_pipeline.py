@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from pipelines import CAPTIONS, draw, make_pipeline
 
 from tarflow import TARFlowPipeline
@@ -246,3 +247,57 @@ def test_a_wrong_name_among_many_classes():
             label_indices(name, names, 1000)
     with pytest.raises(ValueError, match=r"'xyz'; pipe\.labels has all 1,000 names"):
         label_indices("xyz", names, 1000)
+
+
+def test_embeddings_of_another_length():
+    pipe = make_pipeline("prefix")
+    short, _ = pipe.encode_prompt(CAPTIONS, max_sequence_length=6)
+    options = {"guidance_scale": 2.0, "decoding": "sequential"}
+    images = draw(pipe, prompt_embeds=short, **options)
+    by_text = draw(pipe, CAPTIONS, max_sequence_length=6, **options)
+    np.testing.assert_allclose(images, by_text, rtol=0, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"negative_prompt_embeds has \(8, 16\) numbers a row, and prompt_embeds \(6, 16\)"
+    ):
+        draw(pipe, prompt_embeds=short, negative_prompt_embeds=pipe.encode_prompt("")[0], **options)
+
+
+def test_lists_of_generators():
+    pipe = make_pipeline(vae=False, sample_size=16)
+    pictures = [torch.rand(3, 16, 16) for _ in range(3)]
+    one, two = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    with pytest.raises(ValueError, match=r"generator is a tuple.*give list\(generator\)"):
+        pipe(class_labels=[0, 1], generator=(one, two))
+    with pytest.raises(ValueError, match=r"must be a torch\.Generator, got None"):
+        pipe(class_labels=[0, 1], generator=[None, two])
+    with pytest.raises(ValueError, match="got 2 generators for 3 images"):
+        pipe.encode(torch.stack(pictures), class_labels=[0, 1, 2], generator=[one, two])
+
+
+def test_pictures_of_every_mode_for_the_tools():
+    pipe = make_pipeline(vae=False, sample_size=16)
+    grey = np.linspace(0, 255, 256).round().astype(np.uint8).reshape(16, 16)
+    forms = {
+        "8 bits": Image.fromarray(grey),
+        "16 bits": Image.fromarray(grey.astype(np.uint16) * 257),
+        "floats": Image.fromarray(grey.astype(np.float32) / 255),
+    }
+    found = [pipe.log_likelihood(form, class_labels=0, noise=False).log_prob for form in forms.values()]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    picture = forms["8 bits"].convert("RGB")
+    dark = np.full((16, 16), 500, np.uint16)
+    dark[0, 0] = 65535
+    filled = pipe.inpaint(picture, Image.fromarray(dark), class_labels=0, output_type="np").images[0]
+    changed = np.abs(filled - np.asarray(picture) / 255).max(-1) > 0.02
+    assert not changed[8:, 8:].any()
+    with pytest.raises(ValueError, match="the image cannot be read: its floats reach from 0 to 255"):
+        pipe.encode(Image.fromarray(grey.astype(np.float32)), class_labels=0)
+
+
+def test_no_pictures_and_pictures_of_several_sizes_are_a_sentence():
+    pipe = make_pipeline(vae=False, sample_size=16)
+    with pytest.raises(ValueError, match="there is no image in the list"):
+        pipe.encode([])
+    with pytest.raises(ValueError, match="the image has 8 × 8 pixels, the model takes 16 × 16"):
+        pipe.encode([Image.new("RGB", (16, 16)), Image.new("RGB", (8, 8))], class_labels=[0, 1])

@@ -552,3 +552,9 @@ def test_captions_are_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for ours, expected in zip(few(captions), whole(tokenizer, captions, 8), strict=True):
             assert torch.equal(ours, expected)
     assert len(few.places) == 2
+
+
+def test_captions_that_are_no_text_are_named() -> None:
+    encoder, tokenizer = make_encoder("T5EncoderModel"), make_tokenizer()
+    with pytest.raises(ValueError, match=r"the caption 'caf.*' has bytes that are no text"):
+        encode_captions(encoder, tokenizer, ["a cat", "caf\udce9"], 12)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fid_helpers import save_clip, write_pictures
+from helpers import files_of
 from PIL import Image
 from stream_helpers import row as tar_row
 from stream_helpers import tar_bytes, tar_shards, write
@@ -375,3 +376,17 @@ def test_bad_arguments_are_one_sentence(argv: list[str], message: str, capsys: p
     assert ended.value.code == 2
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_another_model_in_the_folder_is_not_replaced(tmp_path: Path, vision: str) -> None:
+    before = files_of(Path(vision))
+    with pytest.raises(ValueError, match="has another model, which would be replaced"):
+        train_captions(settings(tmp_path, vision, output=vision))
+    assert files_of(Path(vision)) == before
+
+
+def test_damaged_features_are_made_anew(tmp_path: Path, vision: str) -> None:
+    config = settings(tmp_path, vision, steps=2)
+    score = train_captions(config)
+    (Path(config.output) / "features.safetensors").write_bytes(b"")
+    assert train_captions(config).first == pytest.approx(score.first, abs=1e-6)

@@ -400,3 +400,14 @@ class TestTraining:
         for path in sorted((ROOT / "configs").glob("student_*.yaml")):
             config, _ = parse_dataclass(StudentConfig, ["--config", str(path)])
             assert config.folder == Path("runs") / f"{path.stem.removeprefix('student_')}_student"
+
+
+def test_a_copy_does_not_replace_another_pipeline(tmp_path) -> None:
+    tiny_pipeline(tmp_path / "pipeline")
+    other = TARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    torch.nn.init.normal_(other.flow.blocks[0].proj_in.weight)
+    other.save_pretrained(tmp_path / "other")
+    before = files_of(tmp_path / "other")
+    with pytest.raises(ValueError, match="a pipeline with another flow"):
+        train(tmp_path / "pipeline", tmp_path / "run", "--save_to", str(tmp_path / "other"))
+    assert files_of(tmp_path / "other") == before

@@ -14,7 +14,12 @@ from tarflow.training.losses.config import PictureLossConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of pictures, which may be a stream. ``share``: how often it is drawn from, relative to the other sources."""
+    """One source of pictures.
+
+    Attributes:
+        data: the pictures, which may be a stream.
+        share: how often it is drawn from, relative to the other sources.
+    """
 
     data: DataConfig
     share: Positive = 1.0
@@ -24,14 +29,15 @@ class SourceConfig:
 class TrainVaeConfig(NetworkConfig):
     """Settings of a training run. Each evaluation saves the autoencoder too.
 
-    Attributes, besides those of `NetworkConfig`:
+    Attributes:
+        eval_images: held-out pictures of each source in an evaluation.
         output: folder for the autoencoder; grids, metrics, logs and checkpoints go to ``output`` + "_run".
         sources: where pictures come from, by name; all of one size.
         model: arguments of Diffusers' ``AutoencoderKL``. With ``init_from`` they may be left out, and must be that
             autoencoder's if given, ``sample_size`` apart.
         init_from: a shipped autoencoder, folder or hub id whose weights training starts from.
-        posterior: "gaussian", whose σ the encoder learns, or "constant", with ``posterior_std`` as its σ, in raw
-            latents' units.
+        posterior: "gaussian", whose σ the encoder learns, or "constant".
+        posterior_std: σ of the posterior "constant", in raw latents' units.
         loss: what makes reconstructions like their originals.
         kl_weight: weight of the KL divergence (nats per latent number, mean).
         eval_noise_std: of the noise on the latents in which reconstructions are measured once more, over the latents'
@@ -75,7 +81,7 @@ class TrainVaeConfig(NetworkConfig):
     @property
     def folder(self) -> Path:
         """Of the run, beside the autoencoder's."""
-        output = Path(self.output)
+        output = Path(self.output).expanduser()
         return output.with_name(output.name + "_run")
 
     @property

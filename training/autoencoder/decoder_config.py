@@ -14,7 +14,7 @@ from tarflow.training.losses.config import PictureLossConfig
 class DecoderConfig(ComponentConfig):
     """Everything about finetuning a decoder.
 
-    Attributes, besides those of `ComponentConfig`:
+    Attributes:
         set_default: the pipeline's calls take the new decoder unless they say otherwise; False leaves their default.
         noise_std: σ of the noise on the latents; None is the pipeline's training noise, which its samples have.
         start: decoder of the pipeline whose weights training begins from, in the words of its call: "vae", the

@@ -91,7 +91,7 @@ class AutoencoderTask(PictureTask):
         """Measure and save the autoencoder, each time; writes grids."""
         vae = copy_for_use(self.network.vae, self.config.constant_std)
         metrics = self.held_out.report(vae, self.folder / "grids", step)
-        save_autoencoder(vae, Path(self.config.output), self.config.dtype, self.config.card)
+        save_autoencoder(vae, Path(self.config.output).expanduser(), self.config.dtype, self.config.card)
         return metrics
 
 

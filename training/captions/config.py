@@ -18,17 +18,24 @@ class CaptionModelConfig:
         vision: folder or hub id of a vision model of Transformers with pooled features, such as
             "google/mobilenet_v2_1.0_224"; it stays as it is.
         output: folder of the model, which has its features too: the same pictures are not read again.
-        num_images, num_validation_images: how many training and held-out pictures, from the first on; None takes all, of a
-            stream too, of which captions and features are held in memory.
+        num_images: how many training pictures, from the first on; None takes all, of a stream too, of which captions
+            and features are held in memory.
+        num_validation_images: how many held-out pictures, likewise.
         concept: columns of ``metadata.jsonl``, or of a stream, that say what a picture shows, whatever its style: [text, emoji].
         remove: a regular expression; what it finds in captions is left out, for example ", \\w+ style$".
         image_size: side that pictures are brought to for the vision model; None is its own. Smaller ones are faster.
-        width, layers, heads: of the Transformer that reads captions, BERT's.
+        width: numbers of a token in the Transformer that reads captions, BERT's.
+        layers: of that Transformer.
+        heads: of its attention.
         vocab_size: of its tokens, byte pairs that the captions give.
         max_length: of captions, in tokens; longer ones are cut.
         projection: numbers of an embedding.
         dropout: in the Transformer and of the picture's features.
-        steps, batch_size, lr, warmup_steps, weight_decay: of AdamW, with a cosine to 0.
+        steps: optimizer steps, of AdamW.
+        batch_size: pictures of a step.
+        lr: the peak, after the warm-up; a cosine takes it down to 0.
+        warmup_steps: of the warm-up.
+        weight_decay: of AdamW.
         among: of how many captions the right one of a held-out picture is to be found; fewer if there are fewer.
         seed: of weights and batches.
     """

@@ -6,13 +6,14 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
@@ -44,6 +45,7 @@ def train_captions(config: CaptionModelConfig) -> CaptionScore:
     """
     folder = Path(config.output).expanduser()
     check_writable(folder, folder=True)
+    check_unused(folder)
     torch.manual_seed(config.seed)
     vision, processor = load_vision(config.vision, config.image_size)  # first: a stream takes long to read
     train, held_out = open_pairs(config)
@@ -65,6 +67,16 @@ def train_captions(config: CaptionModelConfig) -> CaptionScore:
     return score
 
 
+def check_unused(folder: Path) -> None:
+    """Whether a folder has no model but one of an earlier training, whose features are taken again.
+
+    Raises:
+        ValueError: if it has another one.
+    """
+    if (folder / "config.json").exists() and not (folder / REPORT).exists():
+        raise ValueError(f"{str(folder)!r} has another model, which would be replaced: give another --output")
+
+
 def write_model(folder: Path, parts: list[Any]) -> None:
     """Write parts of Transformers into a folder, each file whole or not at all."""
     with tempfile.TemporaryDirectory() as made:
@@ -81,7 +93,7 @@ def cached_features(path: Path, vision: PreTrainedModel, processor: Any, splits:
     facts = [pairs.facts for pairs in splits]
     made_of = hash_of([repr(facts), repr(splits[0].images.config), repr(processor.to_dict()), hash_weights(vision)])
     if path.is_file():
-        with safe_open(path, "pt") as file:
+        with suppress(SafetensorError), safe_open(path, "pt") as file:  # a damaged one is made anew
             if (file.metadata() or {}).get("made_of") == made_of:
                 return [file.get_tensor(str(number)) for number in range(len(splits))]
     vision.to(memory_format=torch.channels_last)  # twice as fast on CPUs

@@ -68,17 +68,26 @@ class TextConfig:
     """The text encoder; ``kind`` "none" for class-conditional and unconditional models.
 
     Attributes:
-        kind: "none"; "pretrained" (frozen, by ``name``: a folder or hub id of any text encoder or decoder-only language
-            model of Transformers, see `load_text_encoder`); "small" (a T5 encoder of the sizes below, trained from
-            scratch with the flow, with a tokenizer made of the training captions).
-        subfolder, tokenizer_subfolder: where in ``name`` a pretrained encoder and its tokenizer are; without the second
-            the tokenizer is looked for in the same subfolder, in ``tokenizer`` beside ``text_encoder``, and in ``name``.
+        kind: "none" for class-conditional and unconditional models; "pretrained" (frozen, by ``name``); "small" (a T5
+            encoder of the sizes below, trained from scratch with the flow, with a tokenizer made of the training
+            captions).
+        name: a pretrained encoder: folder or hub id of any text encoder or decoder-only language model of Transformers,
+            see `load_text_encoder`; None for other kinds.
+        subfolder: where in ``name`` a pretrained encoder is; None is ``name`` itself.
+        tokenizer_subfolder: where in ``name`` its tokenizer is; None looks in the same subfolder, in ``tokenizer``
+            beside ``text_encoder``, and in ``name``.
         max_length: captions are padded or cut to this many tokens.
-        hidden_layer, prefix, chat_template: of a pretrained encoder, see `TextOptions`.
+        hidden_layer: which hidden states of a pretrained encoder are taken: −1, the last, behind its final norm; 0, the
+            embeddings; k, the output of layer k, or −2 that of the last layer but one, without the norm.
+        prefix: put before each caption for a pretrained encoder, the empty one too, as it is; None puts nothing.
+        chat_template: put captions as a user's message into the chat template of a pretrained encoder's tokenizer.
         vocab_size: of the small encoder's tokenizer.
-        shard: with FSDP, divide a pretrained encoder's weights among the processes too.
-        vocab_captions: how many captions the tokenizer is made of.
+        vocab_captions: how many captions the small encoder's tokenizer is made of.
         unit: what a token of the small tokenizer is: "word", or "bpe" for open vocabularies.
+        width: numbers of a token in the small encoder.
+        layers: of the small encoder.
+        heads: of attention in the small encoder.
+        shard: with FSDP, divide a pretrained encoder's weights among the processes too.
     """
 
     kind: Literal["none", "small", "pretrained"] = "none"
@@ -119,27 +128,24 @@ class TrainConfig(StepSettings):
     """The steps.
 
     Attributes:
-        steps: optimizer steps; ``images`` gives them in pictures instead. ``max_minutes`` lowers them, from the
-            measured speed, so that the training takes about as long (the schedule then ends there; resuming keeps the
-            checkpoint's number).
-        noise: "gaussian", added with standard deviation ``noise_std`` (σ), or "uniform", which makes real numbers of
-            8-bit pixels for likelihoods in bits per dimension, and leaves σ unused.
-        noise_levels: one flow for many levels of the noise, see `NoiseLevels`; ``noise_std`` is then unused.
+        seed: of weights, noise, drops and the pictures' order.
+        images: the length in pictures, instead of ``train.steps``; None takes those.
+        noise: "gaussian", or "uniform", which makes real numbers of 8-bit pixels for likelihoods in bits per dimension.
+        noise_std: standard deviation σ of gaussian noise; without effect where ``noise_levels`` are given.
+        noise_levels: one flow for many levels of the noise, see `NoiseLevels`; None is one level, ``noise_std``.
         drop_rate: share of conditions replaced by "none", which guidance needs.
         latent_norm_weight: weight of a penalty, the sum of the mean squares of all blocks' outputs but the last's;
             0 is off.
         compile: compile the Transformer layers (`torch.compile`); the first steps take minutes, the others less time.
         cuda_graphs: after some steps, launch each forward and backward pass as one CUDA graph: for small models, whose steps
             are bound by launching, on one GPU.
-        checkpointing: activations that are computed again in the backward pass to save memory: "none", of each
-            "block", of each "layer" (with ``checkpointing_every`` only of every so many layers), or "both"; or
-            "reversible", for coupling blocks, all of them, from the last output.
+        checkpointing: activations that are computed again in the backward pass to save memory: "none", of each "block",
+            of each "layer", or "both"; or "reversible", for coupling blocks, all of them, from the last output.
+        checkpointing_every: with checkpointing "layer" and "both", of every so many layers only.
+        more_ema_decays: of further averaged weights, which are evaluated at the end and saved beside the first.
+        max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
         trajectory: what a picture gives in a step of training a trajectory model, whose chain ends at ``noise_std``:
             "pair", one random step of a chain, or "all" steps of it, for so many times the work.
-        ema_decay: of the averaged weights that are evaluated and saved; averages with ``more_ema_decays`` are kept,
-            evaluated at the end and saved beside them.
-        max_bad_steps: so many losses in a row that are not finite are skipped before training stops.
-        seed: of weights, noise and drops.
     """
 
     images: AtLeastOne | None = None
@@ -185,11 +191,13 @@ class LogConfig(LogSettings):
     """What is written while training; 0 turns an interval off.
 
     Attributes:
-        eval_every: steps between evaluations of held-out nats per dimension, on ``eval_images`` pictures.
-        sample_every: steps between grids of ``sample_images`` pictures from fixed noise, raw and denoised.
+        eval_every: steps between evaluations of held-out nats per dimension; 0 leaves the one at the end.
+        sample_every: steps between grids of samples from fixed noise, raw and denoised; 0 is off.
+        sample_images: samples of a grid.
         save_pipeline_every: steps between pipeline folders; the last step always saves one.
         prompts: captions of the grid; None takes held-out ones.
-        guidance_scale, guidance_method: of the grid, and the saved pipeline's defaults; a scale of 1 is off.
+        guidance_scale: of the grid, and the saved pipeline's default; 1 is off.
+        guidance_method: the same, of guidance: "gaussian" (STARFlow), "linear" (TARFlow) or "linear_scale" (iTARFlow).
         temperature: the same, a factor on the prior noise: below 1 pictures are likelier and less varied.
         num_inference_steps: the same, for ``train.noise_levels``: steps down from level to level; None is 10.
     """
@@ -216,7 +224,9 @@ class MetricConfig:
         images: how many samples, and held-out pictures at most. Distances of fewer pictures than features are biased;
             compare only equal numbers.
         extractor: "inception" (then it is FID), a Torchvision classifier such as "mobilenet_v2", or others, see
-            `load_extractor`; ``weights`` are its file; ``normalize`` is what Torchvision's classifiers expect.
+            `load_extractor`.
+        weights: file of the extractor's weights; None downloads those of "inception".
+        normalize: of pixels for Torchvision's classifiers: "imagenet", or "half" for [−1, 1].
         batch_size: samples drawn at once.
     """
 
@@ -237,9 +247,18 @@ class RunConfig:
 
     Attributes:
         output: folder of the run: resolved config, logs, grids, checkpoints, pipeline.
-        data, vae, joint, text, lora, optim, train, log, metric: the sections.
-        flow: arguments of `TARFlowModel`, or with ``kind`` "trajectory" of `TrajectoryFlowModel`. in_channels, sample_size, num_classes and cond_dim may be left out: they
-            follow from the autoencoder, the data and the text encoder.
+        data: where pictures, captions and labels come from.
+        vae: the autoencoder.
+        joint: an autoencoder that is trained along, with ``vae.train`` "joint" (SimFlow, arXiv 2512.04084).
+        text: the text encoder.
+        lora: an adapter of the flow of ``init_from``, instead of all weights.
+        flow: arguments of `TARFlowModel`, or with ``kind`` "trajectory" of `TrajectoryFlowModel`. in_channels,
+            sample_size, num_classes and cond_dim may be left out: they follow from the autoencoder, the data and the
+            text encoder.
+        optim: the optimizer, with linear warm-up and then a schedule.
+        train: the steps.
+        log: what is written while training.
+        metric: the Fréchet distance of samples to held-out pictures, while training and at the end.
         init_from: folder or hub id of a pipeline whose flow, small text encoder and latent statistics training starts
             from. Settings of ``flow`` may be left out, and must be the pipeline's if given; another ``data.image_size``
             rescales the positions.
@@ -292,7 +311,7 @@ class RunConfig:
     def loop(self) -> LoopSettings:
         """What the loop goes by."""
         return LoopSettings(
-            folder=Path(self.output),
+            folder=Path(self.output).expanduser(),
             resume=self.resume,
             train=self.train,
             optim=self.optim,

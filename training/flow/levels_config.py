@@ -14,7 +14,8 @@ class NoiseLevels:
     """One flow for all levels t of the noise: y = x + t·ε, and the flow is told t.
 
     Attributes:
-        low, high: of the levels. Samples are drawn at the highest.
+        low: the lowest level.
+        high: the highest level, at which samples are drawn.
         distribution: of a picture's level: "uniform"; or "log_normal", e^(−1.2 + n) of a normal n within the bounds.
         weight: of its loss: its "level" t (the published one), "square", t², or "one".
     """

@@ -16,6 +16,7 @@ from tarflow.flows.trajectory.kinds import kind_of
 from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
+from tarflow.training.flow.earlier import set_aside
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.levels_config import level_invariants
 from tarflow.training.flow.lora import folder_name, prepare_adapters, save_adapters
@@ -69,7 +70,7 @@ class FlowTask(Task):
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, start: Start | None):
         self.config, self.log, self.accelerator, self.start = config, config.log, accelerator, start
-        self.folder = Path(config.output)
+        self.folder = config.loop.folder
         self.latents: list[Tensor] = []  # z of the passes of a step
         self.notes: list[str] = []  # on what is otherwise than in the pipeline that training starts from
         self.held_out: HeldOut | None = None
@@ -146,6 +147,9 @@ class FlowTask(Task):
         self.metric = on_main(accelerator, lambda: open_metric(config, parts, accelerator))
 
     def begin(self, fresh: bool) -> None:
+        aside = set_aside(self.folder, folder_name("pipeline") if self.adapter else "pipeline") if fresh else None
+        if aside is not None:
+            write_line(f"what an earlier run saved in {self.folder} is in {aside.name} there")
         train = self.parts.train
         cache = train.about() if isinstance(train, CachedLatents) else ()
         for sentence in (*self.notes, *cache, cut_captions_of(self.parts, self.config.text)):

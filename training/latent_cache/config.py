@@ -30,7 +30,8 @@ class CacheConfig:
             gives each picture the nearest ratio, at about the area of the square. It takes a first pass over the head
             of every picture file, in every process (an orientation that comes after a PNG's pixels is not seen there).
         unit: both sides of all pictures are multiples of the autoencoder's factor times this, the patch size.
-        num_images, num_validation_images: how many from the first on; None takes all. Endless sources need both.
+        num_images: how many training pictures, from the first on; None takes all. Endless sources need a number.
+        num_validation_images: how many held-out pictures, likewise.
         num_workers: processes that read pictures, for each process that encodes; of streams threads.
 
     Of a stream each row is cached once, with the caption that it has in the first pass.

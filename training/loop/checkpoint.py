@@ -110,7 +110,7 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
                 return None
             raise ValueError(f"there is no checkpoint in {str(folder)!r} to resume from; start without --resume")
         return found[-1]
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if not (path / "run.json").is_file():
         raise ValueError(f"{resume!r} is no checkpoint folder: it has no run.json")
     found = checkpoints(folder)

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid, save_image
 from tarflow.common.checks import check
 from tarflow.data.images import to_model
 from tarflow.data.stream.first import AnyPictures, open_pictures, open_training
-from tarflow.pipeline.loading.folder import add_component, own_folder
+from tarflow.pipeline.loading.folder import add_component, check_same_flow, own_folder
 from tarflow.pipeline.opening import locate, open_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.component_config import ComponentConfig
@@ -36,6 +36,7 @@ class ComponentFolders:
         place = locate(config.pipeline)
         self.target = own_folder(config.pipeline, config.save_to)
         self.source = Path(place) if Path(place).is_dir() else Path(TARFlowPipeline.download(place))
+        check_same_flow(self.source, self.target)
         self.dtype = config.dtype
 
     def open(self, device: torch.device | str) -> TARFlowPipeline:

@@ -15,7 +15,7 @@ from tarflow.training.loop.network_config import NetworkConfig
 class ComponentConfig(NetworkConfig):
     """How a further component of a pipeline is trained.
 
-    Attributes, besides those of `NetworkConfig`:
+    Attributes:
         pipeline: folder, shipped name or hub id.
         data: the pictures, of the model's size.
         output: folder of the run: resolved settings, logs, grids, checkpoints. None is ``runs/NAME_`` and what is
@@ -23,7 +23,8 @@ class ComponentConfig(NetworkConfig):
         save_to: folder of the pipeline with the component. None puts the component into the pipeline's own folder.
         sample_posterior: noise on draws from the autoencoder's posterior, or else on its means: as the flow was trained
             (``vae.sample_posterior`` there).
-        grid_images: in the grid of each evaluation.
+        mixed_precision: "no" or "bf16".
+        grid_images: pictures in the grid of each evaluation.
     """
 
     #: What is trained, in names of folders.

@@ -24,9 +24,11 @@ class StepSettings:
     """How long a training is, and what its steps are made of.
 
     Attributes:
-        steps: optimizer steps. ``max_minutes`` caps them, by the measured speed, so that training takes about this long;
-            the schedule then ends there, and resuming keeps the checkpoint's number.
-        batch_size: pictures of one process in one forward pass; gradients of ``accumulation`` passes are added.
+        steps: optimizer steps.
+        max_minutes: about how long training may take: there are fewer steps then, by the measured speed, and the
+            schedule ends there; resuming keeps the checkpoint's number. None sets no limit.
+        batch_size: pictures of one process in one forward pass.
+        accumulation: passes whose gradients are added for one step.
         mixed_precision: "no", "bf16" or "fp16".
         ema_decay: of the averaged weights, which are evaluated and saved.
         num_workers: processes that read pictures, for each process that trains.
@@ -48,11 +50,13 @@ class RateSettings:
     """How far a step goes.
 
     Attributes:
-        lr: the peak, after ``warmup_steps``.
+        lr: the peak of the learning rate.
+        warmup_steps: steps in which it rises to the peak.
         weight_decay: of AdamW.
         max_grad_norm: gradients of a larger norm, a discriminator's too, are scaled down to it.
-        muon_lr, muon_weight_decay: of Muon's matrices; None takes ``lr`` and ``weight_decay``. Parts with a rate of their
-            own, a learned denoiser or an autoencoder that is trained along, have it times ``muon_lr / lr`` there.
+        muon_lr: learning rate of Muon's matrices; None takes ``lr``. Parts with a rate of their own, a learned denoiser
+            or an autoencoder that is trained along, have it times ``muon_lr / lr`` there.
+        muon_weight_decay: of Muon's matrices; None takes ``weight_decay``.
         muon_momentum: of Muon.
     """
 
@@ -72,8 +76,10 @@ class LogSettings:
     Attributes:
         trackers: names of Accelerate trackers.
         log_every: steps between logged losses.
-        eval_every: steps between evaluations on ``eval_images`` held-out pictures; there is one at the end too.
-        checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay.
+        eval_every: steps between evaluations on held-out pictures; 0 leaves the one at the end.
+        eval_images: held-out pictures of an evaluation.
+        checkpoint_every: steps between checkpoints; 0 is off.
+        keep_checkpoints: so many of the last checkpoints stay.
     """
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -90,12 +96,14 @@ class OptimConfig(RateSettings):
 
     Attributes:
         name: "adamw", or "muon" for the matrices of hidden layers with AdamW for all else, see `make_optimizer`.
-        lr: the peak; ``denoiser_lr`` is that of a learned denoiser, an optimizer group of its own, clipped by itself.
-        lr_scaling: what both are multiplied by: "none", 1; "linear", the pictures of one step over
-            ``reference_batch``; "sqrt", its square root.
+        denoiser_lr: the peak for a learned denoiser, an optimizer group of its own, clipped by itself.
+        lr_scaling: what ``lr`` and ``denoiser_lr`` are multiplied by: "none", 1; "linear", the pictures of one step
+            over ``reference_batch``; "sqrt", its square root.
+        reference_batch: pictures of one step for which the rates are meant, see ``lr_scaling``.
         betas: of AdamW.
         schedule: after the warm-up "cosine", down to ``min_lr_ratio`` of the peak at the last step, or "constant".
-        warmup_steps: of the warm-up; ``warmup_images`` gives it in pictures instead.
+        warmup_images: the warm-up in pictures, instead of ``warmup_steps``; None takes those.
+        min_lr_ratio: share of the peak that is left at the end of the schedule "cosine".
         skip_grad_norm: steps with a larger norm are left out, counted and logged; None leaves none out.
     """
 

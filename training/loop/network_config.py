@@ -15,11 +15,7 @@ class NetworkConfig(StepSettings, RateSettings, LogSettings):
     """How a network is trained; what is trained, and on what, subclasses say.
 
     Attributes:
-        lr: the peak, after ``warmup_steps``; a cosine takes it down to 0.
-        eval_every: steps between evaluations on ``eval_images`` held-out pictures (of each source); 0 leaves the one at
-            the end.
-        checkpoint_every: steps between checkpoints, of which the last ``keep_checkpoints`` stay; 0 is off.
-        log_every: steps between logged losses, by ``trackers`` of Accelerate.
+        lr: the peak of the learning rate, from which a cosine takes it down to 0.
         optimizer: "adamw", or "muon" for the matrices of hidden layers with AdamW for all else.
         dtype: of the saved weights.
         resume: "latest", a checkpoint folder, "auto" (the latest if there is one), or None to start anew.

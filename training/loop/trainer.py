@@ -116,8 +116,8 @@ class Trainer:
 
     def begin(self, resolved: str, fresh: bool) -> None:
         """Write the settings, and start the trackers."""
-        write_text(self.folder / "config.yaml", resolved)
         self.task.begin(fresh)
+        write_text(self.folder / "config.yaml", resolved)
         processes, model = self.accelerator.num_processes, self.task.learner.model
         parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         batch = self.settings.images_per_step(processes)

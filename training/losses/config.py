@@ -16,9 +16,9 @@ class PerceptualConfig:
     """A perceptual loss, see `PerceptualLoss`.
 
     Attributes:
-        perceptual: its weight; 0 leaves it out.
+        perceptual: weight of a perceptual loss; 0 leaves it out.
         perceptual_network: a classifier of Torchvision, or "lpips" where that package is installed.
-        perceptual_weights: file of the classifier's state dict, ``.safetensors`` or ``.pth``.
+        perceptual_weights: file of the classifier's state dict, ``.safetensors`` or ``.pth``; None for "lpips".
         perceptual_normalize: of pixels, as the classifier's weights want it: "imagenet", or "half" for [−1, 1].
         perceptual_layers: names of the classifier's modules that are compared; None takes one of each resolution.
         section: where the user sets them, "loss" for "loss.perceptual".
@@ -55,11 +55,14 @@ class PictureLossConfig(PerceptualConfig):
     """Weights of a loss's parts; 0 leaves a part out.
 
     Attributes:
-        l1, l2: of the mean absolute and mean squared difference of pixels in [−1, 1].
-        adversarial: of the discriminator's opinion.
+        l1: weight of the mean absolute difference of pixels in [−1, 1].
+        l2: weight of the mean squared difference of pixels in [−1, 1].
+        adversarial: weight of the discriminator's opinion.
         adversarial_start: the step from which it counts, and from which the discriminator learns.
         adaptive: multiply ``adversarial`` by `adaptive_weight`.
-        discriminator_width, discriminator_layers, discriminator_lr: its channels, halvings and learning rate.
+        discriminator_width: channels of the discriminator's first layer.
+        discriminator_layers: how many of the discriminator's layers halve the resolution.
+        discriminator_lr: the discriminator's learning rate.
     """
 
     section: ClassVar[str] = "loss"

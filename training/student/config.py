@@ -14,8 +14,10 @@ from tarflow.training.losses.config import PerceptualConfig
 class StudentConfig(ComponentConfig, PerceptualConfig):
     """Everything about training a student of a pipeline's flow.
 
-    Attributes, besides those of `ComponentConfig`:
-        num_layers, width, head_dim: of the student, see `StudentModel`.
+    Attributes:
+        num_layers: Transformer layers of the student.
+        width: numbers of a token in the student.
+        head_dim: numbers of one of its attention heads, which must divide ``width``.
         patch_size: of the student's tokens; None is the flow's. A student is not bound to it: larger patches are fewer
             tokens.
         target: what it makes, "clean" latents, or "noisy" ones as the flow's inverse does, which want a score step.
@@ -27,16 +29,15 @@ class StudentConfig(ComponentConfig, PerceptualConfig):
         guidance: how the student learns it: "flow", from pairs that the guided flow maps to each other; "extrapolated",
             from latents moved away from what the student makes of the same noise without a condition.
         unguided_share: share of pictures with scale 1; the others' scales are uniform from 1 to the largest.
-        own_share: share of pictures that are the student's own samples, with new noise, instead of the data's, after
-            ``own_after`` of the steps (a fraction): the flow maps them to noise as it does any picture, so that the
-            student learns where it will be used.
-        own_after: see there.
+        own_share: share of pictures that are the student's own samples, with new noise, instead of the data's: the flow
+            maps them to noise as it does any picture, so that the student learns where it will be used.
+        own_after: share of the steps after which ``own_share`` counts.
         reuse: how many passes each pair of the flow is part of on average. A pass has ``batch_size`` new pairs and
             (``reuse`` − 1) · ``batch_size`` of earlier passes, which cost the student's own computation alone; 1 is new
             ones only.
         reuse_from: the number of last pairs that are kept for it, in the device's memory and in checkpoints: 4,096 are 63 MB
             of the shipped `drawings_text`, 252 MB of `emoji`.
-        perceptual: weight of a perceptual loss of ``perceptual_pictures`` decoded pictures of each pass; 0 is off.
+        perceptual_pictures: so many decoded pictures of each pass count for the perceptual loss.
     """
 
     kind: ClassVar[str] = "student"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tarflow.common.modes import flatten
 from tarflow.data.config import DataConfig
 from tarflow.data.images import Images
-from tarflow.data.modes import flatten
 from tarflow.evaluation.images.sets import open_images
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
