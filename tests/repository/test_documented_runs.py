@@ -189,7 +189,8 @@ def world(case: tuple[Path, str], base: Path) -> Path:
         for path in base.iterdir():
             if path.name not in ("worlds", "captions", "classes"):
                 (folder / path.name).symlink_to(path)
-    for run in re.findall(r"(runs/\w+)/pipeline", f"{case[1]} {taken_for_granted(case[1])}"):
+    given = re.sub(r"--save_to \S+", "", case[1])  # what the command makes itself
+    for run in re.findall(r"(runs/\w+)/pipeline", f"{given} {taken_for_granted(case[1])}"):
         if not (folder / run).exists():
             shutil.copytree(base / ("classes" if "class" in run else "captions"), folder / run)
     for reference in re.findall(r"--ref (\S+)", case[1]):
