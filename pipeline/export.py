@@ -42,13 +42,13 @@ def export(pipeline: str, output: str, dtype: torch.dtype, denoiser: bool = True
             settings = temporary / "text_encoder" / "config.json"
             named = {"dtype": str(precision).removeprefix("torch.")}
             write_json(settings, json.loads(settings.read_text(encoding="utf-8")) | named)
-        beside = {name: Path(locate(pipeline), name) for name in (HELD_OUT, EXAMPLES)}
-        for name, path in beside.items():
-            if path.is_file():
-                shutil.copyfile(path, temporary / name)
-    for name, path in beside.items():
-        if not path.is_file():  # what lies there is of the pipeline that was here before
-            (target / name).unlink(missing_ok=True)
+        means, examples = (Path(locate(pipeline), name) for name in (HELD_OUT, EXAMPLES))
+        if means.is_file():
+            shutil.copyfile(means, temporary / HELD_OUT)
+        if examples.is_file() and not (target / EXAMPLES).exists():  # what somebody wrote there stays
+            shutil.copyfile(examples, temporary / EXAMPLES)
+    if not means.is_file():  # those that lie there are of the pipeline that was here before
+        (target / HELD_OUT).unlink(missing_ok=True)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 

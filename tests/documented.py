@@ -9,6 +9,8 @@ from pathlib import Path
 
 from helpers import ROOT
 
+from tarflow.cli.main import SCRIPTS
+
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").rglob("README.md"))]
 #: Old commands are told as they were.
 TEXTS.remove(ROOT / "docs" / "LOG.md")
@@ -31,6 +33,8 @@ VARIABLES = {
     "$ddp": "accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 -m",
 }
 OURS = re.compile(r"^(?:OMP_NUM_THREADS=\d+ )?(?:exec )?(tarflow|python3?|accelerate launch|\.venv/bin/\w+)\b")
+#: Scripts without a command, which have tests of their own.
+TOOLS = re.compile(rf"tarflow\.scripts\.({'|'.join(SCRIPTS)})\b")
 LAUNCHER = (
     "--config_file",
     "--num_processes",
@@ -76,7 +80,7 @@ def block_commands(file: Path) -> list[str]:
         line = called(line, functions)
         for name, value in variables.items():
             line = re.sub(re.escape(name) + r"\b", lambda _, value=value: value, line)
-        if OURS.match(line) and "-c " not in line and "pip install" not in line:
+        if OURS.match(line) and "-c " not in line and "pip install" not in line and not TOOLS.search(line):
             found.append(line)
     return found
 

@@ -88,12 +88,18 @@ def test_what_cannot_be_copied(pipeline: Path, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "copy").exists()
 
 
-def test_what_tells_of_the_pipeline_that_was_there_before_goes(pipeline: Path, tmp_path: Path) -> None:
+def test_means_of_a_pipeline_that_was_there_before_go(pipeline: Path, tmp_path: Path) -> None:
     target = tmp_path / "copy"
     main(["--pipeline", str(pipeline), "--output", str(target)])
-    for name in ("held_out.json", "examples.json"):
-        (target / name).write_text("[]")
-    (pipeline / "examples.json").write_text('["a cat"]')
+    (target / "held_out.json").write_text('{"images": 3}')
     main(["--pipeline", str(pipeline), "--output", str(target)])
     assert not (target / "held_out.json").exists()
-    assert (target / "examples.json").read_text() == '["a cat"]'
+
+
+def test_examples_go_along_unless_there_are_some(pipeline: Path, tmp_path: Path) -> None:
+    (pipeline / "examples.json").write_text('["a cat"]')
+    for own, expected in ((None, '["a cat"]'), ('["a dog"]', '["a dog"]')):
+        if own is not None:
+            (tmp_path / "copy" / "examples.json").write_text(own)
+        main(["--pipeline", str(pipeline), "--output", str(tmp_path / "copy")])
+        assert (tmp_path / "copy" / "examples.json").read_text() == expected
