@@ -176,7 +176,7 @@ def test_labels(tmp_path, monkeypatch) -> None:
     data = DataConfig(source="folder", path=str(tmp_path), validation_fraction=0)
     assert make_conditions(pipe, labels="data", data=data).summary["counts"] == [1, 2, 5]
     monkeypatch.setattr(conditions, "COUNTED_DRAWINGS", 1000)
-    with pytest.raises(ValueError, match="the data has labels 0 to 35, but the model 0 to 2"):
+    with pytest.raises(ValueError, match="the model has 3 classes, and the data 36, of which"):
         make_conditions(pipe, labels="data", data=DataConfig())
 
 
