@@ -43,7 +43,7 @@ def training_table(speeds: list[TrainingSpeed]) -> str:
         ]
         for row in speeds
     ]
-    return table([*header, "peak MB", f"loss after {max((row.steps or 0 for row in speeds), default=0)} steps"], rows)
+    return table([*header, "peak MiB", f"loss after {max((row.steps or 0 for row in speeds), default=0)} steps"], rows)
 
 
 def training_chart(speeds: list[TrainingSpeed], title: str, path: Path) -> None:
@@ -97,6 +97,6 @@ def memory_chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             for mode in MODES:
                 axis.plot(blocks, [row["modes"][mode].activations / 2**20 for row in chosen], "o-", label=mode)
             axis.set(title=f"{depth} layers in a block" if depth > 1 else "1 layer in a block", xlabel="blocks")
-            axis.set(ylabel="activations, MB", xscale="log", yscale="log", xticks=blocks, xticklabels=blocks)
+            axis.set(ylabel="activations, MiB", xscale="log", yscale="log", xticks=blocks, xticklabels=blocks)
             axis.minorticks_off()
         axes[0].legend(fontsize=7)

@@ -235,7 +235,7 @@ def run_memory(arguments: argparse.Namespace) -> None:
         return
     model = {"in_channels": 4, "sample_size": arguments.sample_size, "width": arguments.width}
     rows = memory_table(model, arguments.blocks, arguments.layers, arguments.batch, arguments.precision)
-    print(f"activations, MB\n{charts.memory_table_text(rows)}")
+    print(f"activations, MiB\n{charts.memory_table_text(rows)}")
     plain = [
         {**row, "modes": {mode: dataclasses.asdict(memory) for mode, memory in row["modes"].items()}} for row in rows
     ]
