@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,12 @@ def cut(picture: Image.Image, chance: random.Random) -> Image.Image:
     return picture.transform((SIDE, SIDE), Image.Transform.EXTENT, box, Image.Resampling.BICUBIC, fillcolor="white")
 
 
+@cache
+def opened(source: str) -> Files:
+    """An archive or folder, listed once by each process."""
+    return Files(source)
+
+
 def copies_of(source: str, rows: Sequence[Row], folder: Path) -> list[Row]:
     """Write the copies of some pictures: the first is the whole picture, the others are cut anew. Returns their rows, each with
     a ``caption``.
@@ -84,21 +89,17 @@ def copies_of(source: str, rows: Sequence[Row], folder: Path) -> list[Row]:
         rows: of its ``metadata.jsonl``.
         folder: to write into, with the folders ``train`` and ``validation``.
     """
-    files, made = Files(source), []
+    files, made = opened(source), []
     for row in rows:
         name, style = row["file_name"], row["style"]
         held_out = style in HELD_OUT_STYLES and is_held_out(f"{row['text']}, {style} style", HELD_OUT)
         if not held_out and is_held_out(row["text"], UNSEEN):
             continue
         picture = flattened(read_image(partial(files.read, name), files.place(name)), WHITE)
+        resized = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         copies = 1 if held_out else TONED_COPIES if has_tone(row["text"]) else COPIES
         for copy, caption in enumerate(captions_of(row, copies, random.Random(f"c {name}"))):
-            whole = copy == 0
-            image = (
-                picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-                if whole
-                else cut(picture, random.Random(f"{name} {copy}"))
-            )
+            image = cut(picture, random.Random(f"{name} {copy}")) if copy else resized
             stem = name.replace("/", "_").rsplit(".", 1)[0]
             path = f"{'validation' if held_out else 'train'}/{stem}_{copy}.png"
             write_picture(folder / path, image, compress_level=1)
@@ -121,7 +122,7 @@ def write_emoji_pictures(sources: Sequence[str], folder: Path, processes: int | 
     for source in sources:
         rows = read_rows(source)
         jobs += [(source, rows[start : start + AT_A_TIME]) for start in range(0, len(rows), AT_A_TIME)]
-    with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(processes) as pool:
         parts = pool.map(copies_of, *zip(*jobs, strict=True), [folder] * len(jobs))
         made = [row for part in parts for row in part]
     write_text(folder / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))

@@ -18,7 +18,7 @@ def check_class_names(pipe: FlowPipeline, names: Sequence[str] | None) -> None:
     """
     if not pipe.flow.config.conditioning.startswith("class") or not names:
         return
-    known = {name: int(number) for number, name in (pipe.config.get("id2label") or {}).items()}
+    known = {name: int(number) for number, name in (pipe.config.id2label or {}).items()}
     for number, name in enumerate(names):
         if known.get(name, number) != number:
             raise ValueError(

@@ -284,10 +284,10 @@ def read_class_names(path: str | Path | None, count: int) -> dict[int, str] | No
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the class names {str(path)!r}: {error}") from error
     if isinstance(names, dict):  # by number, as configurations of Transformers have them
-        numbers = {str(number) for number in range(len(names))}
-        if names.keys() != numbers:
+        numbers = [str(number) for number in range(len(names))]
+        if names.keys() != set(numbers):
             raise ValueError(f"the numbers of the classes in {str(path)!r} are not those from 0 to {len(names) - 1}")
-        names = [names[str(number)] for number in range(len(names))]
+        names = [names[number] for number in numbers]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"the class names {str(path)!r} are no JSON list of texts: give one, or a name per line")
     names = [name for name in names if name]

@@ -22,10 +22,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="an empty or new folder")
     options = parser.parse_args(argv)
     with ending():
-        check_writable(options.out, folder=True)
-        if options.out.exists() and any(options.out.iterdir()):
+        out = options.out.expanduser()
+        check_writable(out, folder=True)
+        if out.exists() and any(out.iterdir()):
             raise ValueError(f"{str(options.out)!r} is not empty: give a new folder")
-        pictures = write_emoji_pictures(options.sources, options.out)
+        pictures = write_emoji_pictures(options.sources, out)
     print(f"wrote {pictures:,} pictures to {options.out}")
 
 

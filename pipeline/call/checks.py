@@ -71,8 +71,10 @@ def check_generator(generator: Any, images: int | None = None) -> None:
     of so many ``images``, where their number is known."""
     if isinstance(generator, tuple):
         raise ValueError("generator is a tuple, expected a torch.Generator or a list of them: give list(generator)")
+    if generator is None:
+        return
     for one in generator if isinstance(generator, list) else [generator]:
-        if not isinstance(one, torch.Generator) and (one is not None or isinstance(generator, list)):
+        if not isinstance(one, torch.Generator):
             seed = one if isinstance(one, int) else "SEED"
             raise ValueError(
                 f"generator must be a torch.Generator, got {one!r}: give torch.Generator().manual_seed({seed})"

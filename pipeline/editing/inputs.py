@@ -35,14 +35,12 @@ def read_images(image: Pictures, size: tuple[int, int], fit: bool = False) -> Te
             images = images.float() / 255
         if not (images.is_floating_point() and float(images.min()) >= 0 and float(images.max()) <= 1):
             raise ValueError("a tensor of images must have 8-bit numbers, or real ones from 0 to 1")
+        check_size(images, size)
     else:
         pictures = [read_picture(one, size, fit) for one in (image if isinstance(image, list) else [image])]
         if not pictures:
             raise ValueError("there is no image in the list: give one")
-        for picture in pictures:
-            check_size(picture, size)
         images = torch.stack(pictures)
-    check_size(images, size)
     return images * 2 - 1
 
 
@@ -65,7 +63,9 @@ def read_picture(image: Image.Image, size: tuple[int, int], fit: bool) -> Tensor
     image = upright(image, "image")
     if fit:
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    picture = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    check_size(picture, size)
+    return picture
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import files_of, fresh_process
+from helpers import files_of
 from trainings import train
 
 from tarflow.common.arguments import parse_dataclass
@@ -46,4 +46,3 @@ def test_what_an_earlier_run_saved_is_set_aside(tmp_path: Path, capsys: pytest.C
     settings = [(folder / name / "config.yaml").read_text() for name in ("earlier_1", "earlier_2", ".")]
     assert len(set(settings)) == 3
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "pipeline", "earlier_1", "earlier_2"}
-    fresh_process()

@@ -79,10 +79,14 @@ class TrainVaeConfig(NetworkConfig):
         check(len(set(sizes.values())) == 1, f"all sources must have one data.image_size, got {sizes}")
 
     @property
+    def autoencoder_folder(self) -> Path:
+        """``output``."""
+        return Path(self.output).expanduser()
+
+    @property
     def folder(self) -> Path:
         """Of the run, beside the autoencoder's."""
-        output = Path(self.output).expanduser()
-        return output.with_name(output.name + "_run")
+        return self.autoencoder_folder.with_name(self.autoencoder_folder.name + "_run")
 
     @property
     def constant_std(self) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -91,7 +90,7 @@ class AutoencoderTask(PictureTask):
         """Measure and save the autoencoder, each time; writes grids."""
         vae = copy_for_use(self.network.vae, self.config.constant_std)
         metrics = self.held_out.report(vae, self.folder / "grids", step)
-        save_autoencoder(vae, Path(self.config.output).expanduser(), self.config.dtype, self.config.card)
+        save_autoencoder(vae, self.config.autoencoder_folder, self.config.dtype, self.config.card)
         return metrics
 
 

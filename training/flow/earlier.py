@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+from tarflow.pipeline.loading.place import INDEX
+
 #: What is in the folder of a pipeline, and in that of an adapter.
-MARKS = {"pipeline": "model_index.json", "lora": "pytorch_lora_weights.safetensors"}
+MARKS = {"pipeline": INDEX, "lora": LORA_WEIGHT_NAME_SAFE}
 
 
 def set_aside(folder: Path, kind: str) -> Path | None:

@@ -147,7 +147,7 @@ class FlowTask(Task):
         self.metric = on_main(accelerator, lambda: open_metric(config, parts, accelerator))
 
     def begin(self, fresh: bool) -> None:
-        aside = set_aside(self.folder, folder_name("pipeline") if self.adapter else "pipeline") if fresh else None
+        aside = set_aside(self.folder, "lora" if self.adapter else "pipeline") if fresh else None
         if aside is not None:
             write_line(f"what an earlier run saved in {self.folder} is in {aside.name} there")
         train = self.parts.train

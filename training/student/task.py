@@ -18,6 +18,7 @@ from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
 from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
+from tarflow.pipeline.conditions import check_class_names
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.agreement import on_main
 from tarflow.training.loop.component import ComponentFolders, example_line, open_splits, write_rows
@@ -173,12 +174,7 @@ def check_conditions(pipe: TARFlowPipeline, images: AnyPictures) -> None:
         names = images.class_names or ()
         found, count = len(names), pipe.flow.config.num_classes
         check(found == count, f"the model has {count} classes, but the data has {found}")
-        known = {name: int(number) for number, name in (pipe.config.id2label or {}).items()}
-        for number, name in enumerate(names):  # other names for the same classes are fine
-            check(
-                known.get(name, number) == number,
-                f"the class {name!r} is number {known.get(name)} of the model, but {number} of the data",
-            )
+        check_class_names(pipe, names)
 
 
 def student_arguments(config: StudentConfig, pipe: TARFlowPipeline) -> dict[str, Any]:
