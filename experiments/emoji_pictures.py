@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,35 @@ def has_tone(name: str) -> bool:
     return "skin tone" in name or any(name.endswith(f" {tone}") for tone in TONES)
 
 
-def with_article(words: str) -> str:
+def with_article(words: str, chance: random.Random) -> str:
+    """Words after "a" or "an", one in four times after "the"."""
+    if chance.random() < 0.25:
+        return f"the {words}"
     return f"{'an' if words[:1].lower() in 'aeiou' else 'a'} {words}"
 
 
-def captions_of(row: Row, copies: int, chance: random.Random) -> list[str]:
+def captions_of(row: Row, copies: int, names: Collection[str], chance: random.Random) -> list[str]:
     """A caption for each copy: the name, the name with an article, name and keywords, then single words, the name's last one
-    first, with or without an article.
+    first, with or without an article. A keyword that is another emoji's name is left to that one: "a sun" is no sunset.
 
     Args:
         row: with ``text``, the name, ``style`` and maybe ``keywords``.
         copies: of the picture.
-        chance: chooses the words.
+        names: of all emoji, in small letters.
+        chance: chooses words and articles.
     """
     name = row["text"]
     keywords = [word for word in row.get("keywords") or [] if word.lower() != name.lower() and "skin tone" not in word]
-    found = [name, with_article(name), ", ".join([name, *keywords]) if keywords else with_article(name)]
-    words = list(keywords)
+    named = with_article(name, chance)
+    found = [name, named, ", ".join([name, *keywords]) if keywords else named]
+    words = [word for word in keywords if word.lower() not in names]
     chance.shuffle(words)
     *before, last = name.split()
     if before and last.isalpha() and ":" not in name and not has_tone(name):
         words = [last, *(word for word in words if word != last)]
     for copy in range(copies - len(found)):
         word = words[copy % len(words)] if words else name
-        found.append(with_article(word) if chance.random() < 0.6 else word)
+        found.append(with_article(word, chance) if chance.random() < 0.6 else word)
     return [f"{caption}, {row['style']} style" for caption in found[:copies]]
 
 
@@ -80,7 +86,7 @@ def opened(source: str) -> Files:
     return Files(source)
 
 
-def copies_of(source: str, rows: Sequence[Row], folder: Path) -> list[Row]:
+def copies_of(source: str, rows: Sequence[Row], folder: Path, names: Collection[str]) -> list[Row]:
     """Write the copies of some pictures: the first is the whole picture, the others are cut anew. Returns their rows, each with
     a ``caption``.
 
@@ -88,6 +94,7 @@ def copies_of(source: str, rows: Sequence[Row], folder: Path) -> list[Row]:
         source: the archive or folder that the rows are of.
         rows: of its ``metadata.jsonl``.
         folder: to write into, with the folders ``train`` and ``validation``.
+        names: of all emoji, in small letters.
     """
     files, made = opened(source), []
     for row in rows:
@@ -98,7 +105,7 @@ def copies_of(source: str, rows: Sequence[Row], folder: Path) -> list[Row]:
         picture = flattened(read_image(partial(files.read, name), files.place(name)), WHITE)
         resized = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         copies = 1 if held_out else TONED_COPIES if has_tone(row["text"]) else COPIES
-        for copy, caption in enumerate(captions_of(row, copies, random.Random(f"c {name}"))):
+        for copy, caption in enumerate(captions_of(row, copies, names, random.Random(f"c {name}"))):
             image = cut(picture, random.Random(f"{name} {copy}")) if copy else resized
             stem = name.replace("/", "_").rsplit(".", 1)[0]
             path = f"{'validation' if held_out else 'train'}/{stem}_{copy}.png"
@@ -118,12 +125,13 @@ def write_emoji_pictures(sources: Sequence[str], folder: Path, processes: int | 
     Raises:
         ValueError: for files that cannot be read, or rows without name or style.
     """
+    found = {source: read_rows(source) for source in sources}
+    names = frozenset(row["text"].lower() for rows in found.values() for row in rows)
     jobs = []
-    for source in sources:
-        rows = read_rows(source)
+    for source, rows in found.items():
         jobs += [(source, rows[start : start + AT_A_TIME]) for start in range(0, len(rows), AT_A_TIME)]
     with ProcessPoolExecutor(processes) as pool:
-        parts = pool.map(copies_of, *zip(*jobs, strict=True), [folder] * len(jobs))
+        parts = pool.map(copies_of, *zip(*jobs, strict=True), repeat(folder), repeat(names))
         made = [row for part in parts for row in part]
     write_text(folder / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
     return len(made)
