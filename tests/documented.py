@@ -35,6 +35,7 @@ VARIABLES = {
 OURS = re.compile(r"^(?:OMP_NUM_THREADS=\d+ )?(?:exec )?(tarflow|python3?|accelerate launch|\.venv/bin/\w+)\b")
 #: Scripts without a command, which have tests of their own.
 TOOLS = re.compile(rf"tarflow\.scripts\.({'|'.join(SCRIPTS)})\b")
+PIP = re.compile(r"\bpip (install|download|list)\b")
 LAUNCHER = (
     "--config_file",
     "--num_processes",
@@ -80,7 +81,7 @@ def block_commands(file: Path) -> list[str]:
         line = called(line, functions)
         for name, value in variables.items():
             line = re.sub(re.escape(name) + r"\b", lambda _, value=value: value, line)
-        if OURS.match(line) and "-c " not in line and "pip install" not in line and not TOOLS.search(line):
+        if OURS.match(line) and "-c " not in line and not PIP.search(line) and not TOOLS.search(line):
             found.append(line)
     return found
 
@@ -109,9 +110,7 @@ def inline_commands(file: Path) -> list[str]:
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     found = [" ".join(command.split()) for command in re.findall(r"`([^`]+)`", text)]
     found = [called(command, functions) if " --" in command else command for command in found]
-    return [
-        command for command in found if OURS.match(command) and " -c " not in command and "pip install" not in command
-    ]
+    return [command for command in found if OURS.match(command) and " -c " not in command and not PIP.search(command)]
 
 
 def words_of(command: str) -> list[str]:
