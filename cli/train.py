@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
+from tarflow.pipeline.loading.place import locate
 from tarflow.training.flow.config import RunConfig
 
 
@@ -29,7 +30,7 @@ def main(
         the run's last metrics.
     """
     with ending():
-        config, resolved = read_settings(RunConfig, argv, description, prog, check_autoencoder)
+        config, resolved = read_settings(RunConfig, argv, description, prog, check_places)
         from tarflow.training.flow.arguments import check_flow_keys
         from tarflow.training.flow.trainer import flow_trainer
         from tarflow.training.loop.stopping import exit_status, launched_process
@@ -42,7 +43,11 @@ def main(
         return metrics
 
 
-def check_autoencoder(config: RunConfig) -> None:
-    """Whether there is one of this name; a cache of latents has its own."""
+def check_places(config: RunConfig) -> None:
+    """Whether there is an autoencoder of this name, if the data are no cache of latents, which has its own, and what else is
+    named, before libraries are loaded and the Hub is asked."""
     if config.data.source != "latents":
         config.vae.check_place()
+    if config.init_from is not None:
+        locate(config.init_from)
+    config.text.check_place()

@@ -64,13 +64,25 @@ def parser_of(kind: type, description: str | None, prog: str | None) -> jsonargp
     return parser
 
 
+#: Settings whose keys are the user's own words.
+OWN_KEYS = ("sources", "mix", "where", "class_names")
+
+
 def underscored(argv: Sequence[str]) -> list[str]:
-    """Options with dashes as the parser knows them, ``--noise-std`` as ``--noise_std``."""
+    """Options with dashes as the parser knows them, ``--noise-std`` as ``--noise_std``; words of the user's own stay."""
     found = []
     for argument in argv:
         name, equals, value = argument.partition("=")
-        found.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if argument.startswith("--") else argument)
+        found.append(f"--{known_form(name[2:])}{equals}{value}" if argument.startswith("--") else argument)
     return found
+
+
+def known_form(name: str) -> str:
+    """The name of a setting with underscores, but for keys that are the user's own."""
+    parts: list[str] = []
+    for part in name.split("."):
+        parts.append(part if parts and parts[-1] in OWN_KEYS else part.replace("-", "_"))
+    return ".".join(parts)
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[str]:

@@ -130,6 +130,12 @@ def fill(template: str, record: dict[str, Any], name: str) -> str:
         ) from error
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"the caption of {shown(name)!r} is {caption!r}, expected a text that is not empty")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the caption of {shown(name)!r} is {caption!r}, which has half of a character that takes two: write it anew"
+        ) from error
     return caption
 
 

@@ -108,8 +108,8 @@ class DataConfig:
         image_column: the column of pictures; of source "webdataset", the ending of their files, if not the only picture
             of a row.
         caption_column: the column of captions, in ``metadata.jsonl`` or of the data set; None where there is none.
-        label_column: the column of labels, likewise: class numbers from 0 on, or texts, whose sorted values are the
-            classes.
+        label_column: of source "datasets" or a stream, the column of labels: class numbers from 0 on, or texts, whose
+            sorted values are the classes.
         caption_template: how a caption is made of the columns, "{text}, {style} style"; None takes caption_column. The
             words of a column that holds a list are joined by commas.
         more_caption_templates: other ways to say it: each training picture is there once more with each of them,
@@ -169,6 +169,7 @@ class DataConfig:
             raise ValueError("data.source is 'folder', so data.path must name a folder or a zip archive")
         if self.source == "latents" and not self.path:
             raise ValueError("data.source is 'latents', so data.path must name a folder made by tarflow cache-latents")
+        self._check_other_sources()
         if isinstance(self.path, list) and self.source != "latents":
             more = "; braces or stars in it name several files, data.mix several sets" * (self.source == "webdataset")
             raise ValueError(
@@ -202,6 +203,24 @@ class DataConfig:
             given = {key: value for key, value in given.items() if value is not None} | {"streaming": True}
             found[name] = part.weight, replace(self, mix=None, **given)
         return found
+
+    def _check_other_sources(self) -> None:
+        """Settings of another source, without which other pictures would be meant."""
+        if self.source == "drawings" and self.path is not None:
+            raise ValueError(
+                f"data.path is {self.path!r}, but data.source is 'drawings', which the project makes itself: give --data.source "
+                "folder for pictures, or --data.path null"
+            )
+        if self.source == "folder" and self.label_column is not None:
+            raise ValueError(
+                f"data.label_column is {self.label_column!r}, but the classes of a folder are the folders in it: give "
+                "--data.label_column null"
+            )
+        if self.source == "folder" and self.validation_split is not None:
+            raise ValueError(
+                f"data.validation_split is {self.validation_split!r}, but a folder's splits are its folders train and "
+                "validation, or else data.validation_fraction is held out: give --data.validation_split null"
+            )
 
     def _check_stream(self) -> None:
         check(

@@ -91,6 +91,10 @@ class ImageFolder:
             return self._captioned_rows(places, images, config)
         if config.caption_column or config.caption_template:
             raise ValueError(f"captions are asked for, but {config.path!r} has no metadata.jsonl at its root")
+        if config.where:
+            raise ValueError(
+                f"data.where chooses rows of a metadata.jsonl, but {config.path!r} has none: give --data.where null"
+            )
         return self._labelled_rows(places, config)
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ from tarflow.evaluation.conditions import make_conditions
 from tarflow.evaluation.features.names import INCEPTION
 from tarflow.evaluation.reports.settings import SweepConfig
 from tarflow.evaluation.reports.sweep import Measure, run_sweep
-from tarflow.evaluation.samples.generation import load_pipeline
+from tarflow.evaluation.samples.generation import pipeline_of
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.experiments.decoding import labelled_rows
 from tarflow.experiments.settings import LevelComparisonConfig
@@ -126,7 +126,7 @@ def examples(
     config: LevelComparisonConfig, gen: GenerationConfig, kind: str, device: str | torch.device
 ) -> dict[str, Tensor]:
     """Some samples by the name of their row, uint8 (N, 3, H, W); the same noise for all rows."""
-    pipe = load_pipeline(gen, device)
+    pipe = pipeline_of(gen, device)
     conditions = make_conditions(pipe, config.seed, config.labels, None, config.captions, None, "train")
     rows = {}
     for steps in config.steps if kind == "levels" else [1]:

@@ -19,16 +19,30 @@ def open_pipeline(name: str, device: str | None = None) -> TARFlowPipeline:
     Raises:
         ValueError: if there is no such pipeline or device, or the pipeline's files are damaged.
     """
-    place = locate(name)
+    locate(name)  # before the device is touched
     device = device or best_device()
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"cannot use the device {device!r}: {str(error).splitlines()[0]}") from error
+    pipe = load_pipeline(name).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_pipeline(name: str, dtype: torch.dtype | None = None) -> TARFlowPipeline:
+    """Load a pipeline on the CPU.
+
+    Args:
+        name: a folder, a shipped name or a hub id.
+        dtype: of its parts; None takes float32.
+
+    Raises:
+        ValueError: if there is no such pipeline, or its files are damaged.
+    """
+    place = locate(name)
     try:
-        pipe = TARFlowPipeline.from_pretrained(place).to(device)
+        return TARFlowPipeline.from_pretrained(place, **({} if dtype is None else {"torch_dtype": dtype}))
     except Exception as error:  # damaged files, or a hub that does not answer, raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot open the pipeline {name!r}: {reason}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

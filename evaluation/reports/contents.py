@@ -25,7 +25,7 @@ from tarflow.evaluation.reports.files import read_curves, read_metrics
 from tarflow.evaluation.reports.neighbours import Describe, Neighbours, nearest_neighbours, pixel_description
 from tarflow.evaluation.reports.settings import NEIGHBOURS, ReportConfig
 from tarflow.evaluation.reports.svg_charts import Series
-from tarflow.evaluation.samples.generation import conditions_of, draw_chunk, load_pipeline
+from tarflow.evaluation.samples.generation import conditions_of, draw_chunk, pipeline_of
 from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig, Split
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -87,7 +87,7 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     }
     extractor = config.load_extractor(device)
     gen = generation_of(config, images)
-    pipe = load_pipeline(gen, device)
+    pipe = pipeline_of(gen, device)
     along = trajectory_steps(pipe.flow, gen.num_inference_steps, gen.decoding, gen.denoise)
     if config.likelihood_images and along is not None:
         raise ValueError(

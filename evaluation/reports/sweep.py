@@ -23,7 +23,7 @@ from tarflow.evaluation.images.sets import open_images
 from tarflow.evaluation.reports.fid import Comparison, evaluate, reference_statistics
 from tarflow.evaluation.reports.settings import SWEPT, SweepConfig, unique
 from tarflow.evaluation.reports.sweep_tables import best_row, row_name, write_plots, write_tables
-from tarflow.evaluation.samples.generation import conditions_of, generate_images, load_pipeline
+from tarflow.evaluation.samples.generation import conditions_of, generate_images, pipeline_of
 from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
@@ -60,7 +60,7 @@ def run_sweep(
     check_matplotlib()
     out = Path(config.gen.out).expanduser()
     check_writable(out, folder=True)
-    pipe = load_pipeline(config.gen, device)
+    pipe = pipeline_of(config.gen, device)
     fixed = fixed_settings(config, pipe)
     wanted = unique([resolved(values, pipe) for values in config.combinations()])
     rows = read_rows(out, fixed)

@@ -36,7 +36,7 @@ from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import CONDITIONS
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
-from tarflow.pipeline.opening import locate
+from tarflow.pipeline.opening import load_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline, TARFlowPipelineOutput
 
 
@@ -70,7 +70,7 @@ def generate_images(
     if not 0 <= process < processes:
         raise ValueError(f"process must be 0 to {processes - 1}, got {process}")
     check_writable(config.out, folder=True)
-    pipe = load_pipeline(config, device) if pipe is None else pipe
+    pipe = pipeline_of(config, device) if pipe is None else pipe
     pipe.check_outputs(config.denoise, "np", config.decoder, config.decoding)
     if pipe.noise_levels is not None and config.noise_std is not None:
         raise ValueError(
@@ -146,13 +146,13 @@ def begin(
     return record
 
 
-def load_pipeline(config: GenerationConfig, device: str | torch.device) -> TARFlowPipeline:
+def pipeline_of(config: GenerationConfig, device: str | torch.device) -> TARFlowPipeline:
     """The pipeline with the wanted dtype on a device, without progress bars of its own.
 
     Raises:
-        OSError, ValueError: if there is none.
+        ValueError: if there is none, or it cannot be opened.
     """
-    pipe = TARFlowPipeline.from_pretrained(locate(config.pipeline), torch_dtype=getattr(torch, config.dtype)).to(device)
+    pipe = load_pipeline(config.pipeline, getattr(torch, config.dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
     if config.fast:
         pipe.enable_fast_decoding()

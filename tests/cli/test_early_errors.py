@@ -52,6 +52,11 @@ WRONG = [
         "finetune-decoder --config decoder --pipeline emoji --data.path nowhere",
         "the data path 'nowhere' does not exist",
     ),
+    ("train --config quickstart_text --data.path x", "data.source is 'drawings', which the project makes itself"),
+    ("train --config quickstart_text --init_from nowhere", "there is no pipeline 'nowhere'"),
+    ("train --config quickstart_text --text.kind pretrained --text.name /nowhere", "there is no folder '/nowhere'"),
+    ("train --config quickstart_text --log.prompts []", "log.prompts is an empty list"),
+    ("train --config quickstart_text --text.vocab_size 2", "text.vocab_size must be at least 4, got 2"),
     ("cache-latents --output x --data.source folder --data.path nowhere", "the data path 'nowhere' does not exist"),
     ("evaluate fid ref --data nowhere --out x", "the data path 'nowhere' does not exist"),
     ("evaluate fid gen --pipeline nowhere --out x", "there is no pipeline 'nowhere'"),
@@ -119,6 +124,10 @@ def test_every_command_is_tried() -> None:
 def test_dashes_and_underscores_are_the_same() -> None:
     assert underscored(["--noise-std", "-1", "--data.where=a-b", "x-y"]) == [
         *("--noise_std", "-1", "--data.where=a-b", "x-y")
+    ]
+    own = ["--sources.my-set.data.image-size", "8", "--data.class-names.my-cat=Cat", "--data.where.skin-tone", "[a]"]
+    assert underscored(own) == [
+        *("--sources.my-set.data.image_size", "8", "--data.class_names.my-cat=Cat", "--data.where.skin-tone", "[a]")
     ]
     assert [dashed(text) for text in ("--guidance_scale=1_0", "a_b", "--out", "-x_y")] == [
         *("--guidance-scale=1_0", "a_b", "--out", "-x_y")

@@ -515,3 +515,28 @@ def test_an_archive_without_pictures_is_told_before_it_is_opened(
     check_pictures(config(other, on_error="skip"))
     monkeypatch.setattr("tarflow.data.folder.FEW_FILES", 1)
     check_pictures(config(archive))  # many files are listed once, when the data is opened
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"where": {"style": ["noto"]}}, r"data\.where chooses rows of a metadata\.jsonl, but '.*' has none"),
+        ({"label_column": "kind"}, "data.label_column is 'kind', but the classes of a folder are the folders in it"),
+        (
+            {"validation_split": "cat"},
+            "data.validation_split is 'cat', but a folder's splits are its folders train and",
+        ),
+    ],
+)
+def test_settings_that_folders_do_not_have_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    write(tmp_path, "cat/0.png", "dog/1.png")
+    with pytest.raises(ValueError, match=message):
+        ImageFolder(config(tmp_path, **options))
+
+
+def test_half_a_character_in_a_caption_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", "b.png")
+    lines = [{"file_name": "a.png", "text": "whole \U0001f600"}, {"file_name": "b.png", "text": "cut \ud83d"}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"the caption of 'b\.png' is 'cut \\ud83d', which has half of a character"):
+        ImageFolder(config(tmp_path))

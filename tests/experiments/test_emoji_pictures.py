@@ -96,7 +96,9 @@ def test_captions_say_the_name_its_keywords_and_single_words():
 
 def test_a_keyword_that_names_another_emoji_is_left_to_it():
     row = {"text": "sunset", "style": "noto", "keywords": ["dusk", "sun"]}
-    words = {caption for seed in range(20) for caption in captions_of(row, 5, {"sun", "sunset"}, random.Random(seed))[3:]}
+    words = {
+        caption for seed in range(20) for caption in captions_of(row, 5, {"sun", "sunset"}, random.Random(seed))[3:]
+    }
     assert words == {f"{words}, noto style" for words in ("dusk", "a dusk", "the dusk")}
 
 

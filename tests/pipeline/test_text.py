@@ -150,6 +150,7 @@ def test_a_tokenizer_of_another_model_is_a_sentence() -> None:
     [
         ({"kind": "small", "prefix": "a "}, "text.prefix is for text.kind 'pretrained', but text.kind is 'small'"),
         ({"kind": "none", "hidden_layer": -2}, "text.hidden_layer is for text.kind 'pretrained'"),
+        ({"kind": "small", "name": "google/t5"}, r"leave text\.name out, which is 'google/t5'"),
         ({"kind": "small", "tokenizer_subfolder": "t"}, "text.tokenizer_subfolder is for text.kind 'pretrained'"),
     ],
 )

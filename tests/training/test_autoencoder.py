@@ -15,7 +15,7 @@ import torch
 import torchvision
 from autoencoders import MODEL, SETTINGS, arguments, train, trainer
 from diffusers import AutoencoderKL
-from helpers import ROOT
+from helpers import ROOT, files_of
 from parallel_runs import launched
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -295,6 +295,33 @@ def test_bad_input(
         train(tmp_path / "a", "--steps", "1", *settings, **model)
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_folder_is_not_replaced(tmp_path: Path) -> None:
+    train(tmp_path / "a", "--steps", "1")
+    before = files_of(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"'.*a' has an autoencoder already \(config\.json\), .*: give another output"):
+        train(tmp_path / "a", "--steps", "1", "--init_from", str(tmp_path / "a"))
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has a pipeline already \(model_index\.json\)"):
+        train(tmp_path / "pipe", "--steps", "1")
+    assert files_of(tmp_path / "a") == before
+    assert [path.name for path in (tmp_path / "pipe").iterdir()] == ["model_index.json"]
+
+
+def test_another_posterior_is_another_run(tmp_path: Path) -> None:
+    train(tmp_path / "a", "--steps", "1", "--posterior", "constant", "--checkpoint_every", "1")
+    on = ["--steps", "2", "--checkpoint_every", "1", "--resume", "latest"]
+    with pytest.raises(ValueError, match="differs: posterior is constant there and gaussian here"):
+        train(tmp_path / "a", *on, "--posterior", "gaussian")
+    with pytest.raises(ValueError, match=r"differs: posterior_std is 0\.5 there and 0\.7 here"):
+        train(tmp_path / "a", *on, "--posterior", "constant", "--posterior_std", "0.7")
+    file = tmp_path / "a_run" / "checkpoints" / "step_00000001" / "run.json"
+    state = json.loads(file.read_text())  # as it was written before the posterior was kept
+    state["facts"] = {key: value for key, value in state["facts"].items() if not key.startswith("posterior")}
+    file.write_text(json.dumps(state))
+    assert train(tmp_path / "a", *on, "--posterior", "constant")["steps"] == 2
 
 
 def test_script_fails_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from trainings import TEXT_FLOW, train, weights
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.data.config import DataConfig
 from tarflow.training.flow import setup
+from tarflow.training.flow.assembly import open_metric
 from tarflow.training.flow.config import TextConfig, VaeConfig
 from tarflow.training.flow.start import Start
 from tarflow.training.latent_cache.caching import cache_latents
@@ -139,7 +142,7 @@ def test_start_from_a_pipeline(tmp_path, monkeypatch, capsys):
 
     for arguments, flow, message in (
         ([], TEXT_FLOW.replace("64", "128"), "flow.width is 128, but the pipeline .* has 64"),
-        (["--vae.measure_images", "0", "--init_from", str(tmp_path)], "{}", "cannot start from .* no pipeline"),
+        (["--vae.measure_images", "0", "--init_from", str(tmp_path)], "{}", "cannot start from .* is no folder of a pipeline"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path / "bad", *options, *arguments, flow=flow)
@@ -246,6 +249,26 @@ def test_a_distance_at_intervals(tmp_path, monkeypatch, pictures):
     with pytest.raises(ValueError, match=r"nothing is held out: raise data\.validation_fraction"):
         options = ["--data.source", "folder", "--data.path", str(pictures / "train"), "--data.validation_fraction", "0"]
         train(tmp_path / "bad", *options, *metric, "--metric.weights", str(weights_file))
+    with pytest.raises(ValueError, match=r"only 1 picture is held out: raise data\.validation_fraction"):
+        one = tmp_path / "one"
+        shutil.copytree(pictures / "train", one / "train")
+        held_out = next(path for path in (pictures / "train").rglob("*.png"))
+        (one / "validation" / held_out.parent.name).mkdir(parents=True)
+        shutil.copy(held_out, one / "validation" / held_out.parent.name)
+        options = ["--data.source", "folder", "--data.path", str(one)]
+        train(tmp_path / "bad", *options, *metric, "--metric.weights", str(weights_file))
+    with pytest.raises(ValueError, match="for pictures of one shape, but those held out have 2"):
+        shapes = SimpleNamespace(validation=SeveralShapes())
+        open_metric(SimpleNamespace(metric=SimpleNamespace(every=1)), shapes, SimpleNamespace(is_main_process=True))
+
+
+class SeveralShapes:
+    """As held-out pictures of two shapes."""
+
+    groups = (range(3), range(3, 5))
+
+    def __len__(self):
+        return 5
 
 
 def test_what_differs_from_the_pipeline_to_start_from_is_said() -> None:

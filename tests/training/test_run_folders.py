@@ -35,6 +35,15 @@ def test_an_autoencoders_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert config.folder == tmp_path / "vae_run"
 
 
+def test_a_run_does_not_start_from_what_it_would_put_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder, "--train.steps", "1")
+    before = files_of(folder)
+    with pytest.raises(ValueError, match=r"^init_from is '.*', in the folder of this run, .*: give another output$"):
+        train(folder, "--train.steps", "1", "--init_from", str(folder / "pipeline"))
+    assert files_of(folder) == before
+
+
 def test_what_an_earlier_run_saved_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     train(folder, "--train.steps", "1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.objective import score_target
 from tarflow.training.loop.batches import StepSampler, fixed_batches
 from tarflow.training.loop.config import OptimConfig
+from tarflow.training.loop.reading import check_scaler
 from tarflow.training.loop.schedule import schedule_factor
 from tarflow.training.loop.trainer import Trainer
+from tarflow.vae.codec import load_autoencoder
 
 
 def test_loss_falls_and_pipeline_works(tmp_path):
@@ -85,6 +88,54 @@ def test_a_limit_in_minutes_that_is_new_ends_nothing(tmp_path):
     train(tmp_path, "--train.steps", "2", "--log.checkpoint_every", "2")
     trainer, _ = train(tmp_path, "--train.steps", "4", "--train.max_minutes", "5", "--resume", "latest")
     assert trainer.step == 4
+
+
+def test_another_limit_in_minutes_counts_anew(tmp_path):
+    options = ["--log.checkpoint_every", "1", "--train.steps", "9"]
+    trainer, _ = train(tmp_path, *options, "--train.max_minutes", "1e-4")
+    assert trainer.lowered and 1 <= trainer.step < 9
+    done = trainer.step
+    same, _ = train(tmp_path, *options, "--train.max_minutes", "1e-4", "--resume", "latest")
+    assert same.step == done  # the run was at its end
+    other, _ = train(tmp_path, *options, "--train.max_minutes", "10", "--resume", "latest")
+    assert other.step == 9
+
+
+def test_a_limit_that_was_lifted_does_not_end_later_runs(tmp_path):
+    options = ["--log.checkpoint_every", "1"]
+    first, _ = train(tmp_path, *options, "--train.steps", "99", "--train.max_minutes", "1e-4")
+    longer = str(first.step + 1)
+    train(tmp_path, *options, "--train.steps", longer, "--resume", "latest")
+    last = ["--train.steps", str(first.step + 3), "--train.max_minutes", "1e-4", "--resume", "latest"]
+    trainer, _ = train(tmp_path, *options, *last)
+    assert trainer.step > int(longer)
+
+
+def test_other_latents_or_noise_are_another_run(tmp_path):
+    train(tmp_path / "run", "--train.steps", "1", "--log.checkpoint_every", "1")
+    on = ["--train.steps", "2", "--resume", "latest"]
+    with pytest.raises(ValueError, match=r"differs: train\.noise_std is 0\.3 there and 1\.0 here"):
+        train(tmp_path / "run", *on, "--train.noise_std", "1.0")
+    other = load_autoencoder("drawings_emoji_f8c8")
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 1
+    other.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="trained on latents of another autoencoder"):
+        train(tmp_path / "run", *on, "--vae.name", str(tmp_path / "vae"))
+    file = tmp_path / "run" / "checkpoints" / "step_00000001" / "run.json"
+    state = json.loads(file.read_text())
+    trainer, _ = train(tmp_path / "run", *on, "--vae.measure_images", "0")
+    codec = trainer.task.parts.codec
+    assert [codec.latents_mean, codec.latents_std] == state["statistics"]
+
+
+def test_fp16_goes_on_from_fp16_alone(tmp_path):
+    (tmp_path / "scaler.pt").touch()
+    with_scale, without = SimpleNamespace(scaler=object()), SimpleNamespace(scaler=None)
+    check_scaler(with_scale, tmp_path)
+    check_scaler(without, tmp_path / "other")
+    with pytest.raises(ValueError, match="was not trained with mixed_precision fp16"):
+        check_scaler(with_scale, tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "uniform", "volume_preserving"])

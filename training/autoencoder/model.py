@@ -161,6 +161,21 @@ def with_weights(
     return copy.eval().requires_grad_(False)
 
 
+def check_unused(output: Path) -> None:
+    """Whether a new autoencoder can be written into a folder without replacing what another run left there.
+
+    Raises:
+        ValueError: if it has an autoencoder or a pipeline.
+    """
+    there = next((name for name in ("model_index.json", "config.json") if (output / name).exists()), None)
+    if there is not None:
+        what = "an autoencoder" if there == "config.json" else "a pipeline"
+        raise ValueError(
+            f"the folder {str(output)!r} has {what} already ({there}), which a new run would replace: give another output, or "
+            "go on with that run by --resume latest"
+        )
+
+
 def save_autoencoder(vae: AutoencoderKL, output: Path, dtype: str, card: str) -> None:
     """Write the autoencoder, whole or not at all; its weights are of type ``dtype`` afterwards. A README.md that is there
     stays: the user may have written in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from tarflow.training.autoencoder.config import TrainVaeConfig
 from tarflow.training.autoencoder.mixture import Mixture, open_sources
 from tarflow.training.autoencoder.model import (
     Reconstruction,
+    check_unused,
     copy_for_use,
     kl_divergence,
     make_autoencoder,
@@ -46,6 +48,8 @@ class AutoencoderTask(PictureTask):
 
     def make_parts(self, state: State | None) -> None:
         config = self.config
+        if state is None:
+            check_unused(config.autoencoder_folder)
         self.train = open_sources(config)
         self.held_out = HeldOutPictures(config)
         vae = make_autoencoder(config)
@@ -75,7 +79,16 @@ class AutoencoderTask(PictureTask):
 
     def network_invariants(self) -> dict[str, Any]:
         settings = self.network.vae.config
-        return {f"model.{key}": plain(value) for key, value in settings.items() if not key.startswith("_")}
+        model = {f"model.{key}": plain(value) for key, value in settings.items() if not key.startswith("_")}
+        return {**model, **self.posterior_invariants()}
+
+    def posterior_invariants(self) -> dict[str, Any]:
+        return {"posterior": self.config.posterior, "posterior_std": self.config.constant_std}
+
+    def check_resume(self, checkpoint: Path, state: State) -> None:
+        # Checkpoints from before the posterior was kept pass.
+        facts = {**self.posterior_invariants(), **state.get("facts", {})}
+        super().check_resume(checkpoint, {**state, "facts": facts})
 
     def decode(
         self, model: nn.Module, batch: Batch, step: int, sample_ids: Sequence[int]

@@ -42,12 +42,19 @@ def open_metric(config: RunConfig, parts: Parts, accelerator: Accelerator) -> Sa
     """What measures samples, on the main process.
 
     Raises:
-        ValueError: if nothing is held out.
+        ValueError: if less than two pictures are held out, or pictures of several shapes.
     """
     if config.metric.every == 0 or not accelerator.is_main_process:
         return None
     if parts.validation is None:
         raise ValueError("metric.every is set, but nothing is held out: raise data.validation_fraction")
+    if (count := len(parts.validation)) < 2:
+        raise ValueError(f"metric.every is set, but only {count} picture is held out: raise data.validation_fraction")
+    if len(groups := getattr(parts.validation, "groups", ())) > 1:
+        raise ValueError(
+            f"metric.every is for pictures of one shape, but those held out have {len(groups)}: set it to 0, and compare the "
+            "pipeline's samples by tarflow evaluate fid"
+        )
     from tarflow.training.flow.metric import SampleMetric  # imported here: few runs need its libraries
 
     return SampleMetric(config.metric, parts.validation, accelerator.device)

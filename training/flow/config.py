@@ -19,7 +19,7 @@ from tarflow.common.checks import (
     check_ranges,
 )
 from tarflow.data.config import DataConfig
-from tarflow.models import locate_autoencoder
+from tarflow.models import is_hub_id, locate_autoencoder
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.joint_config import JointConfig, check_joint
 from tarflow.training.flow.levels_config import NoiseLevels
@@ -98,7 +98,7 @@ class TextConfig:
     hidden_layer: int = -1
     prefix: str | None = None
     chat_template: bool = False
-    vocab_size: AtLeastOne = 4000
+    vocab_size: Annotated[int, at_least(4)] = 4000
     vocab_captions: AtLeastOne = 4000
     unit: Literal["word", "bpe"] = "word"
     width: AtLeastOne = 64
@@ -111,11 +111,22 @@ class TextConfig:
         if self.kind == "pretrained":
             check(self.name is not None, "text.kind is 'pretrained', so text.name must be a folder or hub id")
         else:
-            given = {**self.options.changed, "tokenizer_subfolder": self.tokenizer_subfolder}
+            given = {name: getattr(self, name) for name in ("name", "subfolder", "tokenizer_subfolder")}
+            given |= self.options.changed
             for name, value in given.items():
-                check(value is None, f"text.{name} is for text.kind 'pretrained', but text.kind is {self.kind!r}")
+                check(
+                    value is None,
+                    f"text.{name} is for text.kind 'pretrained', but text.kind is {self.kind!r}: set it to that, or leave "
+                    f"text.{name} out, which is {value!r}",
+                )
         check_ranges(self, "text")
         check(self.width % self.heads == 0, f"text.heads ({self.heads}) must divide text.width ({self.width})")
+
+    def check_place(self) -> None:
+        """An error for a name that only a folder can have which is not there; the Hub is asked for half a minute."""
+        name = self.name or ""
+        if "/" in name and not Path(name).expanduser().exists() and not is_hub_id(name):
+            raise ValueError(f"there is no folder {name!r}, which text.name names: give one, or a hub id")
 
     @property
     def options(self) -> TextOptions:
@@ -213,6 +224,7 @@ class LogConfig(LogSettings):
 
     def __post_init__(self) -> None:
         check_ranges(self, "log")
+        check(self.prompts != [], "log.prompts is an empty list: name captions, or give null for held-out ones")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,26 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from tarflow.pipeline.loading.place import INDEX
+from tarflow.training.flow.config import RunConfig
 
 #: What is in the folder of a pipeline, and in that of an adapter.
 MARKS = {"pipeline": INDEX, "lora": LORA_WEIGHT_NAME_SAFE}
+
+
+def check_start(config: RunConfig, folder: Path) -> None:
+    """Whether the pipeline that training starts from stays where it is.
+
+    Raises:
+        ValueError: if `set_aside` would move it, so that the run could not be resumed.
+    """
+    if config.init_from is None or config.lora.rank:
+        return
+    start = Path(config.init_from).expanduser().resolve()
+    if start.is_dir() and folder.resolve() in start.parents:
+        raise ValueError(
+            f"init_from is {config.init_from!r}, in the folder of this run, {str(folder)!r}, whose earlier pipelines are put "
+            "aside when training begins: give another output"
+        )
 
 
 def set_aside(folder: Path, kind: str) -> Path | None:

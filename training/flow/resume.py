@@ -20,8 +20,9 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
         invariants: what must be the same in the run: the complete arguments of its model as "flow", "ema_decays",
             "images_per_step", whether it is "sharded", under FSDP, and by names of their own those of "joint", None if
             the autoencoder is frozen, those of "lora", None if no adapter is trained, and of the "order" of cached latents,
-            None if all of one cache are mixed; and what their numbers mean,
-            "classes" and "tokens" (see `meaning`).
+            None if all of one cache are mixed; what their numbers mean,
+            "classes" and "tokens" (see `meaning`); the hash of the frozen "autoencoder", None if there is none, and the
+            "noise" by names.
 
     Raises:
         ValueError: that names the first difference, and what to do.
@@ -49,6 +50,7 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
             f"{invariants['images_per_step']}: set train.batch_size and train.accumulation to the same with these processes"
         )
     check_meaning(path, state, invariants)
+    check_latents(path, state, invariants)
     check_order(path, state, invariants)
     here, there = invariants.get("joint") or {}, state.get("joint") or {}
     if bool(here) != bool(there):
@@ -67,6 +69,22 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
             f"the checkpoint {name!r} was written {ways}: resume it that way, or start from its pipeline folder "
             "with init_from"
         )
+
+
+def check_latents(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -> None:
+    """Whether latents and their noise are the same; checkpoints from before these were kept pass.
+
+    Raises:
+        ValueError: that names the first difference.
+    """
+    there, here = state.get("autoencoder"), invariants.get("autoencoder")
+    if None not in (there, here) and there != here:
+        raise ValueError(
+            f"the checkpoint {str(path)!r} was trained on latents of another autoencoder than vae.name and the data give: "
+            "resume with that one, or start anew in another output"
+        )
+    if "noise" in state:
+        check_invariants(path, state["noise"], invariants["noise"])
 
 
 def check_order(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from tarflow.training.flow.config import RunConfig, VaeConfig, is_joint
 from tarflow.training.flow.start import Start, model_for_size
 from tarflow.training.flow.text import load_cached_text, load_text, settings_difference
 from tarflow.training.loop.batches import Items, fixed_batches, read_batches
-from tarflow.vae.codec import LatentCodec, load_autoencoder, measure_latents
+from tarflow.vae.codec import LatentCodec, autoencoder_hash, load_autoencoder, measure_latents
 
 #: What is trained on, or held out.
 Data = Images | CachedLatents | Stream | FirstPictures
@@ -64,7 +64,7 @@ class Parts:
 
 def make_parts(
     config: RunConfig,
-    statistics: tuple[list[float], list[float]] | None,
+    state: dict[str, Any] | None,
     device: torch.device,
     start: Start | None = None,
 ) -> Parts:
@@ -72,7 +72,8 @@ def make_parts(
 
     Args:
         config: of the run.
-        statistics: mean and standard deviation of the latents' channels, from a checkpoint; None measures them.
+        state: of the checkpoint to go on from, with the ``statistics`` of the latents' channels, mean and standard deviation
+            or None; None measures them.
         device: of the autoencoder.
         start: the pipeline that training starts from.
 
@@ -95,10 +96,11 @@ def make_parts(
     if isinstance(train, Stream):
         train = sized(train, config, LatentCodec(vae).factor)
     validation = held_out_of(train, config)
+    statistics = None if state is None else state["statistics"]
     if start is not None:
         start.check_autoencoder(vae if cache is None else cache.manifest["autoencoder"]["hash"])
         statistics = start.statistics
-    normalised = config.vae.measure_images > 0 if start is None else statistics is not None
+    normalised = config.vae.measure_images > 0 if start is None and state is None else statistics is not None
     codec = make_codec(config.vae, train, vae, statistics, device) if normalised else LatentCodec(vae)
     channels, side = latent_shape(config, train, codec)
 
@@ -131,6 +133,15 @@ def make_parts(
         text = partial(load_text, config.text, ())
     held_out = validation if len(validation) else None
     return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
+
+
+def frozen_autoencoder(config: RunConfig, parts: Parts) -> str | None:
+    """The hash of the autoencoder whose latents are trained on; None for pixels, and of one that is trained along."""
+    if isinstance(parts.train, CachedLatents):
+        return str(parts.train.manifest["autoencoder"]["hash"])
+    if is_joint(config) or parts.codec.vae is None:
+        return None
+    return autoencoder_hash(parts.codec.vae)
 
 
 def flow_arguments(config: RunConfig, derived: dict[str, Any], start: Start | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tarflow.flows.model import TARFlowModel
 from tarflow.flows.resize import resized_model
 from tarflow.flows.trajectory.kinds import FlowModel, name_of
 from tarflow.models import AUTOENCODERS
+from tarflow.pipeline.opening import load_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.config import TextConfig, VaeConfig
@@ -169,12 +170,12 @@ def load_start(name: str) -> Start:
     """Open a pipeline to start from.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it cannot be opened.
     """
     try:
-        return Start(TARFlowPipeline.from_pretrained(name), name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot start from {name!r}, which is no pipeline: {' '.join(str(error).split())}") from error
+        return Start(load_pipeline(name), name)
+    except ValueError as error:
+        raise ValueError(f"cannot start from {name!r}: {error}") from error
 
 
 def model_for_size(start: Start, arguments: dict[str, Any]) -> FlowModel:

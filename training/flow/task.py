@@ -16,7 +16,7 @@ from tarflow.flows.trajectory.kinds import kind_of
 from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
 from tarflow.training.flow.config import RunConfig, has_denoiser
-from tarflow.training.flow.earlier import set_aside
+from tarflow.training.flow.earlier import check_start, set_aside
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.levels_config import level_invariants
 from tarflow.training.flow.lora import folder_name, prepare_adapters, save_adapters
@@ -31,7 +31,7 @@ from tarflow.training.flow.report import (
     write_held_out,
 )
 from tarflow.training.flow.resume import check_state
-from tarflow.training.flow.setup import Parts, make_parts, meaning
+from tarflow.training.flow.setup import Parts, frozen_autoencoder, make_parts, meaning
 from tarflow.training.flow.start import Start
 from tarflow.training.flow.text import check_text, cut_captions_of, text_invariants
 from tarflow.training.loop.agreement import on_main
@@ -79,8 +79,10 @@ class FlowTask(Task):
 
     def make_parts(self, state: State | None) -> None:
         config = self.config
-        statistics = None if state is None else state["statistics"]
-        self.parts = make_parts(config, statistics, self.accelerator.device, self.start)
+        if state is None:
+            check_start(config, self.folder)
+        self.parts = make_parts(config, state, self.accelerator.device, self.start)
+        self.autoencoder = frozen_autoencoder(config, self.parts)
         self.train, self.validation = self.parts.train, self.parts.validation
         if self.parts.null_cond is not None:  # whether the encoder of the cached captions is still the one that it was
             on_main(self.accelerator, lambda: self.parts.load_text() and None)
@@ -105,6 +107,8 @@ class FlowTask(Task):
             "lora": self.adapter,
             "order": getattr(self.parts.train, "order", None),
             "noise_levels": level_invariants(self.config),
+            "autoencoder": self.autoencoder,
+            "noise": {"train.noise": self.config.train.noise, "train.noise_std": self.config.train.noise_std},
             **meaning(self.parts),
         }
 

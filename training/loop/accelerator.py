@@ -11,8 +11,9 @@ from accelerate.utils import (
 )
 
 from tarflow.training.loop.config import LoopSettings
-from tarflow.training.loop.launcher import accumulating, check_launcher, check_trackers, is_on, uncompiled
+from tarflow.training.loop.launcher import accumulating, check_launcher, is_on, uncompiled
 from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus, sharding
+from tarflow.training.loop.trackers import check_trackers
 
 
 def make_accelerator(

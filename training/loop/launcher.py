@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, TorchDynamoPlugin
 
 from tarflow.common.checks import check
@@ -89,27 +88,3 @@ def uncompiled() -> TorchDynamoPlugin:
 def accumulating(passes: int) -> GradientAccumulationPlugin:
     """Gradients of so many passes make a step, whatever the environment says."""
     return GradientAccumulationPlugin(num_steps=passes)
-
-
-def check_trackers(names: list[str], key: str) -> None:
-    """Whether trackers are known and installed; Accelerate leaves those out that are not, without a word.
-
-    Args:
-        names: of trackers.
-        key: of the setting that names them.
-
-    Raises:
-        ValueError: that names the first one that is not.
-    """
-    known = [str(kind) for kind in LOGGER_TYPE_TO_CLASS]
-    available = [str(kind) for kind in get_available_trackers()]
-    for name in names:
-        check(
-            name == "all" or name in known,
-            f"{key} has {name!r}, which is no tracker of Accelerate: it knows {', '.join(known)}",
-        )
-        check(
-            name == "all" or name in available,
-            f"{key} has {name!r}, which is not installed: install it, or leave it out; installed are "
-            f"{', '.join(available) or 'none'}",
-        )

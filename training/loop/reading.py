@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate import Accelerator
+from accelerate.utils.constants import RNG_STATE_NAME, SCALER_NAME
 from accelerate.utils.other import load
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,6 +35,19 @@ def reading(path: Path) -> Iterator[None]:
         raise ValueError(
             f"the checkpoint {str(path)!r} cannot be read, it is damaged or cut off ({reason}): resume another"
         ) from error
+
+
+def check_scaler(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Whether there is a scale of losses, which fp16 goes on with.
+
+    Raises:
+        ValueError: if the checkpoint was trained without.
+    """
+    if accelerator.scaler is not None and not (checkpoint / SCALER_NAME).exists():
+        raise ValueError(
+            f"the checkpoint {str(checkpoint)!r} was not trained with mixed_precision fp16, so it has no scale of losses "
+            f"({SCALER_NAME}): set mixed_precision as it was"
+        )
 
 
 def check_random_states(checkpoint: Path, process: int) -> None:

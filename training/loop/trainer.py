@@ -23,13 +23,14 @@ from tarflow.training.loop.batches import BatchReader, Reader, step_sampler, tra
 from tarflow.training.loop.checkpoint import checkpoint_name, checkpoint_to_resume, read_state, save_checkpoint
 from tarflow.training.loop.config import LoopSettings
 from tarflow.training.loop.parallel import forget_gathered
-from tarflow.training.loop.reading import check_random_states, reading
+from tarflow.training.loop.reading import check_random_states, check_scaler, reading
 from tarflow.training.loop.schedule import TimeLimit
 from tarflow.training.loop.step import Stepper
 from tarflow.training.loop.stopping import Stopped, StopRequest
 from tarflow.training.loop.streaming import Share, StreamReader, checked, read_waiting
-from tarflow.training.loop.summary import TimeEstimate, beginning
+from tarflow.training.loop.summary import TimeEstimate, beginning, number_of_pictures
 from tarflow.training.loop.task import Batch, State, Task, is_due
+from tarflow.training.loop.trackers import start_trackers
 
 #: What a resumed run takes from its own settings.
 OPTIMIZER_SETTINGS = ("peak_lr", "weight_decay", "betas", "momentum")
@@ -121,18 +122,19 @@ class Trainer:
         processes, model = self.accelerator.num_processes, self.task.learner.model
         parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         batch = self.settings.images_per_step(processes)
-        items, total = len(self.task.train), self.total_steps
+        items, total = number_of_pictures(self.task.train), self.total_steps
         minutes = None if self.lowered else self.settings.train.max_minutes
         for line in beginning(self.task.about(), items, parameters, total, batch, self.folder, self.step, minutes):
             write_line(line)
         if self.settings.log.trackers:
-            self.accelerator.init_trackers("logs")
+            start_trackers(self.accelerator, self.folder, resolved)
 
     def load(self, checkpoint: Path, state: State) -> None:
         """Go on from a checkpoint."""
         groups = self.task.learner.optimizer
         wanted = [{name: group[name] for name in OPTIMIZER_SETTINGS if name in group} for group in groups.param_groups]
         accelerator = self.accelerator
+        check_scaler(accelerator, checkpoint)
         if accelerator.scaler is not None:  # FSDP steps the optimizer while it loads, before a scale would be made
             accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
         check_random_states(checkpoint, accelerator.process_index)
@@ -144,10 +146,12 @@ class Trainer:
         for group, own in zip(groups.param_groups, wanted, strict=True):
             group.update(own)  # this run's, not the checkpoint's
         self.averages.load(checkpoint / "averages", state["ema_steps"])
-        self.step, self.lowered = state["step"], state["lowered"]
+        minutes = self.settings.train.max_minutes
+        same_limit = minutes is not None and state.get("max_minutes", minutes) == minutes
+        self.step, self.lowered = state["step"], state["lowered"] and same_limit
         self.stepper.spikes = state.get("spikes", 0)
         self.stream = state.get("stream")
-        if self.settings.train.max_minutes is not None and self.lowered:
+        if self.lowered:
             self.total_steps = state["total_steps"]
 
     def save_checkpoint(self) -> None:
@@ -157,6 +161,7 @@ class Trainer:
             "step": self.step,
             "total_steps": self.total_steps,
             "lowered": self.lowered,
+            "max_minutes": self.settings.train.max_minutes,
             "spikes": self.stepper.spikes,
             "ema_steps": self.averages.steps,
             "optimizer": self.settings.optim.name,
@@ -276,11 +281,11 @@ class Trainer:
 
     def at_intervals(self, stop: StopRequest) -> None:
         """Reports and checkpoints where they are due."""
+        if is_due(self.step, self.settings.log.checkpoint_every):
+            self.save_checkpoint()  # first, as a report may fail
         if self.task.is_report_due(self.step):
             # Several processes would end at different places, and could not save a checkpoint any more.
             self.report(stop, at_once=self.accelerator.num_processes == 1)
-        if is_due(self.step, self.settings.log.checkpoint_every):
-            self.save_checkpoint()
 
     def report(self, stop: StopRequest, at_once: bool, average: int = 0, last: bool = False) -> dict[str, Any]:
         """The task's report on averaged weights. A signal ends it ``at_once`` or not at all, but never while weights

@@ -16,7 +16,7 @@ from tarflow.training.flow.accelerator import flow_accelerator
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.loop.accelerator import make_accelerator
 from tarflow.training.loop.checkpoint import checkpoints
-from tarflow.training.loop.launcher import check_launcher, check_trackers, launcher_compilation
+from tarflow.training.loop.launcher import check_launcher, launcher_compilation
 from tarflow.training.loop.network_config import NetworkConfig
 
 ARGUMENTS = ["--data", "{}", "--flow", CLASS_FLOW, *SMALL]
@@ -105,16 +105,6 @@ def test_the_launchers_compiler_compiles_layers(tmp_path: Path, monkeypatch: pyt
     assert [arguments["backend"] for arguments in asked] == ["eager"]
     assert trainer.accelerator.state.dynamo_plugin.backend is DynamoBackend.NO
     assert (tmp_path / "pipeline").is_dir()
-
-
-def test_trackers_that_are_not_there(tmp_path: Path) -> None:
-    check_trackers(["tensorboard", "all"], "trackers")
-    with pytest.raises(ValueError, match=r"log\.trackers has 'paper', which is no tracker of Accelerate: it knows aim"):
-        train(tmp_path / "run", "--log.trackers", '["paper"]')
-    missing = "clearml"
-    with pytest.raises(ValueError, match="trackers has 'clearml', which is not installed"):
-        make_accelerator(NetworkConfig(mixed_precision="no", trackers=[missing]).loop(tmp_path))
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
