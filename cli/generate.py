@@ -16,7 +16,7 @@ from tarflow.pipeline.loading.place import default_pipeline, facts_of, locate
 DESCRIPTION = """Draw pictures: from captions, from classes, or from nothing, as the pipeline was trained.
 
   tarflow generate "a red heart, noto style" --out heart.png
-  tarflow generate "a red heart, noto style" "thumbs up, noto style" --num 8 --pipeline emoji --out emoji/
+  tarflow generate "a red heart, noto style" "thumbs up, noto style" --num 8 --pipeline emoji --out drawn/
   tarflow generate --class "blue ring" --class 5 --num 4 --seed 1 --pipeline drawings_class --out grid.png
 
 Several pictures become a grid in one file, with a row for each caption or class; a folder (a name that ends with /)

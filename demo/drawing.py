@@ -123,7 +123,7 @@ def noise_removals(pipe: FlowPipeline) -> list[str]:
     """What this pipeline can remove the training noise by, its own default first."""
     names = ["none"]
     if pipe.config.noise_std > 0:
-        names.insert(0, "score")
+        names.insert(0 if pipe.config.denoise else 1, "score")
         if pipe.flow.config.learned_denoiser != "none":
             names.append("learned")
         if pipe.finetuned_decoder is not None:

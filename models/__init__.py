@@ -21,8 +21,10 @@ def shipped() -> tuple[str, ...]:
 
 
 def resolve(name: str | Path) -> str:
-    """The folder of a shipped pipeline by its name; a folder of the user's, or a hub id, stays as it is."""
-    return str(FOLDER / name) if str(name) in shipped() and not Path(name).exists() else str(name)
+    """The folder of a shipped pipeline by its name; a hub id, or a folder of the user's that is a pipeline's or a run's, stays
+    as it is."""
+    own = any(Path(name, *inner, "model_index.json").exists() for inner in ((), ("pipeline",)))
+    return str(FOLDER / name) if str(name) in shipped() and not own else str(name)
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -18,12 +18,13 @@ def check_class_names(pipe: FlowPipeline, names: Sequence[str] | None) -> None:
     """
     if not pipe.flow.config.conditioning.startswith("class") or not names:
         return
-    known = {name: int(number) for number, name in (pipe.config.id2label or {}).items()}
+    by_number = {int(number): name for number, name in (pipe.config.id2label or {}).items()}
+    known = {name: number for number, name in by_number.items()}
     for number, name in enumerate(names):
-        if known.get(name, number) != number:
+        if name in known and by_number.get(number) != name:
             raise ValueError(
                 f"the class {name!r} is number {known[name]} of the model, but {number} of the data: give data that has all "
-                f"classes of the model, {len(known)}, in its order"
+                f"classes of the model, {len(by_number)}, in its order"
             )
     classes, unknown = pipe.flow.config.num_classes, [name for name in names if name not in known]
     if known and unknown and len(names) != classes:

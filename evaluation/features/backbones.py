@@ -18,24 +18,31 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 SIDE = 224
+#: Names of a Transformers model's parameter for the token that stands for the whole picture.
+CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 
 class Backbone(nn.Module):
     """uint8 pictures (B, 3, H, W) → features (B, D): resized to ``side`` × ``side``, normalised, and put through.
 
     Args:
-        network: gives (B, D), a map (B, D, h, w) that is averaged, or tokens (B, T, D) whose first one counts.
+        network: gives (B, D), or a map (B, D, h, w) that is averaged.
         mean, std: of pixels in [0, 1] by colour.
         side: the pictures' side; they are resized by antialiased bicubic interpolation.
+        made: how the network makes one vector of many, if that needs to be told apart.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], side: int = SIDE):
+    def __init__(
+        self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], side: int = SIDE, made: str = ""
+    ):
         super().__init__()
         self.network, self.side = network, side
-        self.preprocessing = f"bicubic antialiased to {side}, mean {tuple(mean)}, std {tuple(std)}"
+        self.preprocessing = (
+            f"bicubic antialiased to {side}, mean {tuple(mean)}, std {tuple(std)}{made and f', {made}'}"
+        )
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -44,22 +51,38 @@ class Backbone(nn.Module):
         if tuple(x.shape[2:]) != (self.side, self.side):
             x = F.interpolate(x, size=(self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
         features = self.network((x / 255 - self.mean) / self.std)
-        if features.ndim == 4:
-            return features.mean((2, 3))
-        return features[:, 0] if features.ndim == 3 else features
+        return features.mean((2, 3)) if features.ndim == 4 else features
 
 
 class VisionFeatures(nn.Module):
-    """A Transformers model's image embeddings if it makes such, as CLIP does, else its last hidden state."""
+    """One vector of each picture by a Transformers model, or a map of them.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: of which tokens come first those of classes, if it has such.
+        pools: whether it has trained weights for what it makes of all tokens.
+    """
+
+    def __init__(self, model: nn.Module, pools: bool):
         super().__init__()
-        self.model = model
+        self.model, self.pools = model, pools
+        self.has_class_token = any(name.split(".")[-1] in CLASS_TOKENS for name, _ in model.named_parameters())
+
+    @property
+    def made(self) -> str:
+        """How tokens become one vector, unless it is the usual way."""
+        return "" if self.has_class_token else "pooled tokens" if self.pools else "mean of tokens"
 
     def forward(self, pixels: Tensor) -> Tensor:
         output = self.model(pixel_values=pixels)
-        embeddings = getattr(output, "image_embeds", None)
-        return output.last_hidden_state if embeddings is None else embeddings
+        if (embeddings := getattr(output, "image_embeds", None)) is not None:
+            return embeddings
+        hidden = output.last_hidden_state
+        if hidden.ndim != 3:
+            return hidden
+        if self.has_class_token:
+            return hidden[:, 0]
+        pooled = getattr(output, "pooler_output", None) if self.pools else None
+        return hidden.mean(1) if pooled is None else pooled.flatten(1)
 
 
 def torchvision_backbone(name: str, weights: str | None, normalize: Normalize = "imagenet") -> Backbone:
@@ -104,7 +127,7 @@ def transformers_backbone(path: str) -> Backbone:
     """A vision model of Transformers, by folder or hub id, with the normalisation that is saved beside it.
 
     Features are CLIP's image embeddings, or the class token of others, which is how DINOv2 is used for distances
-    (Stein et al., 2023, arXiv:2306.04675).
+    (Stein et al., 2023, arXiv:2306.04675); of models without such a token what they pool of all tokens, or else the mean.
 
     Raises:
         ValueError: if it cannot be loaded.
@@ -125,11 +148,14 @@ def transformers_backbone(path: str) -> Backbone:
     (mean, std), side = NORMALIZATIONS["imagenet"], SIDE
     try:
         processor = AutoImageProcessor.from_pretrained(path)
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        side = (getattr(processor, "crop_size", None) or processor.size)["height"]
     except (OSError, KeyError):
         pass  # without a processor's settings, those of ImageNet
-    return Backbone(VisionFeatures(model), mean, std, side)
+    else:
+        mean, std = tuple(processor.image_mean or mean), tuple(processor.image_std or std)
+        sizes = getattr(processor, "crop_size", None) or processor.size or {}
+        side = sizes.get("height") or sizes.get("shortest_edge") or SIDE
+    features = VisionFeatures(model, pools=not any(key.startswith("pooler.") for key in loading["missing_keys"]))
+    return Backbone(features, mean, std, side, features.made)
 
 
 def local_or_hub(path: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,7 +102,10 @@ class NpzStore:
                         write_header(file, "<i8", (num,))
                         for part in labels:
                             file.write(np.asarray(part, dtype="<i8").tobytes())
-        shutil.rmtree(self.parts, ignore_errors=True)
+        for chunk in chunks:
+            self.path(chunk).unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there any more, or other files are in it
+            self.parts.rmdir()
 
 
 def is_filled(path: Path) -> bool:

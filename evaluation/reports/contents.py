@@ -105,7 +105,7 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
         raise ValueError(f"the training split has {len(train)} pictures, too few to search for {NEIGHBOURS} neighbours")
     spaces = search(config, train, images["validation"], samples, extractor)
     return Contents(
-        title=config.title or f"{Path(config.pipeline).resolve().parent.name}/{Path(config.pipeline).name}",
+        title=config.title or title_of(config.pipeline),
         settings=settings_of(config, gen, pipe, device),
         images=samples,
         texts=texts_of(pipe, conditions, config.samples),
@@ -117,6 +117,12 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
         metrics=metrics,
         warnings=warnings,
     )
+
+
+def title_of(pipeline: str) -> str:
+    """A pipeline by its folder and that of its run, or by its name."""
+    folder = Path(pipeline).expanduser()
+    return f"{folder.resolve().parent.name}/{folder.name}" if folder.is_dir() else pipeline
 
 
 def generation_of(config: ReportConfig, images: dict[str, AnyPictures]) -> GenerationConfig:

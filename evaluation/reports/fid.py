@@ -38,7 +38,7 @@ def reference_statistics(
         if found.data != on_main(lambda: images.fingerprint):
             raise ValueError(
                 f"{out!r} holds statistics of other pictures ({found.count} of {found.source}): remove them or give "
-                "another --out"
+                "another folder"
             )
         kept = 0 if found.features is None else len(found.features)
         if kept >= min(keep_features, len(images)):

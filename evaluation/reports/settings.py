@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tarflow.common.checks import AtLeastOne, at_least, check_ranges
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.features.names import Metric
+from tarflow.evaluation.features.names import INCEPTION, RESULTS, Metric
 from tarflow.evaluation.features.settings import OptionalExtractor, RequiredExtractor
 from tarflow.evaluation.samples.settings import GenerationConfig, SampleSettings
 from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
@@ -108,6 +108,15 @@ class SweepConfig(RequiredExtractor):
             raise ValueError("nothing is measured: give ref (pictures or their statistics), or match for drawings")
         for values in self.combinations():
             dataclasses.replace(self.gen, **values)  # a number out of range fails here, not hours later
+        if self.rank is not None and self.rank not in (names := self.results()):
+            raise ValueError(f"rank is {self.rank!r}, but the metrics are {', '.join(names)}")
+
+    def results(self) -> list[str]:
+        """Names of the metrics of a row."""
+        other = self.extractor != INCEPTION
+        wanted = [] if self.ref is None else self.metrics
+        shares = [f"match_{what}" for what in ("shape", "colour", "background", "all")] if self.match else []
+        return [*itertools.chain.from_iterable(RESULTS[metric][other] for metric in wanted), *shares]
 
     def combinations(self) -> list[dict[str, Any]]:
         """The swept settings of each row.

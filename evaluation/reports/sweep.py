@@ -27,7 +27,10 @@ from tarflow.evaluation.samples.generation import conditions_of, generate_images
 from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
+from tarflow.flows.layers.guidance import Guidance
+from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
+from tarflow.pipeline.call.student_sampling import check_student_call
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.call.walk import resolve_steps
 
@@ -62,7 +65,7 @@ def run_sweep(
     check_writable(out, folder=True)
     pipe = pipeline_of(config.gen, device)
     fixed = fixed_settings(config, pipe)
-    wanted = unique([resolved(values, pipe) for values in config.combinations()])
+    wanted = unique([resolved(values, pipe) for values in combinations_of(config, pipe)])
     rows = read_rows(out, fixed)
     measure = make_measure(config, device) if measure is None else measure
     show = write_line if process == 0 else lambda _: None
@@ -112,6 +115,27 @@ def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
         found["noise_std"] = None  # steps have levels of their own
     if not walks:
         found["num_inference_steps"] = along
+    if values["decoding"] == STUDENT and pipe.student is not None:
+        scale = float(found["guidance_scale"] or 1.0)
+        check_student_call(pipe.student, scale, Guidance(scale - 1, pipe.config.guidance_method), negative=False)
+    return found
+
+
+def combinations_of(config: SweepConfig, pipe: FlowPipeline) -> list[dict[str, Any]]:
+    """The swept settings of each row; a student of clean latents, which have no noise to remove, is combined with no
+    ``denoise`` but false.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    rows = config.combinations()
+    if pipe.student is None or pipe.student.config.target == "noisy":
+        return rows
+    found = [row for row in rows if not (row["decoding"] == STUDENT and row["denoise"])]
+    if not found:
+        raise ValueError(
+            "no row is left: this student's latents have no noise left to remove, so give denoise [false] too"
+        )
     return found
 
 

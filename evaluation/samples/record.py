@@ -88,21 +88,26 @@ def read_record(out: Path) -> dict[str, Any] | None:
     """What an earlier run wrote about a folder; None if there was none."""
     path = out / RECORD
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"{str(path)!r} cannot be read ({error}): remove that folder or take another") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{str(path)!r} is no record of generated images: take another folder")
+    return record
 
 
 def check_record(config: Any, earlier: dict[str, Any] | None, record: dict[str, Any]) -> None:
     """Refuse to mix images of several settings. More PNG files of the same settings may be added.
 
     Raises:
-        ValueError: with the first setting that differs.
+        ValueError: with the first setting that differs, or for a record of something else.
     """
     if earlier is None:
         return
+    if not isinstance(earlier.get("settings"), dict) or "num" not in earlier:
+        raise ValueError(f"{RECORD} in {config.out!r} is no record of generated images: take another folder")
     reason = None
     # Records of earlier versions name no decoder, and those of all noise no temperature.
     settings = {"decoder": "vae", "temperature": 1.0, **earlier["settings"]}

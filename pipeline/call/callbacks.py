@@ -122,7 +122,14 @@ class AfterStep:
         callback, tensors = self.call.callback, self.call.callback_tensors
         assert callback is not None
         wanted = tensors is None or "latents" in tensors
-        return callback(self.pipe, index, timestep, {"latents": latents} if wanted else {}) or {}
+        found = callback(self.pipe, index, timestep, {"latents": latents} if wanted else {}) or {}
+        changed = found.get("latents")
+        if changed is not None and changed.shape != latents.shape:
+            raise ValueError(
+                f"the callback returned latents of the shape {tuple(changed.shape)}, expected {tuple(latents.shape)}, as it was "
+                "given them"
+            )
+        return found
 
     def change_guidance(self, scale: float) -> Condition:
         """Take over the scale that a callback may have set; returns the null condition if it is needed now."""

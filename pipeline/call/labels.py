@@ -11,8 +11,11 @@ FEW = 12
 
 
 def labels_by_name(id2label: dict[int, str] | dict[str, str] | None) -> dict[str, int]:
-    """Indices of classes by their names in small letters, or as they are where classes differ in capitals alone."""
+    """Indices of classes by their names in small letters, or as they are where classes differ in capitals alone. Names that
+    several classes have, as ImageNet has two cranes, get their numbers: "crane 134"."""
     names = {int(index): name for index, name in (id2label or {}).items()}
+    times = Counter(names.values())
+    names = {index: name if times[name] == 1 else f"{name} {index}" for index, name in names.items()}
     small = Counter(name.lower() for name in names.values())
     return {name.lower() if small[name.lower()] == 1 else name: index for index, name in names.items()}
 

@@ -12,6 +12,12 @@ from tarflow.pipeline.text.encoding import encode_captions, warn_of_cuts
 from tarflow.pipeline.text.options import TextOptions
 
 
+def check_embeds(embeds: Tensor, name: str) -> None:
+    """Whether encoded captions have three axes, and at least a row and a token."""
+    if embeds.ndim != 3 or 0 in embeds.shape:
+        raise ValueError(f"{name} must be (captions, tokens, numbers), none of them 0, got {tuple(embeds.shape)}")
+
+
 class PromptEncoding(PipelineParts):
     """`TARFlowPipeline`'s way from texts to encoded captions."""
 
@@ -51,6 +57,7 @@ class PromptEncoding(PipelineParts):
             captions = [prompt] if isinstance(prompt, str) else prompt
             prompt_embeds = self._encode_captions(captions, length, aspect_ratio)
         else:
+            check_embeds(prompt_embeds, "prompt_embeds")
             length = prompt_embeds.shape[1]  # the empty caption is to have as many tokens
         prompt_embeds = prompt_embeds.to(device)
         count = len(prompt_embeds)
@@ -62,6 +69,7 @@ class PromptEncoding(PipelineParts):
             if len(texts) not in (1, count):
                 raise ValueError(f"negative_prompt has {len(texts)} texts for {count} prompts; give one or as many")
             negative_prompt_embeds = self._encode_captions(texts, length, aspect_ratio)
+        check_embeds(negative_prompt_embeds, "negative_prompt_embeds")
         negative_prompt_embeds = negative_prompt_embeds.to(device)
         if len(negative_prompt_embeds) not in (1, count):
             raise ValueError(f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {count} prompts")

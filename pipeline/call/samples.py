@@ -41,10 +41,21 @@ def without_noise(
 
 
 def decoded(codec: LatentCodec, latents: Tensor, decoder: Any) -> Tensor:
-    """Latents (B, C, h, w) → images (B, 3, H, W) float32, about [−1, 1], by the autoencoder or another decoder."""
+    """Latents (B, C, h, w) → images (B, 3, H, W) float32, about [−1, 1], by the autoencoder or another decoder.
+
+    Raises:
+        FloatingPointError: if an autoencoder in float16 makes numbers that are too large for it, which would be black pictures.
+    """
     pixels = latents.shape[2] * latents.shape[3] * codec.factor**2
     size = max(1, DECODED_PIXELS // pixels)
-    return in_parts(lambda part: codec.decode(part, decoder).float(), size, (latents,))
+    images = in_parts(lambda part: codec.decode(part, decoder).float(), size, (latents,))
+    used = codec.vae if decoder is None else decoder
+    if getattr(used, "dtype", None) == torch.float16 and not bool(images.isfinite().all()):
+        raise FloatingPointError(
+            f"the {type(used).__name__} makes numbers that float16 cannot hold: decode in float32, pipe.vae.float(), or take "
+            "bfloat16"
+        )
+    return images
 
 
 def in_parts(function: Callable[..., Tensor], size: int, tensors: tuple[Tensor | None, ...]) -> Tensor:

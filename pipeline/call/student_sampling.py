@@ -63,8 +63,9 @@ def noise_left(student: StudentModel | None, denoise: bool | str | None, decoder
         raise ValueError(NO_STUDENT)
     if student.config.target == "noisy":
         return True
-    if denoise or decoder == "finetuned":
-        asked = f"denoise={denoise!r}" if denoise else "decoder='finetuned'"
+    removes = denoise not in (None, False, "none")
+    if removes or decoder == "finetuned":
+        asked = f"denoise={denoise!r}" if removes else "decoder='finetuned'"
         raise ValueError(f"this student's latents have no noise left to remove: leave {asked} out")
     return False
 

@@ -50,7 +50,7 @@ def check_size(image: Tensor, size: tuple[int, int]) -> None:
     if (height, width) != size:
         raise ValueError(
             f"the image has {height} × {width} pixels, the model takes {size[0]} × {size[1]}: "
-            "resize it, or give a PIL picture with fit=True"
+            "resize it, or give a PIL picture with fit=True; pictures of data have data.image_size"
         )
 
 

@@ -106,7 +106,9 @@ class ExactFlowTools(FlowPipeline):
             path: "spherical" or "linear", see `tarflow.flows.editing.interpolate`.
         """
         editor = FlowEditor(self, generator=generator)
-        ends = torch.cat([read_images(end, editor.size, fit)[:1] for end in (first, second)])
+        ends = torch.cat([read_images(end, editor.size, fit) for end in (first, second)])
+        if len(ends) != 2:
+            raise ValueError(f"first and second are one picture each, got {len(ends)} together")
         x = editor.noisy(editor.latents(ends), generator, noise)
         first_z, second_z = editor.encoded(x, editor.condition(2, prompt, class_labels))
         z = editing.interpolate(first_z, second_z, steps, path)
@@ -134,7 +136,7 @@ class ExactFlowTools(FlowPipeline):
         x = editor.read(image, fit, generator, noise)
         condition = editor.condition(len(x), prompt, class_labels)
         z = editor.encoded(x, condition)
-        check_generator(generator)
+        check_generator(generator, len(x))
         fresh = randn_tensor(z.shape, generator, z.device, z.dtype)
         return editor.edited(editing.resample(z, fresh, strength), condition, output_type)
 
@@ -207,6 +209,7 @@ class ExactFlowTools(FlowPipeline):
         if passes < 1 or steps < 0:
             raise ValueError(f"passes must be at least 1 and steps 0 or more, got {passes} and {steps}")
         pixels = read_images(image, editor.size, fit).to(self._execution_device)
+        check_generator(generator, len(pixels))
         mask = read_mask(mask, len(pixels), editor.size).to(pixels.device)
         hole = tokens_of_mask(mask, self.codec.factor * self.flow.config.patch_size)
         condition, hidden = editor.condition(len(pixels), prompt, class_labels), mask[:, None]

@@ -62,6 +62,7 @@ WRONG = [
     ("evaluate fid gen --pipeline nowhere --out x", "there is no pipeline 'nowhere'"),
     ("evaluate fid calc --ref nowhere --samples x", "the data path 'nowhere' does not exist"),
     ("evaluate likelihood --pipeline emoji --data.source folder --data.path nowhere", "path 'nowhere' does not exist"),
+    ("evaluate likelihood --pipeline emoji --data.source drawings --num_images null", "the drawings have no end"),
     ("evaluate captions --model x --samples nowhere", "the data path 'nowhere' does not exist"),
     ("sweep --gen.pipeline nowhere --gen.out x --match true", "there is no pipeline 'nowhere'"),
     ("report --pipeline nowhere", "there is no pipeline 'nowhere'"),

@@ -100,13 +100,10 @@ def test_rows_that_run_together_are_refused() -> None:
     assert [number_of(item) for item in items_of(Stream(replace(settings, on_error="skip")))] == [1]
 
 
-def test_half_a_character_in_a_caption_is_a_row_to_skip() -> None:
-    files = {f"{number}.png": png(number) for number in (1, 2)}
-    files |= {"1.json": b'{"text": "cut \\ud83d"}', "2.json": b'{"text": "whole"}'}
-    write("memory://odd/half.tar", tar_of(dict(sorted(files.items()))))
-    settings = config("memory://odd/half.tar", caption_column="text")
-    assert "which has half of a character that takes two" in first_error(settings)
-    assert [number_of(item) for item in items_of(Stream(replace(settings, on_error="skip")))] == [2]
+def test_half_a_character_in_a_caption_is_named() -> None:
+    write("memory://odd/half.tar", tar_of({"1.png": png(1), "1.json": b'{"text": "cut \\ud83d"}'}))
+    found = first_error(config("memory://odd/half.tar", caption_column="text"))
+    assert "'1' of the shard 'memory://odd/half.tar'" in found and "has half of a character that takes two" in found
 
 
 def test_links_and_joined_files_are_refused() -> None:

@@ -193,6 +193,8 @@ def test_noise_is_removed_as_asked() -> None:
         assert len(last.stages) == (3 if name == "none" else 4)
         ends[name] = np.asarray(last.result.images[0]).tobytes()
     assert len(set(ends.values())) == 4
+    pipe.register_to_config(denoise=False)
+    assert noise_removals(pipe) == ["none", "score", "learned", "finetuned"]
     pipe.register_to_config(noise_std=0.0)
     assert noise_removals(pipe) == ["none"]
 

@@ -87,6 +87,19 @@ def test_classes_under_other_numbers_are_refused() -> None:
     assert math.isfinite(evaluate_likelihood(pipe, drawings(), 2, 1, with_condition=False).mean)
 
 
+def test_classes_of_one_name() -> None:
+    pipe = pixel_pipeline(conditioning="class_vectors", num_classes=3, positions="learned")
+    pipe.register_to_config(id2label={0: "crane", 1: "tench", 2: "crane"})
+    check_class_names(pipe, ("crane", "tench", "crane"))
+    with pytest.raises(ValueError, match="the class 'tench' is number 1 of the model, but 0 of the data"):
+        check_class_names(pipe, ("tench", "crane"))
+    with pytest.raises(ValueError, match="the class 'crane' is number 2 of the model, but 1 of the data"):
+        check_class_names(pipe, ("crane", "crane", "tench"))
+    assert pipe.labels == {"crane 0": 0, "tench": 1, "crane 2": 2}
+    with pytest.raises(ValueError, match="unknown class name 'crane'; known are crane 0, tench, crane 2"):
+        pipe(class_labels="crane")
+
+
 def test_unknown_names_are_other_names_only_of_all_classes() -> None:
     pipe = pixel_pipeline(conditioning="class_vectors", num_classes=3, positions="learned")
     pipe.register_to_config(id2label={0: "tench", 1: "church", 2: "gas pump"})

@@ -17,10 +17,17 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
+    ConvNextImageProcessor,
     Dinov2Config,
     Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    SwinConfig,
+    SwinModel,
+    ViTImageProcessor,
 )
 
+from tarflow.evaluation.features.backbones import VisionFeatures
 from tarflow.evaluation.features.clip_score import clip_score
 from tarflow.evaluation.features.extractors import load_extractor
 from tarflow.evaluation.images.sets import open_images
@@ -66,6 +73,31 @@ class TestExtractors:
             with torch.no_grad():
                 wanted = model(pixel_values=(images / 255 - mean) / std).pooler_output
             torch.testing.assert_close(extractor(images), wanted)
+
+    def test_models_without_a_class_token_are_pooled(self, tmp_path: Path) -> None:
+        swin = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+        model = SwinModel(SwinConfig(image_size=32, patch_size=4, **swin)).eval()
+        model.save_pretrained(tmp_path / "swin")
+        size = {"size": {"height": 32, "width": 32}, "image_mean": None, "image_std": None}
+        ViTImageProcessor(**size).save_pretrained(tmp_path / "swin")
+        images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        with torch.no_grad():
+            wanted = model(pixel_values=(images / 255 - mean) / std).pooler_output
+        extractor = load_extractor(str(tmp_path / "swin"))
+        torch.testing.assert_close(extractor(images), wanted)
+        assert extractor.description["preprocessing"].endswith(", pooled tokens")
+        model.pooler = None  # as of models that pool nothing
+        with torch.no_grad():
+            plain = VisionFeatures(model, pools=False)((images / 255 - mean) / std)
+        torch.testing.assert_close(plain, wanted)  # which is the mean of tokens here
+
+    def test_sides_of_processors_that_name_the_shortest_edge(self, tmp_path: Path) -> None:
+        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4)).save_pretrained(tmp_path)
+        ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875).save_pretrained(tmp_path)
+        extractor = load_extractor(str(tmp_path))
+        assert extractor.dims == 8
+        assert extractor.description["preprocessing"].startswith("bicubic antialiased to 64, mean")
 
     def test_bad_weights(self, tmp_path: Path) -> None:
         save_backbone(tmp_path / "x.pth")

@@ -127,6 +127,13 @@ def test_npz_has_the_layout_of_adm(pipelines, whole, tmp_path, monkeypatch) -> N
     assert generate_images(config)["generated"] == 0
 
 
+def test_other_files_beside_parts_stay(tmp_path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "mine.txt").write_text("mine")
+    generate_images(config_of("given", tmp_path, format="npz"), pipe=make_pipeline())
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["mine.txt"]
+
+
 def test_grey_images_become_rgb_and_arr_1_is_for_classes_only(tmp_path) -> None:
     pipe = make_pipeline("none", vae=False)
     generate_images(config_of("given", tmp_path, format="npz", num=2), pipe=pipe)
@@ -224,6 +231,9 @@ def test_another_pipeline_and_an_unreadable_record_are_refused(tmp_path) -> None
         generate_images(config_of("given", tmp_path), pipe=make_pipeline())
     (tmp_path / "generation.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation\.json' cannot be read"):
+        generate_images(config_of("given", tmp_path), pipe=make_pipeline())
+    (tmp_path / "generation.json").write_text('{"model": "other"}')
+    with pytest.raises(ValueError, match=r"generation\.json in .* is no record of generated images"):
         generate_images(config_of("given", tmp_path), pipe=make_pipeline())
 
 

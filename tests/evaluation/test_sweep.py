@@ -14,6 +14,7 @@ from decoders import with_decoder
 from fid_helpers import Means
 from PIL import Image
 from pipelines import make_pipeline
+from students import small_student
 
 from tarflow.cli.sweep import main as command
 from tarflow.evaluation.features import extractors
@@ -146,6 +147,24 @@ def test_decoders_are_rows(tmp_path) -> None:
         config_of("x", tmp_path, denoise=[True], decoder=["finetuned"])
 
 
+def test_students_are_rows_where_they_can_draw(tmp_path) -> None:
+    pipe = make_pipeline("class_prefix")
+    pipe.register_modules(student=small_student(pipe.flow))
+    pipe.save_pretrained(tmp_path / "pipe")
+    options = {"noise_std": None, "decoding": ["sequential", "student"]}
+    rows = run_sweep(config_of(str(tmp_path / "pipe"), tmp_path / "a", guidance_scale=[2.0], **options), Measure())
+    assert [(row["settings"]["decoding"], row["settings"]["denoise"]) for row in rows] == [
+        *(("sequential", True), ("sequential", False), ("student", False))
+    ]
+    measure = Measure()
+    with pytest.raises(ValueError, match="guidance_scale is 4, but this student was trained with guidance scales"):
+        run_sweep(config_of(str(tmp_path / "pipe"), tmp_path / "b", guidance_scale=[1.0, 4.0], **options), measure)
+    assert measure.folders == []
+    only = {**options, "decoding": ["student"], "denoise": [True]}
+    with pytest.raises(ValueError, match=r"no row is left: .* so give denoise \[false\] too"):
+        run_sweep(config_of(str(tmp_path / "pipe"), tmp_path / "c", **only), measure)
+
+
 def test_rows_of_earlier_versions_stay(pipeline, tmp_path) -> None:
     config = config_of(pipeline, tmp_path, guidance_scale=[1.0], noise_std=None)
     assert len(run_sweep(config, Measure())) == 2
@@ -188,6 +207,8 @@ def test_the_best_row() -> None:
         ({"guidance_scale": [0.5]}, r"guidance_scale must be at least 1"),
         ({"noise_std": [-1.0]}, "noise_std must be 0 or positive"),
         ({"match": False}, "nothing is measured: give ref"),
+        ({"rank": "fid"}, "rank is 'fid', but the metrics are match_shape, match_colour, match_background, match_all"),
+        ({"ref": "x", "rank": "kid", "match": False}, "rank is 'kid', but the metrics are fid"),
     ],
 )
 def test_bad_input(tmp_path, options, message) -> None:

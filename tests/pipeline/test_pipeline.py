@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -272,6 +274,52 @@ def test_lists_of_generators():
         pipe(class_labels=[0, 1], generator=[None, two])
     with pytest.raises(ValueError, match="got 2 generators for 3 images"):
         pipe.encode(torch.stack(pictures), class_labels=[0, 1, 2], generator=[one, two])
+    with pytest.raises(ValueError, match="got 2 generators for 3 images"):
+        pipe.vary(torch.stack(pictures), 0.5, class_labels=[0, 1, 2], generator=[one, two], noise=False)
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:4] = True
+    with pytest.raises(ValueError, match="generator"):
+        pipe.inpaint(torch.stack(pictures), mask, class_labels=[0, 1, 2], generator=[one, two], noise=False)
+
+
+def test_an_interpolation_has_two_ends():
+    pipe = make_pipeline(vae=False, sample_size=16)
+    pictures = torch.rand(3, 3, 16, 16)
+    with pytest.raises(ValueError, match="first and second are one picture each, got 3 together"):
+        pipe.interpolate(pictures[:2], pictures[2], class_labels=0)
+
+
+def test_embeddings_without_rows_or_axes():
+    pipe = make_pipeline("prefix")
+    embeds = pipe.encode_prompt(CAPTIONS)[0]
+    for wrong in (embeds[:0], embeds[0]):
+        with pytest.raises(ValueError, match=r"prompt_embeds must be \(captions, tokens, numbers\), none of them 0"):
+            pipe(prompt_embeds=wrong, guidance_scale=2.0)
+
+
+def test_a_callback_returns_latents_of_the_same_shape():
+    pipe = make_pipeline()
+    for wrong in (lambda latents: latents[:1], lambda latents: latents[0, 0]):
+        with pytest.raises(ValueError, match=r"the callback returned latents of the shape .*, expected \(2, 8, 4, 4\)"):
+            draw(
+                pipe,
+                class_labels=[0, 1],
+                callback_on_step_end=lambda p, i, t, own, w=wrong: {"latents": w(own["latents"])},
+            )
+
+
+def test_half_precision_that_overflows_is_no_black_picture():
+    pipe = make_pipeline("none")
+    pipe.vae = copy.deepcopy(pipe.vae)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_in.weight.mul_(3e4)
+        pipe.vae.decoder.conv_in.bias.mul_(3e4)
+    assert np.isfinite(draw(pipe, num_images=2)).all()
+    pipe.to(torch.float16)
+    with pytest.raises(FloatingPointError, match=r"float16 cannot hold: decode in float32, pipe\.vae\.float\(\)"):
+        draw(pipe, num_images=2)
+    pipe.vae.float()
+    assert np.isfinite(draw(pipe, num_images=2)).all()
 
 
 def test_pictures_of_every_mode_for_the_tools():

@@ -50,7 +50,12 @@ def test_names_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert resolve("someone/emoji") == "someone/emoji"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "emoji").mkdir()
-    assert resolve("emoji") == "emoji"  # a folder here comes first
+    assert resolve("emoji") == str(FOLDER / "emoji")  # of pictures that were drawn, say
+    (tmp_path / "emoji" / "model_index.json").touch()
+    assert resolve("emoji") == "emoji"  # a pipeline here comes first
+    (tmp_path / "drawings_text" / "pipeline").mkdir(parents=True)
+    (tmp_path / "drawings_text" / "pipeline" / "model_index.json").touch()
+    assert resolve("drawings_text") == "drawings_text"  # and a run, which is told from its pipeline
 
 
 @pytest.mark.parametrize("where", ["name", "folder"])

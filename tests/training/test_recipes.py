@@ -142,7 +142,11 @@ def test_start_from_a_pipeline(tmp_path, monkeypatch, capsys):
 
     for arguments, flow, message in (
         ([], TEXT_FLOW.replace("64", "128"), "flow.width is 128, but the pipeline .* has 64"),
-        (["--vae.measure_images", "0", "--init_from", str(tmp_path)], "{}", "cannot start from .* is no folder of a pipeline"),
+        (
+            ["--vae.measure_images", "0", "--init_from", str(tmp_path)],
+            "{}",
+            "cannot start from .* is no folder of a pipeline",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path / "bad", *options, *arguments, flow=flow)

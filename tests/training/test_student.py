@@ -242,12 +242,18 @@ class TestPipeline:
             ({"guidance_scale": 2.0, "negative_prompt": "a red ring"}, "leave negative_prompt out"),
             ({"denoise": True}, "no noise left to remove: leave denoise=True out"),
             ({"decoder": "finetuned"}, "no noise left to remove: leave decoder='finetuned' out"),
+            ({"denoise": "none", "decoder": "finetuned"}, "no noise left to remove: leave decoder='finetuned' out"),
         ],
     )
     def test_calls_that_do_not_fit(self, options, message) -> None:
         pipe = with_student(make_pipeline("prefix"))
         with pytest.raises(ValueError, match=message):
             pipe(CAPTIONS, decoding="student", **options)
+
+    @pytest.mark.parametrize("denoise", [None, False, "none"])
+    def test_no_noise_removal_has_three_names(self, denoise) -> None:
+        pipe = with_student(make_pipeline("none"))
+        assert len(pipe(decoding="student", denoise=denoise).images) == 1
 
     def test_pipelines_without_one(self) -> None:
         with pytest.raises(ValueError, match=r"no student: train one with tarflow train-student --pipeline FOLDER"):
