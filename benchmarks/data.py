@@ -88,7 +88,7 @@ def opened(config: DataConfig, readers: int, batch: int) -> Iterator[Any]:
         return
     images: Any = open_latents(config, "train") if config.source == "latents" else Images(config, "train")
     sampler = step_sampler(images, batch, 0, 1, 1, 0, 0, ENDLESS)
-    with BatchReader(train_loader(images, batch, readers, sampler)) as batches:
+    with BatchReader(train_loader(images, readers, sampler)) as batches:
         yield batches
 
 

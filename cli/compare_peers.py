@@ -2,7 +2,7 @@
 
     tarflow compare-peers --output runs/peers
     tarflow compare-peers --condition class --output runs/peers_class
-    tarflow compare-peers --recipe emoji_text --data.source folder --data.path emoji.zip --pictures null \
+    tarflow compare-peers --recipe emoji_text --data.source folder --data.path emoji.zip --pictures null \\
         --held_out null --caption_model runs/captions --output runs/peers_emoji
 
 With `--seconds 420` instead of `--steps` each training takes as many steps as fit into 420 seconds of the processor.

@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from tarflow.cli.pictures import Target, file_stems
 from tarflow.cli.quiet import quiet_libraries
 from tarflow.cli.subjects import subjects_of
-from tarflow.common.seeds import image_seed
+from tarflow.common.grids import make_grid
+from tarflow.common.seeds import image_generators
 from tarflow.common.words import rounded
 from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -26,7 +26,6 @@ from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.call.walk import check_own_level, check_walk, resolve_level, resolve_steps
 from tarflow.pipeline.loading.place import Facts
 from tarflow.pipeline.opening import open_pipeline
-from tarflow.training.flow.report import make_grid
 
 #: Pictures that are drawn at once, if the memory holds them.
 BATCH = 32
@@ -145,7 +144,7 @@ def draw_batches(
     for first in range(0, total, batch):
         places = range(first, min(first + batch, total))
         wanted = len(places) if name == "num_images" else [values[place // num] for place in places]
-        generators = [torch.Generator().manual_seed(image_seed(seed, place % num)) for place in places]
+        generators = image_generators(seed, (place % num for place in places))
         try:
             images = pipe(**{name: wanted}, generator=generators, **options).images
         except (MemoryError, RuntimeError) as error:

@@ -46,14 +46,10 @@ def main(argv: list[str] | None = None, prog: str = "tarflow evaluate fid", desc
             raise ValueError(f"expected a command of {', '.join(COMMANDS)} first, got {argv[0] if argv else 'nothing'}")
         check_data_is_given_once(argv)
         config, _ = read_settings(COMMANDS[argv[0]], argv[1:], description, f"{prog} {argv[0]}", check_paths)
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-
         from tarflow.cli import fid_steps
-        from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
+        from tarflow.training.loop.parallel import started_processes
 
-        cpu = processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU")
-        getattr(fid_steps, argv[0])(config, PartialState(cpu=cpu, timeout=TIMEOUT))
+        getattr(fid_steps, argv[0])(config, started_processes())
 
 
 def check_data_is_given_once(argv: list[str]) -> None:

@@ -24,13 +24,10 @@ from tarflow.evaluation.reports.settings import SweepConfig
 def main(argv: list[str] | None = None) -> None:
     with ending():
         config, _ = read_settings(SweepConfig, argv, __doc__, "tarflow sweep", check_place)
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-
         from tarflow.evaluation.reports.sweep import run_sweep
-        from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
+        from tarflow.training.loop.parallel import started_processes
 
-        state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+        state = started_processes()
         run_sweep(config, None, state.process_index, state.num_processes, state.device, state.wait_for_everyone)
     if state.is_main_process:
         print((Path(config.gen.out).expanduser() / "sweep.md").read_text(encoding="utf-8"))

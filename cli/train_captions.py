@@ -1,6 +1,6 @@
 """Train a small model of pictures and captions, which tells whether pictures show what their captions say.
 
-    tarflow train-captions --data.source folder --data.path pictures.zip --vision google/mobilenet_v2_1.0_224 \
+    tarflow train-captions --data.source folder --data.path pictures.zip --vision google/mobilenet_v2_1.0_224 \\
         --output runs/captions
     tarflow evaluate captions --model runs/captions --samples samples
 

@@ -37,6 +37,8 @@ CROSS_ARM = 0.34  # half the width of a cross's arm over its radius
 MAX_TILT = 8.0  # degrees
 MAX_OFFSET = 0.06  # of a shape's centre from the picture's, along each side
 SUPERSAMPLING = 4
+#: As many as are said to be there, which are made as they are asked for.
+ENDLESS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Drawings:
     def __init__(self, split: str = "train", image_size: int = 64, seed: int = 0, length: int | None = None):
         random_drawing(seed, 0, split)  # a wrong split fails here, not at the first item
         self.split, self.image_size, self.seed = split, image_size, seed
-        self.length = 2**31 - 1 if length is None else length
+        self.length = ENDLESS if length is None else length
 
     def __len__(self) -> int:
         return self.length

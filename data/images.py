@@ -167,6 +167,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def bytes_of(images: Tensor) -> Tensor:
+    """Pictures in [0, 1], of whatever device, as 8-bit numbers on the CPU."""
+    return to_uint8(images.cpu() * 2 - 1)
+
+
 def background_colour(background: str, seed: int, index: int) -> tuple[int, int, int]:
     """White, black, or (for "random") white for half of the pictures and any colour for the others."""
     if background == "black":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tarflow.data.drawings import ENDLESS
 from tarflow.data.images import Pictures
 
 
@@ -31,8 +32,7 @@ def spread(images: Pictures, count: int) -> Subset:
     """At most ``count`` pictures that lie evenly in a split, as folders are sorted by class; of endless drawings, which
     are not, the first ones."""
     count = min(count, len(images))
-    endless = images.config.source == "drawings"
-    return Subset(images, range(count) if endless else evenly(len(images), count))
+    return Subset(images, range(count) if len(images) >= ENDLESS else evenly(len(images), count))
 
 
 def check_not_empty(count: int, split: str) -> None:

@@ -111,8 +111,8 @@ def with_pictures(paragraph: str, folder: Path) -> str:
 def held_out(pipe: TARFlowPipeline) -> dict[str, float]:
     """Means over held-out pictures, which training writes into the folder's ``held_out.json``; nothing without it.
 
-    Names are those of metrics: those of `UNITS`, with "_without_condition" if that was measured,
-    "psnr" of the autoencoder, and "images", how many there were.
+    Names are those of metrics: those of `UNITS`, with "_without_condition" if somebody measured that and added it,
+    "psnr" of an autoencoder that was trained along, and "images", how many there were.
     """
     folder = folder_of(pipe)
     try:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tarflow.common.clock import clock
-from tarflow.common.seeds import image_seed
+from tarflow.common.seeds import image_generators
 from tarflow.flows.decoding.calibration import conditions_key
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE
 from tarflow.flows.layers.guidance import Guidance
@@ -257,7 +257,7 @@ def run(pipe: FlowPipeline, request: Request, events: queue.Queue[Any], stopped:
         return {}
 
     def generators() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(image_seed(request.seed, i)) for i in range(request.count)]
+        return image_generators(request.seed, range(request.count))
 
     trial = tries_decodings(pipe, request)
     with torch.no_grad():

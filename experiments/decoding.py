@@ -18,7 +18,7 @@ from tarflow.common.clock import clock
 from tarflow.common.files import check_writable, write_json, write_picture, write_text
 from tarflow.common.machine import machine
 from tarflow.common.progress import progress_bar
-from tarflow.common.seeds import image_seed
+from tarflow.common.seeds import image_generators
 from tarflow.data.images import to_uint8
 from tarflow.data.stream.first import open_pictures
 from tarflow.evaluation.conditions import Conditions, make_conditions
@@ -60,10 +60,7 @@ def compare_decoding(config: ComparisonConfig, pipe: FlowPipeline) -> list[dict[
     """
     out, methods = Path(config.out).expanduser(), available_methods(pipe)
     check_writable(out, folder=True)
-    captions = config.captions
-    if captions is None and pipe.flow.config.conditioning == "prefix":
-        captions = "data"
-    conditions = make_conditions(pipe, config.seed, config.labels, None, captions, config.data, config.split)
+    conditions = make_conditions(pipe, config.seed, config.labels, None, config.captions, config.data, config.split)
     extractor = config.load_extractor(pipe.flow.device)
     images = open_pictures(config.data, config.split, config.pictures, "pictures")
     held_out = noisy_pictures(pipe, images, config.pictures, config.batch_size, config.seed)
@@ -130,7 +127,7 @@ def sampled(
         started = clock(device)
         latents = pipe(
             **arguments,
-            generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in indices],
+            generator=image_generators(config.seed, indices),
             guidance_scale=config.guidance_scale,
             decoding=config.decoding,
             denoise=False,

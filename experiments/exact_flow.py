@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tarflow.common.files import write_picture
 from tarflow.common.progress import announce
 from tarflow.data.config import DataConfig
-from tarflow.data.images import collate, to_uint8
+from tarflow.data.images import bytes_of, collate
 from tarflow.data.stream.first import open_pictures
 from tarflow.data.subset import Subset, spread
 from tarflow.evaluation.likelihood.out_of_distribution import detect, detection_chart
@@ -51,11 +51,6 @@ def read_batch(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Batch:
         check_class_names(pipe, images.class_names)
         conditions = {"class_labels": batch["label"].tolist()}
     return Batch(batch["image"], conditions)
-
-
-def bytes_of(images: Tensor) -> Tensor:
-    """Pictures in [0, 1] as 8-bit numbers."""
-    return to_uint8(images.cpu() * 2 - 1)
 
 
 def stretched(values: Tensor, size: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from tarflow.common.charts import markdown_table
 from tarflow.common.files import check_writable, keep_settings, write_json, write_picture, write_text
 from tarflow.common.machine import machine
-from tarflow.common.seeds import image_seed
+from tarflow.common.seeds import image_generators
+from tarflow.data.images import bytes_of
 from tarflow.evaluation.conditions import make_conditions
 from tarflow.evaluation.features.names import INCEPTION
 from tarflow.evaluation.reports.settings import SweepConfig
@@ -130,7 +131,7 @@ def examples(
     conditions = make_conditions(pipe, config.seed, config.labels, None, config.captions, None, "train")
     rows = {}
     for steps in config.steps if kind == "levels" else [1]:
-        generators = [torch.Generator().manual_seed(image_seed(config.seed, index)) for index in range(config.columns)]
+        generators = image_generators(config.seed, range(config.columns))
         output: Any = pipe(
             **conditions.arguments(range(config.columns)),
             generator=generators,
@@ -140,7 +141,7 @@ def examples(
             output_type="pt",
         )
         name = "one level" if kind == "fixed" else f"{steps} step{'s' if steps > 1 else ''}"
-        rows[name] = (output.images.cpu() * 255).round().to(torch.uint8)
+        rows[name] = bytes_of(output.images)
     return rows
 
 

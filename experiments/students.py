@@ -13,7 +13,8 @@ from tarflow.common.charts import markdown_table
 from tarflow.common.files import check_writable, write_json, write_picture, write_text
 from tarflow.common.machine import machine, timed
 from tarflow.common.progress import announce
-from tarflow.common.seeds import image_seed
+from tarflow.common.seeds import image_generators
+from tarflow.data.images import bytes_of
 from tarflow.evaluation.conditions import make_conditions
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.experiments.decoding import labelled_rows
@@ -54,13 +55,10 @@ def compare_student(config: StudentComparisonConfig, pipe: FlowPipeline) -> dict
     scale = config.guidance_scale
     if scale is None:
         scale = min(pipe.config.guidance_scale, student.config.max_guidance_scale)
-    captions = config.captions
-    if captions is None and config.data is not None and pipe.flow.config.conditioning == "prefix":
-        captions = "data"
-    conditions = make_conditions(pipe, config.seed, config.labels, None, captions, config.data, config.split)
+    conditions = make_conditions(pipe, config.seed, config.labels, None, config.captions, config.data, config.split)
 
     def call(count: int, decoding: str, **options: Any) -> Any:
-        generators = [torch.Generator().manual_seed(image_seed(config.seed, index)) for index in range(count)]
+        generators = image_generators(config.seed, range(count))
         arguments = conditions.arguments(range(count))
         return pipe(**arguments, generator=generators, guidance_scale=scale, decoding=decoding, **options).images
 
@@ -88,7 +86,7 @@ def compare_student(config: StudentComparisonConfig, pipe: FlowPipeline) -> dict
     }
     write_tables(report, pipe, out)
     rows = {name: call(config.columns, name, output_type="pt") for name in (config.decoding, STUDENT)}
-    rows = {name: (images.cpu() * 255).round().to(torch.uint8) for name, images in rows.items()}
+    rows = {name: bytes_of(images) for name, images in rows.items()}
     picture = labelled_rows({"flow": rows[config.decoding], "student": rows[STUDENT]})
     write_picture(out / "samples.png", picture, optimize=True)
     return report

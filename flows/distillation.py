@@ -32,8 +32,6 @@ def distillation_loss(
     student: TARFlowModel,
     x: Tensor,
     class_labels: Tensor | None = None,
-    cond: Tensor | None = None,
-    noise_level: Tensor | float | None = None,
 ) -> Tensor:
     """How far the student's blocks are from inverting the teacher's, a scalar: the mean squared error of what each
     makes of the noise side of its pair, averaged over blocks.
@@ -42,15 +40,15 @@ def distillation_loss(
         teacher: a trained autoregressive `TARFlowModel`; it gets no gradients.
         student: an inverse autoregressive one with as many blocks in the same orders.
         x: data with the training noise (B, C, H, W).
-        class_labels, cond, noise_level: the condition of both.
+        class_labels: the condition of both.
 
     Raises:
         ValueError: for models that are no such pair.
     """
     check_pair(teacher, student)
     with torch.no_grad():
-        _, _, outputs = teacher(x, class_labels, cond, return_block_outputs=True, noise_level=noise_level)
-    condition = student.condition(class_labels, cond, len(x), noise_level)
+        _, _, outputs = teacher(x, class_labels, return_block_outputs=True)
+    condition = student.condition(class_labels, None, len(x))
     errors = []
     for block, data, noise in zip(student.blocks, [x, *outputs[:-1]], outputs, strict=True):
         tokens, grid = student.patchify(noise)
@@ -65,17 +63,15 @@ def sample_divergence(
     student: TARFlowModel,
     z: Tensor,
     class_labels: Tensor | None = None,
-    cond: Tensor | None = None,
-    noise_level: Tensor | float | None = None,
 ) -> Tensor:
     """log p_student(x) − log p_teacher(x) in nats of the student's own samples, (B,); its mean estimates the
     Kullback–Leibler divergence of the teacher from the student, and one pass of each gives it.
 
     Args:
-        teacher, student, class_labels, cond, noise_level: as of `distillation_loss`.
+        teacher, student, class_labels: as of `distillation_loss`.
         z: noise (B, C, H, W).
     """
-    x, log_det = generate(student, z, student.condition(class_labels, cond, len(z), noise_level))
+    x, log_det = generate(student, z, student.condition(class_labels, None, len(z)))
     of_student = prior_log_prob(z, student.prior_variance_image()) + log_det
-    teacher_z, teacher_log_det = teacher(x, class_labels, cond, noise_level=noise_level)
+    teacher_z, teacher_log_det = teacher(x, class_labels)
     return of_student - prior_log_prob(teacher_z, teacher.prior_variance_image()) - teacher_log_det

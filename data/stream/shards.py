@@ -11,6 +11,8 @@ from tarflow.data.config import DataConfig
 from tarflow.data.stream.tar import BROKEN, is_picture, tar_rows
 from tarflow.data.stream.urls import FINAL, UnreachableError, check_there, files_expanded, listed, opened, reason_of
 
+#: Lanes of a stream that is read by one process alone.
+USUAL_LANES = 8
 #: The column that a picture's bytes have in every row.
 PICTURE = "__picture__"
 
@@ -93,7 +95,7 @@ class TableShards:
     parquet files are divided by row groups.
     """
 
-    def __init__(self, split: str, config: DataConfig, wanted: int = 8):
+    def __init__(self, split: str, config: DataConfig):
         import datasets  # imported here because it takes seconds
 
         self.config, self.split = config, split
@@ -117,7 +119,7 @@ class TableShards:
         if config.label_column is not None:
             self.classes = list(getattr(data.features[config.label_column], "names", None) or []) or None
         data = data.cast_column(config.image_column, datasets.Image(decode=False))
-        self.data = data = by_row_groups(data) if data.num_shards < wanted else data
+        self.data = data = by_row_groups(data) if data.num_shards < (config.lanes or USUAL_LANES) else data
         self.names = shard_names(data, f"{config.name} {split}")
 
     def rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:

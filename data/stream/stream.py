@@ -18,14 +18,12 @@ from tarflow.data.images import MAX_SKIPS, Images
 from tarflow.data.stream.numbered import NumberedReader, NumberedShards, reader_of
 from tarflow.data.stream.reading import Lane, Source
 from tarflow.data.stream.rows import Row, RowReader
-from tarflow.data.stream.shards import Shards, open_shards
+from tarflow.data.stream.shards import USUAL_LANES, Shards, open_shards
 from tarflow.data.stream.urls import without_query
 
 Made = TypeVar("Made")
 #: As many items as an endless data set is said to have.
 LENGTH = 2**40
-#: Lanes of a stream that is read by one process alone.
-USUAL_LANES = 8
 
 
 class Stream(Dataset[dict[str, Any]]):

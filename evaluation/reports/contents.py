@@ -30,6 +30,7 @@ from tarflow.evaluation.samples.record import pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig, Split
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
+from tarflow.pipeline.call.walk import resolve_level, resolve_steps
 
 PIXELS = "pixels"
 
@@ -94,9 +95,6 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
             f"likelihood_images is {config.likelihood_images}, but a trajectory model has no likelihoods of single pictures: "
             "set it to 0"
         )
-    # Data may have captions that the model, one of classes, does not take.
-    if gen.captions is None and pipe.flow.config.conditioning == "prefix" and images[gen.split].has_captions:
-        gen = dataclasses.replace(gen, captions="data")
     conditions = conditions_of(pipe, gen)
     likelihoods = all_likelihoods(config, pipe, images) if config.likelihood_images else None
     samples = draw(config, gen, pipe, conditions)
@@ -197,7 +195,10 @@ def settings_of(
     model |= {"training noise σ": pipe.config.noise_std, "SHA-256": pipeline_hash(pipe)}
     guidance_scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
     denoise, decoder = pipe.check_outputs(gen.denoise, "np", gen.decoder, gen.decoding)
-    along = trajectory_steps(pipe.flow, gen.num_inference_steps, gen.decoding, gen.denoise)
+    steps = trajectory_steps(pipe.flow, gen.num_inference_steps, gen.decoding, gen.denoise)
+    level = resolve_level(pipe.noise_levels, gen.noise_level)
+    if pipe.noise_levels is not None and denoise:
+        steps = resolve_steps(pipe.noise_levels, gen.num_inference_steps, pipe.config.num_inference_steps, True, level)
     sampling = {
         "guidance scale": guidance_scale,
         "guidance method": pipe.config.guidance_method,
@@ -205,8 +206,8 @@ def settings_of(
         "decoder": decoder,
         "σ": pipe.config.noise_std if gen.noise_std is None else gen.noise_std,
         "decoding": gen.decoding,
-        "noise level": gen.noise_level,
-        "steps": along or ((gen.num_inference_steps or pipe.config.num_inference_steps) if denoise else None),
+        "noise level": level,
+        "steps": steps,
         "walk": gen.walk,
         "temperature": pipe.config.temperature if gen.temperature is None else gen.temperature,
         "seed": gen.seed,

@@ -167,7 +167,7 @@ def neighbours_section(contents: Contents) -> str:
         )
         rows = [(name, quantiles(values)) for name, values in names.items()]
         parts.append(f'<div class="charts"><div>{chart}</div><div>{distance_table(rows)}</div></div>')
-        parts.append(nearest_pairs(contents, space, found["samples"]))
+        parts.append(nearest_pairs(contents, found["samples"]))
     return section("neighbours", "Nearest training pictures", *parts)
 
 
@@ -200,7 +200,7 @@ def distance_table(rows: list[tuple[str, list[float]]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def nearest_pairs(contents: Contents, space: str, found: Neighbours) -> str:
+def nearest_pairs(contents: Contents, found: Neighbours) -> str:
     """The samples that lie nearest to training pictures, each with its neighbours."""
     cards = []
     for sample in found.nearest.argsort()[: contents.shown_neighbours].tolist():

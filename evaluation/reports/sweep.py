@@ -27,10 +27,9 @@ from tarflow.evaluation.samples.generation import conditions_of, generate_images
 from tarflow.evaluation.samples.record import condition_rows, pipeline_hash
 from tarflow.evaluation.samples.settings import GenerationConfig
 from tarflow.evaluation.samples.told import matching_shares, read_conditions
-from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
-from tarflow.pipeline.call.student_sampling import check_student_call
+from tarflow.pipeline.call.student_sampling import check_student_scale
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.call.walk import resolve_steps
 
@@ -105,7 +104,7 @@ def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
     names = ("guidance_scale", "noise_std", "num_inference_steps", "temperature")
     own = {name: getattr(pipe.config, name) for name in names}
     own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"], values["decoding"])
-    found = {name: own.get(name) if value is None else value for name, value in values.items()}
+    found: dict[str, Any] = {name: own.get(name) if value is None else value for name, value in values.items()}
     steps = values["num_inference_steps"]
     along = trajectory_steps(pipe.flow, steps, values["decoding"], values["denoise"])
     if pipe.noise_levels is None and along is None:
@@ -116,8 +115,7 @@ def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
     if not walks:
         found["num_inference_steps"] = along
     if values["decoding"] == STUDENT and pipe.student is not None:
-        scale = float(found["guidance_scale"] or 1.0)
-        check_student_call(pipe.student, scale, Guidance(scale - 1, pipe.config.guidance_method), negative=False)
+        check_student_scale(pipe.student, float(found["guidance_scale"]))
     return found
 
 

@@ -20,7 +20,7 @@ import torch
 
 from tarflow.common.files import check_writable
 from tarflow.common.progress import progress_bar
-from tarflow.common.seeds import image_seed
+from tarflow.common.seeds import image_generators
 from tarflow.evaluation.conditions import Conditions, make_conditions
 from tarflow.evaluation.images.store import NpzStore, PngStore
 from tarflow.evaluation.samples.record import (
@@ -185,10 +185,10 @@ def draw_missing(
 
 def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Conditions, indices: range) -> np.ndarray:
     """uint8 images (B, H, W, 3) of some indices."""
-    with noise_level(pipe, config.noise_std):
+    with denoising_for(pipe, config.noise_std):
         output = pipe(
             **conditions.arguments(indices),
-            generator=[torch.Generator().manual_seed(image_seed(config.seed, index)) for index in indices],
+            generator=image_generators(config.seed, indices),
             guidance_scale=config.guidance_scale,
             denoise=config.denoise,
             decoder=config.decoder,
@@ -207,7 +207,7 @@ def draw_chunk(pipe: TARFlowPipeline, config: GenerationConfig, conditions: Cond
 
 
 @contextmanager
-def noise_level(pipe: TARFlowPipeline, noise_std: float | None) -> Iterator[None]:
+def denoising_for(pipe: TARFlowPipeline, noise_std: float | None) -> Iterator[None]:
     """Let a pipeline denoise for another σ; None leaves it."""
     own = pipe.config.noise_std
     pipe.register_to_config(noise_std=own if noise_std is None else noise_std)

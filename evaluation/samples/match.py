@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from tarflow.common.seeds import image_seed
+from tarflow.common.seeds import image_generators
 from tarflow.data.drawing_checker import class_shares, match_shares
 from tarflow.data.drawings import CLASS_NAMES, all_captions
 from tarflow.flows.decoding import sampling
@@ -25,7 +25,7 @@ def generate(
     images: list[Any] = []
     for first in range(0, len(values), batch_size):
         part = values[first : first + batch_size]
-        generators = [torch.Generator().manual_seed(image_seed(seed, first + i)) for i in range(len(part))]
+        generators = image_generators(seed, range(first, first + len(part)))
         images += pipe(**{name: part}, generator=generators, **options).images
     return images
 

@@ -12,7 +12,7 @@ from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise, Walk
 
 Split = Literal["train", "validation"]
 GuidanceScale = Annotated[float, at_least(1, "(off)")]
-NoiseLevel = Annotated[float, Range(lambda number: 0 <= number < math.inf, "0 or positive")]
+NoiseStd = Annotated[float, Range(lambda number: 0 <= number < math.inf, "0 or positive")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class SampleSettings(SampleSubjects):
 
     denoise: Denoise | None = None
     decoder: Decoder | None = None
-    noise_std: NoiseLevel | None = None
+    noise_std: NoiseStd | None = None
     num_inference_steps: AtLeastOne | None = None
     noise_level: Positive | None = None
     walk: Walk | None = None

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tarflow.common.seeds import image_seed
+from tarflow.common.seeds import image_generators
 from tarflow.data.images import to_uint8
 from tarflow.data.latents import CachedLatents
 from tarflow.evaluation.samples.match import generate
@@ -114,7 +114,7 @@ class DiffusionDrawer:
         images = []
         for first in range(0, len(values), BATCH):
             part = values[first : first + BATCH]
-            generators = [torch.Generator().manual_seed(image_seed(seed, first + i)) for i in range(len(part))]
+            generators = image_generators(seed, range(first, first + len(part)))
             noise = torch.stack([torch.randn(self.model.shape, generator=generator) for generator in generators])
             latents = sample(self.model, noise, *self.conditions(part), self.scale, self.steps)
             pictures = to_uint8(self.codec.decode(latents)).permute(0, 2, 3, 1).contiguous().numpy()

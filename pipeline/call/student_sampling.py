@@ -22,6 +22,21 @@ NO_STUDENT = (
 )
 
 
+def check_student_scale(student: StudentModel, scale: float) -> None:
+    """Whether a student knows a guidance scale.
+
+    Raises:
+        ValueError: if it was trained for smaller ones.
+    """
+    largest = student.config.max_guidance_scale
+    if scale > largest:
+        trained = "without guidance" if largest == 1 else f"with guidance scales from 1 to {largest:g}"
+        raise ValueError(
+            f"guidance_scale is {scale:g}, but this student was trained {trained}: take a scale in that range, or "
+            "another decoding"
+        )
+
+
 def check_student_call(student: StudentModel, scale: float, guidance: Guidance, negative: bool) -> None:
     """Whether a pipeline's student can stand in for its flow in a call.
 
@@ -34,13 +49,7 @@ def check_student_call(student: StudentModel, scale: float, guidance: Guidance, 
     Raises:
         ValueError: if the student was not trained for such guidance.
     """
-    largest = student.config.max_guidance_scale
-    if scale > largest:
-        trained = "without guidance" if largest == 1 else f"with guidance scales from 1 to {largest:g}"
-        raise ValueError(
-            f"guidance_scale is {scale:g}, but this student was trained {trained}: take a scale in that range, or "
-            "another decoding"
-        )
+    check_student_scale(student, scale)
     if scale == 1:
         return
     plain = Guidance(guidance.weight, student.config.guidance_method)

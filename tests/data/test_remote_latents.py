@@ -111,7 +111,7 @@ def test_copies_stay_within_their_room(url: str, workers: int) -> None:
     latents = CachedLatents(url, shuffle_shards=2, cache_gb=ROOM)
     assert latents.ahead == 15  # three quarters of what is mixed
     expected, seen, most = order(latents, 4), [], 0
-    with BatchReader(train_loader(latents, 4, workers, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
+    with BatchReader(train_loader(latents, workers, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
         for batch in batches:
             most = max(most, copies())
             seen.append(batch["caption"])
@@ -171,7 +171,7 @@ def test_a_manifest_names_no_files_elsewhere(url: str, name: str) -> None:
 def test_threads_that_fetch_end_with_the_reader(url: str) -> None:
     latents, before = CachedLatents(url, shuffle_shards=2), set(threading.enumerate())
     for _ in range(2):  # and begin again
-        with BatchReader(train_loader(latents, 4, 0, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
+        with BatchReader(train_loader(latents, 0, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
             next(batches)
             assert set(threading.enumerate()) - before
         assert not set(threading.enumerate()) - before
@@ -181,7 +181,7 @@ def test_a_thread_gathers_the_next_batches(local: Path, monkeypatch: pytest.Monk
     """It gives what the reading thread itself would, and its errors in their turn."""
     latents, before = CachedLatents(local), set(threading.enumerate())
     expected = [collate([latents[index] for index in step]) for step in order(latents, 4)]
-    with BatchReader(train_loader(latents, 4, 0, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
+    with BatchReader(train_loader(latents, 0, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
         assert len(set(threading.enumerate()) - before) == 1
         assert all(same(batch, wanted) for batch, wanted in zip(batches, expected, strict=True))
     assert not set(threading.enumerate()) - before
@@ -193,7 +193,7 @@ def test_a_thread_gathers_the_next_batches(local: Path, monkeypatch: pytest.Monk
         return read(self, indices)
 
     monkeypatch.setattr(CachedLatents, "__getitems__", breaking)
-    with BatchReader(train_loader(latents, 4, 0, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
+    with BatchReader(train_loader(latents, 0, step_sampler(latents, 4, 0, 1, 1, 0, 0, 25))) as batches:
         assert all(same(next(batches), wanted) for wanted in expected[:3])
         with pytest.raises(ValueError, match="the disk is gone"):
             next(batches)

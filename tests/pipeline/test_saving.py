@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from helpers import small_model
+from helpers import files_of, small_model
 
 from tarflow import TARFlowModel, TARFlowPipeline
 from tarflow.pipeline.loading import folder as folder_module
@@ -35,10 +35,6 @@ def small_pipeline(vae: bool = False, **changes) -> TARFlowPipeline:
     pipe = TARFlowPipeline(small_model(**arguments), autoencoder, noise_std=0.1)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def same_weights(left: TARFlowPipeline, right: TARFlowPipeline) -> bool:

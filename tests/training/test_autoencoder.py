@@ -140,8 +140,8 @@ class TestTraining:
         assert any(not torch.equal(v, weights(tmp_path / "first")[k]) for k, v in weights(tmp_path / "second").items())
         assert trainer(arguments(tmp_path / "third", *start, sample_size=16)).task.latent_shape == (2, 8, 8)
         with pytest.raises(ValueError, match=r"model.latent_channels is 4, but the autoencoder .* has 2"):
-            trainer(arguments(tmp_path / "third", *start, latent_channels=4))
-        assert not (tmp_path / "third_run").exists() or not (tmp_path / "third_run" / "checkpoints").exists()
+            trainer(arguments(tmp_path / "fourth", *start, latent_channels=4))
+        assert not list(tmp_path.glob("fourth*"))
 
     def test_perceptual_loss_and_time_limit(self, tmp_path: Path) -> None:
         save_file(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "x.safetensors")

@@ -14,7 +14,7 @@ from tarflow.data.images import Pictures
 from tarflow.data.stream.first import AnyPictures
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.training.autoencoder.decoder_config import DecoderConfig
-from tarflow.training.loop.agreement import on_main
+from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.component import ComponentFolders, example_line, noisy_latents, open_splits, write_rows
 from tarflow.training.loop.draws import draw_chances
 from tarflow.training.loop.network_trainer import network_trainer
@@ -59,7 +59,7 @@ class DecoderTask(PictureTask):
         self.pipe.vae.to(accelerator.device)
         if len(held_out):
             self.validation = held_out
-            on_main(accelerator, lambda: self.prepare_held_out(held_out))
+            main_alone(accelerator, lambda: self.prepare_held_out(held_out))
 
     def start_network(self) -> DecoderHalf:
         """The decoder as training begins, in float32."""

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tarflow.data.drawings import ENDLESS
 from tarflow.data.images import to_model
 from tarflow.data.stream.stream import Stream
 from tarflow.training.autoencoder.config import TrainVaeConfig
@@ -25,7 +26,7 @@ from tarflow.training.autoencoder.model import (
 from tarflow.training.autoencoder.report import HeldOutPictures
 from tarflow.training.loop.draws import draw_noise
 from tarflow.training.loop.network_trainer import network_trainer
-from tarflow.training.loop.summary import ENDLESS, number_of_pictures
+from tarflow.training.loop.summary import number_of_pictures
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.loop.trainer import Trainer
 from tarflow.training.losses.task import PictureTask

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from tarflow.common.files import write_json, write_picture
+from tarflow.common.grids import make_grid
+from tarflow.data.drawings import ENDLESS
 from tarflow.data.subset import evenly
 from tarflow.flows.likelihood import bits_per_dim
 from tarflow.flows.trajectory.kinds import KINDS, kind_of
@@ -24,7 +25,7 @@ from tarflow.training.flow.joint import trained_autoencoder
 from tarflow.training.flow.lora import add_adapters
 from tarflow.training.flow.setup import Data, Parts
 from tarflow.training.loop.batches import Items, fixed_batches, read_batch
-from tarflow.training.loop.summary import ENDLESS, drawing_line
+from tarflow.training.loop.summary import drawing_line
 
 #: Steps down from level to level that pipelines of many noise levels take, if the run does not say.
 WALK_STEPS = 10
@@ -172,14 +173,3 @@ def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: 
         path = folder / f"samples_{step:08d}{suffix}.png"
         write_picture(path, make_grid(images))
     return path
-
-
-def make_grid(images: list[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size side by side, as many rows as columns if not said otherwise."""
-    columns = columns or max(1, round(len(images) ** 0.5))
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * width, rows * height), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, ((i % columns) * width, (i // columns) * height))
-    return grid

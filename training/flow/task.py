@@ -34,7 +34,7 @@ from tarflow.training.flow.resume import check_state
 from tarflow.training.flow.setup import Parts, frozen_autoencoder, make_parts, meaning
 from tarflow.training.flow.start import Start
 from tarflow.training.flow.text import check_text, cut_captions_of, text_invariants
-from tarflow.training.loop.agreement import on_main
+from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.draws import sample_seed
 from tarflow.training.loop.launcher import launcher_compilation
 from tarflow.training.loop.optimizer import make_optimizer
@@ -85,7 +85,7 @@ class FlowTask(Task):
         self.autoencoder = frozen_autoencoder(config, self.parts)
         self.train, self.validation = self.parts.train, self.parts.validation
         if self.parts.null_cond is not None:  # whether the encoder of the cached captions is still the one that it was
-            on_main(self.accelerator, lambda: self.parts.load_text() and None)
+            main_alone(self.accelerator, lambda: self.parts.load_text() and None)
         self.text = text_invariants(config.text, self.parts.text_encoder)
         if self.start is not None:
             names = self.parts.train.class_names if self.parts.flow_arguments.get("num_classes") else None
@@ -148,7 +148,7 @@ class FlowTask(Task):
     def prepare_reports(self) -> None:
         config, parts, accelerator = self.config, self.parts, self.accelerator
         self.held_out = open_held_out(config, parts, accelerator)
-        self.metric = on_main(accelerator, lambda: open_metric(config, parts, accelerator))
+        self.metric = main_alone(accelerator, lambda: open_metric(config, parts, accelerator))
 
     def begin(self, fresh: bool) -> None:
         aside = set_aside(self.folder, "lora" if self.adapter else "pipeline") if fresh else None
@@ -280,7 +280,7 @@ class FlowTask(Task):
                 write_line(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             return metrics
 
-        return on_main(self.accelerator, work) or {}
+        return main_alone(self.accelerator, work) or {}
 
     def ending(self) -> str:
         base = self.config.init_from

@@ -89,7 +89,9 @@ def train_tokenizer(captions: Iterable[str], config: TextConfig) -> PreTrainedTo
     special = list(SPECIAL.values())
     if config.unit == "word":
         tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
-        trainer: Any = trainers.WordLevelTrainer(vocab_size=config.vocab_size, special_tokens=special)
+        trainer: Any = trainers.WordLevelTrainer(
+            vocab_size=config.vocab_size, special_tokens=special, show_progress=False
+        )
     else:
         tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
         trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special, show_progress=False)

@@ -13,8 +13,6 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset
 
 from tarflow.common.folders import Folder, check_folder_writable, open_folder, scheme_of
@@ -36,7 +34,7 @@ from tarflow.training.latent_cache.folder import (
 from tarflow.training.latent_cache.plan import SPLITS, CachePlan, Plan, difference, make_plan, without_times
 from tarflow.training.latent_cache.streams import StreamPlan, make_stream_plan, write_units
 from tarflow.training.loop.agreement import agreed
-from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus
+from tarflow.training.loop.parallel import started_processes
 from tarflow.vae.codec import autoencoder_hash, channel_statistics
 
 AnyPlan = TypeVar("AnyPlan", bound=CachePlan)
@@ -49,7 +47,7 @@ def cache_latents(config: CacheConfig) -> dict[str, Any]:
         ValueError: if the settings do not fit together, or the folder holds a cache of other settings.
         OSError: if a file cannot be written; none is left half-written.
     """
-    state = PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
+    state = started_processes()
     if state.num_processes > 1 and scheme_of(config.output) == "memory":
         raise ValueError(f"the output {config.output!r} is of one process alone, but there are {state.num_processes}")
     folder = open_folder(config.output)

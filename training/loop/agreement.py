@@ -48,7 +48,7 @@ def agreed(state: PartialState | Accelerator, stage: Callable[[], Result]) -> Re
     return result  # type: ignore[return-value]  # the stage's own, as it has not failed
 
 
-def on_main(state: PartialState | Accelerator, work: Callable[[], Result]) -> Result | None:
+def main_alone(state: PartialState | Accelerator, work: Callable[[], Result]) -> Result | None:
     """Work of the main process, whose result it gets; the others get None. An error ends all processes. Every process
     calls this.
 

@@ -167,9 +167,7 @@ def groups_of(images: Items) -> Sequence[range]:
     return getattr(images, "groups", [range(len(images))])
 
 
-def train_loader(
-    images: Items, batch_size: int, workers: int, sampler: Sampler[list[int]], pin_memory: bool = False
-) -> DataLoader[Any]:
+def train_loader(images: Items, workers: int, sampler: Sampler[list[int]], pin_memory: bool = False) -> DataLoader[Any]:
     return DataLoader(
         cast(Dataset[dict[str, Any]], images),
         batch_sampler=sampler,

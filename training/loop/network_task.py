@@ -12,7 +12,7 @@ from torch import nn
 
 from tarflow.common.files import read_json_lines, write_text
 from tarflow.common.progress import write_line
-from tarflow.training.loop.agreement import on_main
+from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.checkpoint import check_invariants
 from tarflow.training.loop.network_config import NetworkConfig
 from tarflow.training.loop.optimizer import make_optimizer
@@ -88,7 +88,7 @@ class NetworkTask(Task):
             self.accelerator.log({f"held_out/{name}": value for name, value in numbers.items()}, step)
             write_line(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
-        on_main(self.accelerator, work)
+        main_alone(self.accelerator, work)
         return metrics
 
 

@@ -7,8 +7,8 @@ from datetime import timedelta
 from functools import partial
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import nn
 
 from tarflow.data.latents import CachedLatents
@@ -23,6 +23,11 @@ def processes_on_cpus() -> bool:
     """Whether a launcher started this process on a machine without an accelerator. Accelerate must be told, or each of
     several processes would run alone."""
     return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+
+
+def started_processes() -> PartialState:
+    """The processes of work other than training, by the launcher's settings; this one alone without a launcher."""
+    return PartialState(cpu=processes_on_cpus() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=TIMEOUT)
 
 
 def sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:

@@ -7,12 +7,11 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 
 from tarflow.common.words import count_in_words, duration_in_words, rounded
+from tarflow.data.drawings import ENDLESS
 from tarflow.data.folder import ImageFolder
 from tarflow.data.stream.stream import Stream
 from tarflow.training.loop.schedule import TIMED_STEPS
 
-#: Data sets of more pictures are made as they come.
-ENDLESS = 2**31 - 1
 #: Runs that take fewer seconds do not say how long they take.
 SHORT = 120.0
 

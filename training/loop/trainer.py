@@ -17,7 +17,7 @@ from tarflow.common.files import write_text
 from tarflow.common.processes import gather_objects
 from tarflow.common.progress import progress_bar, write_line
 from tarflow.data.stream.stream import Stream
-from tarflow.training.loop.agreement import agreed, on_main
+from tarflow.training.loop.agreement import agreed, main_alone
 from tarflow.training.loop.averages import WeightAverages
 from tarflow.training.loop.batches import BatchReader, Reader, step_sampler, train_loader
 from tarflow.training.loop.checkpoint import checkpoint_name, checkpoint_to_resume, read_state, save_checkpoint
@@ -81,7 +81,7 @@ class Trainer:
         if self.saved is not None and state is not None:
             self.load(self.saved, state)
         task.prepare_reports()
-        on_main(accelerator, lambda: self.begin(resolved, fresh=state is None))
+        main_alone(accelerator, lambda: self.begin(resolved, fresh=state is None))
         if isinstance(task.train, Stream):  # what was read of it for the start
             task.train.forget()
 
@@ -249,7 +249,7 @@ class Trainer:
             self.step,
             self.total_steps,
         )
-        return BatchReader(train_loader(pictures, train.batch_size, train.num_workers, sampler, pinned))
+        return BatchReader(train_loader(pictures, train.num_workers, sampler, pinned))
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer step, see `Stepper`."""

@@ -20,7 +20,7 @@ from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
 from tarflow.pipeline.conditions import check_class_names
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-from tarflow.training.loop.agreement import on_main
+from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.component import ComponentFolders, example_line, open_splits, write_rows
 from tarflow.training.loop.network_task import NetworkTask
 from tarflow.training.loop.network_trainer import network_trainer
@@ -66,7 +66,7 @@ class StudentTask(NetworkTask):
         hashes = flow_hashes(self.pipe.flow)
         self.network = StudentModel(**student_arguments(config, self.pipe), flow_hashes=hashes)
         self.train, self.validation = train, held_out if len(held_out) else None
-        on_main(self.accelerator, lambda: self.prepare_held_out(held_out if len(held_out) else None, train))
+        main_alone(self.accelerator, lambda: self.prepare_held_out(held_out if len(held_out) else None, train))
 
     def prepare(self, fresh: bool) -> None:
         super().prepare(fresh)

@@ -115,6 +115,6 @@ def test_memory_is_of_one_process(tmp_path: Path, vae_path: str, monkeypatch: py
     class Two:
         num_processes = 2
 
-    monkeypatch.setattr(caching, "PartialState", lambda **options: Two())
+    monkeypatch.setattr(caching, "started_processes", Two)
     with pytest.raises(ValueError, match="'memory://x' is of one process alone, but there are 2"):
         cache_latents(small("memory://x", vae_path))

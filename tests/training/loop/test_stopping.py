@@ -23,7 +23,7 @@ from trainings import CLASS_FLOW, SMALL, train
 
 from tarflow.training.flow.task import FlowTask
 from tarflow.training.loop import agreement
-from tarflow.training.loop.agreement import agreed, on_main
+from tarflow.training.loop.agreement import agreed, main_alone
 from tarflow.training.loop.averages import WeightAverages
 from tarflow.training.loop.batches import BatchReader, StepSampler, train_loader
 from tarflow.training.loop.checkpoint import checkpoints
@@ -53,7 +53,7 @@ class Pictures(Dataset):
 
 def reader(pictures: Dataset, workers: int = 2) -> BatchReader:
     sampler = StepSampler([range(len(pictures))], 50, 0, 1, 1, 0, 0, 100)
-    return BatchReader(train_loader(pictures, 50, workers, sampler))
+    return BatchReader(train_loader(pictures, workers, sampler))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -247,7 +247,7 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TwoProcesses:
-    """One of two, for what `agreed` and `on_main` ask of an accelerator."""
+    """One of two, for what `agreed` and `main_alone` ask of an accelerator."""
 
     num_processes = 2
 
@@ -256,7 +256,7 @@ class TwoProcesses:
 
 
 def in_pair(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[Any]:
-    """What `on_main` gives or raises in both processes, as threads."""
+    """What `main_alone` gives or raises in both processes, as threads."""
     barrier, values, results = threading.Barrier(2), {}, [None, None]
 
     def gathered(value: str) -> list[str]:
@@ -267,7 +267,7 @@ def in_pair(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[Any]:
     def run(index: int) -> None:
         state: Any = TwoProcesses(is_main_process=index == 0)
         try:
-            results[index] = on_main(state, work)
+            results[index] = main_alone(state, work)
         except Exception as error:  # noqa: BLE001
             results[index] = error
 
@@ -290,7 +290,7 @@ def test_an_error_of_the_main_process_ends_all(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(other, ValueError) and "the main process stopped" in str(other)
     assert in_pair(monkeypatch, lambda: 3) == [3, None]
     alone: Any = SimpleNamespace(num_processes=1)
-    assert on_main(alone, lambda: 4) == 4
+    assert main_alone(alone, lambda: 4) == 4
 
 
 def test_processes_hear_of_each_others_errors(monkeypatch: pytest.MonkeyPatch) -> None:
