@@ -44,7 +44,7 @@ def make_files(words: list[str], folder: Path) -> None:
             path.mkdir(parents=True, exist_ok=True)
             (path / "manifest.json").touch()
             (path / "picture.png").touch()
-        elif option.endswith("pipeline") and value not in shipped():
+        elif option.endswith(("pipeline", "init_from")) and value not in shipped():
             path.mkdir(parents=True, exist_ok=True)
             (path / "model_index.json").write_text("{}")
 
