@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,17 @@ class Task:
     @property
     def over(self) -> bool:
         return time.perf_counter() > self.deadline
+
+
+class LeftOutError(Exception):
+    """Of a check that has nothing to work with here; says why."""
+
+
+def free_memory() -> None:
+    """Give back what is used no more. Models and their graphs can be in cycles, which only a collection finds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def require(condition: bool, results: dict[str, Any]) -> None:

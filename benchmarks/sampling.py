@@ -324,8 +324,10 @@ def graphed_step_ms(run: InversionState, middle: int, steps: int) -> float:
     fast, times = FastSteps(None).get(run, torch.float32), []
     if not isinstance(fast, FastStep) or fast.graph is None:
         raise ValueError("this block's steps go through its modules, which are no graph")
+    steps = min(steps, fast.num_tokens - fast.first)
+    begin = min(middle - steps // 2, fast.prefix_length + fast.num_tokens - fast.first - steps)
     for _ in range(3):
-        fast.position.fill_(middle - steps // 2)
+        fast.position.fill_(max(fast.prefix_length, begin))
         start = clock(fast.position.device)
         for _ in range(steps):
             fast.graph.replay()

@@ -187,7 +187,8 @@ class LatentCodec:
     def _channels(values: list[float], like: Tensor) -> Tensor:
         if len(values) != like.shape[1]:
             raise ValueError(f"got latent statistics of {len(values)} channels for latents of {like.shape[1]}")
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+        # The host need not wait for the device.
+        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True).view(1, -1, 1, 1)
 
 
 def raw_of(output: Any) -> Tensor:

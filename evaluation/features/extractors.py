@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tarflow.common.dtypes import exact_convolutions
 from tarflow.evaluation.features.backbones import (
     Backbone,
     first_line,
@@ -74,8 +75,7 @@ class Extractor:
         """Features (B, D) float32 of uint8 pictures (B, 3, H, W), on the extractor's device."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 pictures (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        # The default rounds convolutions to ten bits on GPUs, and may take another algorithm each time.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with exact_convolutions():
             features = self.network(images.to(self.device))
         return features.float()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.common.dtypes import exact_convolutions
 from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
 from tarflow.data.images import Pictures, collate, to_model
@@ -189,7 +190,8 @@ def noisy(
     """Dequantised pixels, or latents with the training noise, (B, C, h, w); of a flow of many levels latents or pixels with
     the noise of ``noise_level``, the highest if not said."""
     level = resolve_level(pipe.noise_levels, noise_level)
-    latents = None if pipe.vae is None else pipe.codec.encode(to_model(images)).float()
+    with exact_convolutions():
+        latents = None if pipe.vae is None else pipe.codec.encode(to_model(images)).float()
     shape = images.shape[1:] if latents is None else latents.shape[1:]
     draw_noise = torch.rand if latents is None and level is None else torch.randn
     generators = (torch.Generator().manual_seed(image_seed(seed, index) * 1_009 + draw) for index in indices)

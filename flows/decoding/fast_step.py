@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -115,7 +116,8 @@ class FastStep:
             self.weight.fill_(run.guidance.weight)
         self.position.fill_(self.prefix_length)
         if self.captures and self.graph is None:
-            self.capture()
+            with current(self.position.device):
+                self.capture()
 
     def capture(self) -> None:
         """Warm up on a side stream, as CUDA graphs want it, then capture one call; what that wrote is written again."""
@@ -149,8 +151,9 @@ class FastStep:
                 self.previous.zero_()
                 self.x.zero_()
                 begun = clock(self.position.device)
-                for _ in range(count):
-                    one()
+                with current(self.position.device):
+                    for _ in range(count):
+                        one()
                 seconds.append(clock(self.position.device) - begun)
                 tokens = slice(self.first + begin, self.first + begin + count)
                 made.append(torch.cat([self.x[tokens], self.log_scales[tokens]], dim=-1))
@@ -168,11 +171,17 @@ class FastStep:
             self.x[0].copy_(z[:, 0])
             self.log_scales[0].zero_()
         one = self.function if self.graph is None else self.graph.replay
-        for _ in range(self.first, count):
-            one()
+        with current(self.position.device):
+            for _ in range(self.first, count):
+                one()
         # Copies, as the next sequence writes to these buffers again.
         x, log_scales = (torch.stack(part[:count].unbind(0), dim=1) for part in (self.x, self.log_scales))
         return x, log_scales
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one, whose streams graphs and kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def fastest(steps: Sequence[FastStep], run: InversionState) -> FastStep:
@@ -249,12 +258,14 @@ class FastSteps:
         key = (id(block), shape, run.context.prefix_length, numbers, kind, run.temperature is None)
         weights = state_of(block)
         if key not in self.steps or self.steps[key][0] != weights:
-            cache = block.new_cache(shape[1], run.cache.capacity, run.cache.keys_values.dtype)
-            cache.keys_values.zero_()  # slots behind the mask must be finite
-            step = StaticStep(block, run.context, cache, run.temperature)
-            if self.pool is None and cache.keys_values.is_cuda:
-                self.pool = torch.cuda.graph_pool_handle()
-            self.steps[key] = (weights, self.made(step, run, dtype))
+            # What is made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                cache = block.new_cache(shape[1], run.cache.capacity, run.cache.keys_values.dtype)
+                cache.keys_values.zero_()  # slots behind the mask must be finite
+                step = StaticStep(block, run.context, cache, run.temperature)
+                if self.pool is None and cache.keys_values.is_cuda:
+                    self.pool = torch.cuda.graph_pool_handle()
+                self.steps[key] = (weights, self.made(step, run, dtype))
         fast = self.steps[key][1]
         fast.start(run)
         return fast

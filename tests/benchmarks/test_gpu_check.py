@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 import time
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,42 @@ def test_a_report_that_is_none_is_kept(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gpu_check\.json' is no report of earlier checks: move it away"):
         run_checks(tmp_path, {"cards": 10}, 1, Task("cpu", True, 0.0))
     assert (tmp_path / "gpu_check.json").read_text() == text
+
+
+class InCycle:
+    """Something large in a cycle, as models with graphs are."""
+
+    def __init__(self) -> None:
+        self.again = lambda: self
+
+
+def test_nothing_of_a_check_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[InCycle]] = []
+
+    def making(task: Task) -> dict[str, Any]:
+        alive.append(weakref.ref(InCycle()))
+        return {}
+
+    checks(monkeypatch, making=making)
+    gc.disable()
+    try:
+        assert run_checks(tmp_path, {"making": 10}, 1, Task("cpu", True, 0.0))
+    finally:
+        gc.enable()
+    assert alive[0]() is None
+
+
+def test_what_has_nothing_to_work_with_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runs, "TESTS", (tmp_path / "none",))
+    assert run_checks(tmp_path, {"tests": 10}, 1, Task("cpu", True, 0.0))
+    entry = contents(tmp_path)["tests"]
+    assert entry["state"] == "left out" and entry["error"].endswith("run this in a clone")
+
+
+def test_what_a_command_printed_before_its_time_was_up_is_kept() -> None:
+    command = [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"]
+    with pytest.raises(TimeoutError, match="its time was up; stdout: so far"):
+        gpu_runs.quietly(command, time.perf_counter() + 3)
 
 
 def test_a_check_that_takes_too_long_leaves_the_next_their_time(

@@ -162,7 +162,7 @@ def test_pixels(tmp_path, kind):
     assert [image.size for image in images] == [(16, 16)] * 2
     if kind == "volume_preserving":
         assert not torch.equal(pipe.flow.prior_variance, torch.ones_like(pipe.flow.prior_variance))
-        assert torch.equal(pipe.flow.prior_variance, trainer.task.objective.flow.prior_variance)
+        assert torch.equal(pipe.flow.prior_variance, trainer.task.objective.flow.prior_variance.cpu())
 
 
 def test_learned_denoiser_learns_the_score(tmp_path):
@@ -187,11 +187,12 @@ def test_learned_denoiser_learns_the_score(tmp_path):
     with torch.no_grad():
         error = trainer.task.objective.flow.scaled_score(latents, class_labels=labels) - score
     assert error.pow(2).mean() < 0.6 * score.pow(2).mean()  # a new denoiser gives zeros
-    assert values["denoiser_loss"] == pytest.approx(float(error.pow(2).mean()), rel=0.5)
+    assert float(values["denoiser_loss"]) == pytest.approx(float(error.pow(2).mean()), rel=0.5)
 
     # The target is the score that `score_denoise` uses.
-    latents = torch.randn(3, 8, 4, 4, requires_grad=True)
-    labels = torch.tensor([0, 1, 2])
+    device = trainer.accelerator.device
+    latents = torch.randn(3, 8, 4, 4, device=device, requires_grad=True)
+    labels = torch.tensor([0, 1, 2], device=device)
     (4 * trainer.task.objective(latents, class_labels=labels)["loss"]).backward()
     target = score_target(latents.grad, noise_std=0.3, loss_scale=4)
     denoised = score_denoise(trainer.task.objective.flow, latents, 0.3, class_labels=labels)
@@ -210,7 +211,8 @@ def test_learned_denoiser_learns_the_score(tmp_path):
 
 def test_latent_norm_penalty(tmp_path):
     trainer, _ = train(tmp_path, "--train.steps", "2")
-    latents, labels = torch.randn(3, 8, 4, 4), torch.tensor([0, 1, 2])
+    device = trainer.accelerator.device
+    latents, labels = torch.randn(3, 8, 4, 4, device=device), torch.tensor([0, 1, 2], device=device)
     with torch.no_grad():
         plain = trainer.task.objective(latents, class_labels=labels)["loss"]
         penalised = trainer.task.objective(latents, class_labels=labels, latent_norm_weight=0.5)["loss"]

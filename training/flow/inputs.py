@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow.common.dtypes import exact_convolutions
 from tarflow.data.images import to_model
 from tarflow.flows.likelihood import dequantize
 from tarflow.pipeline.text.encoding import encode_captions
@@ -80,7 +81,8 @@ class InputMaker:
         Args:
             noise_level: of that noise, with ``train.noise_levels``; None is the highest.
         """
-        mean, _ = self.posterior(batch)
+        with exact_convolutions():
+            mean, _ = self.posterior(batch)
         level, more = None, {}
         if self.config.train.noise_levels is not None:
             noise_level = noise_std(self.config) if noise_level is None else noise_level

@@ -43,7 +43,7 @@ def draw_chances(seed: int, step: int, sample_ids: Sequence[int], device: torch.
     the arguments."""
     # 24 bits are what a float32 in [0, 1) has.
     bits = [sample_seed(seed, step, sample_id, purpose) >> 39 for sample_id in sample_ids]
-    return (torch.tensor(bits, dtype=torch.float32) / 2**24).to(device)
+    return (torch.tensor(bits, dtype=torch.float32) / 2**24).to(device, non_blocking=True)
 
 
 def draw_noise(
@@ -101,7 +101,7 @@ def counted_noise(
     """
     count = math.prod(shape)
     index = torch.arange(2 * ((count + 1) // 2), device=device)  # an even number, for pairs
-    rows = torch.tensor(list(sample_ids), device=device)
+    rows = torch.tensor(list(sample_ids)).to(device, non_blocking=True)  # the host need not wait for the device
     keys = mixed(mixed(rows * GOLDEN + key) + key)
     bits = mixed(keys[:, None] + (index + 1)[None] * GOLDEN)
     numbers = ((bits >> 40) & (2**24 - 1)).float() / 2**24  # 24 bits are what a float32 in [0, 1) has

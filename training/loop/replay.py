@@ -105,12 +105,15 @@ class ReplayedPass:
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         try:
             replay, outputs = self.capture(work)
             own = [parameter.grad for parameter in self.parameters]
             self.recorded[key] = Recording(places, replay, outputs, own)
         except RuntimeError as error:
             self.failed = True
+            if stream is not None:  # which a capture that failed at its end has not left
+                torch.cuda.set_stream(stream)
             logger.warning(f"The pass could not be captured as a CUDA graph and is made as usual: {error}")
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient

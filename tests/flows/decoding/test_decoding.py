@@ -276,6 +276,16 @@ def test_static_steps_are_the_same_steps(name: str, guidance: str) -> None:
     )
 
 
+def test_static_steps_made_in_inference_mode_go_on_outside_of_it() -> None:
+    model, steps = small_model().double(), FastSteps(None)
+    z = random_images(model, 2)
+    with torch.inference_mode():
+        inside, _ = generate(model, z, fast=steps)
+    outside, _ = generate(model, z, fast=steps)
+    assert len(steps.steps) == len(model.blocks)
+    torch.testing.assert_close(outside, inside.clone(), rtol=1e-9, atol=1e-9)
+
+
 def test_static_steps_know_the_grid() -> None:
     model, steps = small_model(sample_size=8).double(), FastSteps(None)
     for height, width in ((8, 8), (4, 16), (16, 4)):  # 16 tokens all
