@@ -67,10 +67,12 @@ class VisionFeatures(nn.Module):
         self.model, self.pools = model, pools
         self.has_class_token = any(name.split(".")[-1] in CLASS_TOKENS for name, _ in model.named_parameters())
 
-    @property
-    def made(self) -> str:
-        """How tokens become one vector, unless it is the usual way."""
-        return "" if self.has_class_token else "pooled tokens" if self.pools else "mean of tokens"
+    @torch.no_grad()
+    def made(self, side: int) -> str:
+        """How tokens become one vector, unless it is the usual way, or there are none; found with a picture of this side."""
+        if self.has_class_token or self.eval()(torch.zeros(1, 3, side, side)).ndim == 4:
+            return ""
+        return "pooled tokens" if self.pools else "mean of tokens"
 
     def forward(self, pixels: Tensor) -> Tensor:
         output = self.model(pixel_values=pixels)
@@ -155,7 +157,7 @@ def transformers_backbone(path: str) -> Backbone:
         sizes = getattr(processor, "crop_size", None) or processor.size or {}
         side = sizes.get("height") or sizes.get("shortest_edge") or SIDE
     features = VisionFeatures(model, pools=not any(key.startswith("pooler.") for key in loading["missing_keys"]))
-    return Backbone(features, mean, std, side, features.made)
+    return Backbone(features, mean, std, side, features.made(side))
 
 
 def local_or_hub(path: str) -> str:

@@ -97,7 +97,8 @@ class TestExtractors:
         ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875).save_pretrained(tmp_path)
         extractor = load_extractor(str(tmp_path))
         assert extractor.dims == 8
-        assert extractor.description["preprocessing"].startswith("bicubic antialiased to 64, mean")
+        described = extractor.description["preprocessing"]
+        assert described.startswith("bicubic antialiased to 64, mean") and "tokens" not in described
 
     def test_bad_weights(self, tmp_path: Path) -> None:
         save_backbone(tmp_path / "x.pth")

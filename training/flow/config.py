@@ -374,6 +374,13 @@ def check_noise_levels(config: RunConfig) -> None:
     )
 
 
+def noise_invariants(config: RunConfig) -> dict[str, Any] | None:
+    """What a run that goes on must have alike of the noise, by name; None for many levels, which have their own."""
+    if config.train.noise_levels is not None:
+        return None
+    return {"train.noise": config.train.noise, "train.noise_std": config.train.noise_std}
+
+
 def noise_std(config: RunConfig) -> float:
     """σ of the Gaussian noise that the flow's latents or pixels have, of many levels the highest; 0 with uniform noise."""
     if config.train.noise_levels is not None:

@@ -22,7 +22,7 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
             the autoencoder is frozen, those of "lora", None if no adapter is trained, and of the "order" of cached latents,
             None if all of one cache are mixed; what their numbers mean,
             "classes" and "tokens" (see `meaning`); the hash of the frozen "autoencoder", None if there is none, and the
-            "noise" by names.
+            "noise" by names, None for many levels of it.
 
     Raises:
         ValueError: that names the first difference, and what to do.
@@ -83,7 +83,7 @@ def check_latents(path: Path, state: dict[str, Any], invariants: dict[str, Any])
             f"the checkpoint {str(path)!r} was trained on latents of another autoencoder than vae.name and the data give: "
             "resume with that one, or start anew in another output"
         )
-    if "noise" in state:
+    if state.get("noise") and invariants.get("noise"):
         check_invariants(path, state["noise"], invariants["noise"])
 
 

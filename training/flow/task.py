@@ -15,7 +15,7 @@ from tarflow.data.latents import CachedLatents
 from tarflow.flows.trajectory.kinds import kind_of
 from tarflow.pipeline.loading.examples import write_examples
 from tarflow.training.flow.assembly import initialize_actnorm, open_held_out, open_metric
-from tarflow.training.flow.config import RunConfig, has_denoiser
+from tarflow.training.flow.config import RunConfig, has_denoiser, noise_invariants
 from tarflow.training.flow.earlier import check_start, set_aside
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.flow.levels_config import level_invariants
@@ -108,7 +108,7 @@ class FlowTask(Task):
             "order": getattr(self.parts.train, "order", None),
             "noise_levels": level_invariants(self.config),
             "autoencoder": self.autoencoder,
-            "noise": {"train.noise": self.config.train.noise, "train.noise_std": self.config.train.noise_std},
+            "noise": noise_invariants(self.config),
             **meaning(self.parts),
         }
 
