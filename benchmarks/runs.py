@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow import TARFlowModel
 from tarflow.benchmarks import charts
 from tarflow.benchmarks.data import DataPlan, Reading, compare_sources, list_names
 from tarflow.benchmarks.exactness import captions_of, exactness, exactness_table
@@ -24,7 +24,7 @@ from tarflow.common.progress import announce
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.conversion import DTYPES
 from tarflow.pipeline.loading.device import best_device
-from tarflow.pipeline.opening import locate
+from tarflow.pipeline.opening import load_pipeline
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -91,7 +91,7 @@ def run_sampling(arguments: argparse.Namespace) -> None:
 def run_exactness(arguments: argparse.Namespace) -> None:
     rows = []
     for name in arguments.pipelines:
-        pipe = TARFlowPipeline.from_pretrained(locate(name)).to(arguments.device)
+        pipe = load_pipeline(name).to(arguments.device)
         text = pipe if pipe.text_encoder is not None else None
         cond, null = conditions(pipe.flow, text, arguments.samples, pipe.drawing_level)
         method = pipe.config.guidance_method
@@ -109,7 +109,7 @@ def load(arguments: argparse.Namespace) -> tuple[TARFlowModel, Any, float | None
     noise levels draws at."""
     dtype = DTYPES[arguments.dtype]
     if arguments.pipeline is not None:
-        pipe = TARFlowPipeline.from_pretrained(locate(arguments.pipeline)).to(arguments.device)
+        pipe = load_pipeline(arguments.pipeline).to(arguments.device)
         pipe.flow.to(dtype)
         return pipe.flow, pipe if pipe.text_encoder is not None else None, pipe.drawing_level
     return random_model(arguments.model, arguments.device, dtype), None, None

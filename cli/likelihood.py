@@ -50,8 +50,7 @@ class LikelihoodConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.num_images is None and self.data.source == "drawings":
-            raise ValueError("the drawings have no end: say how many to take with num_images")
+        self.data.check_count(self.num_images, "num_images")
 
 
 def main(

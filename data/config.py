@@ -187,6 +187,16 @@ class DataConfig:
         check_ranges(self, "data")
         self._check_stream()
 
+    def check_count(self, count: int | None, option: str) -> None:
+        """An error if all pictures are asked for where there is no end of them.
+
+        Args:
+            count: how many are; None is all.
+            option: what that number is called.
+        """
+        if self.source == "drawings" and count is None:
+            raise ValueError(f"the drawings have no end: say how many to take with {option}")
+
     @property
     def is_stream(self) -> bool:
         """Whether rows are read as they come."""

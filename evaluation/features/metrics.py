@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from tarflow.evaluation.features.extractors import Extractor
 from tarflow.evaluation.features.frechet import bias_warning, frechet_distance
-from tarflow.evaluation.features.names import KEPT_FEATURES, Metric
+from tarflow.evaluation.features.names import KEPT_FEATURES, Metric, results_of
 from tarflow.evaluation.features.statistics import Statistics, compute_statistics
 from tarflow.evaluation.images.sets import ImageSet
 
@@ -85,7 +85,8 @@ def calculate(
     if "frechet" in metrics:
         moments = (ref.moments, samples.moments)
         distance = frechet_distance(*(part for one in moments for part in (one.mean, one.covariance)))
-        result["fid" if extractor.is_fid else "frechet_distance"] = distance
+        (name,) = results_of("frechet", extractor.is_fid)
+        result[name] = distance
     return result | from_features(ref, samples, extractor, metrics)
 
 
@@ -98,19 +99,19 @@ def from_features(
     if pair:
         real, drawn = (kept_features(statistics, least=NEIGHBOURS + 1) for statistics in (ref, samples))
         found = fidelity(drawn, real, kid="kernel" in pair, prc="precision_recall" in pair)
-        kernel = "kid" if extractor.is_fid else "kernel_distance"
         if "kernel" in pair:
-            result[kernel] = found["kernel_inception_distance_mean"]
-            result[f"{kernel}_std"] = found["kernel_inception_distance_std"]
+            mean, spread = results_of("kernel", extractor.is_fid)
+            result[mean] = found["kernel_inception_distance_mean"]
+            result[spread] = found["kernel_inception_distance_std"]
         if "precision_recall" in pair:
-            result |= {name: found[name] for name in ("precision", "recall")}
+            result |= {name: found[name] for name in results_of("precision_recall", extractor.is_fid)}
     if "inception_score" in metrics:
         assert extractor.head is not None  # `chosen_metrics` has seen to it
         features = kept_features(samples, least=SCORE_SPLITS)
         # Without the bias, as the published score was computed; the head is a single product.
         found = fidelity(features @ extractor.head.detach().cpu().T, isc=True)
-        result["inception_score"] = found["inception_score_mean"]
-        result["inception_score_std"] = found["inception_score_std"]
+        mean, spread = results_of("inception_score", extractor.is_fid)
+        result[mean], result[spread] = found["inception_score_mean"], found["inception_score_std"]
     return result
 
 

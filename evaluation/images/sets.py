@@ -132,8 +132,7 @@ class DataImages(ImageSet):
         self.watched = Watched(self.data.source)
         self.data.source = self.watched
         name = f"{config.source} {config.path or config.name or ''}".strip() + f", {split}"
-        if config.source == "drawings" and num is None:
-            raise ValueError("the drawings have no end: say how many to take with num")
+        config.check_count(num, "num")
         check_not_empty(len(self.data), split)
         super().__init__(name, limit(len(self.data), num, name), (config.image_size, config.image_size))
 

@@ -31,5 +31,4 @@ class ReconstructConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.data.source == "drawings" and self.num is None:
-            raise ValueError("the drawings have no end: say how many to take with num")
+        self.data.check_count(self.num, "num")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tarflow.common.checks import AtLeastOne, at_least, check_ranges
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.features.names import INCEPTION, RESULTS, Metric
+from tarflow.evaluation.features.names import INCEPTION, Metric, results_of
 from tarflow.evaluation.features.settings import OptionalExtractor, RequiredExtractor
 from tarflow.evaluation.samples.settings import GenerationConfig, SampleSettings
 from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
@@ -113,10 +113,10 @@ class SweepConfig(RequiredExtractor):
 
     def results(self) -> list[str]:
         """Names of the metrics of a row."""
-        other = self.extractor != INCEPTION
+        is_fid = self.extractor == INCEPTION
         wanted = [] if self.ref is None else self.metrics
         shares = [f"match_{what}" for what in ("shape", "colour", "background", "all")] if self.match else []
-        return [*itertools.chain.from_iterable(RESULTS[metric][other] for metric in wanted), *shares]
+        return [*itertools.chain.from_iterable(results_of(metric, is_fid) for metric in wanted), *shares]
 
     def combinations(self) -> list[dict[str, Any]]:
         """The swept settings of each row.

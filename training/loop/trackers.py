@@ -43,7 +43,7 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, int | float
         if isinstance(value, Mapping):
             found |= flat(value, f"{before}{name}.")
         else:
-            found[f"{before}{name}"] = value if isinstance(value, (int, float, str)) else json.dumps(value)
+            found[f"{before}{name}"] = value if isinstance(value, (int, float, str)) else json.dumps(value, default=str)
     return found
 
 
