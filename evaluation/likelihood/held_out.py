@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,9 +193,16 @@ def noisy(
     with exact_convolutions():
         latents = None if pipe.vae is None else pipe.codec.encode(to_model(images)).float()
     shape = images.shape[1:] if latents is None else latents.shape[1:]
-    draw_noise = torch.rand if latents is None and level is None else torch.randn
-    generators = (torch.Generator().manual_seed(image_seed(seed, index) * 1_009 + draw) for index in indices)
-    noise = torch.stack([draw_noise(shape, generator=generator) for generator in generators]).to(images.device)
+    noise = held_out_noise(shape, seed, indices, draw, uniform=latents is None and level is None).to(images.device)
     if level is not None:
         return (to_model(images) if latents is None else latents) + level * noise
     return dequantize(images, noise) if latents is None else latents + pipe.config.noise_std * noise
+
+
+def held_out_noise(
+    shape: Sequence[int], seed: int, indices: Iterable[int], draw: int = 0, uniform: bool = False
+) -> Tensor:
+    """Noise (B, *shape) of pictures by number, normal or uniform on [0, 1), on the CPU: the same at every call."""
+    draw_noise = torch.rand if uniform else torch.randn
+    generators = (torch.Generator().manual_seed(image_seed(seed, index) * 1_009 + draw) for index in indices)
+    return torch.stack([draw_noise(tuple(shape), generator=generator) for generator in generators])

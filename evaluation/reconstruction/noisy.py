@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tarflow.common.progress import progress_bar
 from tarflow.data.images import Pictures, collate, to_uint8
-from tarflow.data.subset import spread
-from tarflow.evaluation.likelihood.held_out import check_arguments, noisy
+from tarflow.data.latents import CachedLatents
+from tarflow.data.subset import evenly, spread
+from tarflow.evaluation.likelihood.held_out import check_arguments, held_out_noise, noisy
 from tarflow.evaluation.reconstruction.quality import psnr, ssim
 from tarflow.pipeline.call.choices import NOISE_REMOVALS
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
@@ -84,4 +85,20 @@ def noisy_pictures(pipe: FlowPipeline, images: Pictures, count: int, batch_size:
         # Pictures without captions or labels are denoised without a condition.
         given = "caption" in batch if pipe.flow.config.conditioning == "prefix" else "label" in batch
         found.conditions.append(condition_of(pipe, batch, len(indices), with_condition=given))
+    return found
+
+
+@torch.no_grad()
+def noisy_cached(pipe: FlowPipeline, cache: CachedLatents, count: int, batch_size: int, seed: int = 0) -> NoisyPictures:
+    """As `noisy_pictures`, of latents that are encoded already: their originals are what the autoencoder's decoder makes of
+    them."""
+    found, places = NoisyPictures([], [], []), evenly(len(cache), min(count, len(cache)))
+    for first in progress_bar(range(0, len(places), batch_size), desc="decoding", unit="batch", leave=False):
+        numbers = range(first, min(first + batch_size, len(places)))
+        batch = collate([cache[places[number]] for number in numbers])
+        clean = pipe.codec.normalise(batch["latent_mean"].to(pipe.flow.device)).float()
+        found.originals.append(to_uint8(pipe.decode_latents(clean)).cpu())
+        noise = held_out_noise(clean.shape[1:], seed, numbers).to(clean.device)
+        found.latents.append(clean + pipe.config.noise_std * noise)
+        found.conditions.append(condition_of(pipe, batch, len(numbers), with_condition=True))
     return found

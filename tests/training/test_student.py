@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from autoencoders import save_autoencoder
+from fid_helpers import write_pictures
 from helpers import ROOT, condition_of, files_of, random_images, small_model
 from pipelines import CAPTIONS, draw, make_pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from students import small_student, tiny_pipeline, train, with_student
 from torchvision.models import mobilenet_v2
 
 from tarflow import TARFlowPipeline
 from tarflow.cli.main import main
 from tarflow.common.arguments import parse_dataclass
+from tarflow.data.config import DataConfig
 from tarflow.evaluation.reports.settings import SweepConfig
 from tarflow.evaluation.reports.sweep import run_sweep
 from tarflow.evaluation.samples.generation import generate_images
@@ -29,6 +32,9 @@ from tarflow.flows.decoding import sampling
 from tarflow.flows.decoding.method import guided_states
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.student import StudentModel
+from tarflow.training.flow.config import VaeConfig
+from tarflow.training.latent_cache.caching import cache_latents
+from tarflow.training.latent_cache.config import CacheConfig
 from tarflow.training.loop.step import Stepper
 from tarflow.training.student.config import StudentConfig
 from tarflow.training.student.loss import alignment_loss, extrapolated, teacher_states
@@ -335,6 +341,46 @@ class TestTraining:
         results = [train(tmp_path / "pipeline", tmp_path / name, *more) for name, more in (("a", []), ("b", options))]
         assert np.isfinite(results[1]["psnr"])
         assert results[0]["psnr"] != results[1]["psnr"]
+
+    @pytest.mark.parametrize("options", [[], ["--data.flip", "true"], ["--sample_posterior", "false", "--reuse", "2"]])
+    def test_a_cache_of_latents_teaches_what_its_pictures_do(self, tmp_path, options) -> None:
+        tiny_pipeline(tmp_path / "pipeline", "none")
+        folder = {"source": "folder", "path": str(write_pictures(tmp_path / "pictures", 24, size=(16, 16)))}
+        data = DataConfig(**folder, image_size=16, validation_fraction=0.3)
+        vae = VaeConfig(name=str(tmp_path / "pipeline" / "vae"))
+        cache = CacheConfig(output=str(tmp_path / "cache"), data=data, vae=vae, dtype="float32", flip=True)
+        cache_latents(cache)
+        sources = {
+            "pictures": ["--data.source", "folder", "--data.path", folder["path"], "--data.validation_fraction", "0.3"],
+            "cache": ["--data.source", "latents", "--data.path", cache.output],
+        }
+        found, students = {}, {}
+        for name, source in sources.items():
+            target = tmp_path / f"{name}_pipeline"
+            found[name] = train(
+                tmp_path / "pipeline", tmp_path / f"{name}_run", *source, *options, "--save_to", str(target)
+            )
+            students[name] = load_file(next((target / "student").glob("*.safetensors")))
+        assert found["cache"]["error_noise"] == pytest.approx(found["pictures"]["error_noise"], rel=1e-3)
+        # The pictures themselves are not there: the decoder's are what is rebuilt.
+        assert np.isfinite(found["cache"]["psnr"])
+        assert found["cache"]["psnr"] != found["pictures"]["psnr"]
+        for key, value in students["pictures"].items():
+            torch.testing.assert_close(students["cache"][key], value, rtol=0, atol=1e-3)
+
+    def test_caches_that_do_not_fit(self, tmp_path) -> None:
+        tiny_pipeline(tmp_path / "pipeline", "none")
+        pictures = str(write_pictures(tmp_path / "pictures", 8, size=(32, 32)))
+        for name, vae, size, message in (
+            ("other", save_autoencoder(tmp_path / "vae"), 16, "encoded by another autoencoder than that of"),
+            ("larger", str(tmp_path / "pipeline" / "vae"), 32, r"has latents of 8 × 8, but the cache's are 16 × 16"),
+        ):
+            data = DataConfig(source="folder", path=pictures, image_size=size, validation_fraction=0)
+            cache = CacheConfig(output=str(tmp_path / name), data=data, vae=VaeConfig(name=vae))
+            cache_latents(cache)
+            with pytest.raises(ValueError, match=message):
+                train(tmp_path / "pipeline", tmp_path / "run", "--data.source", "latents", "--data.path", cache.output)
+        assert not (tmp_path / "run").exists()
 
     def test_own_samples_come_in_the_later_part_of_shortened_runs(self, tmp_path, monkeypatch) -> None:
         tiny_pipeline(tmp_path / "pipeline")

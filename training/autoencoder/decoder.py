@@ -10,12 +10,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tarflow.data.images import Pictures
+from tarflow.data.images import Pictures, to_model
 from tarflow.data.stream.first import AnyPictures
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
 from tarflow.training.autoencoder.decoder_config import DecoderConfig
 from tarflow.training.loop.agreement import main_alone
-from tarflow.training.loop.component import ComponentFolders, example_line, noisy_latents, open_splits, write_rows
+from tarflow.training.loop.batches import chosen
+from tarflow.training.loop.component import (
+    ComponentFolders,
+    example_line,
+    noisy_latents,
+    open_splits,
+    posterior_of,
+    write_rows,
+)
 from tarflow.training.loop.draws import draw_chances
 from tarflow.training.loop.network_trainer import network_trainer
 from tarflow.training.loop.task import Batch, State
@@ -100,7 +108,9 @@ class DecoderTask(PictureTask):
         flipped = None
         if self.config.data.flip:
             flipped = draw_chances(self.config.seed, step, sample_ids, self.accelerator.device, "flip") < 0.5
-        images, _, noisy = noisy_latents(self.pipe, self.config, self.accelerator, batch, flipped, step, sample_ids)
+        posterior = posterior_of(self.pipe, self.accelerator, batch, flipped)
+        noisy = noisy_latents(self.pipe, self.config, posterior, step, sample_ids)
+        images = to_model(chosen(batch, "image", flipped, self.accelerator.device))
         return model(self.pipe.codec.raw(noisy)), images, {}
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from tarflow.training.flow.config import RunConfig, is_joint, noise_std
 from tarflow.training.flow.levels import levels_from, loss_weights
 from tarflow.training.flow.setup import Parts
 from tarflow.training.flow.tokens import CaptionTokens
+from tarflow.training.loop.batches import chosen
 from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise
 
 
@@ -60,7 +61,7 @@ class InputMaker:
             arguments = self.parts.flow_arguments
             size: tuple[int, ...] = (arguments["in_channels"], arguments["sample_size"], arguments["sample_size"])
             noise = draw_noise(train.seed, step, sample_ids, size, self.device, "noise")
-            return {"images": to_model(self.chosen(batch, "image", flipped)), "noise": noise, **more}
+            return {"images": to_model(chosen(batch, "image", flipped, self.device)), "noise": noise, **more}
         with self.autocast():
             mean, std = self.posterior(batch, flipped)
         noise, level = self.noise(step, sample_ids, mean, "noise"), None
@@ -99,20 +100,13 @@ class InputMaker:
         """Mean and standard deviation of the scaled latents of the pictures, (B, C, h, w) each; of mirrored ones where
         ``flipped`` (B,). Pixels that get uniform noise stay 8-bit numbers."""
         if "latent_mean" in batch:
-            return self.chosen(batch, "latent_mean", flipped), self.chosen(batch, "latent_std", flipped)
-        images = self.chosen(batch, "image", flipped)
+            mean = chosen(batch, "latent_mean", flipped, self.device)
+            return mean, chosen(batch, "latent_std", flipped, self.device)
+        images = chosen(batch, "image", flipped, self.device)
         if self.config.train.noise == "uniform":
             return images, None
         mean, std = self.parts.codec.encode_posterior(to_model(images))
         return mean.float(), std
-
-    def chosen(self, batch: dict[str, Any], name: str, flipped: Tensor | None) -> Tensor:
-        """Pictures or latents of a batch or, where ``flipped`` (B,), those of the mirror images."""
-        values = self.moved(batch[name])
-        if flipped is None:
-            return values
-        mirrored = values.flip(-1) if name == "image" else self.moved(batch[f"{name}_flipped"])
-        return torch.where(flipped[:, None, None, None], mirrored, values)
 
     def moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -309,3 +309,16 @@ def read_items(images: Items, indices: Sequence[int]) -> list[dict[str, Any]] | 
     read = getattr(images, "__getitems__", None)
     found: list[dict[str, Any]] | dict[str, Any] = [images[i] for i in indices] if read is None else read(indices)
     return found
+
+
+def chosen(batch: dict[str, Any], name: str, flipped: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Pictures or cached latents of a batch (B, …) on a device or, where ``flipped`` (B,), those of the mirror images.
+
+    Args:
+        name: "image", "latent_mean" or "latent_std".
+    """
+    values: torch.Tensor = batch[name].to(device, non_blocking=True)
+    if flipped is None:
+        return values
+    mirrored = values.flip(-1) if name == "image" else batch[f"{name}_flipped"].to(device, non_blocking=True)
+    return torch.where(flipped[:, None, None, None], mirrored, values)

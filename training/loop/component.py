@@ -13,13 +13,16 @@ from torchvision.utils import make_grid, save_image
 
 from tarflow.common.checks import check
 from tarflow.data.images import to_model
+from tarflow.data.latents import CachedLatents, open_latents
 from tarflow.data.stream.first import AnyPictures, open_pictures, open_training
 from tarflow.pipeline.loading.folder import add_component, check_same_flow, own_folder
 from tarflow.pipeline.opening import locate, open_pipeline
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
+from tarflow.training.loop.batches import chosen
 from tarflow.training.loop.component_config import ComponentConfig
 from tarflow.training.loop.draws import draw_noise
 from tarflow.training.loop.summary import drawing_line
+from tarflow.vae.codec import autoencoder_hash
 
 
 class ComponentFolders:
@@ -69,7 +72,29 @@ def open_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[AnyPict
     return train, held_out
 
 
-def example_line(pipeline: Path, images: AnyPictures, conditioning: str, *options: str) -> str:
+def open_cached_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[CachedLatents, CachedLatents]:
+    """Training and held-out latents of a cache.
+
+    Raises:
+        ValueError: if they are another autoencoder's than the pipeline's or of another size, or there are none to train on.
+    """
+    train, held_out = open_latents(config.data, "train"), open_latents(config.data, "validation")
+    check(pipe.vae is not None, f"the model {config.pipeline!r} draws pixels: give pictures instead of cached latents")
+    check(
+        train.manifest["autoencoder"]["hash"] == autoencoder_hash(pipe.vae),
+        f"the latents were encoded by another autoencoder than that of {config.pipeline!r}: cache them with --vae.name "
+        f"and the folder vae of this pipeline",
+    )
+    sides, size = train.shapes, pipe.flow.config.sample_size
+    check(
+        all(tuple(side) == (size, size) for side in sides),
+        f"the model has latents of {size} × {size}, but the cache's are {' and '.join(f'{h} × {w}' for h, w in sides)}",
+    )
+    check(len(train) > 0, "the data's training split is empty")
+    return train, held_out
+
+
+def example_line(pipeline: Path, images: AnyPictures | CachedLatents, conditioning: str, *options: str) -> str:
     """The command that draws from a pipeline, with a caption or class of its training pictures."""
     caption = images.caption(0) if images.has_captions else None
     prompts = [caption or "a caption"] if conditioning == "prefix" else []
@@ -78,38 +103,42 @@ def example_line(pipeline: Path, images: AnyPictures, conditioning: str, *option
 
 
 @torch.no_grad()
-def noisy_latents(
-    pipe: TARFlowPipeline,
-    config: ComponentConfig,
-    accelerator: Accelerator,
-    batch: dict[str, Any],
-    flipped: Tensor | None,
-    step: int,
-    sample_ids: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Training pictures as the flow was trained on them.
+def posterior_of(
+    pipe: TARFlowPipeline, accelerator: Accelerator, batch: dict[str, Any], flipped: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Means and standard deviations, None if there are none, of the scaled latents (B, C, h, w) of training pictures, which
+    may be cached.
 
     Args:
         pipe: the pipeline, its autoencoder on the accelerator's device.
-        batch: of the training pictures.
         flipped: which pictures are mirrored, (B,); None for none.
-        step, sample_ids: see `draw_noise`.
-
-    Returns:
-        pictures (B, 3, H, W) in [−1, 1], the posterior's means of their scaled latents, and normalised latents with the
-        training noise, (B, C, h, w).
     """
-    images = to_model(batch["image"].to(accelerator.device, non_blocking=True))
-    if flipped is not None:
-        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+    if "latent_mean" in batch:
+        mean, std = (chosen(batch, name, flipped, accelerator.device) for name in ("latent_mean", "latent_std"))
+        return mean, std
     with accelerator.autocast():
-        mean, std = pipe.codec.encode_posterior(images)
-    shape, device, drawn = tuple(mean.shape[1:]), accelerator.device, mean
+        return pipe.codec.encode_posterior(to_model(chosen(batch, "image", flipped, accelerator.device)))
+
+
+def noisy_latents(
+    pipe: TARFlowPipeline,
+    config: ComponentConfig,
+    posterior: tuple[Tensor, Tensor | None],
+    step: int,
+    sample_ids: Sequence[int],
+) -> Tensor:
+    """Normalised latents with the training noise (B, C, h, w), as the flow was trained on them.
+
+    Args:
+        posterior: see `posterior_of`.
+        step, sample_ids: see `draw_noise`.
+    """
+    drawn, std = posterior
+    shape, device = tuple(drawn.shape[1:]), drawn.device
     if config.sample_posterior and std is not None:
-        drawn = mean + std * draw_noise(config.seed, step, sample_ids, shape, device, "posterior")
+        drawn = drawn + std * draw_noise(config.seed, step, sample_ids, shape, device, "posterior")
     noise = draw_noise(config.seed, step, sample_ids, shape, device, "noise")
-    noisy = pipe.codec.normalise(drawn).float() + pipe.config.noise_std * noise
-    return images, mean, noisy
+    return pipe.codec.normalise(drawn).float() + pipe.config.noise_std * noise
 
 
 def write_rows(rows: list[Tensor], path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from tarflow.common.checks import AtLeastOne, Fraction, Interval, NotNegative, at_least, check
+from tarflow.common.checks import AtLeastOne, Fraction, Interval, NotNegative, at_least
 from tarflow.training.loop.component_config import ComponentConfig
 from tarflow.training.losses.config import PerceptualConfig
 
@@ -67,4 +67,3 @@ class StudentConfig(ComponentConfig, PerceptualConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_perceptual()
-        check(self.data.source != "latents", "a student learns from pictures: data.source cannot be 'latents'")

@@ -12,7 +12,7 @@ from tarflow.flows.denoising import score_denoise
 from tarflow.flows.student import StudentModel
 from tarflow.pipeline.conditions import condition_of
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
-from tarflow.training.loop.component import noisy_latents
+from tarflow.training.loop.component import noisy_latents, posterior_of
 from tarflow.training.loop.draws import draw_chances, draw_noise
 from tarflow.training.loop.task import Batch
 from tarflow.training.losses.perceptual import make_perceptual
@@ -111,8 +111,9 @@ class StudentObjective:
         flipped = None
         if config.data.flip:
             flipped = draw_chances(config.seed, step, sample_ids, device, "flip") < 0.5
-        _, mean, noisy = noisy_latents(pipe, config, self.accelerator, batch, flipped, step, sample_ids)
-        clean = pipe.codec.normalise(mean).float()
+        posterior = posterior_of(pipe, self.accelerator, batch, flipped)
+        noisy = noisy_latents(pipe, config, posterior, step, sample_ids)
+        clean = pipe.codec.normalise(posterior[0]).float()
         condition = condition_of(pipe, batch, len(clean), with_condition=True)
         labels, cond = condition.get("class_labels"), condition.get("cond")
         lone = draw_chances(config.seed, step, sample_ids, device, "unguided")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tarflow.common.checks import check
 from tarflow.data.images import to_uint8
+from tarflow.data.latents import CachedLatents
 from tarflow.data.stream.first import AnyPictures
-from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_pictures
+from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_cached, noisy_pictures
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
 from tarflow.flows.trajectory.kinds import check_flow_kind
@@ -21,9 +22,16 @@ from tarflow.pipeline.call.student_sampling import flow_hashes, student_samples
 from tarflow.pipeline.conditions import check_class_names
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.agreement import main_alone
-from tarflow.training.loop.component import ComponentFolders, example_line, open_splits, write_rows
+from tarflow.training.loop.component import (
+    ComponentFolders,
+    example_line,
+    open_cached_splits,
+    open_splits,
+    write_rows,
+)
 from tarflow.training.loop.network_task import NetworkTask
 from tarflow.training.loop.network_trainer import network_trainer
+from tarflow.training.loop.parallel import verify_caches
 from tarflow.training.loop.reading import reading
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.student.config import StudentConfig
@@ -45,7 +53,7 @@ class StudentTask(NetworkTask):
     """
 
     config: StudentConfig
-    train: AnyPictures
+    train: AnyPictures | CachedLatents
     network: StudentModel
     betas = (0.9, 0.95)
 
@@ -58,8 +66,11 @@ class StudentTask(NetworkTask):
         config = self.config
         self.pipe = self.folders.open(self.accelerator.device)
         check_flow_kind(self.pipe.flow, "students are")
-        train, held_out = open_splits(config, self.pipe)
+        cached = config.data.source == "latents"
+        train, held_out = (open_cached_splits if cached else open_splits)(config, self.pipe)
         check_conditions(self.pipe, train)
+        if state is None and config.data.verify:
+            verify_caches(self.accelerator, train, held_out)
         for module in (self.pipe.flow, self.pipe.vae, self.pipe.text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -87,14 +98,20 @@ class StudentTask(NetworkTask):
             with reading(path):
                 self.objective.kept.read(path, self.accelerator.device)
 
-    def prepare_held_out(self, held_out: AnyPictures | None, train: AnyPictures) -> None:
+    def prepare_held_out(
+        self, held_out: AnyPictures | CachedLatents | None, train: AnyPictures | CachedLatents
+    ) -> None:
         """What the student is measured by: held-out pictures if there are any, and the flow's own samples."""
         if held_out is not None and self.pipe.vae is not None:
-            self.held_out = noisy_pictures(self.pipe, held_out, self.config.eval_images, self.config.batch_size)
+            count, size = self.config.eval_images, self.config.batch_size
+            if isinstance(held_out, CachedLatents):
+                self.held_out = noisy_cached(self.pipe, held_out, count, size)
+            else:
+                self.held_out = noisy_pictures(self.pipe, held_out, count, size)
         self.prepare_samples(train if held_out is None else held_out)
 
     @torch.no_grad()
-    def prepare_samples(self, images: AnyPictures) -> None:
+    def prepare_samples(self, images: AnyPictures | CachedLatents) -> None:
         """The flow's own samples from fixed noise and their pictures, which the student's are held against."""
         pipe, count = self.pipe, min(self.config.grid_images, len(images))
         kind, items = pipe.flow.config.conditioning, [images[place] for place in range(count)]
@@ -119,6 +136,8 @@ class StudentTask(NetworkTask):
         hashes = settings.pop("flow_hashes")
         reuse, size = self.config.reuse, self.config.reuse_from
         facts = {"the flow's SHA-256": hashes[0], "reuse": reuse, "reuse_from": size if reuse > 1 else None}
+        if isinstance(self.train, CachedLatents) and self.train.order is not None:
+            facts["order of cached latents"] = self.train.order
         return facts | {f"student.{key}": value for key, value in settings.items()}
 
     def check_resume(self, checkpoint: Path, state: State) -> None:
@@ -162,7 +181,7 @@ class StudentTask(NetworkTask):
         return to_uint8(pipe.decode_latents(x)).cpu()
 
 
-def check_conditions(pipe: TARFlowPipeline, images: AnyPictures) -> None:
+def check_conditions(pipe: TARFlowPipeline, images: AnyPictures | CachedLatents) -> None:
     """Whether pictures have what the pipeline draws from.
 
     Raises:

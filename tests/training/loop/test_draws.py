@@ -17,7 +17,7 @@ from tarflow.training.autoencoder.mixture import Mixture
 from tarflow.training.autoencoder.task import AutoencoderTask
 from tarflow.training.flow.inputs import InputMaker
 from tarflow.training.loop.batches import StepSampler
-from tarflow.training.loop.component import noisy_latents
+from tarflow.training.loop.component import noisy_latents, posterior_of
 from tarflow.training.loop.draws import Purpose, counted_noise, draw_chances, draw_noise, sample_seed
 from tarflow.training.student.objective import StudentObjective
 
@@ -249,7 +249,8 @@ def test_decoder_batches() -> None:
     config: Any = SimpleNamespace(seed=0, sample_posterior=True)
     accelerator: Any = SimpleNamespace(device=CPU, autocast=nullcontext)
     flipped = draw_chances(0, 5, range(COUNT), CPU, "flip") < 0.5
-    _, _, noisy = noisy_latents(pipe, config, accelerator, {"image": pictures()}, flipped, 5, range(COUNT))
+    posterior = posterior_of(pipe, accelerator, {"image": pictures()}, flipped)
+    noisy = noisy_latents(pipe, config, posterior, 5, range(COUNT))
     noise, posterior, found = read(noisy.double())
     assert torch.equal(found, flipped)
     assert_normal(posterior)
