@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
@@ -21,6 +20,7 @@ from transformers import (
 
 from tarflow.evaluation.features.backbones import first_line, local_or_hub
 from tarflow.training.captions.config import CaptionModelConfig
+from tarflow.training.loop.tokenizer import make_tokenizer
 
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<cls>"}
 
@@ -72,21 +72,9 @@ def pooled_features(vision: PreTrainedModel, processor: Any, pictures: Tensor) -
     return found
 
 
-def make_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def caption_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Byte pairs in small letters, behind the token whose state stands for the caption."""
-    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = list(SPECIAL.values())
-    trainer: Any = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
-    cls = SPECIAL["cls_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A", special_tokens=[(cls, tokenizer.token_to_id(cls))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=max_length, clean_up_tokenization_spaces=False, **SPECIAL
-    )
+    return make_tokenizer(captions, "bpe", vocab_size, max_length, SPECIAL, f"{SPECIAL['cls_token']} $A")
 
 
 def make_model(vision: PreTrainedModel, config: CaptionModelConfig, vocab_size: int) -> VisionTextDualEncoderModel:

@@ -24,7 +24,7 @@ from tarflow.data.files import hash_of
 from tarflow.evaluation.features.caption_ranks import CaptionScore, check_among, score_of
 from tarflow.evaluation.features.extractors import hash_weights
 from tarflow.training.captions.config import CaptionModelConfig
-from tarflow.training.captions.model import load_vision, make_model, make_tokenizer, pooled_features
+from tarflow.training.captions.model import caption_tokenizer, load_vision, make_model, pooled_features
 from tarflow.training.captions.pairs import Pairs, open_pairs
 from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.schedule import schedule_factor
@@ -50,7 +50,7 @@ def train_captions(config: CaptionModelConfig) -> CaptionScore:
     vision, processor = load_vision(config.vision, config.image_size)  # first: a stream takes long to read
     train, held_out = open_pairs(config)
     check_among(2, len(set(held_out.first)))
-    tokenizer = make_tokenizer(
+    tokenizer = caption_tokenizer(
         (text for texts in train.captions for text in texts), config.vocab_size, config.max_length
     )
     model = make_model(vision, config, len(tokenizer))

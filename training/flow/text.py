@@ -7,7 +7,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -17,6 +16,7 @@ from tarflow.pipeline.text.encoding import check_options, cut_captions
 from tarflow.pipeline.text.loading import load_text_encoder
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.config import TextConfig
+from tarflow.training.loop.tokenizer import make_tokenizer
 from tarflow.vae.codec import tensors_hash, weights_hash
 
 if TYPE_CHECKING:
@@ -86,25 +86,8 @@ def small_t5(config: TextConfig, vocab_size: int) -> T5Config:
 
 def train_tokenizer(captions: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
     """A lower-case tokenizer of words or byte pairs that ends every caption with an end token."""
-    special = list(SPECIAL.values())
-    if config.unit == "word":
-        tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL["unk_token"]))
-        trainer: Any = trainers.WordLevelTrainer(
-            vocab_size=config.vocab_size, special_tokens=special, show_progress=False
-        )
-    else:
-        tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL["unk_token"]))
-        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(captions, trainer)
-    eos = SPECIAL["eos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=config.max_length, clean_up_tokenization_spaces=False, **SPECIAL
-    )
+    form = f"$A {SPECIAL['eos_token']}"
+    return make_tokenizer(captions, config.unit, config.vocab_size, config.max_length, SPECIAL, form)
 
 
 def encoder_settings(config: TextConfig) -> dict[str, Any]:
