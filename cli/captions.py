@@ -68,10 +68,11 @@ def main(
     with ending():
         config, _ = read_settings(CaptionScoreConfig, argv, description, prog, check_paths)
         from tarflow.evaluation.features.caption_ranks import caption_score, score_lines, without
+        from tarflow.pipeline.loading.device import best_device
 
         images, captions = pictures_and_captions(config)
         captions = without(captions, config.remove)
-        score = caption_score(images, captions, config.model, config.among, config.batch_size)
+        score = caption_score(images, captions, config.model, config.among, config.batch_size, best_device())
         print(score_lines(score), flush=True)  # first: what is printed is not lost
         if config.out is not None:
             write_json(

@@ -228,6 +228,9 @@ def test_it_learns_and_is_a_model_of_transformers(
     (samples / "conditions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main([*argv, "--samples", str(samples)])
     assert "among 2 of 3 captions, 4 pictures" in capsys.readouterr().out
+    monkeypatch.setattr("tarflow.pipeline.loading.device.best_device", lambda: "no such device")
+    with pytest.raises(RuntimeError, match="no such device"):  # it measures on the best that there is
+        main([*argv, "--samples", str(samples)])
 
 
 def streamed(path: str, **changes: Any) -> DataConfig:
