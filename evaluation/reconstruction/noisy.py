@@ -89,7 +89,7 @@ def noisy_pictures(pipe: FlowPipeline, images: Pictures, count: int, batch_size:
 
 
 @torch.no_grad()
-def noisy_cached(pipe: FlowPipeline, cache: CachedLatents, count: int, batch_size: int, seed: int = 0) -> NoisyPictures:
+def noisy_cached(pipe: FlowPipeline, cache: CachedLatents, count: int, batch_size: int) -> NoisyPictures:
     """As `noisy_pictures`, of latents that are encoded already: their originals are what the autoencoder's decoder makes of
     them."""
     found, places = NoisyPictures([], [], []), evenly(len(cache), min(count, len(cache)))
@@ -98,7 +98,7 @@ def noisy_cached(pipe: FlowPipeline, cache: CachedLatents, count: int, batch_siz
         batch = collate([cache[places[number]] for number in numbers])
         clean = pipe.codec.normalise(batch["latent_mean"].to(pipe.flow.device)).float()
         found.originals.append(to_uint8(pipe.decode_latents(clean)).cpu())
-        noise = held_out_noise(clean.shape[1:], seed, numbers).to(clean.device)
+        noise = held_out_noise(clean.shape[1:], 0, numbers).to(clean.device)
         found.latents.append(clean + pipe.config.noise_std * noise)
         found.conditions.append(condition_of(pipe, batch, len(numbers), with_condition=True))
     return found

@@ -231,6 +231,9 @@ def test_it_learns_and_is_a_model_of_transformers(
     monkeypatch.setattr("tarflow.pipeline.loading.device.best_device", lambda: "no such device")
     with pytest.raises(RuntimeError, match="no such device"):  # it measures on the best that there is
         main([*argv, "--samples", str(samples)])
+    monkeypatch.setattr(training, "best_device", lambda: "no such device")
+    with pytest.raises(RuntimeError, match="no such device"):
+        train_captions(settings_with(config, output=str(tmp_path / "other")))
 
 
 def streamed(path: str, **changes: Any) -> DataConfig:
