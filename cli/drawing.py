@@ -89,7 +89,7 @@ def call_options(pipe: FlowPipeline, args: argparse.Namespace) -> dict[str, Any]
     guidance = pipe.config.guidance_scale if args.guidance is None else args.guidance
     if args.negative_prompt and guidance == 1:
         raise ValueError("--negative-prompt needs --guidance-scale above 1")
-    along = trajectory_steps(pipe.flow, args.steps, args.decoding, args.denoise)
+    along = trajectory_steps(pipe, args.steps, args.decoding, args.denoise)
     denoise, decoder = pipe.check_outputs(args.denoise, "pil", args.decoder, args.decoding)
     levels, default = pipe.noise_levels, pipe.config.num_inference_steps
     level = resolve_level(levels, args.noise_level)

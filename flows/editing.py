@@ -40,10 +40,7 @@ def interpolate(a: Tensor, b: Tensor, steps: int, path: str = "spherical") -> Te
     Returns:
         (steps, …).
     """
-    if path not in PATHS:
-        raise ValueError(f"the path must be one of {', '.join(PATHS)}, got {path!r}")
-    if steps < 2:
-        raise ValueError(f"an interpolation has at least 2 steps, its ends, got {steps}")
+    check_path(path, steps)
     if a.shape != b.shape:
         raise ValueError(f"both ends must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     t = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device).view(-1, *[1] * a.ndim)
@@ -64,9 +61,28 @@ def resample(z: Tensor, noise: Tensor, strength: float) -> Tensor:
         z, noise: of one shape; noise is standard normal.
         strength: s, from 0 (z itself) to 1 (the noise).
     """
+    check_strength(strength)
+    return (1 - strength**2) ** 0.5 * z + strength * noise
+
+
+def check_path(path: str, steps: int) -> None:
+    """Whether there is such a path, and so many ``steps`` are enough, see `interpolate`."""
+    if path not in PATHS:
+        raise ValueError(f"the path must be one of {', '.join(PATHS)}, got {path!r}")
+    if steps < 2:
+        raise ValueError(f"an interpolation has at least 2 steps, its ends, got {steps}")
+
+
+def check_strength(strength: float) -> None:
+    """Whether a strength of `resample` is one."""
     if not 0 <= strength <= 1:
         raise ValueError(f"the strength must be from 0 to 1, got {strength}")
-    return (1 - strength**2) ** 0.5 * z + strength * noise
+
+
+def check_step_size(step_size: float) -> None:
+    """Whether a step of `metropolis` is one."""
+    if not 0 < step_size <= 1:
+        raise ValueError(f"step_size must be above 0, at most 1, got {step_size}")
 
 
 class HeldFlow:
@@ -229,8 +245,7 @@ def metropolis(
         steps: how many, 0 or more.
         step_size: of the noise, how much is drawn anew, in (0, 1]; 1 proposes independent fills.
     """
-    if not 0 < step_size <= 1:
-        raise ValueError(f"step_size must be above 0, at most 1, got {step_size}")
+    check_step_size(step_size)
     x = at_least_float32(x)
     noise, log_det = held.forward(x)
     target, proposal = held.model_log_prob(x), held.log_prob(noise, log_det)

@@ -118,9 +118,13 @@ class StudentModel(NetworkHabits, ModelMixin, ConfigMixin):
             ``state_layers``.
 
         Raises:
-            ValueError: if the condition does not fit the student.
+            ValueError: if noise or condition do not fit the student.
         """
         config, p = self.config, self.config.patch_size
+        if z.ndim != 4 or z.shape[1] != config.in_channels or z.shape[2] % p or z.shape[3] % p:
+            raise ValueError(
+                f"z must have the shape (B, {config.in_channels}, H, W), H and W multiples of {p}, got {tuple(z.shape)}"
+            )
         grid = z.shape[2] // p, z.shape[3] // p
         prefix = self.prefix(len(z), class_labels, cond, guidance_weight)  # (B, L, D)
         length = prefix.shape[1]

@@ -16,6 +16,8 @@ from tarflow.flows.model import TARFlowModel
 from tarflow.flows.student import StudentModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.arguments import check_types
+from tarflow.pipeline.call.checks import check_guided
+from tarflow.pipeline.call.defaults import checked_settings
 from tarflow.pipeline.call.flow_pipeline import Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.call.settings import (
@@ -29,13 +31,12 @@ from tarflow.pipeline.call.settings import (
 )
 from tarflow.pipeline.call.steps import conditions_of, draw_by_flow, draw_by_student, pictures, residuals
 from tarflow.pipeline.call.student_sampling import check_student_call
-from tarflow.pipeline.call.trajectory_sampling import draw_by_trajectory, trajectory_steps
+from tarflow.pipeline.call.trajectory_sampling import default_steps, draw_by_trajectory, trajectory_steps
 from tarflow.pipeline.call.walk import check_own_level, check_walk, resolve_level, resolve_levels, resolve_steps
 from tarflow.pipeline.editing.tools import ExactFlowTools
 from tarflow.pipeline.loading.hub import PipelineFiles
 from tarflow.pipeline.lora.lora import LoraLoading
 from tarflow.pipeline.text.options import TextOptions
-from tarflow.vae.codec import LatentCodec
 from tarflow.vae.decoder import DecoderHalf
 
 
@@ -132,7 +133,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             student=student,
             scheduler=scheduler,
         )
-        self.register_to_config(
+        settings = checked_settings(
+            flow,
             latents_mean=latents_mean,
             latents_std=latents_std,
             noise_std=noise_std,
@@ -143,12 +145,14 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             caption_template=caption_template,
             decoder=decoder,
             denoise=denoise,
+        )
+        self.register_to_config(
+            **settings,
             text_options=TextOptions.of(text_options).changed or None,
             noise_levels=noise_levels,
-            num_inference_steps=resolve_steps(noise_levels, num_inference_steps, 1, True, None),
+            num_inference_steps=default_steps(flow, noise_levels, num_inference_steps),
             temperature=check_temperature(temperature),
         )
-        LatentCodec(vae, latents_mean, latents_std)  # an error for statistics that cannot be
 
     @torch.no_grad()
     @check_types
@@ -265,6 +269,15 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             max_sequence_length=max_sequence_length,
         )
         subjects.check(self.flow.config.conditioning, scale, callback_on_step_end is not None)
+        check_guided(
+            self.flow.config.conditioning,
+            guidance_scale,
+            guidance_parts,
+            guidance_annealed,
+            attention_temperature,
+            guidance_blocks,
+            callback_on_step_end is not None,
+        )
         method = guidance_method or self.config.guidance_method
         guidance = Guidance(
             scale - 1, method, guidance_parts, guidance_annealed, attention_temperature, guidance_blocks
@@ -272,14 +285,14 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         shape, aspect_ratio = resolve_size(self, height, width, aspect_ratio)
         tokens = shape[1] * shape[2] // self.flow.config.patch_size**2
         inversion = resolve_decoding(decoding, tolerance, segment, tokens)
-        steps = trajectory_steps(self.flow, num_inference_steps, decoding, denoise, attention_temperature)
+        steps = trajectory_steps(self, num_inference_steps, decoding, denoise, guidance)
         denoise, decoder = self.check_outputs(denoise, output_type, decoder, decoding)
         level = resolve_level(self.noise_levels, noise_level)
         check_own_level(self.config.noise_std, level, inversion is None, decoder)
         asked = num_inference_steps if steps is None else None  # else they are those along the trajectory
         walk_steps = resolve_steps(self.noise_levels, asked, self.config.num_inference_steps, bool(denoise), level)
         if inversion is None:
-            check_student_call(self.check_student(), scale, guidance, subjects.names_negative)
+            check_student_call(self.check_student(), scale, guidance, subjects.names_negative, shape)
         call = Sampling(
             subjects=subjects,
             device=self._execution_device,
@@ -301,16 +314,16 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,
         )
-        self.begin_call(call)
-        conditions = conditions_of(self, call)
-        noise = self.prepare_latents(conditions.count, shape, call.device, generator, latents)
-        noise = call.temperature * noise
-        if steps is not None:
-            drawn = draw_by_trajectory(self, call, conditions, noise, generator)
-        else:
-            drawn = (draw_by_student if call.by_student else draw_by_flow)(self, call, conditions, noise)
-        errors = residuals(self, drawn, noise) if return_residual and not drawn.stopped else (None, None)
-        images = pictures(self, call, conditions, drawn, output_type)
+        with self.during(call):
+            conditions = conditions_of(self, call)
+            noise = self.prepare_latents(conditions.count, shape, call.device, generator, latents)
+            noise = call.temperature * noise
+            if steps is not None:
+                drawn = draw_by_trajectory(self, call, conditions, noise, generator)
+            else:
+                drawn = (draw_by_student if call.by_student else draw_by_flow)(self, call, conditions, noise)
+            errors = residuals(self, drawn, noise) if return_residual and not drawn.stopped else (None, None)
+            images = pictures(self, call, conditions, drawn, output_type)
         self.maybe_free_model_hooks()
         output = TARFlowPipelineOutput(images=images, residual_max=errors[0], residual_mean=errors[1])
         return output if return_dict else output.to_tuple()

@@ -89,7 +89,7 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
     extractor = config.load_extractor(device)
     gen = generation_of(config, images)
     pipe = pipeline_of(gen, device)
-    along = trajectory_steps(pipe.flow, gen.num_inference_steps, gen.decoding, gen.denoise)
+    along = trajectory_steps(pipe, gen.num_inference_steps, gen.decoding, gen.denoise)
     if config.likelihood_images and along is not None:
         raise ValueError(
             f"likelihood_images is {config.likelihood_images}, but a trajectory model has no likelihoods of single pictures: "
@@ -195,7 +195,7 @@ def settings_of(
     model |= {"training noise σ": pipe.config.noise_std, "SHA-256": pipeline_hash(pipe)}
     guidance_scale = pipe.config.guidance_scale if gen.guidance_scale is None else gen.guidance_scale
     denoise, decoder = pipe.check_outputs(gen.denoise, "np", gen.decoder, gen.decoding)
-    steps = trajectory_steps(pipe.flow, gen.num_inference_steps, gen.decoding, gen.denoise)
+    steps = trajectory_steps(pipe, gen.num_inference_steps, gen.decoding, gen.denoise)
     level = resolve_level(pipe.noise_levels, gen.noise_level)
     if pipe.noise_levels is not None and denoise:
         steps = resolve_steps(pipe.noise_levels, gen.num_inference_steps, pipe.config.num_inference_steps, True, level)

@@ -106,7 +106,7 @@ def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:
     own["denoise"], own["decoder"] = pipe.check_outputs(values["denoise"], "np", values["decoder"], values["decoding"])
     found: dict[str, Any] = {name: own.get(name) if value is None else value for name, value in values.items()}
     steps = values["num_inference_steps"]
-    along = trajectory_steps(pipe.flow, steps, values["decoding"], values["denoise"])
+    along = trajectory_steps(pipe, steps, values["decoding"], values["denoise"])
     if pipe.noise_levels is None and along is None:
         resolve_steps(None, steps, 1, True, None)  # an error for more than one
     walks = pipe.noise_levels is not None and bool(found["denoise"])

@@ -39,7 +39,7 @@ def settings_of(config: Any, conditions: Conditions, pipe: TARFlowPipeline) -> d
         steps = resolve_steps(pipe.noise_levels, asked, default, bool(settings["denoise"]), level)
         walk = check_walk(config.walk, pipe.noise_levels, steps, level)
         settings |= {"noise_level": level, "num_inference_steps": steps, "walk": walk}
-    along = trajectory_steps(pipe.flow, config.num_inference_steps, config.decoding, config.denoise)
+    along = trajectory_steps(pipe, config.num_inference_steps, config.decoding, config.denoise)
     if along is not None:
         settings["num_inference_steps"] = along
     if config.decoding in ("auto", "jacobi") or (

@@ -287,16 +287,28 @@ def guided_states(
     )
     for place, block, given in zip(range(len(guidances)), model.blocks, guidances, strict=True):
         own = None if given is None else given.of_block(place + 1 == len(guidances))
-        if block.one_pass:
-            tokens, _ = block(tokens, grid, cond, null_cond, own)
-        else:
-            ordered = reorder(tokens, block.config.order, grid)
-            out = ordered.clone()
-            with at_hand(block):
-                run = InversionState(block, len(tokens), grid, cond, null_cond, own, cached=False)
-                if run.num_tokens > run.first:
-                    shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
-                    out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)
-            tokens = restore(out, block.config.order, grid)
+        with torch.autocast(x.device.type, enabled=False):  # as the inverse
+            tokens = guided_tokens(block, tokens, grid, cond, null_cond, own)
         states.append(tokens)
     return states
+
+
+def guided_tokens(
+    block: Block,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    cond: Condition,
+    null_cond: Condition,
+    guidance: Guidance | None,
+) -> Tensor:
+    """What one block of the guided map makes of row-major tokens (B, T, C), see `guided_states`."""
+    if block.one_pass:
+        return block(tokens, grid, cond, null_cond, guidance)[0]
+    ordered = reorder(tokens, block.config.order, grid)
+    out = ordered.clone()
+    with at_hand(block):
+        run = InversionState(block, len(tokens), grid, cond, null_cond, guidance, cached=False)
+        if run.num_tokens > run.first:
+            shift, log_scale = run.parameters(ordered, run.first, run.num_tokens)
+            out[:, run.first :], _ = affine_forward(ordered[:, run.first :], shift, log_scale)
+    return restore(out, block.config.order, grid)

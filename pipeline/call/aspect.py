@@ -18,9 +18,14 @@ def aspect_size(aspect_ratio: str, side: int, multiple: int) -> tuple[int, int]:
     Raises:
         ValueError: for an unknown aspect ratio.
     """
+    check_aspect_ratio(aspect_ratio)
+    return bucket_size(ratio_of(aspect_ratio), side, multiple)
+
+
+def check_aspect_ratio(aspect_ratio: str) -> None:
+    """An error for one that is none of `ASPECT_RATIOS`."""
     if aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(f"aspect_ratio must be one of {', '.join(ASPECT_RATIOS)}, got {aspect_ratio!r}")
-    return bucket_size(ratio_of(aspect_ratio), side, multiple)
 
 
 def ratio_of(aspect_ratio: str) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
+from threading import local
 from typing import Any
 
 from diffusers.utils import logging
@@ -14,9 +18,21 @@ from tarflow.flows.decoding.sampling import Change
 from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.call.parts import PipelineParts
+from tarflow.pipeline.call.samples import check_finite_latents
 from tarflow.pipeline.call.settings import Sampling
 
 logger: Any = logging.get_logger(__name__)
+
+
+OF_THREAD = local()
+
+
+def calling_back() -> set[int]:
+    """The pipelines, by ``id``, that are within a callback in this thread: a call of theirs there, a preview for example, is
+    made in the midst of another."""
+    if not hasattr(OF_THREAD, "pipes"):
+        OF_THREAD.pipes = set()
+    return OF_THREAD.pipes
 
 
 class CallState(PipelineParts):
@@ -26,10 +42,29 @@ class CallState(PipelineParts):
     _num_timesteps = 0
     _guidance_scale: float | None = None
 
-    def begin_call(self, call: Sampling) -> None:
-        """Set them for a call."""
+    @contextmanager
+    def during(self, call: Sampling) -> Iterator[None]:
+        """Set them for a call. After one that another call's callback makes they are that one's again."""
+        before = self._guidance_scale, self._interrupt, self._num_timesteps
         self._guidance_scale, self._interrupt = call.guidance_scale, False
         self._num_timesteps = call.steps(self.flow)
+        try:
+            yield
+        finally:
+            if id(self) in calling_back():
+                self._guidance_scale, self._interrupt, self._num_timesteps = before
+
+    @contextmanager
+    def within_callback(self, scale: float, steps: int) -> Iterator[None]:
+        """While a callback is called, they are those of its own call, whatever other threads draw."""
+        pipes, outermost = calling_back(), id(self) not in calling_back()
+        self._guidance_scale, self._num_timesteps = scale, steps
+        pipes.add(id(self))
+        try:
+            yield
+        finally:
+            if outermost:
+                pipes.discard(id(self))
 
     @property
     def guidance_scale(self) -> float:
@@ -88,6 +123,7 @@ class AfterStep:
     ):
         self.pipe, self.progress, self.call, self.module = pipe, progress, call, module
         self.guidance, self.null_condition = call.guidance, null_condition
+        self.scale, self.steps = call.guidance_scale, call.steps(pipe.flow)
         self.decodings: Sequence[Decoding] = ()
         self.used: list[Guidance] = []
         self.stopped = False
@@ -100,12 +136,12 @@ class AfterStep:
         if self.call.callback is None:
             return Change()
         returned = self.returned(index, index, latents)
-        before, scale = self.guidance, self.pipe.guidance_scale
-        null = self.change_guidance(scale)
+        before = self.guidance
+        null = self.change_guidance(self.scale)
         if self.guidance != before:
-            warn_beyond_promise(self.decodings[: max(len(self.decodings) - index - 1, 0)], scale)  # those to come
+            warn_beyond_promise(self.decodings[: max(len(self.decodings) - index - 1, 0)], self.scale)  # those to come
         self.pipe.run_offload_hook(self.module)
-        self.stopped = bool(self.pipe.interrupt) and index + 1 < self.pipe.num_timesteps
+        self.stopped = bool(self.pipe.interrupt) and index + 1 < self.steps
         return Change(returned.get("latents"), self.guidance, null, self.stopped)
 
     def after_level(self, index: int, timestep: Tensor, latents: Tensor) -> tuple[Tensor, bool]:
@@ -122,14 +158,20 @@ class AfterStep:
         callback, tensors = self.call.callback, self.call.callback_tensors
         assert callback is not None
         wanted = tensors is None or "latents" in tensors
-        found = callback(self.pipe, index, timestep, {"latents": latents} if wanted else {}) or {}
-        changed = found.get("latents")
-        if changed is not None and changed.shape != latents.shape:
+        with self.pipe.within_callback(self.scale, self.steps):
+            found = callback(self.pipe, index, timestep, {"latents": latents} if wanted else {})
+            scale = self.pipe.guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not scale < math.inf:
+            raise ValueError(f"the callback set _guidance_scale to {scale!r}, expected a number")
+        self.scale = float(scale)
+        if found is not None and not isinstance(found, Mapping):
             raise ValueError(
-                f"the callback returned latents of the shape {tuple(changed.shape)}, expected {tuple(latents.shape)}, as it was "
-                "given them"
+                f"the callback returned {type(found).__name__}, expected nothing, or a dictionary that may have latents"
             )
-        return found
+        changed = (found or {}).get("latents")
+        if changed is not None:
+            check_changed(changed, latents)
+        return dict(found or {})
 
     def change_guidance(self, scale: float) -> Condition:
         """Take over the scale that a callback may have set; returns the null condition if it is needed now."""
@@ -141,3 +183,15 @@ class AfterStep:
     def null(self, first: Condition) -> Condition:
         """The null condition that was used at last; ``first`` is the call's."""
         return first if self.added is None else self.added
+
+
+def check_changed(changed: Any, latents: Tensor) -> None:
+    """Whether what a callback returns can take the place of ``latents``."""
+    if not isinstance(changed, Tensor):
+        raise ValueError(f"the callback returned latents that are a {type(changed).__name__}, expected a tensor")
+    if changed.shape != latents.shape:
+        raise ValueError(
+            f"the callback returned latents of the shape {tuple(changed.shape)}, expected {tuple(latents.shape)}, as it was "
+            "given them"
+        )
+    check_finite_latents(changed, "the callback")

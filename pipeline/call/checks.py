@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,12 @@ def check_kind(kind: str, captions: Mapping[str, Any], classes: Mapping[str, Any
                 raise ValueError(f"this model has the conditioning {kind!r} and takes no {name}")
 
 
+def check_guidance_scale(scale: float) -> None:
+    """Whether a scale is one of guidance."""
+    if not 1 <= scale < math.inf:
+        raise ValueError(f"guidance_scale must be at least 1 (off), got {scale}")
+
+
 def check_counts(kind: str, num_images: int | None, num_images_per_prompt: int) -> None:
     """Whether a call's numbers of images are such, and meant for a flow with the conditioning ``kind``."""
     for name, value in (("num_images", num_images), ("num_images_per_prompt", num_images_per_prompt)):
@@ -49,21 +56,57 @@ def check_negative(
     check_kind(kind, {"negative_prompt_embeds": negative_embeds}, {})
     if negative_prompt is not None and negative_embeds is not None:
         raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
-    texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt]
-    if any(texts) and scale <= 1 and not callback:
+    named = {"negative_prompt": names_text(negative_prompt), "negative_prompt_embeds": negative_embeds is not None}
+    for name, given in named.items():
+        if given and scale <= 1 and not callback:
+            raise ValueError(
+                f"{name} has no effect without guidance, and guidance_scale is {scale:g}: take one above 1, or leave "
+                f"{name} out"
+            )
+
+
+def names_text(texts: str | list[str] | None) -> bool:
+    """Whether a text, or one of several, is not empty."""
+    return any(texts) if isinstance(texts, list) else bool(texts)
+
+
+def check_guided(
+    kind: str, scale: float | None, parts: str, annealed: bool, temperature: float, blocks: str, callback: bool
+) -> None:
+    """Whether what is asked of guidance can have an effect.
+
+    Args:
+        scale: of the call, None if it is the pipeline's own.
+        parts, annealed, temperature, blocks: as of `Guidance`.
+        callback: whether one may turn guidance on.
+    """
+    if kind == "none" and scale is not None and scale > 1 and temperature == 1:
         raise ValueError(
-            f"negative_prompt has no effect without guidance, and guidance_scale is {scale:g}: take one above 1, or leave "
-            "negative_prompt out"
+            f"guidance_scale is {scale:g}, but this model draws without conditions, so there is nothing to lead away from: leave "
+            "it out"
         )
+    if scale is None or scale > 1 or callback:
+        return
+    given = {
+        "guidance_parts": (parts, "ab"),
+        "guidance_annealed": (annealed, False),
+        "attention_temperature": (temperature, 1),
+        "guidance_blocks": (blocks, "all"),
+    }
+    for name, (value, usual) in given.items():
+        if value != usual:
+            raise ValueError(f"{name} has no effect without guidance, and guidance_scale is {scale:g}: leave it out")
 
 
-def check_caption_options(kind: str, max_sequence_length: int | None) -> None:
-    """Whether options of captions are given to a model that has captions."""
+def check_caption_options(kind: str, max_sequence_length: int | None, embeds: Tensor | None = None) -> None:
+    """Whether options of captions are given to a model that has captions, and not with encoded ones."""
     if max_sequence_length is None:
         return
     check_kind(kind, {"max_sequence_length": max_sequence_length}, {})
     if max_sequence_length < 1:
         raise ValueError(f"max_sequence_length must be at least 1, got {max_sequence_length}")
+    if embeds is not None:
+        raise ValueError("max_sequence_length has no effect on prompt_embeds, which are encoded: leave it out")
 
 
 def check_generator(generator: Any, images: int | None = None) -> None:

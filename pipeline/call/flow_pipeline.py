@@ -109,11 +109,12 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         """Latents (B, C, h, w) without the training noise.
 
         Args:
-            denoise: True or "score", "learned", or False, which changes nothing.
+            denoise: True or "score", "learned", or False or "none", which change nothing.
             class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
             noise_level, num_inference_steps, walk, generator: as of a call, of a flow of many levels.
             after_level: see `AfterLevel`.
         """
+        denoise, _ = inputs.resolve_denoising(self.flow.config, denoise, None, ("vae", True), self.vae is None, False)
         if not denoise or self.config.noise_std == 0:
             return latents
         check_flow_kind(self.flow, "removing the noise of single pictures is")
@@ -133,7 +134,12 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
         return without_noise(self.flow, latents, step, self.config.noise_std, class_labels, cond)
 
     def decode_latents(self, latents: Tensor, decoder: str = "vae") -> Tensor:
-        """Latents (B, C, h, w) → images (B, 3, H, W) float32, about [−1, 1]; ``decoder`` is "vae" or "finetuned"."""
+        """Latents (B, C, h, w) → images (B, 3, H, W) float32, about [−1, 1]; ``decoder`` is "vae" or "finetuned".
+
+        Raises:
+            ValueError: if the pipeline does not have it.
+        """
+        inputs.check_decoder(decoder, self.vae is None, self.finetuned_decoder is not None)
         module = self.finetuned_decoder if decoder == "finetuned" else self.vae
         self.run_offload_hook(module)
         return decoded(self.codec, latents, module)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tarflow.pipeline.call.checks import check_kind
+from tarflow.pipeline.call.checks import check_guidance_scale, check_kind
 from tarflow.pipeline.call.choices import DECODERS, DENOISE
 from tarflow.pipeline.call.labels import label_of, unknown_class
 
@@ -38,8 +38,7 @@ def check_inputs(
     for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if isinstance(texts, tuple) or texts == []:
             raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
-    if not guidance_scale >= 1:
-        raise ValueError(f"guidance_scale must be at least 1 (off), got {guidance_scale}")
+    check_guidance_scale(guidance_scale)
 
 
 def check_callback(wanted: Sequence[str] | None, allowed: Sequence[str]) -> None:
@@ -94,15 +93,22 @@ def resolve_denoising(
         raise ValueError("this model has no learned denoiser; denoise=True is the score step")
     if decoder is None:
         decoder = "vae" if denoise else default[0]
+    check_decoder(decoder, pixels, finetuned)
+    if denoise is None:
+        return decoder == "vae" and default[1], decoder
+    return (True if denoise == "score" else denoise), decoder
+
+
+def check_decoder(decoder: str, pixels: bool, finetuned: bool) -> None:
+    """Whether a pipeline has this decoder; ``pixels`` and ``finetuned`` as of `resolve_denoising`."""
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder must be 'vae' or 'finetuned', got {decoder!r}")
     if decoder == "finetuned" and pixels:
         raise ValueError("this model draws pixels: there is no decoder, finetuned or not; leave decoder out")
     if decoder == "finetuned" and not finetuned:
         raise ValueError(
             "this pipeline has no finetuned decoder: make one with tarflow finetune-decoder, or take decoder='vae'"
         )
-    if denoise is None:
-        return decoder == "vae" and default[1], decoder
-    return (True if denoise == "score" else denoise), decoder
 
 
 def latent_shape(config: Any, factor: int, height: int | None, width: int | None) -> tuple[int, int, int]:

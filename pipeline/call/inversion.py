@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,13 @@ class BlockInversion(PipelineParts):
         elif is_elsewhere(self.flow):  # most of the time goes into fetching weights: the fewer passes the better
             found, timed = [Decoding("sequential") if one.method == "auto" else one for one in asked], None
         else:
-            alike, tolerance = len(automatic) == len(asked), automatic[0].tolerance
-            found, timed = self._calibrated(noise, (cond, null_cond, guidance), tolerance, alike)
-            found = [best if one.method == "auto" else one for one, best in zip(asked, found, strict=True)]
+            tolerances = {one.tolerance for one in automatic}
+            alike = len(automatic) == len(asked) and len(tolerances) == 1
+            found, timed = self._calibrated(noise, (cond, null_cond, guidance), min(tolerances), alike)
+            found = [
+                replace(best, tolerance=one.tolerance) if one.method == "auto" else one
+                for one, best in zip(asked, found, strict=True)
+            ]
         self._decodings = found
         return found, timed
 

@@ -33,11 +33,21 @@ def without_noise(
         class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
     """
     denoise = learned_denoise if step == "learned" else score_denoise
-    return in_parts(
-        lambda part, labels, cond: denoise(flow, part, noise_std, class_labels=labels, cond=cond),
-        max(1, DENOISED_TOKENS // (latents.shape[2] * latents.shape[3] // flow.config.patch_size**2)),
-        (latents, class_labels, cond),
-    )
+    with torch.autocast(latents.device.type, enabled=False):  # as the flow's inverse
+        return in_parts(
+            lambda part, labels, cond: denoise(flow, part, noise_std, class_labels=labels, cond=cond),
+            max(1, DENOISED_TOKENS // (latents.shape[2] * latents.shape[3] // flow.config.patch_size**2)),
+            (latents, class_labels, cond),
+        )
+
+
+def check_finite_latents(latents: Tensor, made_by: str) -> None:
+    """Raise a FloatingPointError that says what made numbers that are not finite, which would be black pictures."""
+    if not bool(latents.isfinite().all()):
+        raise FloatingPointError(
+            f"the latents have numbers that are not finite, made by {made_by}: check the weights and the noise, or use a wider "
+            "dtype"
+        )
 
 
 def decoded(codec: LatentCodec, latents: Tensor, decoder: Any) -> Tensor:

@@ -16,7 +16,7 @@ from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, FAST_TOLERANCE, Dec
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.trajectory.kinds import FlowModel
 from tarflow.pipeline.call.aspect import aspect_size, nearest_aspect_ratio
-from tarflow.pipeline.call.checks import check_caption_options, check_counts, check_decoding, check_negative
+from tarflow.pipeline.call.checks import check_caption_options, check_counts, check_decoding, check_negative, names_text
 from tarflow.pipeline.call.choices import STUDENT
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.call.parts import PipelineParts
@@ -47,7 +47,7 @@ class Subjects:
     @property
     def names_negative(self) -> bool:
         """Whether the caller says what guidance leads away from."""
-        return self.negative_prompt is not None or self.negative_prompt_embeds is not None
+        return names_text(self.negative_prompt) or self.negative_prompt_embeds is not None
 
     def check(self, conditioning: str, guidance_scale: float, has_callback: bool) -> None:
         """Whether each of them can have an effect on a flow with this conditioning.
@@ -57,7 +57,7 @@ class Subjects:
         """
         check_counts(conditioning, self.num_images, self.num_images_per_prompt)
         check_negative(conditioning, self.negative_prompt, self.negative_prompt_embeds, guidance_scale, has_callback)
-        check_caption_options(conditioning, self.max_sequence_length)
+        check_caption_options(conditioning, self.max_sequence_length, self.prompt_embeds)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

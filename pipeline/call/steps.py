@@ -17,6 +17,7 @@ from tarflow.flows.layers.condition import Condition
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.call.callbacks import AfterStep, warn_beyond_promise
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
+from tarflow.pipeline.call.samples import check_finite_latents
 from tarflow.pipeline.call.settings import Sampling
 from tarflow.pipeline.call.student_sampling import student_samples
 
@@ -135,6 +136,7 @@ def draw_by_student(pipe: FlowPipeline, call: Sampling, conditions: Conditions, 
         pipe.run_offload_hook(student)
         labels, cond, weight = conditions.class_labels, conditions.cond, call.guidance_scale - 1
         latents, noisy = student_samples(student, noise, labels, cond, weight, pipe.compiled_student())
+        check_finite_latents(latents, "the student")
         changed = after_pass(0, latents).latents
     return Drawn(latents if changed is None else changed, noisy, condition, null, call.guidance, after_pass.stopped)
 
@@ -166,6 +168,7 @@ def pictures(pipe: FlowPipeline, call: Sampling, conditions: Conditions, drawn: 
     latents = drawn.latents
     if not drawn.stopped and not drawn.clean:
         latents = clean_latents(pipe, call, conditions, latents)
+        check_finite_latents(latents, "removing the training noise")
     if output_type == "latent":
         return latents
     images = pipe.decode_latents(latents, call.decoder)

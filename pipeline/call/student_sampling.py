@@ -37,7 +37,9 @@ def check_student_scale(student: StudentModel, scale: float) -> None:
         )
 
 
-def check_student_call(student: StudentModel, scale: float, guidance: Guidance, negative: bool) -> None:
+def check_student_call(
+    student: StudentModel, scale: float, guidance: Guidance, negative: bool, shape: tuple[int, int, int]
+) -> None:
     """Whether a pipeline's student can stand in for its flow in a call.
 
     Args:
@@ -45,11 +47,18 @@ def check_student_call(student: StudentModel, scale: float, guidance: Guidance, 
         scale: the call's guidance scale.
         guidance: the same with its method.
         negative: a negative prompt was given.
+        shape: channels, height and width of the latents.
 
     Raises:
-        ValueError: if the student was not trained for such guidance.
+        ValueError: if the student was not trained for such guidance, or its patches do not fit the size.
     """
     check_student_scale(student, scale)
+    patch = student.config.patch_size
+    if shape[1] % patch or shape[2] % patch:
+        raise ValueError(
+            f"this student makes latents in patches of {patch} × {patch}, which {shape[1]} × {shape[2]} of them are not made of: "
+            "take another height or width, or another decoding"
+        )
     if scale == 1:
         return
     plain = Guidance(guidance.weight, student.config.guidance_method)

@@ -23,40 +23,70 @@ from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.samples import DENOISED_TOKENS, in_parts
 from tarflow.pipeline.call.settings import Sampling
 from tarflow.pipeline.call.steps import Conditions, Drawn, block_conditions, null_condition
+from tarflow.pipeline.call.walk import resolve_steps
+
+
+def default_steps(flow: FlowModel, levels: Sequence[float] | None, steps: int) -> int:
+    """A pipeline's own ``num_inference_steps``: those from noise level to noise level, or along a trajectory one of the numbers
+    that its model was trained with; 1 there leaves the choice to the model.
+
+    Raises:
+        ValueError: for a number that its flow cannot take.
+    """
+    if isinstance(flow, TrajectoryFlowModel) and steps > 1:
+        check_trained(flow, steps)
+        return int(steps)
+    return resolve_steps(levels, steps, 1, True, None)
+
+
+def check_trained(flow: TrajectoryFlowModel, steps: int) -> None:
+    """An error unless a trajectory model was trained with this number of steps."""
+    if steps not in flow.config.steps:
+        numbers = ", ".join(str(one) for one in flow.config.steps)
+        raise ValueError(
+            f"this trajectory model was trained with {numbers} steps: num_inference_steps cannot be {steps}"
+        )
 
 
 def trajectory_steps(
-    flow: FlowModel, steps: int | None, decoding: Any, denoise: bool | str | None, temperature: float = 1.0
+    pipe: FlowPipeline,
+    steps: int | None,
+    decoding: Any,
+    denoise: bool | str | None,
+    guidance: Guidance | None = None,
 ) -> int | None:
     """How many steps a call takes along a trajectory; None for a flow, which inverts its blocks (its
     steps from noise level to noise level are another thing).
 
     Args:
-        flow: of the pipeline.
+        pipe: the pipeline.
         steps: ``num_inference_steps`` of the call.
         decoding, denoise: of the call.
-        temperature: of the attention under guidance.
+        guidance: of the call.
 
     Raises:
         ValueError: for a number that this model cannot take, or what trajectory models do not have.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
+    flow = pipe.flow
     if not isinstance(flow, TrajectoryFlowModel):
         return None
     if decoding == STUDENT:
         raise ValueError("a trajectory model has no student: leave decoding='student' out")
     if denoise == "learned":
         raise ValueError("a trajectory model has no learned denoiser; denoise=True is the score step")
-    if temperature != 1:
-        raise ValueError(f"attention_temperature is for flows, not for trajectory models: leave {temperature} out")
-    known = list(flow.config.steps)
-    if steps is not None and steps not in known:
-        numbers = ", ".join(str(one) for one in known)
-        raise ValueError(
-            f"this trajectory model was trained with {numbers} steps: num_inference_steps cannot be {steps}"
-        )
-    return known[0] if steps is None else int(steps)
+    if guidance is not None:
+        given = {"attention_temperature": (guidance.temperature, 1), "guidance_blocks": (guidance.blocks, "all")}
+        for name, (value, usual) in given.items():
+            if value != usual:
+                raise ValueError(f"{name} is for flows, not for trajectory models: leave {value!r} out")
+    if steps is None and pipe.config.num_inference_steps > 1:
+        steps = pipe.config.num_inference_steps
+    if steps is None:
+        return int(flow.config.steps[0])
+    check_trained(flow, steps)
+    return int(steps)
 
 
 def draw_by_trajectory(

@@ -28,13 +28,21 @@ class FlowEditor:
         pipe: the pipeline.
         noise_level: of the noise that pictures get, for a flow of many levels; None is its highest.
         generator: of the noise that a stochastic scheduler draws on the way down from it.
+        output_type: of the pictures that are made, checked before anything is computed.
 
     Attributes:
         level: that level; None for a flow of one.
     """
 
-    def __init__(self, pipe: FlowPipeline, noise_level: float | None = None, generator: Generators = None):
+    def __init__(
+        self,
+        pipe: FlowPipeline,
+        noise_level: float | None = None,
+        generator: Generators = None,
+        output_type: str = "latent",
+    ):
         check_flow_kind(pipe.flow, "encoding, likelihoods and editing are")
+        pipe.check_outputs(None, output_type)
         self.pipe, self.flow = pipe, pipe.flow
         self.level, self.generator = resolve_level(pipe.noise_levels, noise_level), generator
 
@@ -71,6 +79,10 @@ class FlowEditor:
         labels = self.pipe.label_indices(as_many(class_labels, batch, "class_labels"))
         return {"class_labels": torch.tensor(labels, device=device), **leveled}
 
+    def exactly(self) -> torch.autocast:
+        """A context in which the flow computes in its weights' dtype, as its inverse always does."""
+        return torch.autocast(self.pipe._execution_device.type, enabled=False)
+
     def latents(self, images: Tensor) -> Tensor:
         """The autoencoder's latents (B, C, h, w), or the pixels themselves, in the flow's dtype, at least float32."""
         self.pipe.run_offload_hook(self.pipe.vae)
@@ -94,7 +106,8 @@ class FlowEditor:
     def encoded(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """Noisy latents → standard normal z."""
         self.pipe.run_offload_hook(self.flow)
-        z, _ = self.flow(x, **condition)
+        with self.exactly():
+            z, _ = self.flow(x, **condition)
         variance = self.flow.prior_variance_image()
         return z if variance is None else z / variance.sqrt()
 
@@ -108,7 +121,8 @@ class FlowEditor:
     def log_prob(self, x: Tensor, condition: dict[str, Any]) -> Tensor:
         """log p of noisy latents, (B,)."""
         self.pipe.run_offload_hook(self.flow)
-        return log_prob(self.flow, x, **condition)
+        with self.exactly():
+            return log_prob(self.flow, x, **condition)
 
     def denoised(self, x: Tensor, condition: dict[str, Any]) -> tuple[Tensor, str]:
         """Latents for the pipeline's decoder, and which that is: a finetuned one takes them as they are."""
@@ -120,7 +134,6 @@ class FlowEditor:
 
     def postprocessed(self, images: Tensor, latents: Tensor, output_type: str) -> Any:
         """Decoded images, or latents, as ``output_type`` says; parts that were brought for the call are let go."""
-        self.pipe.check_outputs(None, output_type)
         self.pipe.maybe_free_model_hooks()
         return latents if output_type == "latent" else self.pipe.image_processor.postprocess(images, output_type)
 

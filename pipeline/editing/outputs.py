@@ -14,8 +14,8 @@ class EncodingOutput(BaseOutput):
     """A picture as noise.
 
     Attributes:
-        z: standard normal noise (B, C, h, w) if the picture is one that the flow would draw; ``pipe(…, latents=z)`` with
-            the same condition draws it again.
+        z: standard normal noise (B, C, h, w) if the picture is one that the flow would draw; ``pipe(…, latents=z,
+            guidance_scale=1)`` with the same condition draws it again.
         latents: what the flow encoded, the autoencoder's latents with the training noise, (B, C, h, w).
         error: largest |x − x'| of latents → z → latents, (B,).
     """
@@ -46,7 +46,7 @@ class EditingOutput(BaseOutput):
 
     Attributes:
         images: as ``output_type`` says.
-        latents: of the pictures, without the training noise, (B, C, h, w).
+        latents: of the pictures, (B, C, h, w); without the training noise, unless the pipeline's decoder removes it.
         log_prob: of them with the training noise, in nats: (B,), or along a Metropolis–Hastings chain (steps + 1, B).
         acceptance: share of accepted proposals of such a chain, (B,).
     """

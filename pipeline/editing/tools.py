@@ -12,7 +12,7 @@ from torch import Tensor
 from tarflow.flows import editing
 from tarflow.flows.likelihood import log_prob, nats_per_dim, token_log_prob
 from tarflow.pipeline.call.arguments import check_types
-from tarflow.pipeline.call.checks import check_generator
+from tarflow.pipeline.call.checks import check_generator, check_guidance_scale
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.editing.editor import FlowEditor
@@ -79,8 +79,9 @@ class ExactFlowTools(FlowPipeline):
         condition = editor.condition(len(x), prompt, class_labels, prompt_embeds)
         self.run_offload_hook(self.flow)
         autoregressive = not any(block.one_pass for block in self.flow.blocks)
-        shares = token_log_prob(self.flow, x, **condition) if autoregressive else None
-        total = log_prob(self.flow, x, **condition) if shares is None else shares.flatten(1).sum(1)
+        with editor.exactly():
+            shares = token_log_prob(self.flow, x, **condition) if autoregressive else None
+            total = log_prob(self.flow, x, **condition) if shares is None else shares.flatten(1).sum(1)
         self.maybe_free_model_hooks()
         return LikelihoodOutput(log_prob=total, nats_per_dim=nats_per_dim(total, x[0].numel()), map=shares)
 
@@ -94,6 +95,7 @@ class ExactFlowTools(FlowPipeline):
         path: str = "spherical",
         prompt: str | None = None,
         class_labels: int | str | None = None,
+        prompt_embeds: Tensor | None = None,
         generator: Generators = None,
         noise: bool = True,
         fit: bool = False,
@@ -105,14 +107,15 @@ class ExactFlowTools(FlowPipeline):
             first, second: one picture each.
             path: "spherical" or "linear", see `tarflow.flows.editing.interpolate`.
         """
-        editor = FlowEditor(self, generator=generator)
+        editor = FlowEditor(self, generator=generator, output_type=output_type)
+        editing.check_path(path, steps)
         ends = torch.cat([read_images(end, editor.size, fit) for end in (first, second)])
         if len(ends) != 2:
             raise ValueError(f"first and second are one picture each, got {len(ends)} together")
         x = editor.noisy(editor.latents(ends), generator, noise)
-        first_z, second_z = editor.encoded(x, editor.condition(2, prompt, class_labels))
+        first_z, second_z = editor.encoded(x, editor.condition(2, prompt, class_labels, prompt_embeds))
         z = editing.interpolate(first_z, second_z, steps, path)
-        return editor.edited(z, editor.condition(steps, prompt, class_labels), output_type)
+        return editor.edited(z, editor.condition(steps, prompt, class_labels, prompt_embeds), output_type)
 
     @torch.no_grad()
     @check_types
@@ -122,6 +125,7 @@ class ExactFlowTools(FlowPipeline):
         strength: float,
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
+        prompt_embeds: Tensor | None = None,
         generator: Generators = None,
         noise: bool = True,
         fit: bool = False,
@@ -132,9 +136,10 @@ class ExactFlowTools(FlowPipeline):
         Args:
             strength: 0 gives the picture itself, 1 one that has nothing to do with it but the condition.
         """
-        editor = FlowEditor(self, generator=generator)
+        editor = FlowEditor(self, generator=generator, output_type=output_type)
+        editing.check_strength(strength)
         x = editor.read(image, fit, generator, noise)
-        condition = editor.condition(len(x), prompt, class_labels)
+        condition = editor.condition(len(x), prompt, class_labels, prompt_embeds)
         z = editor.encoded(x, condition)
         check_generator(generator, len(x))
         fresh = randn_tensor(z.shape, generator, z.device, z.dtype)
@@ -149,6 +154,8 @@ class ExactFlowTools(FlowPipeline):
         target_prompt: str | list[str] | None = None,
         source_labels: Labels | None = None,
         target_labels: Labels | None = None,
+        source_prompt_embeds: Tensor | None = None,
+        target_prompt_embeds: Tensor | None = None,
         guidance_scale: float = 1.0,
         generator: Generators = None,
         noise: bool = True,
@@ -159,15 +166,17 @@ class ExactFlowTools(FlowPipeline):
         in z, and stays.
 
         Args:
-            source_prompt, source_labels: what the picture shows.
-            target_prompt, target_labels: what it shall show. The same as the source gives the same picture.
+            source_prompt, source_labels, source_prompt_embeds: what the picture shows.
+            target_prompt, target_labels, target_prompt_embeds: what it shall show. The same as the source gives the same picture.
             guidance_scale: of the decoding, away from no condition; 1 is off. With guidance the same condition no longer
                 gives the same picture.
         """
-        editor = FlowEditor(self, generator=generator)
+        editor = FlowEditor(self, generator=generator, output_type=output_type)
+        check_guidance_scale(guidance_scale)
         x = editor.read(image, fit, generator, noise)
-        z = editor.encoded(x, editor.condition(len(x), source_prompt, source_labels))
-        return editor.edited(z, editor.condition(len(x), target_prompt, target_labels), output_type, guidance_scale)
+        source = editor.condition(len(x), source_prompt, source_labels, source_prompt_embeds)
+        target = editor.condition(len(x), target_prompt, target_labels, target_prompt_embeds)
+        return editor.edited(editor.encoded(x, source), target, output_type, guidance_scale)
 
     @torch.no_grad()
     @check_types
@@ -177,11 +186,12 @@ class ExactFlowTools(FlowPipeline):
         mask: Mask,
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
+        prompt_embeds: Tensor | None = None,
         method: str = "fill",
         passes: int = 3,
         steps: int = 20,
         step_size: float = 0.3,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         noise: bool = True,
         fit: bool = False,
         output_type: str = "pil",
@@ -203,16 +213,17 @@ class ExactFlowTools(FlowPipeline):
         Returns:
             pictures; with "metropolis" also the chain's log_prob and acceptance.
         """
-        editor = FlowEditor(self, generator=generator)
+        editor = FlowEditor(self, generator=generator, output_type=output_type)
         if method not in INPAINTINGS:
             raise ValueError(f"the method must be one of {', '.join(INPAINTINGS)}, got {method!r}")
         if passes < 1 or steps < 0:
             raise ValueError(f"passes must be at least 1 and steps 0 or more, got {passes} and {steps}")
+        editing.check_step_size(step_size)
         pixels = read_images(image, editor.size, fit).to(self._execution_device)
         check_generator(generator, len(pixels))
         mask = read_mask(mask, len(pixels), editor.size).to(pixels.device)
         hole = tokens_of_mask(mask, self.codec.factor * self.flow.config.patch_size)
-        condition, hidden = editor.condition(len(pixels), prompt, class_labels), mask[:, None]
+        condition, hidden = editor.condition(len(pixels), prompt, class_labels, prompt_embeds), mask[:, None]
         mean = (pixels * ~hidden).sum((2, 3), keepdim=True) / (~hidden).sum((2, 3), keepdim=True)
         picture, chain = torch.where(hidden, mean, pixels), None
         for turn in range(passes + (method == "metropolis")):
@@ -238,6 +249,7 @@ class ExactFlowTools(FlowPipeline):
         num: int,
         prompt: str | None = None,
         class_labels: int | str | None = None,
+        prompt_embeds: Tensor | None = None,
         guidance_scale: float | None = None,
         generator: Generators = None,
         output_type: str = "pil",
@@ -247,18 +259,22 @@ class ExactFlowTools(FlowPipeline):
         Args:
             guidance_scale: of the drawing, as of a call; the likelihood is the model's own, without guidance.
         """
-        editor = FlowEditor(self, generator=generator)
+        editor = FlowEditor(self, generator=generator, output_type=output_type)
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}")
+        for name, given in (("prompt", prompt), ("class_labels", class_labels), ("prompt_embeds", prompt_embeds)):
+            if isinstance(given, list | tuple | Tensor) and len(given) != 1:
+                raise ValueError(f"best_of draws from one caption or class, and {name} has {len(given)}")
         drawn = self(
             prompt=prompt,
             class_labels=class_labels,
+            prompt_embeds=prompt_embeds,
             num_images_per_prompt=num,
             guidance_scale=guidance_scale,
             generator=generator,
             denoise=False,
             output_type="latent",
         ).images
-        condition = editor.condition(num, prompt, class_labels)
+        condition = editor.condition(num, prompt, class_labels, prompt_embeds)
         values, order = editor.log_prob(drawn, condition).sort(descending=True)
         return editor.finished(drawn[order], condition, output_type, values)

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict, set_adapters_for_text_encoder
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from tarflow.flows.adapters.adapters import refuse_adapters
 from tarflow.flows.adapters.changes import adapter_layers, changing_adapters, refuse_offloading_to_files
 from tarflow.flows.adapters.files import adapter_of, write_adapters
 from tarflow.flows.trajectory.kinds import check_flow_kind
+from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.lora.loading import load_into_text_encoder, refused_in_a_sentence, without_offloading
 
 #: Parts of a pipeline that may have adapters; names in a file begin with theirs.
@@ -54,9 +55,8 @@ def check_all_loaded(model: nn.Module, weights: Mapping[str, Tensor], adapter_na
 
 
 class LoraLoading(LoraBaseMixin):
-    """``load_lora_weights`` and ``save_lora_weights`` of a pipeline; ``set_adapters``, ``fuse_lora``, ``unfuse_lora``,
-    ``delete_adapters``, ``disable_lora``, ``enable_lora``, ``unload_lora_weights``, ``get_active_adapters`` and
-    ``get_list_adapters`` are Diffusers' own."""
+    """``load_lora_weights`` and ``save_lora_weights`` of a pipeline; ``get_active_adapters`` and
+    ``get_list_adapters`` are Diffusers' own, and so is what the other methods come down to."""
 
     _lora_loadable_modules = list(PARTS)  # noqa: RUF012 (the library's interface)
 
@@ -77,6 +77,8 @@ class LoraLoading(LoraBaseMixin):
         options = {name: kwargs.pop(name, None) for name in SOURCES}
         if kwargs:
             raise ValueError(f"load_lora_weights knows no argument {min(kwargs)!r}")
+        if not isinstance(source, str | Path | dict):
+            raise ValueError(f"adapters are read from a folder, a file, a hub id, or weights by name, got {source!r}")
         if options["use_safetensors"] is None:
             options["use_safetensors"] = True
         if isinstance(source, str | Path):
@@ -189,13 +191,64 @@ class LoraLoading(LoraBaseMixin):
         if is_main_process:
             write_adapters(save_directory, state, metadata, weight_name, safe_serialization, save_function)
 
+    def set_adapters(
+        self,
+        adapter_names: list[str] | str,
+        adapter_weights: float | dict[str, Any] | list[float] | list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Make these adapters the active ones, each in the parts that have it.
+
+        Args:
+            adapter_names: one or several.
+            adapter_weights: how strongly each acts, a number or one for each; 1 if not given. Instead of a number a dictionary
+                by the pipeline's parts, with what `FlowAdapters.set_adapters` takes for "flow".
+
+        Raises:
+            ValueError: for an adapter that there is not, or another count of weights.
+        """
+        check_flow_kind(self.flow, "adapters are")
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"set_adapters got {len(names)} adapters and {len(weights)} weights: give one for each")
+        known = self.get_list_adapters()
+        found = sorted({name for own in known.values() for name in own})
+        if unknown := sorted(set(names) - set(found)):
+            raise ValueError(f"the pipeline has no adapter {unknown[0]!r}; it has: {', '.join(found) or 'none'}")
+        for part, own in known.items():
+            chosen = [
+                (name, weight.get(part) if isinstance(weight, dict) else weight)
+                for name, weight in zip(names, weights, strict=True)
+                if name in own
+            ]
+            given, own_weights = [name for name, _ in chosen], [weight for _, weight in chosen]
+            if part == "flow":
+                self.flow.set_adapters(given, own_weights)
+            elif given:
+                set_adapters_for_text_encoder(given, self.text_encoder, own_weights)
+            else:
+                for layer in adapter_layers(getattr(self, part)).values():
+                    layer.set_adapter([])
+
     def fuse_lora(self, components: list[str] | None = None, **options: Any) -> None:
         """Make adapters a part of the weights; see Diffusers. Components are those that have adapters if not given."""
+        check_flow_kind(self.flow, "adapters are")
         super().fuse_lora(components or list(self.get_list_adapters()) or ["flow"], **options)
 
     def unfuse_lora(self, components: list[str] | None = None, **options: Any) -> None:
         """Take adapters out of the weights again; see Diffusers."""
+        check_flow_kind(self.flow, "adapters are")
         super().unfuse_lora(components or list(self.get_list_adapters()) or ["flow"], **options)
+
+    def disable_lora(self) -> None:
+        """Let adapters have no effect, until `enable_lora`."""
+        check_flow_kind(self.flow, "adapters are")
+        super().disable_lora()
+
+    def enable_lora(self) -> None:
+        """Let the active adapters have their effect again."""
+        check_flow_kind(self.flow, "adapters are")
+        super().enable_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Take adapters out; without any left the layers are plain ones again.
@@ -203,6 +256,7 @@ class LoraLoading(LoraBaseMixin):
         Raises:
             ValueError: for weights that are offloaded to files.
         """
+        check_flow_kind(self.flow, "adapters are")
         refuse_changes(self)
         super().delete_adapters(adapter_names)
         encoder = self.text_encoder
@@ -217,6 +271,8 @@ class LoraLoading(LoraBaseMixin):
         Raises:
             ValueError: for weights that are offloaded to files.
         """
+        if isinstance(self.flow, TrajectoryFlowModel):
+            return  # it has none
         refuse_changes(self)
         super().unload_lora_weights()
         if isinstance(self.text_encoder, nn.Module):

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tarflow.pipeline.text.options import TextOptions
 
 logger = logging.get_logger(__name__)
-#: So many parts that are cut off are shown at once.
-SHOWN = 4
+#: So many parts that are cut off are shown at once, and so many letters of each.
+SHOWN, SHOWN_LETTERS = 4, 300
 #: Text models that were trained to see padding, and that their tokenizers give no mask for.
 SEES_PADDING = ("siglip_text_model", "siglip2_text_model")
 
@@ -134,6 +134,11 @@ def cut_captions(
     return cut
 
 
+def shortened(text: str) -> str:
+    """The beginning of a text, for messages."""
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} …"
+
+
 def warn_of_cuts(
     tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int, options: TextOptions
 ) -> None:
@@ -141,7 +146,7 @@ def warn_of_cuts(
     if cut := cut_captions(tokenizer, captions, max_length, options):
         logger.warning(
             f"{len(cut)} of {len(captions)} captions are longer than {max_length} tokens, which is what is read of them; "
-            f"cut off: {[removed for _, removed in cut[:SHOWN]]}{' and so on' if len(cut) > SHOWN else ''}"
+            f"cut off: {[shortened(removed) for _, removed in cut[:SHOWN]]}{' and so on' if len(cut) > SHOWN else ''}"
         )
 
 

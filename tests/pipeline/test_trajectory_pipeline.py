@@ -258,3 +258,23 @@ def test_settings_of_another_kind_of_model_are_refused_by_name(pipe):
     with pytest.raises(ValueError, match=r"flow\.kind is flow, but the pipeline 'runs/some' has trajectory"):
         start.flow_settings({"actnorm": True, "kind": "flow"})
     assert start.flow_settings({"width": 64})["kind"] == "trajectory"
+
+
+def test_adapters_are_for_flows(pipe) -> None:
+    pipe.unload_lora_weights()  # there are none: nothing to do
+    for call in (pipe.fuse_lora, pipe.unfuse_lora, pipe.disable_lora, pipe.enable_lora, lambda: pipe.set_adapters("a")):
+        with pytest.raises(ValueError, match="adapters are for flows"):
+            call()
+
+
+def test_a_pipelines_own_number_of_steps(pipe) -> None:
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")}
+    made = TARFlowPipeline(pipe.flow, **parts, noise_std=0.3, max_sequence_length=8, num_inference_steps=3)
+    made.set_progress_bar_config(disable=True)
+    seen: list[int] = []
+    made(CAPTIONS, callback_on_step_end=lambda pipe, index, *_: seen.append(pipe.num_timesteps) or {})
+    assert seen == [3, 3, 3]
+    with pytest.raises(ValueError, match="was trained with 2, 3 steps: num_inference_steps cannot be 4"):
+        TARFlowPipeline(pipe.flow, **parts, num_inference_steps=4)
+    with pytest.raises(ValueError, match="guidance_blocks is for flows, not for trajectory models: leave 'deep' out"):
+        draw(pipe, guidance_scale=2, guidance_blocks="deep")

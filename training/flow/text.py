@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tarflow.data.latents import CachedLatents
 from tarflow.data.stream.stream import Stream
-from tarflow.pipeline.text.encoding import check_options, cut_captions
+from tarflow.pipeline.text.encoding import check_options, cut_captions, shortened
 from tarflow.pipeline.text.loading import load_text_encoder
 from tarflow.pipeline.text.options import TextOptions
 from tarflow.training.flow.config import TextConfig
@@ -22,8 +22,8 @@ from tarflow.vae.codec import tensors_hash, weights_hash
 if TYPE_CHECKING:
     from tarflow.training.flow.setup import Parts
 
-#: So many captions are looked at for ones that are too long, and so many letters of an example shown.
-LOOKED_AT, SHOWN = 4096, 300
+#: So many captions are looked at for ones that are too long.
+LOOKED_AT = 4096
 #: So many of a stream, whose rows have to be fetched for it.
 STREAMED = 256
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -187,7 +187,7 @@ def cut_sentence(count: int, total: str, max_length: int, example: Sequence[str]
         total: of how many, in words.
         example: a caption and the part that is cut off.
     """
-    caption, removed = (text if len(text) <= SHOWN else f"{text[:SHOWN]} …" for text in example)
+    caption, removed = map(shortened, example)
     are = "is" if count == 1 else "are"
     return (
         f"{count} of the {total} {are} longer than {max_length} tokens (text.max_length) and {are} cut, for "
