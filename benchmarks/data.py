@@ -186,6 +186,10 @@ def summary(name: str, readers: int, rate: float, values: list[tuple[float, ...]
     return Reading(name, readers, start, speed, per_cpu, rate, waiting)
 
 
+#: That empty files are listed in.
+FOLDERS = 1000
+
+
 @dataclass(frozen=True)
 class Listing:
     """Opening a folder of so many names for training: seconds, of which those of the processor, and megabytes."""
@@ -196,13 +200,14 @@ class Listing:
     megabytes: float | None
 
 
-def list_names(count: int, folders: int = 1000) -> Listing:
-    """Make a folder of empty files, and open it as training does, both splits and the order of the first epoch."""
+def list_names(count: int) -> Listing:
+    """Make folders of ``count`` empty files in all, and open them as training does, both splits and the order of the first
+    epoch."""
     with tempfile.TemporaryDirectory(prefix="tarflow-names-") as root:
-        for folder in range(folders):
-            (Path(root) / f"class{folder:04d}").mkdir()
-            for number in range(count // folders):
-                (Path(root) / f"class{folder:04d}" / f"image_{folder:04d}_{number:07d}.jpg").touch()
+        for number in range(count):
+            folder = Path(root) / f"class{number % FOLDERS:04d}"
+            folder.mkdir(exist_ok=True)
+            (folder / f"image_{number:07d}.jpg").touch()
         before, began, cpu = resident(), time.perf_counter(), time.process_time()
         config = DataConfig(source="folder", path=root)
         train = Images(config, "train")

@@ -42,6 +42,8 @@ def shape_of(name: str) -> Shape:
     if not isinstance(config, dict) or "flow" not in config:
         raise ValueError(f"the configuration {path!r} has no flow")
     arguments, text = dict(config["flow"]), config.get("text", {})
+    if (kind := arguments.pop("kind", "flow")) != "flow":
+        raise ValueError(f"benchmarks are of flows, but {path!r} has flow.kind {kind!r}")
     pixels, size = config["vae"]["name"] in (None, "none"), config["data"]["image_size"]
     arguments.setdefault("sample_size", size if pixels else size // FACTOR)
     if pixels:

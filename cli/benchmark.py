@@ -158,6 +158,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         positive.check(f"--{name.replace('_', '-')}", getattr(arguments, name, None))
     at_least(0).check("--latency-ms", getattr(arguments, "latency_ms", None))
     of_data = ("pictures", "image_size", "latent_shape", "shards", "shard_size", "listing")
+    positive.check("--peak-tflops", getattr(arguments, "peak_tflops", None))
+    at_least(1, "(off)").check("--guidance-scale", getattr(arguments, "guidance_scale", None))
     counts = (*of_data, "batches", "repeats", "steps", "batch", "blocks", "layers", "width", "sample_size", "samples")
     for name in (*counts, "guidance_scales"):
         at_least(1, "(off)" if name == "guidance_scales" else "").check(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from tarflow.common.checks import AtLeastOne, at_least, check_ranges
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.features.names import INCEPTION, KEPT_FEATURES, Metric
+from tarflow.evaluation.features.names import INCEPTION, KEPT_FEATURES, Metric, check_metrics
 from tarflow.evaluation.features.settings import RequiredExtractor
-from tarflow.evaluation.samples.settings import GenerationConfig
+from tarflow.evaluation.samples.settings import GenerationConfig, Split
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class ReferenceConfig(ExtractorConfig):
     """
 
     data: str | DataConfig
-    split: str | None = None
+    split: Split | None = None
     image_size: AtLeastOne | None = None
     num: Annotated[int, at_least(2)] | None = None
     keep_features: Annotated[int, at_least(0)] = KEPT_FEATURES
@@ -77,6 +77,10 @@ class MetricsConfig(ExtractorConfig):
     clip: str | None = None
     match: bool = False
     out: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_metrics(self.metrics, self.extractor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +117,17 @@ class RunConfig(ReferenceConfig, MetricsConfig):
 
     Attributes:
         stats: folder for the reference statistics, which are reused.
-        gen: what to generate; unfinished folders are continued.
+        gen: what to generate; unfinished folders are continued. Captions and labels of data are those of ``data``, if that
+            is a section and ``gen.data`` is not given.
     """
 
     stats: str
     gen: GenerationConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.data, DataConfig) and self.gen.data is None:
+            split = self.gen.split if self.split is None else self.split
+            object.__setattr__(self, "gen", dataclasses.replace(self.gen, data=self.data, split=split))
+        if self.gen.num < 2:
+            raise ValueError(f"gen.num is {self.gen.num}, but the metrics need at least 2 samples")

@@ -18,8 +18,8 @@ from tarflow.evaluation.samples.settings import GenerationConfig
 
 def ref(config: RefConfig, state: PartialState) -> None:
     check_writable(config.out, folder=True)
+    images = open_images(config.data, config.split, config.image_size, config.num)  # first: weights may be downloaded
     extractor = config.load_extractor(state.device)
-    images = open_images(config.data, config.split, config.image_size, config.num)
     found, computed = reference_statistics(images, extractor, config.out, config.batch_size, config.keep_features)
     if state.is_main_process:
         print(f"{found.count} pictures of {found.source}: {'computed' if computed else 'already there'}, {config.out}")

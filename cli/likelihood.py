@@ -15,7 +15,9 @@ from tarflow.cli.parsing import read_settings
 from tarflow.common.checks import AtLeastOne, Positive, at_least, check_ranges
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable, write_json
+from tarflow.common.words import counted
 from tarflow.data.config import DataConfig
+from tarflow.evaluation.samples.settings import Seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class LikelihoodConfig:
     importance: Annotated[int, at_least(0)] = 0
     condition: Literal["data", "none"] = "data"
     batch_size: AtLeastOne = 64
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Seed = 0
     noise_level: Positive | None = None
     output: str | None = None
 
@@ -89,7 +91,8 @@ def main(
         )
         print(report(result, pipe.config.noise_std), flush=True)  # first: what is printed is not lost
         if config.output is not None:
-            write_json(config.output, dataclasses.asdict(result), nan_as_null=True)
+            about = dataclasses.asdict(result) | {"settings": dataclasses.asdict(config)}
+            write_json(config.output, about, nan_as_null=True)
 
 
 def check_place(config: LikelihoodConfig) -> None:
@@ -114,7 +117,8 @@ def report(result: Any, noise_std: float) -> str:
             f"{f'nats per {what} dimension':<36}{result.mean:.4f} ± {result.standard_error:.4f}",
             f"of {what}s with noise of standard deviation {noise_std}; not comparable with bits per dimension of pixels",
         ]
-    lines.append(f"standard errors over {result.images} pictures, {result.draws} draws of noise each")
+    counts = f"{counted(result.images, 'picture')}, {counted(result.draws, 'draw')} of noise each"
+    lines.append(f"standard errors over {counts}" if result.images > 1 else f"{counts}: no standard error")
     if result.draw_error is not None:
         lines.append(f"standard error from the noise alone {result.draw_error:.1e}")
     return "\n".join(lines)

@@ -69,8 +69,9 @@ For work on the project itself: python -m tarflow.scripts.NAME --help, with a NA
 
 def help_text() -> str:
     """The help: the groups of commands, with a line each."""
+    width = max(map(len, COMMANDS))
     groups = (
-        "\n".join([f"{title}:", *(f"  {name:<16}  {line}" for name, line in lines.items())])
+        "\n".join([f"{title}:", *(f"  {name:<{width}}  {line}" for name, line in lines.items())])
         for title, lines in GROUPS.items()
     )
     return HELP.format(commands="\n\n".join(groups), scripts=" or ".join(SCRIPTS))

@@ -8,8 +8,11 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
 
 from tarflow import configs
 from tarflow.common.arguments import parse_dataclass
@@ -87,12 +90,47 @@ def read_settings(
     Raises:
         ValueError: with one sentence, also for a pipeline or data that is not there.
     """
-    settings, resolved = parse_dataclass(kind, with_config_file(argv), description, prog)
+    arguments = with_config_file(argv)
+    settings, resolved = parse_dataclass(kind, arguments, description, prog)
+    check_pictures_named(kind, arguments)
     check_places(settings)
     if check is not None:
         check(settings)
     loading()
     return settings, resolved
+
+
+def check_pictures_named(kind: type, argv: Sequence[str]) -> None:
+    """Refuse to take the project's own drawings where nobody has said of which pictures a command is.
+
+    Args:
+        kind: the dataclass of settings; one whose ``data`` has a default may be left alone.
+        argv: the arguments, see `with_config_file`.
+
+    Raises:
+        ValueError: if neither an argument nor a configuration file names them.
+    """
+    needs = any(
+        field.name == "data"
+        and field.type in (DataConfig, DataConfig.__name__)
+        and field.default is field.default_factory is dataclasses.MISSING
+        for field in dataclasses.fields(kind)
+    )
+    named = (argument.startswith(("--data.", "--data=")) or argument == "--data" for argument in argv)
+    if needs and not any(named) and not any("data" in sections for sections in sections_of_files(argv)):
+        raise ValueError(
+            "of which pictures? give --data.source folder --data.path PATH, or --data.source drawings for the project's own"
+        )
+
+
+def sections_of_files(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What the files of ``--config`` have at the top."""
+    following = zip(argv, [*argv[1:], ""], strict=True)
+    for argument, after in following:
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            text = Path(value if equals else after).read_text(encoding="utf-8")
+            yield yaml.safe_load(text) or {}
 
 
 def check_places(settings: Any) -> None:

@@ -17,12 +17,18 @@ DEBUG = "TARFLOW_DEBUG"
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Run a command: `ERRORS` are one sentence and exit status 2, Ctrl-C one line and exit status 130.
+    """Run a command: `ERRORS` are one sentence and exit status 2, Ctrl-C one line and exit status 130; if whoever
+    reads the output has gone, as ``head`` does, nothing is said, and the status is 141.
 
     With ``TARFLOW_DEBUG=1`` in the environment the traceback is printed first.
     """
     try:
         yield
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            fail(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still to be written
+        raise SystemExit(141) from None
     except ERRORS as error:
         fail(error)
     except KeyboardInterrupt:

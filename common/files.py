@@ -186,6 +186,18 @@ def read_json_lines(path: str | Path) -> list[tuple[int, Any]]:
     return json_lines(Path(path).read_bytes(), str(path))
 
 
+def read_json(path: str | Path) -> Any:
+    """What a JSON file has.
+
+    Raises:
+        ValueError: that names the file, if it is none.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON file ({error}): remove it, or give another folder") from error
+
+
 def keep_settings(path: str | Path, settings: Mapping[str, Any], what: str) -> None:
     """Note what decides the contents of a folder, or refuse a folder of others.
 
@@ -199,7 +211,7 @@ def keep_settings(path: str | Path, settings: Mapping[str, Any], what: str) -> N
     """
     path = Path(path).expanduser()
     here = json.loads(json.dumps(settings))
-    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    there = read_json(path) if path.is_file() else {}
     for name, value in here.items():
         if name in there and there[name] != value:
             raise ValueError(

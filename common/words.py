@@ -26,3 +26,8 @@ def duration_in_words(seconds: float) -> str:
     else:
         parts = [(minutes, "minute")]
     return " ".join(f"{number} {name}{'' if number == 1 else 's'}" for number, name in parts if number)
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things: "1 picture", "1,024 pictures"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"

@@ -73,7 +73,7 @@ def compare_decoding(config: ComparisonConfig, pipe: FlowPipeline) -> list[dict[
     for row in rows:
         row["distance"], row["seconds"] = distances.get(row["method"]), seconds[row["method"]]
         row["total_seconds"] = row["seconds"] + sampling
-    write_tables(config, pipe, rows, extractor, out)
+    write_tables(config, pipe, rows, extractor, out, sum(map(len, held_out.originals)))
     write_picture(out / "samples.png", labelled_rows(samples), optimize=True)
     first = {name: torch.cat(batches)[: config.columns] for name, batches in reconstructions.items()}
     write_picture(out / "reconstructions.png", labelled_rows(first), optimize=True)
@@ -189,12 +189,19 @@ def labelled_rows(rows: dict[str, Tensor], least: int = 96) -> Image.Image:
 
 
 def write_tables(
-    config: ComparisonConfig, pipe: FlowPipeline, rows: list[dict[str, Any]], extractor: Extractor | None, out: Path
+    config: ComparisonConfig,
+    pipe: FlowPipeline,
+    rows: list[dict[str, Any]],
+    extractor: Extractor | None,
+    out: Path,
+    pictures: int,
 ) -> None:
-    """Write ``comparison.json``, with all that the numbers depend on, and ``comparison.md``."""
+    """Write ``comparison.json``, with all that the numbers depend on, and ``comparison.md``; so many ``pictures`` were
+    rebuilt."""
     warning = None if extractor is None else bias_warning(config.num, extractor.dims)
     report: dict[str, Any] = {
         "rows": rows,
+        "pictures": pictures,
         "noise_std": pipe.config.noise_std,
         "distance": None if extractor is None else extractor.metric_name,
         "warnings": [] if warning is None else [warning],
@@ -209,7 +216,7 @@ def write_tables(
     lines = [
         markdown_table(titles, [[row[name] for name in names] for row in rows]),
         "",
-        f"PSNR and SSIM: of {config.pictures} pictures whose latents got noise of σ {pipe.config.noise_std:g}.",
+        f"PSNR and SSIM: of {pictures:,} pictures whose latents got noise of σ {pipe.config.noise_std:g}.",
     ]
     lines += [f"Times: medians of {config.repeats}, batches of {min(config.batch_size, config.num)}."]
     lines += [] if warning is None else [warning]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import repeat
@@ -107,8 +107,7 @@ def copies_of(source: str, rows: Sequence[Row], folder: Path, names: Collection[
         copies = 1 if held_out else TONED_COPIES if has_tone(row["text"]) else COPIES
         for copy, caption in enumerate(captions_of(row, copies, names, random.Random(f"c {name}"))):
             image = cut(picture, random.Random(f"{name} {copy}")) if copy else resized
-            stem = name.replace("/", "_").rsplit(".", 1)[0]
-            path = f"{'validation' if held_out else 'train'}/{stem}_{copy}.png"
+            path = f"{'validation' if held_out else 'train'}/{stem_of(name)}_{copy}.png"
             write_picture(folder / path, image, compress_level=1)
             made.append({"file_name": path, "caption": caption, "text": row["text"], "style": style})
     return made
@@ -126,6 +125,7 @@ def write_emoji_pictures(sources: Sequence[str], folder: Path, processes: int | 
         ValueError: for files that cannot be read, or rows without name or style.
     """
     found = {source: read_rows(source) for source in sources}
+    check_rows(found)
     names = frozenset(row["text"].lower() for rows in found.values() for row in rows)
     jobs = []
     for source, rows in found.items():
@@ -135,6 +135,30 @@ def write_emoji_pictures(sources: Sequence[str], folder: Path, processes: int | 
         made = [row for part in parts for row in part]
     write_text(folder / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
     return len(made)
+
+
+def stem_of(name: str) -> str:
+    """What the files of a picture's copies are called by."""
+    return name.replace("/", "_").rsplit(".", 1)[0]
+
+
+def check_rows(found: Mapping[str, Sequence[Row]]) -> None:
+    """An error if there is nothing to write, or two pictures would be written to the same files.
+
+    Args:
+        found: rows by source.
+    """
+    if not any(found.values()):
+        raise ValueError(f"no row is left of {', '.join(map(repr, found))}: OpenMoji's are left out")
+    taken: dict[str, tuple[str, str]] = {}
+    for source, rows in found.items():
+        for row in rows:
+            here = (source, row["file_name"])
+            there = taken.setdefault(stem_of(row["file_name"]), here)
+            if there != here:
+                raise ValueError(
+                    f"{here[1]!r} of {here[0]!r} and {there[1]!r} of {there[0]!r} would be one file: rename one of them"
+                )
 
 
 def read_rows(source: str) -> list[Row]:

@@ -86,8 +86,10 @@ def likelihood(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
 
 
 def interpolate(config: ExactFlowConfig, pipe: TARFlowPipeline) -> Rows:
-    first, second = read_batch(config, pipe).images[:2]
-    rows = {}
+    images = read_batch(config, pipe).images[:2]
+    if len(images) < 2:
+        raise ValueError(f"interpolation is between two pictures, but the split {config.split!r} has {len(images)}")
+    (first, second), rows = images, {}
     for path in ("spherical", "linear"):
         out = pipe.interpolate(first, second, 8, path, generator=generator_of(config), output_type="pt")
         rows[path] = bytes_of(out.images)

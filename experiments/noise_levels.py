@@ -19,7 +19,6 @@ from tarflow.common.machine import machine
 from tarflow.common.seeds import image_generators
 from tarflow.data.images import bytes_of
 from tarflow.evaluation.conditions import make_conditions
-from tarflow.evaluation.features.names import INCEPTION
 from tarflow.evaluation.reports.settings import SweepConfig
 from tarflow.evaluation.reports.sweep import Measure, run_sweep
 from tarflow.evaluation.samples.generation import pipeline_of
@@ -45,12 +44,18 @@ def training_options(config: LevelComparisonConfig, kind: str, high: float, fold
 
 
 def train(options: list[str]) -> None:
-    """A training in a process of its own.
+    """A training in a process of its own. Ctrl-C, which reaches that one too, waits for its checkpoint.
 
     Raises:
         ValueError: if it fails; it has said why.
     """
-    if subprocess.run([sys.executable, "-m", "tarflow.cli", "train", *options], check=False).returncode:
+    process = subprocess.Popen([sys.executable, "-m", "tarflow.cli", "train", *options])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if status:
         raise ValueError(f"the training failed: tarflow train {' '.join(options)}")
 
 
@@ -115,7 +120,7 @@ def sweep_of(config: LevelComparisonConfig, folder: Path, kind: str) -> SweepCon
         num_inference_steps=config.steps if kind == "levels" else None,
         ref=config.ref,
         match=config.match,
-        extractor=config.extractor or INCEPTION,
+        extractor=config.extractor,
         extractor_weights=config.extractor_weights,
         extractor_normalize=config.extractor_normalize,
         keep_images=False,

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from tarflow.common.checks import AtLeastOne, Positive, at_least, check, check_ranges
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.features.settings import OptionalExtractor
-from tarflow.evaluation.samples.settings import SampleSubjects, Split
+from tarflow.evaluation.features.settings import OptionalExtractor, RequiredExtractor
+from tarflow.evaluation.samples.settings import GuidanceScale, SampleSubjects, Seed, Split
 from tarflow.pipeline.call.choices import FlowDecodingName
 
 
@@ -84,7 +84,7 @@ class StudentComparisonConfig(SampleSubjects):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LevelComparisonConfig(OptionalExtractor):
+class LevelComparisonConfig(RequiredExtractor):
     """What to train and compare.
 
     Attributes:
@@ -115,13 +115,13 @@ class LevelComparisonConfig(OptionalExtractor):
     steps: list[int] = field(default_factory=lambda: [1, 4, 10, 30])
     num: AtLeastOne = 1000
     batch_size: AtLeastOne = 64
-    guidance_scale: Annotated[float, at_least(1, "(off)")] | None = None
+    guidance_scale: GuidanceScale | None = None
     captions: str | None = None
     labels: int | str | None = None
     ref: str | None = None
     match: bool = False
     columns: AtLeastOne = 12
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -159,9 +159,15 @@ class ExactFlowConfig:
     num: Annotated[int, at_least(2)] = 6
     steps: AtLeastOne = 50
     step_size: Positive = 0.3
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        usual = {"steps": type(self).steps, "step_size": type(self).step_size}
+        for name, value in usual.items():
+            if self.tool != "inpaint" and getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} is for the tool 'inpaint', and has no effect with {self.tool!r}: leave it out"
+                )
         if self.tool == "ood" and self.outside is None:
             raise ValueError("the tool 'ood' needs pictures of another kind: give --outside.source and --outside.path")

@@ -50,11 +50,15 @@ def condition_of(
     leveled: dict[str, Any] = {} if level is None else {"noise_level": level}
     if kind == "prefix":
         if with_condition and "caption" not in batch:
-            raise ValueError("the model takes captions, but the data has none; ask for no condition")
+            raise ValueError(
+                "the model takes captions, but the data has none: give data with them, or ask for no condition where a command can (--condition none)"
+            )
         captions = batch["caption"] if with_condition else [""] * count
         return {"cond": pipe.encode_prompt(captions, do_classifier_free_guidance=False)[0], **leveled}
     if kind == "none" or not with_condition:
         return leveled
     if "label" not in batch:
-        raise ValueError("the model takes class labels, but the data has none; ask for no condition")
+        raise ValueError(
+            "the model takes class labels, but the data has none: give data with them, or ask for no condition where a command can (--condition none)"
+        )
     return {"class_labels": batch["label"].to(pipe.flow.device), **leveled}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tarflow.common.statistics import mean_and_error
 from tarflow.evaluation.features.clip_score import embeddings
 from tarflow.evaluation.images.sets import ImageSet
 
@@ -86,20 +87,16 @@ def score_of(pictures: Tensor, captions: Tensor, own: Tensor, among: int) -> Cap
         torch.tensor([chance_of(count, len(captions), among, places) for count in better], dtype=torch.float64)
         for places in (FIRST, TOP)
     )
+    right, right_five = mean_and_error(first), mean_and_error(top5)
     return CaptionScore(
-        first=float(first.mean()),
-        first_error=standard_error(first),
-        top5=float(top5.mean()),
-        top5_error=standard_error(top5),
+        first=right[0],
+        first_error=right[1],
+        top5=right_five[0],
+        top5_error=right_five[1],
         pictures=len(pictures),
         captions=len(captions),
         among=among,
     )
-
-
-def standard_error(values: Tensor) -> float:
-    """Of a mean of (N,); not a number of a single one."""
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def captions_before(pictures: Tensor, captions: Tensor, own: Tensor) -> Tensor:

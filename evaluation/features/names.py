@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 #: The extractor whose Fréchet distance is FID.
 INCEPTION = "inception"
@@ -22,3 +23,24 @@ def results_of(metric: Metric, is_fid: bool) -> list[str]:
         "inception_score": ["inception_score", "inception_score_std"] if is_fid else [],
     }
     return names[metric]
+
+
+def check_metrics(metrics: Sequence[Metric] | None, extractor: str | None) -> None:
+    """Whether there are some, all of which this extractor has numbers for.
+
+    Args:
+        metrics: None is all that it has.
+        extractor: its name.
+
+    Raises:
+        ValueError: if not.
+    """
+    if metrics is None:
+        return
+    if not metrics:
+        raise ValueError(f"metrics is an empty list: give some of {', '.join(get_args(Metric))}")
+    for metric in metrics:
+        if not results_of(metric, extractor == INCEPTION):
+            raise ValueError(
+                f"the metric {metric!r} is of the extractor {INCEPTION!r}, but the extractor is {extractor!r}"
+            )

@@ -13,6 +13,7 @@ from torch import Tensor
 from tarflow.common.dtypes import exact_convolutions
 from tarflow.common.progress import progress_bar
 from tarflow.common.seeds import image_seed
+from tarflow.common.statistics import mean_and_error
 from tarflow.data.images import Pictures, collate, to_model
 from tarflow.data.subset import check_not_empty
 from tarflow.flows.likelihood import bits_per_dim, dequantize, log_prob, nats_per_dim
@@ -170,11 +171,6 @@ def check_arguments(pipe: FlowPipeline, images: Pictures, count: int | None, dra
     if pixels and pipe.flow.config.in_channels != 3:
         raise ValueError(f"the model has {pipe.flow.config.in_channels} channels; pictures have 3")
     return count
-
-
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of (N,) numbers and its standard error; not a number for a single one."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
 
 def batches(images: Pictures, count: int, batch_size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from tarflow.common.machine import machine
 from tarflow.common.progress import progress_bar
+from tarflow.common.statistics import mean_and_error
 from tarflow.data.config import DataConfig
 from tarflow.data.images import collate
 from tarflow.data.stream.first import AnyPictures, open_pictures
 from tarflow.data.subset import Subset, evenly, spread
 from tarflow.evaluation.conditions import Conditions
 from tarflow.evaluation.features.extractors import Extractor
-from tarflow.evaluation.likelihood.held_out import mean_and_error, picture_likelihoods
+from tarflow.evaluation.likelihood.held_out import picture_likelihoods
 from tarflow.evaluation.reports.fid import versions
 from tarflow.evaluation.reports.files import read_curves, read_metrics
 from tarflow.evaluation.reports.neighbours import Describe, Neighbours, nearest_neighbours, pixel_description
@@ -95,12 +96,12 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
             f"likelihood_images is {config.likelihood_images}, but a trajectory model has no likelihoods of single pictures: "
             "set it to 0"
         )
-    conditions = conditions_of(pipe, gen)
-    likelihoods = all_likelihoods(config, pipe, images) if config.likelihood_images else None
-    samples = draw(config, gen, pipe, conditions)
     train = spread(images["train"], config.train_images)
     if len(train) <= NEIGHBOURS:
         raise ValueError(f"the training split has {len(train)} pictures, too few to search for {NEIGHBOURS} neighbours")
+    conditions = conditions_of(pipe, gen)
+    likelihoods = all_likelihoods(config, pipe, images) if config.likelihood_images else None
+    samples = draw(config, gen, pipe, conditions)
     spaces = search(config, train, images["validation"], samples, extractor)
     return Contents(
         title=config.title or title_of(config.pipeline),

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tarflow.evaluation.reports.svg_charts import Series
+
+#: Names of likelihoods end in these, and are measured so.
+UNITS = {"nats_per_dim": "nats per dimension", "bits_per_dim": "bits per dimension"}
 
 
 def read_curves(run: str) -> dict[str, Series]:
@@ -23,15 +28,26 @@ def read_curves(run: str) -> dict[str, Series]:
         log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         log.Reload()
         for tag in log.Tags()["scalars"]:
-            events = [event for event in log.Scalars(tag) if math.isfinite(event.value)]
-            if not events:
-                continue
-            likelihood = tag.endswith(("nats_per_dim", "bits_per_dim"))
-            title = "likelihood, nats per dimension" if likelihood else tag
-            curves.setdefault(title, {})[tag] = ([event.step for event in events], [event.value for event in events])
+            values = {step: value for step, value in last_of(log.Scalars(tag)).items() if math.isfinite(value)}
+            if values:
+                ending = next((one for one in UNITS if tag.endswith(one)), "")
+                title = f"likelihood, {UNITS[ending]}" if ending else tag
+                curves.setdefault(title, {})[tag] = (list(values), list(values.values()))
     if not curves:
         raise ValueError(f"{run!r} has no TensorBoard logs with scalars (files events.out.tfevents…)")
     return curves
+
+
+def last_of(events: Iterable[Any]) -> dict[int, float]:
+    """Values by step of a log's events, in the order in which they were written. What was written of a step and later ones
+    before a run went back to it, or a new one began, is not of this run any more."""
+    found: dict[int, float] = {}
+    last = -1
+    for event in events:
+        if event.step <= last:
+            found = {step: value for step, value in found.items() if step < event.step}
+        found[event.step], last = event.value, event.step
+    return found
 
 
 def read_metrics(path: str) -> tuple[dict[str, str], list[str]]:
@@ -44,7 +60,8 @@ def read_metrics(path: str) -> tuple[dict[str, str], list[str]]:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         values = found["metrics"]
         names = {name: found.get("names", {}).get(name, name) for name in values}
-        metrics = {names[name]: f"{value:.5g}" for name, value in values.items() if math.isfinite(value)}
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        metrics = {names[name]: f"{value:.5g}" for name, value in known.items()}
         for side in ("reference", "samples"):
             if side in found:
                 metrics[f"{side} pictures"] = f"{found[side]['count']:,}"

@@ -81,8 +81,6 @@ def write_report(config: ReportConfig, device: str | torch.device = "cpu") -> Pa
         ValueError, OSError: if something that it needs is missing or does not fit.
     """
     path = Path(config.out).expanduser()
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"out must be the name of an .html file, got {config.out!r}")
     check_writable(path)
     write_text(path, render(gather(config, device)))
     return path

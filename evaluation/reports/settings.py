@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from tarflow.common.checks import AtLeastOne, at_least, check_ranges
+from tarflow.common.checks import AtLeastOne, at_least, check, check_ranges
 from tarflow.data.config import DataConfig
-from tarflow.evaluation.features.names import INCEPTION, Metric, results_of
+from tarflow.evaluation.features.names import INCEPTION, Metric, check_metrics, results_of
 from tarflow.evaluation.features.settings import OptionalExtractor, RequiredExtractor
 from tarflow.evaluation.samples.settings import GenerationConfig, SampleSettings
 from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise
@@ -106,6 +106,9 @@ class SweepConfig(RequiredExtractor):
                 raise ValueError(f"{name} is an empty list: give at least one value, or leave it out")
         if self.ref is None and not self.match:
             raise ValueError("nothing is measured: give ref (pictures or their statistics), or match for drawings")
+        if self.ref is not None:
+            check_metrics(self.metrics, self.extractor)
+            check(self.gen.num >= 2, "gen.num is 1, but the metrics need at least 2 samples")
         for values in self.combinations():
             dataclasses.replace(self.gen, **values)  # a number out of range fails here, not hours later
         if self.rank is not None and self.rank not in (names := self.results()):

@@ -63,6 +63,7 @@ def run_sweep(
     out = Path(config.gen.out).expanduser()
     check_writable(out, folder=True)
     pipe = pipeline_of(config.gen, device)
+    check_rank(config.rank, pipe.flow.config.conditioning)
     fixed = fixed_settings(config, pipe)
     wanted = unique([resolved(values, pipe) for values in combinations_of(config, pipe)])
     rows = read_rows(out, fixed)
@@ -97,6 +98,12 @@ def run_sweep(
         best = best_row(rows, config.rank)
         show("no row has a number to rank by" if best is None else f"best: {row_name(rows[best]['settings'])}")
     return rows
+
+
+def check_rank(rank: str | None, conditioning: str) -> None:
+    """An error for a share of drawings that a model with this conditioning has not."""
+    if rank == "match_background" and conditioning != "prefix":
+        raise ValueError(f"rank is {rank!r}, but classes of drawings have no background: take match_all")
 
 
 def resolved(values: dict[str, Any], pipe: FlowPipeline) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tarflow.evaluation.images.store import NpzStore, PngStore
 from tarflow.evaluation.samples.record import (
     check_conditions,
     check_record,
+    pictures_in,
     read_record,
     refuse_strangers,
     settings_of,
@@ -133,7 +134,7 @@ def begin(
     record = {"settings": settings_of(config, conditions, pipe), "num": config.num}
     if alone:
         refuse_strangers(out)
-    earlier = read_record(out)
+    earlier = read_record(out) if next(pictures_in(out), None) is not None else None  # of none it tells nothing
     check_record(config, earlier, record)
     if earlier is not None:
         check_conditions(out, conditions, earlier["num"], config.batch_size)

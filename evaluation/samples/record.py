@@ -73,13 +73,18 @@ def pipeline_hash(pipe: TARFlowPipeline) -> str:
     return digest.hexdigest()
 
 
+def pictures_in(out: Path) -> Iterator[Path]:
+    """Files of pictures, or of parts of a set of them."""
+    return (path for name in ("*.png", "*.npz", "*.npy") for path in out.rglob(name))
+
+
 def refuse_strangers(out: Path) -> None:
     """Refuse a folder of pictures that no record tells of: they would count as generated.
 
     Raises:
         ValueError: if there is such a picture.
     """
-    picture = next((path for name in ("*.png", "samples.npz") for path in out.rglob(name)), None)
+    picture = next(pictures_in(out), None)
     if picture is not None and read_record(out) is None:
         raise ValueError(f"{str(out)!r} holds pictures such as {picture.name}, but no {RECORD}: take another folder")
 

@@ -5,13 +5,15 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from tarflow.common.checks import AtLeastOne, Positive, Range, at_least, check, check_ranges
+from tarflow.common.checks import AtLeastOne, Positive, Range, check, check_ranges
 from tarflow.data.config import DataConfig
 from tarflow.flows.decoding.names import DEFAULT_TOLERANCE
 from tarflow.pipeline.call.choices import Decoder, DecodingName, Denoise, Walk
 
 Split = Literal["train", "validation"]
-GuidanceScale = Annotated[float, at_least(1, "(off)")]
+GuidanceScale = Annotated[float, Range(lambda number: 1 <= number < math.inf, "at least 1 (off)")]
+#: Of torch's generators, whose seeds of pictures grow with their numbers.
+Seed = Annotated[int, Range(lambda number: 0 <= number < 2**32, "from 0 to 4,294,967,295")]
 NoiseStd = Annotated[float, Range(lambda number: 0 <= number < math.inf, "0 or positive")]
 
 
@@ -34,7 +36,7 @@ class SampleSubjects:
     captions: str | None = None
     labels: int | str | None = None
     guidance_scale: GuidanceScale | None = None
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_ranges(self)

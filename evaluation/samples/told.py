@@ -8,6 +8,7 @@ from typing import Any
 
 from tarflow.common.files import read_json_lines
 from tarflow.common.processes import gather_objects, process_and_count
+from tarflow.common.words import counted
 from tarflow.data.drawing_checker import class_shares, match_shares
 from tarflow.evaluation.images.sets import ImageSet
 
@@ -37,7 +38,7 @@ def read_conditions(images: ImageSet, folder: str | Path) -> tuple[str, list[Any
         rows[row["index"]] = row
     indices = images.indices()
     if absent := [index for index in indices if index not in rows]:
-        raise ValueError(f"{str(path)!r} has no line for the picture {absent[0]} and {len(absent) - 1} others")
+        raise ValueError(f"{str(path)!r} has no line for {counted(len(absent), 'picture')}, first {absent[0]}")
     for kind in ("caption", "label"):
         if all(kind in rows[index] for index in indices):
             return kind, [rows[index][kind] for index in indices]

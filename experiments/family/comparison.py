@@ -10,7 +10,7 @@ import torch
 
 from tarflow.benchmarks.memory import training_memory
 from tarflow.common.charts import check_matplotlib, markdown_table
-from tarflow.common.files import check_writable, write_text
+from tarflow.common.files import check_writable, keep_settings, write_text
 from tarflow.data.drawings import CLASS_NAMES
 from tarflow.experiments.family import pictures
 from tarflow.experiments.family.data import points
@@ -48,6 +48,7 @@ def compare_flows(config: FlowComparison) -> Path:
     folder = Path(config.output).expanduser()
     check_writable(folder, folder=True)
     check_matplotlib()
+    keep_settings(folder / "settings.json", {"quick": config.quick, "seed": config.seed}, "a comparison")
     runs, steps = Runs(folder / "runs"), QUICK if config.quick else LONG
     text = []
     for part in PARTS:

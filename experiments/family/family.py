@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tarflow.common.machine import best_of
+from tarflow.common.statistics import mean_and_error
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.flows.likelihood import log_prob, nats_per_dim
@@ -100,7 +101,7 @@ def held_out_nats(model: Any, x: Tensor, labels: Tensor | None, batch_size: int 
     """Nats per number of held-out data (N, C, H, W), and the standard error over samples."""
     parts = zip(x.split(batch_size), [None] * len(x) if labels is None else labels.split(batch_size), strict=False)
     values = torch.cat([nats_per_dim(log_prob(model, part, part_labels), x[0].numel()) for part, part_labels in parts])
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+    return mean_and_error(values)
 
 
 @torch.no_grad()

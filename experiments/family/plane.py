@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tarflow.common.statistics import mean_and_error
 from tarflow.experiments.family.data import PLANES, Samples, plane_samples
 from tarflow.experiments.family.family import FAMILY, draw, drawing_speed, fit, held_out_nats
 from tarflow.experiments.family.runs import Result, Runs, file_name
@@ -119,7 +119,7 @@ def outside_run(name: str, samples: Samples, steps: int, seed: int) -> Result:
     numbers = fit(flow, batches_of(samples), steps, BATCH, LEARNING_RATE, loss, seed)
     with torch.no_grad():
         values = -flow().log_prob(samples.held_out.flatten(1)) / 2
-        numbers["nats"], numbers["error"] = float(values.mean()), float(values.std() / math.sqrt(len(values)))
+        numbers["nats"], numbers["error"] = mean_and_error(values)
         density = flow().log_prob(picture_points().flatten(1)).exp().view(PIXELS, PIXELS)
         lines = flow().transform.inv(grid_lines().flatten(1)).view(2 * LINES, POINTS, 2)
         made = flow().sample((2000,))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tarflow.common.files import replaced, write_json
+from tarflow.common.files import read_json, replaced, write_json
 
 #: Numbers for the tables, and tensors for the pictures and for other runs.
 Result = tuple[dict[str, Any], dict[str, Any]]
@@ -36,7 +36,7 @@ class Runs:
         path, settings = self.folder / f"{name}.json", json.loads(json.dumps(settings))
         tensors = path.with_suffix(".pt")
         if path.is_file() and tensors.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             if found["settings"] == settings:
                 return found["numbers"], torch.load(tensors)
         numbers, made = make()

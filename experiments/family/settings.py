@@ -24,6 +24,8 @@ class FlowComparison:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError(f"parts is empty: give some of {', '.join(PARTS)}")
         for part in self.parts:
             if part not in PARTS:
                 raise ValueError(f"a part must be one of {', '.join(PARTS)}, got {part!r}")
