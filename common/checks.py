@@ -15,7 +15,6 @@ A field says its range in its type, and the settings check themselves when they 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
@@ -55,7 +54,7 @@ def multiple_of(step: int) -> Range:
     return Range(lambda number: number >= step and number % step == 0, f"a multiple of {step}")
 
 
-positive = Range(lambda number: 0 < number < math.inf, "positive")
+positive = Range(lambda number: number > 0, "positive")
 not_negative = Range(lambda number: number >= 0, "0 or positive")
 off_or_positive = Range(lambda number: number >= 0, "0 (off) or positive")
 fraction = Range(lambda number: 0 <= number <= 1, "in [0, 1]")

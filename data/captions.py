@@ -113,7 +113,9 @@ def fill(template: str, record: dict[str, Any], name: str) -> str:
     """A template with the values of a row; lists are joined by commas."""
     texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
     whole = template[1:-1] in texts  # a column alone, of whatever name
-    empty = [] if whole else [column for column in columns_of(template) if column in texts and texts[column] is None]
+    empty = (
+        [] if whole else [column for column in columns_of(template) if column in texts and texts[column] in (None, "")]
+    )
     if empty:
         raise ValueError(f"the row of {shown(name)!r} has no value in the column {empty[0]!r}, which its caption needs")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tarflow.common.checks import AtLeastOne, Fraction, Positive, check, check_ranges
@@ -51,6 +51,22 @@ STREAM_SETTINGS = (
     *("validation_path", "mix", "lanes", "key_column", "aspect_ratios"),
     *("caption_weights", "choose_from_lists", "drop_caption_parts"),
 )
+
+
+#: Sources that other settings are for. Those of captions and rows may stay beside "latents", which were cached with them.
+CAPTIONED = ("folder", "datasets", "webdataset", "latents")
+SOURCES_OF = {
+    "path": ("folder", "webdataset", "latents"),
+    "name": ("datasets",),
+    "data_files": ("datasets",),
+    "train_split": ("datasets",),
+    "split_folders": ("folder", "latents"),
+    "image_column": ("datasets", "webdataset", "latents"),
+    "label_column": ("datasets", "webdataset", "latents"),
+    **dict.fromkeys(
+        ("where", "class_names", "caption_column", "caption_template", "more_caption_templates"), CAPTIONED
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +247,24 @@ class DataConfig:
                 f"data.validation_split is {self.validation_split!r}, but a folder's splits are its folders train and "
                 "validation, or else data.validation_fraction is held out: give --data.validation_split null"
             )
+        if self.source == "webdataset" and self.validation_split is not None:
+            raise ValueError(
+                f"data.validation_split is {self.validation_split!r}, but tar files have no named splits: give "
+                "--data.validation_path, or --data.validation_split null"
+            )
+        if self.source == "datasets" and self.validation_path is not None:
+            raise ValueError(
+                f"data.validation_path is {self.validation_path!r}, but a data set's splits have names: give "
+                "--data.validation_split, or --data.validation_path null"
+            )
+        for own in fields(DataConfig):
+            usual = own.default if own.default_factory is MISSING else own.default_factory()
+            value, sources = getattr(self, own.name), SOURCES_OF.get(own.name)
+            if sources is not None and value != usual and self.source not in sources:
+                raise ValueError(
+                    f"data.{own.name} is {value!r}, but it is for data.source {' or '.join(map(repr, sources))}, and has no effect "
+                    f"with {self.source!r}: leave it out, or give --data.{own.name} {in_yaml(usual)}"
+                )
 
     def _check_stream(self) -> None:
         check(
@@ -269,6 +303,11 @@ class DataConfig:
             raise ValueError(f"data.shuffle_shards must be 0 (all) or positive, got {self.shuffle_shards}")
         if not 0 < self.cache_gb < math.inf:
             raise ValueError(f"data.cache_gb must be positive, got {self.cache_gb}")
+
+
+def in_yaml(value: Any) -> str:
+    """A default as one types it."""
+    return "null" if value is None else "'[]'" if value == [] else str(value)
 
 
 def as_texts(names: dict[Any, Any] | list[Any]) -> dict[str, str] | list[str]:

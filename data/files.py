@@ -177,7 +177,7 @@ def list_archive(path: Path) -> dict[str, str]:
     except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
         raise ValueError(f"the archive {str(path)!r} cannot be read: {error}") from error
     for info in infos:
-        written = info.filename.replace("\\", "/")  # as some programs on Windows write it
+        written = decoded_name(info).replace("\\", "/")  # as some programs on Windows write it
         if written.endswith("/"):
             continue
         name = posixpath.normpath(written)
@@ -194,6 +194,16 @@ def list_archive(path: Path) -> dict[str, str]:
             raise ValueError(f"the archive {str(path)!r} has two different files of the name {name!r}: pack it anew")
         members[name] = info
     return {name: info.filename for name, info in members.items()}
+
+
+def decoded_name(info: zipfile.ZipInfo) -> str:
+    """A file's name in an archive. Some programs write UTF-8 without saying so, which zipfile then takes for code page 437."""
+    if info.flag_bits & 0x800:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode()
+    except UnicodeError:
+        return info.filename
 
 
 def archive_length(path: Path) -> int:

@@ -80,7 +80,8 @@ class ImageFolder:
         if not self.rows and split == "train":
             only = " (its split folders are for validation)" if rows and rows[0].split else ""
             raise ValueError(
-                f"no images are left in {config.path!r} for the split {split!r}{only} with where={config.where}"
+                f"no images are left in {config.path!r} for the split {split!r}{only} with where={config.where} and "
+                f"validation_fraction={config.validation_fraction:g}, which holds out all pictures of a caption, or none"
             )
 
     def _all_rows(self, config: DataConfig) -> list[Row]:
@@ -90,7 +91,7 @@ class ImageFolder:
         if any(name.endswith(METADATA) and name.split("/")[-1] == METADATA for name in self.files.names):
             return self._captioned_rows(places, images, config)
         if config.caption_column or config.caption_template:
-            raise ValueError(f"captions are asked for, but {config.path!r} has no metadata.jsonl at its root")
+            raise ValueError(f"captions are asked for, but {config.path!r} has no metadata.jsonl")
         if config.where:
             raise ValueError(
                 f"data.where chooses rows of a metadata.jsonl, but {config.path!r} has none: give --data.where null"
@@ -236,7 +237,8 @@ def choose_split(rows: list[Row], split: str, fraction: float) -> list[Row]:
     """The rows of a split: by their folders, or else by a hash."""
     if split == "validation":
         rows = [row for row in rows if row.repeats is None]
-    if rows and rows[0].split:
+    own = {row.split for row in rows if row.split}
+    if own and (own != {"train"} or (split == "validation" and not fraction)):
         return [row for row in rows if row.split == split]
     return [row for row in rows if is_held_out(row.key, fraction) == (split == "validation")]
 

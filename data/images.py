@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -170,6 +172,12 @@ def to_uint8(images: Tensor) -> Tensor:
 def bytes_of(images: Tensor) -> Tensor:
     """Pictures in [0, 1], of whatever device, as 8-bit numbers on the CPU."""
     return to_uint8(images.cpu() * 2 - 1)
+
+
+def nearest_size(sizes: Sequence[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
+    """The height and width of ``sizes`` whose ratio is nearest to a picture's, on a logarithmic scale."""
+    ratio = math.log(width / height)
+    return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - ratio))
 
 
 def background_colour(background: str, seed: int, index: int) -> tuple[int, int, int]:

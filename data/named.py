@@ -48,35 +48,41 @@ class NamedDataset:
         self.pictures = self.data.select_columns([config.image_column])
         if self.labels is not None:
             self.labels.check(self.data, split_name, kept)
-        self.variants = 1 if split == "validation" else 1 + len(config.more_caption_templates)
+        self.items: list[tuple[int, int]] | None = None  # rows with their ways to be described, if some have several
+        if split != "validation" and config.more_caption_templates:
+            rows = enumerate(self.without_pictures)
+            self.items = [(i, way) for i, row in rows for way in range(len(self._captions(row, i)))]
         if not len(self.data) and split == "train":
             raise ValueError(f"no rows are left in {config.name!r} for the split {split_name!r}")
 
     def __len__(self) -> int:
-        return len(self.data) * self.variants
+        return len(self.data if self.items is None else self.items)
 
     def caption(self, index: int) -> str:
-        index, variant = divmod(index, self.variants)
-        return self._caption(self.without_pictures[index], index, variant)
+        row, way = self._place(index)
+        return self._captions(self.without_pictures[row], row)[way]
 
-    def _caption(self, row: dict[str, Any], index: int, variant: int) -> str:
-        captions = make_captions(row, self.config, f"{self.config.name}[{index}]")
-        return captions[variant if variant < len(captions) else 0]
+    def _place(self, index: int) -> tuple[int, int]:
+        """An item's row, and which of its captions it has."""
+        return (index, 0) if self.items is None else self.items[index]
+
+    def _captions(self, row: dict[str, Any], index: int) -> list[str]:
+        return make_captions(row, self.config, f"{self.config.name}[{index}]")
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of a picture, from the head of its file."""
-        index = index // self.variants
+        index, _ = self._place(index)
         name = f"{self.config.name}[{index}]"
         value = self._value(self.pictures[index], name)
         return read_size(lambda: io.BytesIO(file_bytes(value)), value.get("path") or name)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index, variant = divmod(index, self.variants)
+        index, way = self._place(index)
         row, name = self.data[index], f"{self.config.name}[{index}]"
         value = self._value(row, name)
         item: dict[str, Any] = {"image": read_image(lambda: file_bytes(value), value.get("path") or name)}
         if self.has_captions:
-            item["caption"] = self._caption(row, index, variant)
+            item["caption"] = self._captions(row, index)[way]
         if self.labels is not None:
             item["label"] = self.labels.number(row[self.config.label_column])
         return item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -39,6 +40,10 @@ ARRIVING, FORGOTTEN = re.compile(r"\..*\.(\d+)\.[0-9a-f]{8}\.tmp"), 3600.0
 
 class MissingShardError(ValueError):
     """A shard that could not be fetched, also not after waiting."""
+
+
+#: What the disk of the copies says, and not the place of the cache: full, or not to be written.
+OWN_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class ShardStore:
@@ -101,6 +106,11 @@ class ShardStore:
                     self._fetch(shard, path)
                     return path
                 except (OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno in OWN_FAULTS:
+                        raise OSError(
+                            f"a copy of the shard {shard['file']!r} cannot be written to {str(self.path)!r}, {error.strerror}: "
+                            "make room there, set TARFLOW_CACHE to another folder, or lower data.cache_gb"
+                        ) from error
                     reason = getattr(error, "strerror", None) or str(error)
         tries = f" (tried {1 + len(waits)} times in {sum(waits):g} seconds)" if waits else ""
         raise MissingShardError(

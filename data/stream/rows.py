@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from tarflow.data.captions import columns_of, fill, keep, readable_names
 from tarflow.data.config import DataConfig
 from tarflow.data.folder import flattened, is_held_out, read_image
-from tarflow.data.images import background_colour, fit
+from tarflow.data.images import background_colour, fit, nearest_size
 from tarflow.data.stream.shards import PICTURE, Shards, has_own_split
 from tarflow.data.stream.tar import BROKEN, KEY
 
@@ -81,6 +80,8 @@ class Classes:
         if isinstance(value, str) and value in self.numbers:
             return self.numbers[value]
         whole = isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
+        if whole and self.texts_only and str(int(value)) in self.numbers:  # of a dictionary by the column's texts
+            return self.numbers[str(int(value))]
         if whole and not self.texts_only and 0 <= value < len(self.values):
             return int(value)
         known = ", ".join(self.values[:10]) + (", …" if len(self.values) > 10 else "")
@@ -184,8 +185,7 @@ class RowReader:
 
     def size_for(self, height: int, width: int) -> tuple[int, int]:
         """The size whose ratio is nearest to a picture's, on a logarithmic scale."""
-        ratio = math.log(width / height)
-        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - ratio))
+        return nearest_size(self.sizes, height, width)
 
     def caption(self, row: Row) -> str:
         """The caption that a row has in its pass; of held-out rows always the first."""

@@ -66,7 +66,7 @@ class SampleSettings(SampleSubjects):
     num_inference_steps: AtLeastOne | None = None
     noise_level: Positive | None = None
     walk: Walk | None = None
-    temperature: Positive | None = None
+    temperature: Annotated[float, Range(lambda number: 0 < number < math.inf, "positive")] | None = None
     decoding: DecodingName = "sequential"
 
     def sample_settings(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.batches import chosen
 from tarflow.training.loop.component import (
     ComponentFolders,
+    check_posterior,
     example_line,
     noisy_latents,
     open_splits,
@@ -61,6 +62,7 @@ class DecoderTask(PictureTask):
         if config.noise_std is not None:
             self.pipe.register_to_config(noise_std=config.noise_std)
         self.noise_std = self.pipe.config.noise_std
+        check_posterior(config, self.pipe)
         self.train, held_out = open_splits(config, self.pipe)
         self.encoder_hash = weights_hash(self.pipe.vae)
         self.network = self.start_network().train().requires_grad_(True)

@@ -31,7 +31,7 @@ def check_start(config: RunConfig, folder: Path) -> None:
 
 
 def set_aside(folder: Path, kind: str) -> Path | None:
-    """Move the pipelines or adapters of an earlier run, and its settings, into a new folder beside them.
+    """Move the pipelines or adapters of an earlier run, its settings, grids and logs, into a new folder beside them.
 
     Args:
         folder: of the run.
@@ -45,7 +45,7 @@ def set_aside(folder: Path, kind: str) -> Path | None:
         return None
     aside = next(path for number in itertools.count(1) if not (path := folder / f"earlier_{number}").exists())
     aside.mkdir()
-    for path in (*made, folder / "config.yaml"):
+    for path in (*made, folder / "config.yaml", folder / "samples", folder / "logs"):
         if path.exists():
             path.rename(aside / path.name)
     return aside

@@ -7,8 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tarflow.data.latents import CachedLatents
+from tarflow.data.stream.stream import Stream
 from tarflow.flows.trajectory.kinds import KINDS
 from tarflow.flows.trajectory.names import FLOW
+from tarflow.training.flow.config import RunConfig
+from tarflow.training.flow.setup import Parts
 from tarflow.training.loop.checkpoint import check_invariants
 
 
@@ -22,7 +26,7 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
             the autoencoder is frozen, those of "lora", None if no adapter is trained, and of the "order" of cached latents,
             None if all of one cache are mixed; what their numbers mean,
             "classes" and "tokens" (see `meaning`); the hash of the frozen "autoencoder", None if there is none, and the
-            "noise" by names, None for many levels of it.
+            "noise" by names, None for many levels of it; `data_invariants` as "data".
 
     Raises:
         ValueError: that names the first difference, and what to do.
@@ -85,6 +89,19 @@ def check_latents(path: Path, state: dict[str, Any], invariants: dict[str, Any])
         )
     if state.get("noise") and invariants.get("noise"):
         check_invariants(path, state["noise"], invariants["noise"])
+    there, here = state.get("data") or {}, invariants.get("data") or {}
+    check_invariants(path, there, {name: here[name] for name in here if name in there})
+
+
+def data_invariants(config: RunConfig, parts: Parts) -> dict[str, Any]:
+    """What a run that goes on must have alike of its pictures and their order, by name; streams have their own."""
+    found: dict[str, Any] = {"train.seed": config.train.seed, "vae.sample_posterior": config.vae.sample_posterior}
+    if isinstance(parts.train, CachedLatents):
+        found["the caches' hashes"] = parts.train.fingerprints
+    if not isinstance(parts.train, Stream):
+        held_out = 0 if parts.validation is None else len(parts.validation)
+        found |= {"the number of training pictures": len(parts.train), "of held-out ones": held_out}
+    return found
 
 
 def check_order(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,12 +14,14 @@ import yaml
 from diffusers import AutoencoderKL
 
 from tarflow.data.config import DataConfig
+from tarflow.data.drawings import ENDLESS
 from tarflow.data.images import Images, to_model
 from tarflow.data.latents import CachedLatents, open_latents
 from tarflow.data.place import paths_of
 from tarflow.data.shards import read_manifest
 from tarflow.data.stream.first import FirstPictures
 from tarflow.data.stream.stream import Stream
+from tarflow.data.subset import evenly
 from tarflow.flows.trajectory.kinds import KINDS, FlowModel, kind_of
 from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.pipeline.text.encoding import embedding_width
@@ -99,6 +101,8 @@ def make_parts(
     statistics = None if state is None else state["statistics"]
     if start is not None:
         start.check_autoencoder(vae if cache is None else cache.manifest["autoencoder"]["hash"])
+        if not is_joint(config):
+            start.check_posterior(config.vae)
         statistics = start.statistics
     normalised = config.vae.measure_images > 0 if start is None and state is None else statistics is not None
     codec = make_codec(config.vae, train, vae, statistics, device) if normalised else LatentCodec(vae)
@@ -107,7 +111,7 @@ def make_parts(
     torch.manual_seed(config.train.seed)
     captions: Any = ()
     if config.text.kind == "small":
-        captions = (train.caption(i) for i in range(min(config.text.vocab_captions, len(train))))
+        captions = (train.caption(i) for i in vocabulary_places(train, config.text.vocab_captions))
     null_cond = cache.null_cond if cache is not None and config.text.kind == "pretrained" else None
     text_encoder = tokenizer = None
     if null_cond is None:
@@ -133,6 +137,14 @@ def make_parts(
         text = partial(load_text, config.text, ())
     held_out = validation if len(validation) else None
     return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
+
+
+def vocabulary_places(train: Data, count: int) -> Sequence[int]:
+    """Numbers of the captions that a tokenizer is made of. They lie evenly, as what is sorted begins with few words; of what has
+    no end, or comes over a network, they are the first."""
+    count = min(count, len(train))
+    far = isinstance(train, Stream) or (isinstance(train, CachedLatents) and train.remote)
+    return range(count) if far or len(train) >= ENDLESS else evenly(len(train), count)
 
 
 def frozen_autoencoder(config: RunConfig, parts: Parts) -> str | None:

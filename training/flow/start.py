@@ -48,6 +48,14 @@ class Start:
                 f"{self.vae_options()}, and of cached latents those of that autoencoder"
             )
 
+    def check_posterior(self, given: VaeConfig) -> None:
+        """An error if pictures would get the noise of an autoencoder that was trained along twice."""
+        if not self.pipeline.config.denoise and given.sample_posterior:
+            raise ValueError(
+                f"the autoencoder of {self.name!r} was trained along, and the noise of its posterior is train.noise_std: set "
+                "vae.sample_posterior false"
+            )
+
     def vae_options(self) -> str:
         """The options by which a run has the pipeline's own autoencoder."""
         if self.pipeline.vae is None:

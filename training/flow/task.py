@@ -30,10 +30,10 @@ from tarflow.training.flow.report import (
     write_grids,
     write_held_out,
 )
-from tarflow.training.flow.resume import check_state
+from tarflow.training.flow.resume import check_state, data_invariants
 from tarflow.training.flow.setup import Parts, frozen_autoencoder, make_parts, meaning
 from tarflow.training.flow.start import Start
-from tarflow.training.flow.text import check_text, cut_captions_of, text_invariants
+from tarflow.training.flow.text import check_text, cut_captions_of, text_invariants, unknown_report
 from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.draws import sample_seed
 from tarflow.training.loop.launcher import launcher_compilation
@@ -109,6 +109,7 @@ class FlowTask(Task):
             "noise_levels": level_invariants(self.config),
             "autoencoder": self.autoencoder,
             "noise": noise_invariants(self.config),
+            "data": data_invariants(self.config, self.parts),
             **meaning(self.parts),
         }
 
@@ -156,7 +157,9 @@ class FlowTask(Task):
             write_line(f"what an earlier run saved in {self.folder} is in {aside.name} there")
         train = self.parts.train
         cache = train.about() if isinstance(train, CachedLatents) else ()
-        for sentence in (*self.notes, *cache, cut_captions_of(self.parts, self.config.text)):
+        small = fresh and self.config.text.kind == "small" and self.parts.tokenizer is not None
+        unknown = unknown_report(self.parts.tokenizer, train) if small else None
+        for sentence in (*self.notes, *cache, cut_captions_of(self.parts, self.config.text), unknown):
             if sentence:
                 write_line(sentence)
 

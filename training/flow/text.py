@@ -124,6 +124,8 @@ def text_invariants(config: TextConfig, encoder: nn.Module | None) -> dict[str, 
     if config.kind == "none":
         return None
     invariants = {"kind": config.kind, "max_length": config.max_length, **asdict(config.options)}
+    if config.kind == "small":
+        invariants |= {"width": config.width, "layers": config.layers, "heads": config.heads}
     if config.kind == "pretrained" and encoder is not None:
         # The first numbers of each weight tell encoders apart in no time, however large they are.
         first = [(name, weight.detach().flatten()[:256]) for name, weight in encoder.named_parameters()]
@@ -163,19 +165,39 @@ def cut_captions_of(parts: Parts, config: TextConfig) -> str | None:
     return None if parts.tokenizer is None else cut_report(parts.tokenizer, parts.train, config)
 
 
+def unknown_report(tokenizer: Any, captions: Any) -> str | None:
+    """A sentence on captions with words that a small tokenizer does not know; None if there are none.
+
+    Args:
+        captions: see `looked_at`.
+    """
+    unknown, texts = tokenizer.unk_token_id, looked_at(captions)
+    lacking = [text for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True) if unknown in ids]
+    if not lacking:
+        return None
+    return (
+        f"{len(lacking)} of {len(texts)} captions have words that are not among the {len(tokenizer):,} of the tokenizer, for "
+        f"example {shortened(lacking[0])!r}: raise text.vocab_captions or text.vocab_size, or set text.unit bpe"
+    )
+
+
+def looked_at(captions: Any) -> list[str]:
+    """Some captions of what has ``len`` and a ``caption`` by index; of more than `LOOKED_AT` as many at equal distances."""
+    streamed = isinstance(captions, Stream)
+    step = -(-len(captions) // LOOKED_AT)
+    indices = range(STREAMED) if streamed else range(0, len(captions), step or 1)
+    return [captions.caption(index) for index in indices]
+
+
 def cut_report(tokenizer: Any, captions: Any, config: TextConfig) -> str | None:
     """A sentence on captions that are longer than ``text.max_length`` tokens; None if all fit.
 
     Args:
-        captions: what has ``len`` and a ``caption`` by index; of more than `LOOKED_AT` as many at equal distances are
-            looked at.
+        captions: see `looked_at`.
     """
-    streamed = isinstance(captions, Stream)
-    step = -(-len(captions) // LOOKED_AT)
-    indices = range(STREAMED) if streamed else range(0, len(captions), step or 1)
-    texts = [captions.caption(index) for index in indices]
+    texts = looked_at(captions)
     cut = cut_captions(tokenizer, texts, config.max_length, config.options)
-    share = f"{len(texts)} captions" + ("" if step <= 1 else " that were looked at")
+    share = f"{len(texts)} captions" + (" that were looked at" if len(texts) < len(captions) else "")
     return cut_sentence(len(cut), share, config.max_length, cut[0]) if cut else None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from tarflow.data.config import DataConfig
-from tarflow.data.images import Images
+from tarflow.data.images import Images, nearest_size
 from tarflow.data.shards import FORMAT
 from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.training.latent_cache.config import CacheConfig
@@ -231,16 +230,13 @@ def group_by_size(
         if side % multiple:
             raise ValueError(f"data.image_size ({side}) must be a multiple of {multiple}, the autoencoder's × unit")
         return {(side, side): range(count)}
-    ratios = [ratio_of(name) for name in config.aspect_ratios]
-    sizes = [bucket_size(ratio, side, multiple) for ratio in ratios]
+    sizes = [bucket_size(ratio_of(name), side, multiple) for name in config.aspect_ratios]
     groups: dict[tuple[int, int], list[int]] = {size: [] for size in sizes}
     waiting: list[int] = []  # unreadable pictures, which the next readable one replaces
     for index, found in enumerate(picture_sizes(images, count, config.num_workers)):
         waiting.append(index)
         if found is not None:
-            ratio = math.log(found[1] / found[0])
-            nearest = min(range(len(ratios)), key=lambda i: abs(math.log(ratios[i]) - ratio))
-            groups[sizes[nearest]] += waiting
+            groups[nearest_size(sizes, *found)] += waiting
             waiting = []
     groups[sizes[0]] += waiting
     return dict(groups)

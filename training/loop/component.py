@@ -54,6 +54,16 @@ class ComponentFolders:
         print(f"the {name.replace('_', ' ')} is in {self.target}")
 
 
+def check_posterior(config: ComponentConfig, pipe: TARFlowPipeline) -> None:
+    """An error if pictures would get the noise of an autoencoder that was trained along twice: from its posterior, and as the
+    training noise."""
+    check(
+        pipe.config.denoise or not config.sample_posterior,
+        f"the autoencoder of {config.pipeline!r} was trained along, and the noise of its posterior is the training noise: leave "
+        "sample_posterior out",
+    )
+
+
 def open_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[AnyPictures, AnyPictures]:
     """Training and held-out pictures; of a stream the first held-out ones.
 
@@ -135,7 +145,8 @@ def noisy_latents(
     """
     drawn, std = posterior
     shape, device = tuple(drawn.shape[1:]), drawn.device
-    if config.sample_posterior and std is not None:
+    samples = pipe.config.denoise if config.sample_posterior is None else config.sample_posterior
+    if samples and std is not None:
         drawn = drawn + std * draw_noise(config.seed, step, sample_ids, shape, device, "posterior")
     noise = draw_noise(config.seed, step, sample_ids, shape, device, "noise")
     return pipe.codec.normalise(drawn).float() + pipe.config.noise_std * noise

@@ -22,7 +22,8 @@ class ComponentConfig(NetworkConfig):
             trained, with the name of the pipeline's folder, or of the folder above if it is called "pipeline".
         save_to: folder of the pipeline with the component. None puts the component into the pipeline's own folder.
         sample_posterior: noise on draws from the autoencoder's posterior, or else on its means: as the flow was trained
-            (``vae.sample_posterior`` there).
+            (``vae.sample_posterior`` there). None is the former, but for pipelines whose autoencoder was trained along: of
+            its posterior the noise is all.
         mixed_precision: "no" or "bf16".
         grid_images: pictures in the grid of each evaluation.
     """
@@ -34,7 +35,7 @@ class ComponentConfig(NetworkConfig):
     data: DataConfig
     output: str | None = None
     save_to: str | None = None
-    sample_posterior: bool = True
+    sample_posterior: bool | None = None
     mixed_precision: Literal["no", "bf16"] = "bf16"
     grid_images: AtLeastOne = 8
 

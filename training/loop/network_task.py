@@ -12,11 +12,15 @@ from torch import nn
 
 from tarflow.common.files import read_json_lines, write_text
 from tarflow.common.progress import write_line
+from tarflow.data.stream.stream import Stream
 from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.checkpoint import check_invariants
 from tarflow.training.loop.network_config import NetworkConfig
 from tarflow.training.loop.optimizer import make_optimizer
 from tarflow.training.loop.task import Learner, State, Task
+
+#: Names of what must be the same when training goes on, which checkpoints did not keep at first.
+KEPT_LATER = ("seed", "the number of training pictures", "guidance", "sample_posterior", "unguided_share")
 
 
 class NetworkTask(Task):
@@ -57,7 +61,10 @@ class NetworkTask(Task):
         own = {
             "ema_decay": config.ema_decay,
             "pictures per step": config.batch_size * config.accumulation * self.accelerator.num_processes,
+            "seed": config.seed,
         }
+        if not isinstance(self.train, Stream):
+            own["the number of training pictures"] = len(self.train)
         found: dict[str, Any] = json.loads(json.dumps({**self.network_invariants(), **own, **self.loss_invariants()}))
         return found
 
@@ -65,7 +72,9 @@ class NetworkTask(Task):
         return {"facts": self.resume_invariants()}
 
     def check_resume(self, checkpoint: Path, state: State) -> None:
-        check_invariants(checkpoint, state.get("facts", {}), self.resume_invariants())
+        here = self.resume_invariants()
+        later = {name: here[name] for name in KEPT_LATER if name in here}  # of which older checkpoints do not tell
+        check_invariants(checkpoint, {**later, **state.get("facts", {})}, here)
 
     def prepare(self, fresh: bool) -> None:
         config = self.config

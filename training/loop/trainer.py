@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -118,7 +119,8 @@ class Trainer:
     def begin(self, resolved: str, fresh: bool) -> None:
         """Write the settings, and start the trackers."""
         self.task.begin(fresh)
-        write_text(self.folder / "config.yaml", resolved)
+        # Of a new run from this file nobody means that it goes on from where this one did.
+        write_text(self.folder / "config.yaml", re.sub(r"(?m)^resume: .*$", "resume: null", resolved))
         processes, model = self.accelerator.num_processes, self.task.learner.model
         parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         batch = self.settings.images_per_step(processes)

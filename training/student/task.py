@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tarflow.common.checks import check
+from tarflow.data.drawings import ENDLESS
 from tarflow.data.images import to_uint8
 from tarflow.data.latents import CachedLatents
 from tarflow.data.stream.first import AnyPictures
+from tarflow.data.subset import evenly
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_cached, noisy_pictures
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
@@ -24,6 +26,7 @@ from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.component import (
     ComponentFolders,
+    check_posterior,
     example_line,
     open_cached_splits,
     open_splits,
@@ -65,6 +68,7 @@ class StudentTask(NetworkTask):
     def make_parts(self, state: State | None) -> None:
         config = self.config
         self.pipe = self.folders.open(self.accelerator.device)
+        check_posterior(config, self.pipe)
         check_flow_kind(self.pipe.flow, "students are")
         cached = config.data.source == "latents"
         train, held_out = (open_cached_splits if cached else open_splits)(config, self.pipe)
@@ -114,7 +118,9 @@ class StudentTask(NetworkTask):
     def prepare_samples(self, images: AnyPictures | CachedLatents) -> None:
         """The flow's own samples from fixed noise and their pictures, which the student's are held against."""
         pipe, count = self.pipe, min(self.config.grid_images, len(images))
-        kind, items = pipe.flow.config.conditioning, [images[place] for place in range(count)]
+        endless = len(images) >= ENDLESS
+        places = range(count) if endless else evenly(len(images), count)  # as folders are sorted by class
+        kind, items = pipe.flow.config.conditioning, [images[place] for place in places]
         arguments = {}
         if kind == "prefix":
             arguments = {"prompt": [item["caption"] for item in items]}
@@ -136,6 +142,7 @@ class StudentTask(NetworkTask):
         hashes = settings.pop("flow_hashes")
         reuse, size = self.config.reuse, self.config.reuse_from
         facts = {"the flow's SHA-256": hashes[0], "reuse": reuse, "reuse_from": size if reuse > 1 else None}
+        facts |= {name: getattr(self.config, name) for name in ("guidance", "sample_posterior", "unguided_share")}
         if isinstance(self.train, CachedLatents) and self.train.order is not None:
             facts["order of cached latents"] = self.train.order
         return facts | {f"student.{key}": value for key, value in settings.items()}
