@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from trainings import CLASS_FLOW, train
 
 from tarflow import TARFlowModel, TARFlowPipeline
+from tarflow.common.arguments import parse_dataclass
 from tarflow.data.config import DataConfig
 from tarflow.flows.likelihood import log_prob
 from tarflow.training.flow.accelerator import check_parallel
@@ -24,7 +26,9 @@ from tarflow.training.flow.config import VaeConfig
 from tarflow.training.flow.joint import JointObjective, renormalise
 from tarflow.training.flow.joint_config import JointConfig
 from tarflow.training.latent_cache.config import CacheConfig
+from tarflow.training.loop.component import check_posterior, noisy_latents
 from tarflow.training.loop.step import Stepper
+from tarflow.training.student.config import StudentConfig
 from tarflow.vae.codec import LatentCodec
 
 #: Pictures of 16 pixels to latents of 4 × 4.
@@ -184,6 +188,17 @@ def test_a_run_learns_resumes_and_draws(tmp_path, monkeypatch) -> None:
     second += ["--vae.subfolder", "vae", "--train.noise_std", "0.5", "--vae.sample_posterior", "false"]
     frozen, _ = train(tmp_path / "frozen", "--data.image_size", "16", "--train.steps", "1", *second, flow="{}")
     assert frozen.task.parts.codec.latents_std == pipe.config.latents_std
+    second[second.index("--vae.sample_posterior") + 1] = "true"  # which would give them the noise twice
+    with pytest.raises(ValueError, match=r"was trained along, .* is train\.noise_std: set vae\.sample_posterior false"):
+        train(tmp_path / "twice", "--data.image_size", "16", "--train.steps", "1", *second, flow="{}")
+    settings = ["--pipeline", str(tmp_path / "whole" / "pipeline"), "--data.image_size", "16"]
+    config, _ = parse_dataclass(StudentConfig, settings)
+    posterior = torch.zeros(500, 2, 4, 4), torch.ones(500, 2, 4, 4)
+    noise = noisy_latents(pipe, config, posterior, 0, range(500)) - pipe.codec.normalise(posterior[0])
+    assert float(noise.std()) == pytest.approx(0.5, rel=0.02)
+    check_posterior(config, pipe)
+    with pytest.raises(ValueError, match=r"was trained along, .* leave sample_posterior out"):
+        check_posterior(replace(config, sample_posterior=True), pipe)
 
 
 @pytest.mark.parametrize(

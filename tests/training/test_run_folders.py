@@ -48,10 +48,14 @@ def test_what_an_earlier_run_saved_is_set_aside(tmp_path: Path, capsys: pytest.C
     folder = tmp_path / "run"
     train(folder, "--train.steps", "1")
     first = files_of(folder / "pipeline")
+    for name in ("samples", "logs"):
+        (folder / name).mkdir()
+        (folder / name / "old").touch()
     for seed in (1, 2):
         train(folder, "--train.steps", "1", "--train.seed", str(seed))
         assert f"what an earlier run saved in {folder} is in earlier_{seed} there" in capsys.readouterr().out
     assert files_of(folder / "earlier_1" / "pipeline") == first
+    assert (folder / "earlier_1" / "samples" / "old").is_file() and (folder / "earlier_1" / "logs" / "old").is_file()
     settings = [(folder / name / "config.yaml").read_text() for name in ("earlier_1", "earlier_2", ".")]
     assert len(set(settings)) == 3
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "pipeline", "earlier_1", "earlier_2"}

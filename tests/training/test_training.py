@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fid_helpers import write_pictures
 from PIL import Image
 from trainings import CLASS_FLOW, PIXEL_FLOW, TEXT_FLOW, train, weights
 
@@ -17,6 +18,7 @@ from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.objective import score_target
+from tarflow.training.flow.text import unknown_report
 from tarflow.training.loop.batches import StepSampler, fixed_batches
 from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.reading import check_scaler
@@ -127,6 +129,53 @@ def test_other_latents_or_noise_are_another_run(tmp_path):
     trainer, _ = train(tmp_path / "run", *on, "--vae.measure_images", "0")
     codec = trainer.task.parts.codec
     assert [codec.latents_mean, codec.latents_std] == state["statistics"]
+
+
+def test_other_pictures_are_another_run(tmp_path):
+    pictures = str(write_pictures(tmp_path / "pictures", 40, size=(32, 32)))
+    source = ["--data.source", "folder", "--data.path", pictures, "--data.validation_fraction", "0.3"]
+    flow = CLASS_FLOW.replace("class_prefix", "none")
+    options = [*source, "--log.checkpoint_every", "1"]
+    train(tmp_path / "run", *options, "--train.steps", "1", flow=flow)
+    on = [*options, "--train.steps", "2", "--resume", "latest"]
+    for more, message in (
+        (["--train.seed", "5"], r"train\.seed is 0 there and 5 here"),
+        (["--vae.sample_posterior", "false"], r"vae\.sample_posterior is True there and False here"),
+        (["--data.validation_fraction", "0.6"], "the number of training pictures is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "run", *on, *more, flow=flow)
+    trainer, _ = train(tmp_path / "run", *on, flow=flow)
+    assert trainer.step == 2
+    assert "resume: null" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_another_small_text_encoder_is_no_damage(tmp_path):
+    small = ["--text.kind", "small", "--text.width", "16", "--text.heads", "2", "--text.layers", "1"]
+    options = [*small, "--log.checkpoint_every", "1"]
+    train(tmp_path, *options, "--train.steps", "1", flow=TEXT_FLOW)
+    for name, value in (("layers", "2"), ("heads", "4")):
+        with pytest.raises(ValueError, match=rf"was trained with text\.{name} \d, but it is {value} here"):
+            more = ["--train.steps", "2", "--resume", "latest", f"--text.{name}", value]
+            train(tmp_path, *options, *more, flow=TEXT_FLOW)
+
+
+def test_a_tokenizer_knows_the_end_of_sorted_captions(tmp_path):
+    names = [path.name for path in sorted(write_pictures(tmp_path, 60, size=(32, 32)).iterdir())]
+    lines = [json.dumps({"file_name": name, "text": f"{chr(97 + i // 4)}word"}) for i, name in enumerate(names)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = ["--data.source", "folder", "--data.path", str(tmp_path), "--data.validation_fraction", "0"]
+    source += ["--data.caption_column", "text", "--text.kind", "small", "--text.width", "16", "--text.heads", "2"]
+    out = tmp_path.with_name("run")
+    trainer, _ = train(out, *source, "--train.steps", "1", "--text.vocab_captions", "15", flow=TEXT_FLOW)
+    parts = trainer.task.parts
+    assert {f"{chr(97 + i)}word" for i in range(15)} <= set(parts.tokenizer.get_vocab())
+    assert unknown_report(parts.tokenizer, parts.train) is None
+    trainer, _ = train(
+        tmp_path.with_name("few"), *source, "--train.steps", "1", "--text.vocab_captions", "3", flow=TEXT_FLOW
+    )
+    report = unknown_report(trainer.task.parts.tokenizer, parts.train)
+    assert report.startswith("48 of 60 captions have words that are not among the 6 of the tokenizer, for example '")
 
 
 def test_fp16_goes_on_from_fp16_alone(tmp_path):
