@@ -25,7 +25,7 @@ from tarflow.training.loop.component import (
     posterior_of,
     write_rows,
 )
-from tarflow.training.loop.draws import draw_chances
+from tarflow.training.loop.draws import draw_flipped
 from tarflow.training.loop.network_trainer import network_trainer
 from tarflow.training.loop.task import Batch, State
 from tarflow.training.losses.task import PictureTask
@@ -107,9 +107,7 @@ class DecoderTask(PictureTask):
         self, model: nn.Module, batch: Batch, step: int, sample_ids: Sequence[int]
     ) -> tuple[Tensor, Tensor, dict[str, tuple[float, Tensor]]]:
         """Latents with noise, decoded, as the flow sees them in its training; no further losses."""
-        flipped = None
-        if self.config.data.flip:
-            flipped = draw_chances(self.config.seed, step, sample_ids, self.accelerator.device, "flip") < 0.5
+        flipped = draw_flipped(self.config.data.flip, self.config.seed, step, sample_ids, self.accelerator.device)
         posterior = posterior_of(self.pipe, self.accelerator, batch, flipped)
         noisy = noisy_latents(self.pipe, self.config, posterior, step, sample_ids)
         images = to_model(chosen(batch, "image", flipped, self.accelerator.device))

@@ -18,7 +18,7 @@ from tarflow.training.flow.levels import levels_from, loss_weights
 from tarflow.training.flow.setup import Parts
 from tarflow.training.flow.tokens import CaptionTokens
 from tarflow.training.loop.batches import chosen
-from tarflow.training.loop.draws import Purpose, draw_chances, draw_noise
+from tarflow.training.loop.draws import Purpose, draw_chances, draw_flipped, draw_noise
 
 
 class InputMaker:
@@ -51,9 +51,7 @@ class InputMaker:
         sampled if the settings say so. If the autoencoder is trained along, the batch has the pictures and the noise
         instead of latents."""
         train = self.config.train
-        flipped = None
-        if self.config.data.flip:
-            flipped = draw_chances(train.seed, step, sample_ids, self.device, "flip") < 0.5
+        flipped = draw_flipped(self.config.data.flip, train.seed, step, sample_ids, self.device)
         # On the CPU, where captions are chosen by it: reading it from an accelerator would wait for all its work.
         dropped = draw_chances(train.seed, step, sample_ids, torch.device("cpu"), "drop") < train.drop_rate
         more = {"latent_norm_weight": train.latent_norm_weight, **self.conditions(batch, dropped)}

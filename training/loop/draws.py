@@ -46,6 +46,11 @@ def draw_chances(seed: int, step: int, sample_ids: Sequence[int], device: torch.
     return (torch.tensor(bits, dtype=torch.float32) / 2**24).to(device, non_blocking=True)
 
 
+def draw_flipped(flip: bool, seed: int, step: int, sample_ids: Sequence[int], device: torch.device) -> Tensor | None:
+    """Which pictures of a step's batch are mirrored, half of them, (B,); None if none is to be. See `draw_noise`."""
+    return draw_chances(seed, step, sample_ids, device, "flip") < 0.5 if flip else None
+
+
 def draw_noise(
     seed: int,
     step: int,

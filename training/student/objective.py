@@ -13,7 +13,7 @@ from tarflow.flows.student import StudentModel
 from tarflow.pipeline.conditions import condition_of
 from tarflow.pipeline.pipeline_tarflow import TARFlowPipeline
 from tarflow.training.loop.component import noisy_latents, posterior_of
-from tarflow.training.loop.draws import draw_chances, draw_noise
+from tarflow.training.loop.draws import draw_chances, draw_flipped, draw_noise
 from tarflow.training.loop.task import Batch
 from tarflow.training.losses.perceptual import make_perceptual
 from tarflow.training.student.config import StudentConfig
@@ -108,9 +108,7 @@ class StudentObjective:
         """A batch as the flow was trained on it, with guidance weights; some conditions are dropped if guidance is
         extrapolated."""
         config, pipe, device = self.config, self.pipe, self.accelerator.device
-        flipped = None
-        if config.data.flip:
-            flipped = draw_chances(config.seed, step, sample_ids, device, "flip") < 0.5
+        flipped = draw_flipped(config.data.flip, config.seed, step, sample_ids, device)
         posterior = posterior_of(pipe, self.accelerator, batch, flipped)
         noisy = noisy_latents(pipe, config, posterior, step, sample_ids)
         clean = pipe.codec.normalise(posterior[0]).float()
