@@ -47,6 +47,7 @@ def log_prob(
         >>> round(nats_per_dim(nats, 4 * 4)[0].item(), 4)  # an untrained flow is the identity: ½·log 2π
         0.9189
     """
+    model.check_prior_size(x)
     z, log_det = model(x, class_labels=class_labels, cond=cond, noise_level=noise_level)
     return prior_log_prob(z, model.prior_variance_image()) + log_det
 
@@ -92,6 +93,7 @@ def token_log_prob(
         model: a `TARFlowModel`.
         x: (B, C, H, W); class_labels, cond, noise_level: as of its ``forward``.
     """
+    model.check_prior_size(x)
     condition = model.condition(class_labels, cond, len(x), noise_level)
     tokens, grid = model.patchify(x)
     log_scales: list[Tensor] = []  # (B, T) each

@@ -261,11 +261,15 @@ class TARFlowModel(FlowAdapters, TokenModel, NetworkHabits, ModelMixin, ConfigMi
             tokens, _ = self.patchify(z)
             self.prior_variance.lerp_(tokens.pow(2).mean(0).to(self.prior_variance.dtype), 0.1)
 
+    def check_prior_size(self, samples: Tensor) -> None:
+        """An error for samples or noise (B, C, H, W) of another size than that of a learned prior."""
+        side = self.config.sample_size
+        wanted = (self.config.in_channels, side, side)
+        if self.prior_variance is not None and tuple(samples.shape[1:]) != wanted:
+            raise ValueError(f"this model has learned its prior for samples {wanted}, got {tuple(samples.shape[1:])}")
+
     def scale_noise(self, noise: Tensor) -> Tensor:
         """Standard normal noise (B, C, H, W) as a draw from the prior."""
+        self.check_prior_size(noise)
         variance = self.prior_variance_image()
-        if variance is not None and noise.shape[1:] != variance.shape:
-            raise ValueError(
-                f"this model has learned its prior for samples {tuple(variance.shape)}, got {tuple(noise.shape[1:])}"
-            )
         return noise if variance is None else noise * variance.sqrt().to(noise.dtype)

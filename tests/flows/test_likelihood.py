@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import condition_of, perturb, random_images, small_model
 
-from tarflow.flows.likelihood import flow_loss, log_prob, nats_per_dim, prior_log_prob
+from tarflow.flows.likelihood import flow_loss, log_prob, nats_per_dim, prior_log_prob, token_log_prob
 from tarflow.flows.model import TARFlowModel
 
 
@@ -53,3 +53,13 @@ def test_the_learned_prior_is_in_the_density_but_not_in_the_loss() -> None:
     expected = torch.distributions.Normal(0, variance.sqrt()).log_prob(z).sum((1, 2, 3)) + log_det
     torch.testing.assert_close(log_prob(model, x), expected)
     torch.testing.assert_close(flow_loss(*model(x)), before)
+
+
+def test_a_learned_prior_is_of_one_size() -> None:
+    model = small_model(learned_prior=True)
+    shape = (model.config.in_channels, 4, 4)
+    other = torch.randn(2, shape[0], 8, 8)
+    for measure in (log_prob, token_log_prob, lambda model, x: model.scale_noise(x)):
+        with pytest.raises(ValueError, match=r"learned its prior for samples \(\d, 4, 4\), got \(\d, 8, 8\)"):
+            measure(model, other)
+    assert log_prob(model, torch.randn(2, *shape)).shape == (2,)
