@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tarflow.common.modes import check_mode, flatten
+from tarflow.common.words import counted
 from tarflow.data.captions import METADATA, keep, make_captions, read_metadata, readable_names
 from tarflow.data.config import DataConfig
 from tarflow.data.files import Files, archive_length, hash_of, shown
@@ -140,12 +141,21 @@ class ImageFolder:
         left_out = [*self.files.unreadable_images(), *self.files.other_images(), *(set(images) - set(splits))]
         rows: list[Row] = []
         keys: dict[str, str] = {}  # by the file's name, so that all captions of a picture are in one split
+        seen: set[int] = set()
+        equal = 0
         for record in read_metadata(self.files, list(splits), left_out):
             if keep(record, config):
                 name = record["file_name"]
                 first, *others = make_captions(record, config, name)
+                line = hash((name, first, *others))
+                if line in seen:
+                    equal += 1
+                    continue
+                seen.add(line)
                 row = Row(name, first, split=splits[name], key=keys.setdefault(name, first))
                 rows += [row, *(Row(name, other, None, first, row.split, row.key) for other in others)]
+        if equal:
+            say_once(f"{config.path}: {counted(equal, 'line')} of {METADATA} left out that others say already")
         return rows
 
     def _labelled_rows(self, places: list[Placed], config: DataConfig) -> list[Row]:

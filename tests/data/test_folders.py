@@ -471,7 +471,7 @@ def test_numbers_as_class_names(tmp_path: Path) -> None:
     )
     parsed, _ = parse_config(["--config", str(settings)])
     assert Images(parsed.data).class_names == ("one", "22")
-    settings.write_text("output: out\ndata: {class_names: [1, two], where: {size: [3]}}\n")
+    settings.write_text("output: out\ndata: {source: folder, path: x, class_names: [1, two], where: {size: [3]}}\n")
     parsed, _ = parse_config(["--config", str(settings)])
     assert (parsed.data.class_names, parsed.data.where) == (["1", "two"], {"size": [3]})
     settings.write_text("output: out\ndata: {class_names: {cat: no}}\n")

@@ -47,6 +47,15 @@ def test_all_pictures_of_one_caption_are_in_one_split(tmp_path: Path) -> None:
         sizes(tmp_path, 0.9)
 
 
+def test_equal_lines_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (name,) = [path.name for path in write_pictures(tmp_path, 1, size=(8, 8)).iterdir()]
+    lines = [json.dumps({"file_name": name, "text": text}) for text in ("a cat", "a dog", "a cat")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    found = ImageFolder(DataConfig(source="folder", path=str(tmp_path), validation_fraction=0), "train")
+    assert [found.caption(index) for index in range(len(found))] == ["a cat", "a dog"]
+    assert "1 line of metadata.jsonl left out that others say already" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["Café", "日本", "Zürich"])
 def test_names_in_archives_that_do_not_say_they_are_utf8(tmp_path: Path, name: str) -> None:
     path = tmp_path / "pictures.zip"
