@@ -186,7 +186,7 @@ def summary(name: str, readers: int, rate: float, values: list[tuple[float, ...]
     return Reading(name, readers, start, speed, per_cpu, rate, waiting)
 
 
-#: That empty files are listed in.
+#: How many folders the empty files are put into.
 FOLDERS = 1000
 
 

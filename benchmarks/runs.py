@@ -21,10 +21,10 @@ from tarflow.benchmarks.training import TrainingPlan, best, compare_training, lo
 from tarflow.common.files import write_json
 from tarflow.common.machine import machine, product_speed
 from tarflow.common.progress import announce
-from tarflow.evaluation.reports.contents import title_of
 from tarflow.flows.layers.guidance import Guidance
 from tarflow.pipeline.conversion import DTYPES
 from tarflow.pipeline.loading.device import best_device
+from tarflow.pipeline.loading.place import title_of
 from tarflow.pipeline.opening import load_pipeline
 
 
@@ -169,7 +169,7 @@ def run_training(arguments: argparse.Namespace) -> None:
         best=fastest and dataclasses.asdict(fastest),
         speeds=[dataclasses.asdict(row) for row in speeds],
     )
-    if len(speeds) > len(arguments.batches):
+    if len(speeds) > len(arguments.batches):  # else there is nothing to differ from
         published = any(row.variant == "published" and row.precision == "float32" for row in speeds)
         whose = "the published float32 one" if published else "that of the table's first row"
         print(f"\nlargest difference of a loss to {whose}: ", end="")

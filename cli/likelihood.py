@@ -107,14 +107,15 @@ def check_place(config: LikelihoodConfig) -> None:
 
 def report(result: Any, noise_std: float) -> str:
     """A `Likelihood` in words."""
+    spread = f" ± {result.standard_error:.4f}" if result.images > 1 else ""
     if result.name == "bits_per_dim":
-        lines = [f"bits per dimension (8-bit pixels)   {result.mean:.4f} ± {result.standard_error:.4f}"]
+        lines = [f"bits per dimension (8-bit pixels)   {result.mean:.4f}{spread}"]
         if result.bound is not None:
             lines.append(f"importance-weighted bound           {result.bound:.4f} ± {result.bound_error:.4f}")
     else:
         what, noise_std = "pixel" if result.name.startswith("pixel") else "latent", result.noise_level or noise_std
         lines = [
-            f"{f'nats per {what} dimension':<36}{result.mean:.4f} ± {result.standard_error:.4f}",
+            f"{f'nats per {what} dimension':<36}{result.mean:.4f}{spread}",
             f"of {what}s with noise of standard deviation {noise_std}; not comparable with bits per dimension of pixels",
         ]
     counts = f"{counted(result.images, 'picture')}, {counted(result.draws, 'draw')} of noise each"

@@ -92,8 +92,8 @@ def read_settings(
     """
     arguments = with_config_file(argv)
     settings, resolved = parse_dataclass(kind, arguments, description, prog)
-    check_pictures_named(kind, arguments)
     check_places(settings)
+    check_pictures_named(kind, arguments)
     if check is not None:
         check(settings)
     loading()
@@ -116,15 +116,20 @@ def check_pictures_named(kind: type, argv: Sequence[str]) -> None:
         and field.default is field.default_factory is dataclasses.MISSING
         for field in dataclasses.fields(kind)
     )
-    named = (argument.startswith(("--data.", "--data=")) or argument == "--data" for argument in argv)
-    if needs and not any(named) and not any("data" in sections for sections in sections_of_files(argv)):
+    named = (re.split("[= ]", argument)[0] in ("--data", "--data.source", "--data.path") for argument in argv)
+    if needs and not any(named) and not any(names_pictures(found.get("data")) for found in sections_of_files(argv)):
         raise ValueError(
             "of which pictures? give --data.source folder --data.path PATH, or --data.source drawings for the project's own"
         )
 
 
+def names_pictures(section: Any) -> bool:
+    """Whether a file's section ``data`` says where pictures come from."""
+    return isinstance(section, dict) and bool(section.keys() & {"source", "path"})
+
+
 def sections_of_files(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the files of ``--config`` have at the top."""
+    """What the files of ``--config`` have at the top; they were read before, and are YAML."""
     following = zip(argv, [*argv[1:], ""], strict=True)
     for argument, after in following:
         name, equals, value = argument.partition("=")

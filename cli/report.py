@@ -8,28 +8,17 @@ The file needs no network and no scripts. The data must be what the model was tr
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tarflow.cli.parsing import read_settings
 from tarflow.common.command import ending
 from tarflow.common.files import check_writable
 from tarflow.evaluation.reports.settings import ReportConfig
 
 
-def check_place(config: ReportConfig) -> None:
-    """Whether the page can be written.
-
-    Raises:
-        ValueError: if not.
-    """
-    if Path(config.out).suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"out must be the name of an .html file, got {config.out!r}")
-    check_writable(config.out)
-
-
 def main(argv: list[str] | None = None) -> None:
     with ending():
-        config, _ = read_settings(ReportConfig, argv, __doc__, "tarflow report", check_place)
+        config, _ = read_settings(
+            ReportConfig, argv, __doc__, "tarflow report", lambda config: check_writable(config.out)
+        )
         from tarflow.evaluation.reports.html import write_report
         from tarflow.pipeline.loading.device import best_device
 

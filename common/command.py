@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ def ending() -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError as error:
-        if error.filename is not None:
-            fail(error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still to be written
+        if is_read():
+            fail(error)  # of another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes
         raise SystemExit(141) from None
     except ERRORS as error:
         fail(error)
@@ -36,6 +38,15 @@ def ending() -> Iterator[None]:
             traceback.print_exc()
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def is_read() -> bool:
+    """Whether somebody still reads the output, as far as the system tells."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return not poll.poll(0)
 
 
 def fail(error: BaseException) -> NoReturn:

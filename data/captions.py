@@ -88,13 +88,18 @@ def keep(record: dict[str, Any], config: DataConfig) -> bool:
 
 def make_captions(record: dict[str, Any], config: DataConfig, name: str) -> list[str]:
     """The captions of one row: by template or column ("text" if neither is given), then others of further templates."""
+    return [fill(template, record, name) for template in templates_of(record, config)]
+
+
+def templates_of(record: dict[str, Any], config: DataConfig) -> list[str]:
+    """The templates of a row's captions: the first, and those of the others whose columns it has."""
     column = config.caption_column or "text"
-    captions = [fill(config.caption_template or "{" + column + "}", record, name)]
-    for template in config.more_caption_templates:
-        if any(record.get(part, "absent") in ("", [], None) for part in columns_of(template)):
-            continue
-        captions.append(fill(template, record, name))
-    return captions
+    more = (
+        template
+        for template in config.more_caption_templates
+        if all(record.get(part, "absent") not in ("", [], None) for part in columns_of(template))
+    )
+    return [config.caption_template or "{" + column + "}", *more]
 
 
 def columns_of(template: str) -> list[str]:
@@ -113,9 +118,7 @@ def fill(template: str, record: dict[str, Any], name: str) -> str:
     """A template with the values of a row; lists are joined by commas."""
     texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
     whole = template[1:-1] in texts  # a column alone, of whatever name
-    empty = (
-        [] if whole else [column for column in columns_of(template) if column in texts and texts[column] in (None, "")]
-    )
+    empty = [] if whole else [column for column in columns_of(template) if column in texts and texts[column] is None]
     if empty:
         raise ValueError(f"the row of {shown(name)!r} has no value in the column {empty[0]!r}, which its caption needs")
     try:

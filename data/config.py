@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tarflow.common.checks import AtLeastOne, Fraction, Positive, check, check_ranges
@@ -57,9 +57,9 @@ STREAM_SETTINGS = (
 CAPTIONED = ("folder", "datasets", "webdataset", "latents")
 SOURCES_OF = {
     "path": ("folder", "webdataset", "latents"),
-    "name": ("datasets",),
-    "data_files": ("datasets",),
-    "train_split": ("datasets",),
+    "name": ("datasets", "latents"),
+    "data_files": ("datasets", "latents"),
+    "train_split": ("datasets", "latents"),
     "split_folders": ("folder", "latents"),
     "image_column": ("datasets", "webdataset", "latents"),
     "label_column": ("datasets", "webdataset", "latents"),
@@ -227,6 +227,11 @@ class DataConfig:
         for name, part in self.mix.items():
             given = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "weight"}
             given = {key: value for key, value in given.items() if value is not None} | {"streaming": True}
+            source = given.get("source", self.source)
+            others = {"validation_split": ("datasets",), "validation_path": ("webdataset",), **SOURCES_OF}
+            for own in fields(DataConfig):  # what is for the other parts
+                if own.name not in given and source not in others.get(own.name, (source,)):
+                    given[own.name] = default_of(own)
             found[name] = part.weight, replace(self, mix=None, **given)
         return found
 
@@ -247,20 +252,20 @@ class DataConfig:
                 f"data.validation_split is {self.validation_split!r}, but a folder's splits are its folders train and "
                 "validation, or else data.validation_fraction is held out: give --data.validation_split null"
             )
-        if self.source == "webdataset" and self.validation_split is not None:
+        if self.source == "webdataset" and self.validation_split is not None and not self.mix:
             raise ValueError(
                 f"data.validation_split is {self.validation_split!r}, but tar files have no named splits: give "
                 "--data.validation_path, or --data.validation_split null"
             )
-        if self.source == "datasets" and self.validation_path is not None:
+        if self.source == "datasets" and self.validation_path is not None and not self.mix:
             raise ValueError(
                 f"data.validation_path is {self.validation_path!r}, but a data set's splits have names: give "
                 "--data.validation_split, or --data.validation_path null"
             )
         for own in fields(DataConfig):
-            usual = own.default if own.default_factory is MISSING else own.default_factory()
+            usual = default_of(own)
             value, sources = getattr(self, own.name), SOURCES_OF.get(own.name)
-            if sources is not None and value != usual and self.source not in sources:
+            if sources is not None and value != usual and self.source not in sources and not self.mix:
                 raise ValueError(
                     f"data.{own.name} is {value!r}, but it is for data.source {' or '.join(map(repr, sources))}, and has no effect "
                     f"with {self.source!r}: leave it out, or give --data.{own.name} {in_yaml(usual)}"
@@ -303,6 +308,11 @@ class DataConfig:
             raise ValueError(f"data.shuffle_shards must be 0 (all) or positive, got {self.shuffle_shards}")
         if not 0 < self.cache_gb < math.inf:
             raise ValueError(f"data.cache_gb must be positive, got {self.cache_gb}")
+
+
+def default_of(field: Field[Any]) -> Any:
+    """The default of a dataclass's field."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def in_yaml(value: Any) -> str:

@@ -141,7 +141,7 @@ class ImageFolder:
         left_out = [*self.files.unreadable_images(), *self.files.other_images(), *(set(images) - set(splits))]
         rows: list[Row] = []
         keys: dict[str, str] = {}  # by the file's name, so that all captions of a picture are in one split
-        seen: set[int] = set()
+        seen: set[int] = set()  # hashes, as captions of millions of pictures take much memory
         equal = 0
         for record in read_metadata(self.files, list(splits), left_out):
             if keep(record, config):
@@ -155,7 +155,9 @@ class ImageFolder:
                 row = Row(name, first, split=splits[name], key=keys.setdefault(name, first))
                 rows += [row, *(Row(name, other, None, first, row.split, row.key) for other in others)]
         if equal:
-            say_once(f"{config.path}: {counted(equal, 'line')} of {METADATA} left out that others say already")
+            say_once(
+                f"{config.path}: {counted(equal, 'line')} of {METADATA} said again what others say, and count once"
+            )
         return rows
 
     def _labelled_rows(self, places: list[Placed], config: DataConfig) -> list[Row]:
@@ -248,7 +250,7 @@ def choose_split(rows: list[Row], split: str, fraction: float) -> list[Row]:
     if split == "validation":
         rows = [row for row in rows if row.repeats is None]
     own = {row.split for row in rows if row.split}
-    if own and (own != {"train"} or (split == "validation" and not fraction)):
+    if own and own != {"train"}:
         return [row for row in rows if row.split == split]
     return [row for row in rows if is_held_out(row.key, fraction) == (split == "validation")]
 

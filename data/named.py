@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from tarflow.data.captions import keep, make_captions, readable_names
+from tarflow.data.captions import keep, make_captions, readable_names, templates_of
 from tarflow.data.config import DataConfig
 from tarflow.data.folder import is_held_out, read_image, read_size
 from tarflow.data.labels import Labels
@@ -51,7 +51,7 @@ class NamedDataset:
         self.items: list[tuple[int, int]] | None = None  # rows with their ways to be described, if some have several
         if split != "validation" and config.more_caption_templates:
             rows = enumerate(self.without_pictures)
-            self.items = [(i, way) for i, row in rows for way in range(len(self._captions(row, i)))]
+            self.items = [(i, way) for i, row in rows for way in range(len(templates_of(row, config)))]
         if not len(self.data) and split == "train":
             raise ValueError(f"no rows are left in {config.name!r} for the split {split_name!r}")
 

@@ -312,7 +312,7 @@ def arguments(pipe: FlowPipeline, request: Request) -> dict[str, Any]:
         **condition,
         **({"num_inference_steps": steps} if walked else {}),
         **dict(zip(("denoise", "decoder"), removal, strict=True)),
-        "guidance_scale": request.guidance_scale,
+        "guidance_scale": None if kind == "none" else request.guidance_scale,
         "decoding": request.decoding,
     }
 

@@ -8,6 +8,8 @@ from typing import Any
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.walk import resolve_level
 
+LACKING = "the model takes {}, but the data has none: give data with them, or ask for no condition (likelihoods: --condition none)"
+
 
 def check_class_names(pipe: FlowPipeline, names: Sequence[str] | None) -> None:
     """Whether the classes of data, by number, are those of a model that draws classes. Names that the model does not know are
@@ -50,15 +52,11 @@ def condition_of(
     leveled: dict[str, Any] = {} if level is None else {"noise_level": level}
     if kind == "prefix":
         if with_condition and "caption" not in batch:
-            raise ValueError(
-                "the model takes captions, but the data has none: give data with them, or ask for no condition where a command can (--condition none)"
-            )
+            raise ValueError(LACKING.format("captions"))
         captions = batch["caption"] if with_condition else [""] * count
-        return {"cond": pipe.encode_prompt(captions, do_classifier_free_guidance=False)[0], **leveled}
+        return {"cond": pipe.encoded_captions(captions).to(pipe._execution_device), **leveled}
     if kind == "none" or not with_condition:
         return leveled
     if "label" not in batch:
-        raise ValueError(
-            "the model takes class labels, but the data has none: give data with them, or ask for no condition where a command can (--condition none)"
-        )
+        raise ValueError(LACKING.format("class labels"))
     return {"class_labels": batch["label"].to(pipe.flow.device), **leveled}

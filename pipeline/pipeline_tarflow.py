@@ -17,7 +17,7 @@ from tarflow.flows.student import StudentModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.arguments import check_types
 from tarflow.pipeline.call.checks import check_guided
-from tarflow.pipeline.call.defaults import checked_settings
+from tarflow.pipeline.call.defaults import checked_settings, default_steps
 from tarflow.pipeline.call.flow_pipeline import Generators
 from tarflow.pipeline.call.inputs import Labels
 from tarflow.pipeline.call.settings import (
@@ -31,7 +31,7 @@ from tarflow.pipeline.call.settings import (
 )
 from tarflow.pipeline.call.steps import conditions_of, draw_by_flow, draw_by_student, pictures, residuals
 from tarflow.pipeline.call.student_sampling import check_student_call
-from tarflow.pipeline.call.trajectory_sampling import default_steps, draw_by_trajectory, trajectory_steps
+from tarflow.pipeline.call.trajectory_sampling import draw_by_trajectory, trajectory_steps
 from tarflow.pipeline.call.walk import check_own_level, check_walk, resolve_level, resolve_levels, resolve_steps
 from tarflow.pipeline.editing.tools import ExactFlowTools
 from tarflow.pipeline.loading.hub import PipelineFiles
@@ -79,7 +79,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
         noise_levels: the lowest and the highest level of a flow with noise_conditioning; None for one of one level.
         scheduler: how samples of such a flow go down from level to level, see `scheduler_for`; None is Diffusers'
             `EDMEulerScheduler` with levels of equal distances.
-        num_inference_steps: in how many steps, by default.
+        num_inference_steps: in how many steps, by default; of a trajectory model one of the numbers that it was trained with,
+            or 1, which leaves it to the model.
         temperature: of a call that draws its noise itself, by default.
 
     Example:
@@ -134,7 +135,6 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             scheduler=scheduler,
         )
         settings = checked_settings(
-            flow,
             latents_mean=latents_mean,
             latents_std=latents_std,
             noise_std=noise_std,
@@ -237,8 +237,8 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
                 pipeline's own, or 1 for given ``latents`` (not for what a trajectory model draws in its steps).
             num_inference_steps: in how many steps a flow of many noise levels removes the noise of its samples, each of
                 one pass and its gradient; the pipeline's own default if not given. 1 is the score step, the only one
-                that a flow of one level has. Of a trajectory model one of the numbers that it was trained with (its first
-                one if not given), each a pass for all tokens at once; then ``decoding`` is of its shallow transporter,
+                that a flow of one level has. Of a trajectory model one of the numbers that it was trained with (the pipeline's own,
+                or its first one, if not given), each a pass for all tokens at once; then ``decoding`` is of its shallow transporter,
                 which is inverted once, and callbacks get the states as that one has them.
             noise_level: to draw at, one of the trained ones; the highest if not given.
             walk: "ode", Euler's steps, or "sde", with fresh noise at each level; the pipeline's scheduler if not given. For
@@ -269,19 +269,12 @@ class TARFlowPipeline(ExactFlowTools, LoraLoading, PipelineFiles):
             max_sequence_length=max_sequence_length,
         )
         subjects.check(self.flow.config.conditioning, scale, callback_on_step_end is not None)
-        check_guided(
-            self.flow.config.conditioning,
-            guidance_scale,
-            guidance_parts,
-            guidance_annealed,
-            attention_temperature,
-            guidance_blocks,
-            callback_on_step_end is not None,
-        )
         method = guidance_method or self.config.guidance_method
         guidance = Guidance(
             scale - 1, method, guidance_parts, guidance_annealed, attention_temperature, guidance_blocks
         )
+        has_callback = callback_on_step_end is not None
+        check_guided(self.flow.config.conditioning, guidance_scale, self.config.guidance_scale, guidance, has_callback)
         shape, aspect_ratio = resolve_size(self, height, width, aspect_ratio)
         tokens = shape[1] * shape[2] // self.flow.config.patch_size**2
         inversion = resolve_decoding(decoding, tolerance, segment, tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from tarflow.evaluation.samples.settings import GenerationConfig, Split
 from tarflow.pipeline.call.flow_pipeline import FlowPipeline
 from tarflow.pipeline.call.trajectory_sampling import trajectory_steps
 from tarflow.pipeline.call.walk import resolve_level, resolve_steps
+from tarflow.pipeline.loading.place import title_of
 
 PIXELS = "pixels"
 
@@ -116,12 +116,6 @@ def gather(config: ReportConfig, device: str | torch.device = "cpu") -> Contents
         metrics=metrics,
         warnings=warnings,
     )
-
-
-def title_of(pipeline: str) -> str:
-    """A pipeline by its folder and that of its run, or by its name."""
-    folder = Path(pipeline).expanduser()
-    return f"{folder.resolve().parent.name}/{folder.name}" if folder.is_dir() else pipeline
 
 
 def generation_of(config: ReportConfig, images: dict[str, AnyPictures]) -> GenerationConfig:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from tarflow.common.checks import AtLeastOne, at_least, check, check_ranges
@@ -59,6 +60,8 @@ class ReportConfig(OptionalExtractor, SampleSettings):
         super().__post_init__()
         if self.extractor is None and self.extractor_weights is not None:
             raise ValueError("extractor_weights are given, but no extractor")
+        if Path(self.out).suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"out must be the name of an .html file, got {self.out!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

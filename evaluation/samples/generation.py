@@ -134,7 +134,8 @@ def begin(
     record = {"settings": settings_of(config, conditions, pipe), "num": config.num}
     if alone:
         refuse_strangers(out)
-    earlier = read_record(out) if next(pictures_in(out), None) is not None else None  # of none it tells nothing
+    begun = next(pictures_in(out), None) is not None or (out / "parts").exists()
+    earlier = read_record(out) if begun else None  # of no picture it tells nothing
     check_record(config, earlier, record)
     if earlier is not None:
         check_conditions(out, conditions, earlier["num"], config.batch_size)

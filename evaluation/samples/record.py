@@ -74,8 +74,8 @@ def pipeline_hash(pipe: TARFlowPipeline) -> str:
 
 
 def pictures_in(out: Path) -> Iterator[Path]:
-    """Files of pictures, or of parts of a set of them."""
-    return (path for name in ("*.png", "*.npz", "*.npy") for path in out.rglob(name))
+    """Files of generated pictures."""
+    return (path for name in ("*.png", "samples.npz") for path in out.rglob(name))
 
 
 def refuse_strangers(out: Path) -> None:

@@ -15,6 +15,7 @@ from tarflow.data.latents import CachedLatents
 from tarflow.experiments.peers.diffusion import DiffusionModel
 from tarflow.experiments.peers.settings import DiffusionConfig
 from tarflow.training.flow.config import TextConfig
+from tarflow.training.flow.setup import vocabulary_places
 from tarflow.training.flow.text import load_text
 from tarflow.training.flow.tokens import CaptionTokens
 from tarflow.training.loop.batches import fixed_batches, read_batch
@@ -120,7 +121,7 @@ def make_model(config: DiffusionConfig, data: CachedLatents) -> tuple[DiffusionM
         heads=config.text_heads,
         max_length=config.max_length,
     )
-    captions = (data.caption(index) or "" for index in range(min(text.vocab_captions, len(data))))
+    captions = (data.caption(index) or "" for index in vocabulary_places(data, text.vocab_captions))
     encoder, tokenizer = load_text(text, captions)
     return DiffusionModel(config, channels, side, 0, encoder), CaptionTokens(tokenizer, config.max_length)
 

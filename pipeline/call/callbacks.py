@@ -161,6 +161,7 @@ class AfterStep:
         with self.pipe.within_callback(self.scale, self.steps):
             found = callback(self.pipe, index, timestep, {"latents": latents} if wanted else {})
             scale = self.pipe.guidance_scale
+        scale = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 else scale
         if isinstance(scale, bool) or not isinstance(scale, Real) or not scale < math.inf:
             raise ValueError(f"the callback set _guidance_scale to {scale!r}, expected a number")
         self.scale = float(scale)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tarflow.flows.decoding.method import DEFAULT_TOLERANCE, Decoding
+from tarflow.flows.layers.guidance import Guidance
 
 #: Ways to decode, by a call's name, that take a tolerance.
 WITH_TOLERANCE = ("auto", "jacobi", "gs_jacobi")
@@ -70,28 +71,33 @@ def names_text(texts: str | list[str] | None) -> bool:
     return any(texts) if isinstance(texts, list) else bool(texts)
 
 
-def check_guided(
-    kind: str, scale: float | None, parts: str, annealed: bool, temperature: float, blocks: str, callback: bool
-) -> None:
-    """Whether what is asked of guidance can have an effect.
+def check_guided(kind: str, scale: float | None, own: float, guidance: Guidance, callback: bool) -> None:
+    """Whether what is asked of guidance can have an effect; where a call leaves the scale to the pipeline, its options are for
+    those pipelines that guide.
 
     Args:
-        scale: of the call, None if it is the pipeline's own.
-        parts, annealed, temperature, blocks: as of `Guidance`.
+        scale: of the call; None is the pipeline's own.
+        own: the pipeline's, which is no wish of the caller's.
+        guidance: of the call, with its other options.
         callback: whether one may turn guidance on.
+
+    Raises:
+        ValueError: that names the first that cannot.
     """
-    if kind == "none" and scale is not None and scale > 1 and temperature == 1:
+    if scale is None:
+        return
+    if kind == "none" and scale not in (1, own) and guidance.temperature == 1:
         raise ValueError(
             f"guidance_scale is {scale:g}, but this model draws without conditions, so there is nothing to lead away from: leave "
             "it out"
         )
-    if scale is None or scale > 1 or callback:
+    if scale > 1 or callback:
         return
     given = {
-        "guidance_parts": (parts, "ab"),
-        "guidance_annealed": (annealed, False),
-        "attention_temperature": (temperature, 1),
-        "guidance_blocks": (blocks, "all"),
+        "guidance_parts": (guidance.parts, "ab"),
+        "guidance_annealed": (guidance.annealed, False),
+        "attention_temperature": (guidance.temperature, 1),
+        "guidance_blocks": (guidance.blocks, "all"),
     }
     for name, (value, usual) in given.items():
         if value != usual:

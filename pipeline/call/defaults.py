@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from tarflow.common.checks import check
 from tarflow.flows.layers.guidance import Guidance
+from tarflow.flows.trajectory.kinds import FlowModel
+from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.pipeline.call.arguments import is_number, is_whole
 from tarflow.pipeline.call.checks import check_guidance_scale
 from tarflow.pipeline.call.choices import DECODERS
+from tarflow.pipeline.call.trajectory_sampling import check_trained
+from tarflow.pipeline.call.walk import resolve_steps
 
 
 def checked_settings(
-    flow: Any,
     *,
     latents_mean: Iterable[float] | None,
     latents_std: Iterable[float] | None,
@@ -30,7 +35,7 @@ def checked_settings(
     """Settings by name as `TARFlowPipeline` keeps them, numbers of NumPy and torch as Python's.
 
     Args:
-        flow: of the pipeline; the others as of `TARFlowPipeline`.
+        latents_mean, latents_std and the others: as of `TARFlowPipeline`.
 
     Raises:
         ValueError: that names the first one that cannot be.
@@ -49,15 +54,20 @@ def checked_settings(
     return {
         "latents_mean": mean,
         "latents_std": std,
-        "noise_std": float(noise_std),
-        "id2label": names_of_classes(flow, id2label),
-        "max_sequence_length": int(max_sequence_length),
-        "guidance_scale": float(guidance_scale),
+        "noise_std": plain(noise_std),
+        "id2label": names_of_classes(id2label),
+        "max_sequence_length": plain(max_sequence_length),
+        "guidance_scale": plain(guidance_scale),
         "guidance_method": guidance_method,
         "caption_template": caption_template,
         "decoder": decoder,
         "denoise": bool(denoise),
     }
+
+
+def plain(number: Any) -> Any:
+    """A number of NumPy as Python's, which can be saved; Python's own as it is, as it is part of a pipeline's hash."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def numbers(name: str, values: Iterable[float] | None) -> list[float] | None:
@@ -72,25 +82,35 @@ def numbers(name: str, values: Iterable[float] | None) -> list[float] | None:
     listed = list(found) if isinstance(found, Iterable) and not isinstance(found, str) else []
     if not listed or not all(is_number(value) and math.isfinite(value) for value in listed):
         raise ValueError(f"{name} must be finite numbers, one for each channel, got {values!r}")
-    return [float(value) for value in listed]
+    return [plain(value) for value in listed]
 
 
-def names_of_classes(flow: Any, names: Mapping[Any, str] | None) -> dict[Any, str] | None:
+def names_of_classes(names: Mapping[Any, str] | None) -> dict[Any, str] | None:
     """Names of classes by number.
 
     Raises:
-        ValueError: if that is not what they are, or the flow has no class of a number.
+        ValueError: if that is not what they are.
     """
     if names is None:
         return None
     if not isinstance(names, Mapping):
         raise ValueError(f"id2label must be a dictionary of names by number, got {type(names).__name__}")
-    known = 0 if flow is None else flow.config.get("num_classes", 0)
     found: dict[Any, str] = {}
     for number, name in names.items():
         if not (is_whole(number) or (isinstance(number, str) and number.isdecimal())):
             raise ValueError(f"id2label must have the classes' numbers as keys, got {number!r}")
-        if flow is not None and known and int(number) >= known:
-            raise ValueError(f"id2label names the class {number}, but the flow's are 0 to {known - 1}")
         found[number if isinstance(number, str) else int(number)] = name
     return found
+
+
+def default_steps(flow: FlowModel, levels: Sequence[float] | None, steps: int) -> int:
+    """A pipeline's own ``num_inference_steps``: those from noise level to noise level, or along a trajectory one of the numbers
+    that its model was trained with; 1 there leaves the choice to the model.
+
+    Raises:
+        ValueError: for a number that its flow cannot take.
+    """
+    if isinstance(flow, TrajectoryFlowModel) and steps > 1:
+        check_trained(flow, steps)
+        return int(steps)
+    return resolve_steps(levels, steps, 1, True, None)

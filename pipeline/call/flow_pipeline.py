@@ -113,8 +113,12 @@ class FlowPipeline(PromptEncoding, BlockInversion, CallState):
             class_labels, cond: class indices (B,) or encoded captions (B, L, E) of a conditional model.
             noise_level, num_inference_steps, walk, generator: as of a call, of a flow of many levels.
             after_level: see `AfterLevel`.
+
+        Raises:
+            ValueError: for another ``denoise``, or one that the flow has not learned.
         """
-        denoise, _ = inputs.resolve_denoising(self.flow.config, denoise, None, ("vae", True), self.vae is None, False)
+        if denoise is not None:
+            denoise, _ = inputs.resolve_denoising(self.flow.config, denoise, "vae", ("vae", True), False, False)
         if not denoise or self.config.noise_std == 0:
             return latents
         check_flow_kind(self.flow, "removing the noise of single pictures is")

@@ -61,7 +61,7 @@ class PromptEncoding(PipelineParts):
             if prompt is None:
                 raise ValueError("there is nothing to encode: give prompt or prompt_embeds")
             captions = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds = self._encode_captions(captions, length, aspect_ratio)
+            prompt_embeds = self.encoded_captions(captions, length, aspect_ratio, warn=True)
         else:
             check_embeds(prompt_embeds, "prompt_embeds")
             length = prompt_embeds.shape[1]  # the empty caption is to have as many tokens
@@ -74,7 +74,7 @@ class PromptEncoding(PipelineParts):
             texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
             if len(texts) not in (1, count):
                 raise ValueError(f"negative_prompt has {len(texts)} texts for {count} prompts; give one or as many")
-            negative_prompt_embeds = self._encode_captions(texts, length, aspect_ratio)
+            negative_prompt_embeds = self.encoded_captions(texts, length, aspect_ratio, warn=True)
         check_embeds(negative_prompt_embeds, "negative_prompt_embeds")
         negative_prompt_embeds = negative_prompt_embeds.to(device)
         if len(negative_prompt_embeds) not in (1, count):
@@ -88,13 +88,25 @@ class PromptEncoding(PipelineParts):
         negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
         return prompt_embeds, negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
 
-    def _encode_captions(self, captions: list[str], length: int, aspect_ratio: str) -> Tensor:
-        """Captions in the pipeline's template, as hidden states of its text encoder (B, length, E)."""
+    def encoded_captions(
+        self, captions: list[str], length: int | None = None, aspect_ratio: str = "1:1", warn: bool = False
+    ) -> Tensor:
+        """Captions in the pipeline's template, as hidden states of its text encoder (B, length, E).
+
+        Args:
+            length: tokens of a caption; the pipeline's own if not given.
+            warn: of captions that are cut, as is wanted of a user's own, and not of each batch of data.
+
+        Raises:
+            ValueError: if there is no text encoder.
+        """
+        length = self.config.max_sequence_length if length is None else length
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder: give prompt_embeds and negative_prompt_embeds")
         self.run_offload_hook(self.text_encoder)
         captions = fill_template(self.config.caption_template, captions, aspect_ratio)
         options = TextOptions.of(self.config.get("text_options"))
         embeds = encode_captions(self.text_encoder, self.tokenizer, captions, length, options, self._execution_device)
-        warn_of_cuts(self.tokenizer, captions, length, options)
+        if warn:
+            warn_of_cuts(self.tokenizer, captions, length, options)
         return embeds

@@ -168,7 +168,7 @@ def pictures(pipe: FlowPipeline, call: Sampling, conditions: Conditions, drawn: 
     latents = drawn.latents
     if not drawn.stopped and not drawn.clean:
         latents = clean_latents(pipe, call, conditions, latents)
-        check_finite_latents(latents, "removing the training noise")
+        check_finite_latents(latents, "removing the training noise" if call.denoise else "the model")
     if output_type == "latent":
         return latents
     images = pipe.decode_latents(latents, call.decoder)

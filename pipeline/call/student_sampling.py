@@ -56,8 +56,8 @@ def check_student_call(
     patch = student.config.patch_size
     if shape[1] % patch or shape[2] % patch:
         raise ValueError(
-            f"this student makes latents in patches of {patch} × {patch}, which {shape[1]} × {shape[2]} of them are not made of: "
-            "take another height or width, or another decoding"
+            f"the latents are {shape[1]} × {shape[2]}, but this student's patches are {patch} × {patch}: take another height or "
+            "width, or another decoding"
         )
     if scale == 1:
         return

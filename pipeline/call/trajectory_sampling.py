@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tarflow.flows.layers.condition import parts_of
 from tarflow.flows.layers.guidance import Guidance
-from tarflow.flows.trajectory.kinds import FlowModel
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
 from tarflow.flows.trajectory.sampling import generate_trajectory, joint_score_denoise, transported
 from tarflow.pipeline.call.callbacks import AfterStep
@@ -23,20 +22,6 @@ from tarflow.pipeline.call.flow_pipeline import FlowPipeline, Generators
 from tarflow.pipeline.call.samples import DENOISED_TOKENS, in_parts
 from tarflow.pipeline.call.settings import Sampling
 from tarflow.pipeline.call.steps import Conditions, Drawn, block_conditions, null_condition
-from tarflow.pipeline.call.walk import resolve_steps
-
-
-def default_steps(flow: FlowModel, levels: Sequence[float] | None, steps: int) -> int:
-    """A pipeline's own ``num_inference_steps``: those from noise level to noise level, or along a trajectory one of the numbers
-    that its model was trained with; 1 there leaves the choice to the model.
-
-    Raises:
-        ValueError: for a number that its flow cannot take.
-    """
-    if isinstance(flow, TrajectoryFlowModel) and steps > 1:
-        check_trained(flow, steps)
-        return int(steps)
-    return resolve_steps(levels, steps, 1, True, None)
 
 
 def check_trained(flow: TrajectoryFlowModel, steps: int) -> None:
@@ -80,7 +65,7 @@ def trajectory_steps(
         given = {"attention_temperature": (guidance.temperature, 1), "guidance_blocks": (guidance.blocks, "all")}
         for name, (value, usual) in given.items():
             if value != usual:
-                raise ValueError(f"{name} is for flows, not for trajectory models: leave {value!r} out")
+                raise ValueError(f"{name} is for flows, not for trajectory models, got {value!r}: leave it out")
     if steps is None and pipe.config.num_inference_steps > 1:
         steps = pipe.config.num_inference_steps
     if steps is None:

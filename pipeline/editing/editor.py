@@ -28,7 +28,7 @@ class FlowEditor:
         pipe: the pipeline.
         noise_level: of the noise that pictures get, for a flow of many levels; None is its highest.
         generator: of the noise that a stochastic scheduler draws on the way down from it.
-        output_type: of the pictures that are made, checked before anything is computed.
+        output_type: of the pictures that are made, checked before anything is computed; None makes none.
 
     Attributes:
         level: that level; None for a flow of one.
@@ -39,10 +39,11 @@ class FlowEditor:
         pipe: FlowPipeline,
         noise_level: float | None = None,
         generator: Generators = None,
-        output_type: str = "latent",
+        output_type: str | None = None,
     ):
         check_flow_kind(pipe.flow, "encoding, likelihoods and editing are")
-        pipe.check_outputs(None, output_type)
+        if output_type is not None:
+            pipe.check_outputs(None, output_type)
         self.pipe, self.flow = pipe, pipe.flow
         self.level, self.generator = resolve_level(pipe.noise_levels, noise_level), generator
 

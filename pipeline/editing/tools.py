@@ -95,11 +95,11 @@ class ExactFlowTools(FlowPipeline):
         path: str = "spherical",
         prompt: str | None = None,
         class_labels: int | str | None = None,
-        prompt_embeds: Tensor | None = None,
         generator: Generators = None,
         noise: bool = True,
         fit: bool = False,
         output_type: str = "pil",
+        prompt_embeds: Tensor | None = None,
     ) -> EditingOutput:
         """``steps`` pictures from ``first`` to ``second``, both included, along a path in z.
 
@@ -125,11 +125,11 @@ class ExactFlowTools(FlowPipeline):
         strength: float,
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
-        prompt_embeds: Tensor | None = None,
         generator: Generators = None,
         noise: bool = True,
         fit: bool = False,
         output_type: str = "pil",
+        prompt_embeds: Tensor | None = None,
     ) -> EditingOutput:
         """The pictures with a part of their z drawn anew, see `tarflow.flows.editing.resample`.
 
@@ -154,13 +154,13 @@ class ExactFlowTools(FlowPipeline):
         target_prompt: str | list[str] | None = None,
         source_labels: Labels | None = None,
         target_labels: Labels | None = None,
-        source_prompt_embeds: Tensor | None = None,
-        target_prompt_embeds: Tensor | None = None,
         guidance_scale: float = 1.0,
         generator: Generators = None,
         noise: bool = True,
         fit: bool = False,
         output_type: str = "pil",
+        source_prompt_embeds: Tensor | None = None,
+        target_prompt_embeds: Tensor | None = None,
     ) -> EditingOutput:
         """Encode pictures under one caption or class, and decode them under another. What the first does not describe is
         in z, and stays.
@@ -186,7 +186,6 @@ class ExactFlowTools(FlowPipeline):
         mask: Mask,
         prompt: str | list[str] | None = None,
         class_labels: Labels | None = None,
-        prompt_embeds: Tensor | None = None,
         method: str = "fill",
         passes: int = 3,
         steps: int = 20,
@@ -195,6 +194,7 @@ class ExactFlowTools(FlowPipeline):
         noise: bool = True,
         fit: bool = False,
         output_type: str = "pil",
+        prompt_embeds: Tensor | None = None,
     ) -> EditingOutput:
         """Make the masked part of pictures anew, so that it goes with the rest.
 
@@ -249,10 +249,10 @@ class ExactFlowTools(FlowPipeline):
         num: int,
         prompt: str | None = None,
         class_labels: int | str | None = None,
-        prompt_embeds: Tensor | None = None,
         guidance_scale: float | None = None,
         generator: Generators = None,
         output_type: str = "pil",
+        prompt_embeds: Tensor | None = None,
     ) -> EditingOutput:
         """``num`` pictures of one caption or class, the likeliest first, with their log_prob under it.
 

@@ -34,6 +34,12 @@ def locate(name: str) -> str:
     raise ValueError(f"there is no pipeline {name!r}: give its folder, a shipped name ({known}) or a hub id owner/name")
 
 
+def title_of(pipeline: str) -> str:
+    """A pipeline by its folder and that of its run, or by its name."""
+    folder = Path(pipeline).expanduser()
+    return f"{folder.resolve().parent.name}/{folder.name}" if folder.is_dir() else pipeline
+
+
 def default_pipeline() -> str:
     """The shipped pipeline of emoji, or the quick start's.
 

@@ -211,6 +211,9 @@ class LoraLoading(LoraBaseMixin):
         weights = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"set_adapters got {len(names)} adapters and {len(weights)} weights: give one for each")
+        for key in {key for weight in weights if isinstance(weight, dict) for key in weight}:
+            if key not in PARTS:
+                raise ValueError(f"weights of adapters are for {' and '.join(PARTS)}, got {key!r}")
         known = self.get_list_adapters()
         found = sorted({name for own in known.values() for name in own})
         if unknown := sorted(set(names) - set(found)):
@@ -266,7 +269,7 @@ class LoraLoading(LoraBaseMixin):
             _maybe_remove_and_reapply_group_offloading(encoder)
 
     def unload_lora_weights(self) -> None:
-        """Take all adapters out.
+        """Take all adapters out; a trajectory model has none, so that nothing is done.
 
         Raises:
             ValueError: for weights that are offloaded to files.

@@ -51,7 +51,7 @@ def test_what_is_read_is_what_was_made(tmp_path: Path) -> None:
 
 
 def test_names_are_listed() -> None:
-    listing = list_names(200, folders=4)
+    listing = list_names(200)
     assert listing.names == 200
     assert listing.seconds > 0
 

@@ -163,7 +163,7 @@ class TestKept:
         slow.chmod(0o755)
         code = f"import sys; from tarflow.experiments import noise_levels; sys.executable = {str(slow)!r}; noise_levels.train([])"
         process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
-        for _ in range(1200):
+        for _ in range(3000):
             if (tmp_path / "ready").exists() or process.poll() is not None:
                 break
             time.sleep(0.1)

@@ -223,7 +223,7 @@ def test_empty_captions_are_errors(captioned: Path) -> None:
 
 
 def test_captions_without_metadata_are_an_error(classes: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no metadata.jsonl at its root"):
+    with pytest.raises(ValueError, match=r"has no metadata\.jsonl"):
         Images(folder_config(classes, caption_column="text"))
 
 

@@ -250,7 +250,7 @@ def test_pictures_of_other_origin_are_refused(tmp_path) -> None:
     [
         ({"num": 0}, "num must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be from 0 to 4,294,967,295, got -1"),
         ({"guidance_scale": 0.5}, r"guidance_scale must be at least 1 \(off\)"),
         ({"noise_std": -0.1}, r"noise_std must be 0 or positive, got -0\.1"),
         ({"format": "jpg"}, "format must be 'png' or 'npz'"),

@@ -14,6 +14,7 @@ from students import small_student, with_student
 from tarflow import TARFlowPipeline
 from tarflow.flows.decoding.method import Decoding
 from tarflow.pipeline.call.defaults import checked_settings
+from tarflow.pipeline.conditions import condition_of
 
 LATENT: dict[str, Any] = {"output_type": "latent", "decoding": "sequential"}
 
@@ -32,7 +33,6 @@ LATENT: dict[str, Any] = {"output_type": "latent", "decoding": "sequential"}
         ({"latents_std": [0.0] * 8}, r"latents_std must be positive, got \[0.0"),
         ({"latents_mean": "none"}, "latents_mean must be finite numbers, one for each channel, got 'none'"),
         ({"id2label": ["a", "b", "c"]}, "id2label must be a dictionary of names by number, got list"),
-        ({"id2label": {0: "a", 7: "b"}}, "id2label names the class 7, but the flow's are 0 to 2"),
         ({"id2label": {"a": "b"}}, "id2label must have the classes' numbers as keys, got 'a'"),
         ({"caption_template": "hello"}, r"caption_template has no place \{prompt\}, where the caption goes: 'hello'"),
         ({"num_inference_steps": 2}, "num_inference_steps is 2, but this flow knows one noise level"),
@@ -202,6 +202,13 @@ class TestWithoutEffect:
         with pytest.raises(ValueError, match=message):
             make_pipeline(conditioning)(**{"guidance_scale": 1.0, **given, **options})
 
+    def test_a_scale_that_a_pipeline_has_is_no_wish(self) -> None:
+        pipe = make_pipeline("none")
+        pipe.register_to_config(guidance_scale=3.0)
+        assert len(pipe(guidance_scale=3.0).images) == len(pipe().images) == 1
+        with pytest.raises(ValueError, match="draws without conditions"):
+            pipe(guidance_scale=2.0)
+
     def test_lengths_of_encoded_captions(self) -> None:
         with pytest.raises(ValueError, match="max_sequence_length has no effect on prompt_embeds"):
             make_pipeline("prefix")(prompt_embeds=torch.zeros(1, 8, 16), max_sequence_length=4)
@@ -232,7 +239,7 @@ def test_a_students_patches_must_fit_the_size() -> None:
     pipe = make_pipeline("none", sample_size=4)
     pipe.register_modules(student=small_student(pipe.flow, patch_size=2))
     assert pipe(decoding="student", height=48).images[0].size == (32, 48)
-    with pytest.raises(ValueError, match="patches of 2 × 2, which 5 × 4 of them are not made of"):
+    with pytest.raises(ValueError, match="the latents are 5 × 4, but this student's patches are 2 × 2"):
         pipe(decoding="student", height=40)
     with pytest.raises(ValueError, match=r"z must have the shape \(B, 8, H, W\), H and W multiples of 2"):
         pipe.student(torch.zeros(1, 8, 5, 4))
@@ -319,6 +326,8 @@ class TestAdapters:
         torch.testing.assert_close(pipe(**given).images, both)
         with pytest.raises(ValueError, match="the pipeline has no adapter 'c'; it has: a, b"):
             pipe.set_adapters(["a", "c"])
+        with pytest.raises(ValueError, match="weights of adapters are for flow and text_encoder, got 'flwo'"):
+            pipe.set_adapters(["a"], [{"flwo": 0.5}])
         with pytest.raises(ValueError, match="got 2 adapters and 1 weights"):
             pipe.set_adapters(["a", "b"], [1.0])
 
@@ -332,7 +341,6 @@ class TestAdapters:
 def test_settings_without_a_flow() -> None:
     """As Diffusers makes a pipeline whose parts come later."""
     found = checked_settings(
-        None,
         latents_mean=None,
         latents_std=None,
         noise_std=0,
@@ -345,3 +353,11 @@ def test_settings_without_a_flow() -> None:
         denoise=1,
     )
     assert found["id2label"] == {"3": "a"} and found["denoise"] is True
+
+
+def test_captions_of_data_are_cut_without_a_warning_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    pipe, long = make_pipeline("prefix"), ["a red ring " * 20]
+    quiet = condition_of(pipe, {"caption": long}, 1, with_condition=True)["cond"]
+    assert not caplog.text
+    torch.testing.assert_close(quiet, pipe.encode_prompt(long, do_classifier_free_guidance=False)[0])
+    assert "captions are longer than 8 tokens" in caplog.text

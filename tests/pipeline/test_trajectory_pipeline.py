@@ -176,7 +176,7 @@ def test_save_and_load(pipe, tmp_path, capsys):
         ({"num_inference_steps": 2.5}, "must be a whole number, got 2.5"),
         ({"num_inference_steps": 4}, "trained with 2, 3 steps: num_inference_steps cannot be 4"),
         ({"decoding": "student"}, "no student"),
-        ({"attention_temperature": 2.0, "guidance_scale": 2.0}, "leave 2.0 out"),
+        ({"attention_temperature": 2.0, "guidance_scale": 2.0}, "got 2.0: leave it out"),
     ],
 )
 def test_calls_that_cannot_be(pipe, options, told):
@@ -276,5 +276,7 @@ def test_a_pipelines_own_number_of_steps(pipe) -> None:
     assert seen == [3, 3, 3]
     with pytest.raises(ValueError, match="was trained with 2, 3 steps: num_inference_steps cannot be 4"):
         TARFlowPipeline(pipe.flow, **parts, num_inference_steps=4)
-    with pytest.raises(ValueError, match="guidance_blocks is for flows, not for trajectory models: leave 'deep' out"):
+    with pytest.raises(
+        ValueError, match="guidance_blocks is for flows, not for trajectory models, got 'deep': leave it out"
+    ):
         draw(pipe, guidance_scale=2, guidance_blocks="deep")

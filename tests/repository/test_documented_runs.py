@@ -60,7 +60,7 @@ SMALL = {
     "sweep": f"{FEATURES} --gen.num 4 --guidance_scale [2]",
     "reconstruct": "--num 4",
     "report": "--samples 2 --train_images 8 --yardstick_images 2 --likelihood_images 2",
-    "exact-flow": "--num 2 --steps 1",
+    "exact-flow": "--num 2",
     "compare-decoding": f"{FEATURES} --num 2 --pictures 2 --repeats 1",
     "compare-student": "--num 2 --batch_sizes [1] --repeats 1 --compile false",
     "benchmark sampling": "--batches 1 --repeats 1",
@@ -74,6 +74,7 @@ SMALL = {
 }
 #: Further words, for commands that have this in them.
 MORE = [
+    (r"^exact-flow .*--tool inpaint", "--steps 1"),
     (r"^exact-flow (?!.*--tool ood)", "--pipeline CAPTIONS/pipeline"),  # the shipped ones take longer
     (r"^train (?!.*--init_from)", "--flow.width 32 --flow.head_dim 32 --flow.layers_per_block [1,1]"),
     (

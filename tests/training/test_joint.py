@@ -197,7 +197,7 @@ def test_a_run_learns_resumes_and_draws(tmp_path, monkeypatch) -> None:
     noise = noisy_latents(pipe, config, posterior, 0, range(500)) - pipe.codec.normalise(posterior[0])
     assert float(noise.std()) == pytest.approx(0.5, rel=0.02)
     check_posterior(config, pipe)
-    with pytest.raises(ValueError, match=r"was trained along, .* leave sample_posterior out"):
+    with pytest.raises(ValueError, match=r"was trained along, .* set --sample_posterior null"):
         check_posterior(replace(config, sample_posterior=True), pipe)
 
 

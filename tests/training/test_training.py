@@ -18,6 +18,7 @@ from tarflow.flows.denoising import learned_denoise, score_denoise
 from tarflow.flows.model import TARFlowModel
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.objective import score_target
+from tarflow.training.flow.setup import first_places
 from tarflow.training.flow.text import unknown_report
 from tarflow.training.loop.batches import StepSampler, fixed_batches
 from tarflow.training.loop.config import OptimConfig
@@ -139,9 +140,9 @@ def test_other_pictures_are_another_run(tmp_path):
     train(tmp_path / "run", *options, "--train.steps", "1", flow=flow)
     on = [*options, "--train.steps", "2", "--resume", "latest"]
     for more, message in (
-        (["--train.seed", "5"], r"train\.seed is 0 there and 5 here"),
-        (["--vae.sample_posterior", "false"], r"vae\.sample_posterior is True there and False here"),
-        (["--data.validation_fraction", "0.6"], "the number of training pictures is"),
+        (["--train.seed", "5"], r"trained with train\.seed 0, but here it is 5, which makes another run"),
+        (["--vae.sample_posterior", "false"], r"trained with vae\.sample_posterior True, but here it is False"),
+        (["--data.validation_fraction", "0.6"], r"trained with training pictures \d+, but here it is \d+"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path / "run", *on, *more, flow=flow)
@@ -175,6 +176,9 @@ def test_a_tokenizer_knows_the_end_of_sorted_captions(tmp_path):
         tmp_path.with_name("few"), *source, "--train.steps", "1", "--text.vocab_captions", "3", flow=TEXT_FLOW
     )
     report = unknown_report(trainer.task.parts.tokenizer, parts.train)
+    # A run of an earlier version, which took the first captions, goes on with its tokens.
+    assert list(first_places(parts.train, 15)) == list(range(15))
+    assert trainer.task.state()["vocabulary"] == "spread"
     assert report.startswith("48 of 60 captions have words that are not among the 6 of the tokenizer, for example '")
 
 

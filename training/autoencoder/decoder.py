@@ -23,6 +23,7 @@ from tarflow.training.loop.component import (
     noisy_latents,
     open_splits,
     posterior_of,
+    samples_posterior,
     write_rows,
 )
 from tarflow.training.loop.draws import draw_flipped
@@ -101,7 +102,9 @@ class DecoderTask(PictureTask):
         return self.network.last_layer
 
     def network_invariants(self) -> dict[str, Any]:
-        return {"the autoencoder's SHA-256": self.encoder_hash, "noise_std": self.noise_std}
+        sampled = samples_posterior(self.config, self.pipe)
+        facts = {"the autoencoder's SHA-256": self.encoder_hash, "noise_std": self.noise_std}
+        return {**facts, "sample_posterior": sampled}
 
     def decode(
         self, model: nn.Module, batch: Batch, step: int, sample_ids: Sequence[int]

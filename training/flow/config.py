@@ -82,7 +82,7 @@ class TextConfig:
         prefix: put before each caption for a pretrained encoder, the empty one too, as it is; None puts nothing.
         chat_template: put captions as a user's message into the chat template of a pretrained encoder's tokenizer.
         vocab_size: of the small encoder's tokenizer.
-        vocab_captions: how many captions the small encoder's tokenizer is made of.
+        vocab_captions: how many captions, which lie evenly in the data, the small encoder's tokenizer is made of.
         unit: what a token of the small tokenizer is: "word", or "bpe" for open vocabularies.
         width: numbers of a token in the small encoder.
         layers: of the small encoder.

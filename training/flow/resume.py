@@ -11,7 +11,7 @@ from tarflow.data.latents import CachedLatents
 from tarflow.data.stream.stream import Stream
 from tarflow.flows.trajectory.kinds import KINDS
 from tarflow.flows.trajectory.names import FLOW
-from tarflow.training.flow.config import RunConfig
+from tarflow.training.flow.config import RunConfig, is_joint
 from tarflow.training.flow.setup import Parts
 from tarflow.training.loop.checkpoint import check_invariants
 
@@ -56,6 +56,7 @@ def check_state(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -
     check_meaning(path, state, invariants)
     check_latents(path, state, invariants)
     check_order(path, state, invariants)
+    check_pictures(path, state.get("data") or {}, invariants.get("data") or {})
     here, there = invariants.get("joint") or {}, state.get("joint") or {}
     if bool(here) != bool(there):
         ways = "joint" if there else "frozen"
@@ -89,19 +90,36 @@ def check_latents(path: Path, state: dict[str, Any], invariants: dict[str, Any])
         )
     if state.get("noise") and invariants.get("noise"):
         check_invariants(path, state["noise"], invariants["noise"])
-    there, here = state.get("data") or {}, invariants.get("data") or {}
-    check_invariants(path, there, {name: here[name] for name in here if name in there})
 
 
 def data_invariants(config: RunConfig, parts: Parts) -> dict[str, Any]:
-    """What a run that goes on must have alike of its pictures and their order, by name; streams have their own."""
-    found: dict[str, Any] = {"train.seed": config.train.seed, "vae.sample_posterior": config.vae.sample_posterior}
+    """What a run that goes on must have alike of its pictures and their order, by name; streams have their own, and so have
+    caches that are not mixed whole."""
+    found: dict[str, Any] = {"train.seed": config.train.seed}
+    if not (config.vae.pixels or is_joint(config)):
+        found["vae.sample_posterior"] = config.vae.sample_posterior
+    if isinstance(parts.train, Stream):
+        return found
     if isinstance(parts.train, CachedLatents):
-        found["the caches' hashes"] = parts.train.fingerprints
-    if not isinstance(parts.train, Stream):
-        held_out = 0 if parts.validation is None else len(parts.validation)
-        found |= {"the number of training pictures": len(parts.train), "of held-out ones": held_out}
-    return found
+        if parts.train.order is not None:
+            return found
+        found["caches of the hashes"] = parts.train.fingerprints
+    held_out = 0 if parts.validation is None else len(parts.validation)
+    return {**found, "training pictures": len(parts.train), "held-out pictures": held_out}
+
+
+def check_pictures(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Whether pictures and their order are the same; of what a checkpoint does not tell nothing is said.
+
+    Raises:
+        ValueError: that names the first difference.
+    """
+    for name, value in here.items():
+        if there.get(name, value) != value:
+            raise ValueError(
+                f"the checkpoint {str(path)!r} was trained with {name} {there[name]}, but here it is {value}, which makes "
+                "another run: resume with the same, or start from its pipeline with init_from"
+            )
 
 
 def check_order(path: Path, state: dict[str, Any], invariants: dict[str, Any]) -> None:

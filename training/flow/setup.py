@@ -26,7 +26,7 @@ from tarflow.flows.trajectory.kinds import KINDS, FlowModel, kind_of
 from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.pipeline.text.encoding import embedding_width
 from tarflow.training.autoencoder.model import new_autoencoder
-from tarflow.training.flow.config import RunConfig, VaeConfig, is_joint
+from tarflow.training.flow.config import RunConfig, VaeConfig, is_joint, noise_std
 from tarflow.training.flow.start import Start, model_for_size
 from tarflow.training.flow.text import load_cached_text, load_text, settings_difference
 from tarflow.training.loop.batches import Items, fixed_batches, read_batches
@@ -75,7 +75,7 @@ def make_parts(
     Args:
         config: of the run.
         state: of the checkpoint to go on from, with the ``statistics`` of the latents' channels, mean and standard deviation
-            or None; None measures them.
+            or None, and the ``vocabulary``, see `SPREAD`; None measures them.
         device: of the autoencoder.
         start: the pipeline that training starts from.
 
@@ -101,7 +101,7 @@ def make_parts(
     statistics = None if state is None else state["statistics"]
     if start is not None:
         start.check_autoencoder(vae if cache is None else cache.manifest["autoencoder"]["hash"])
-        if not is_joint(config):
+        if not is_joint(config) and noise_std(config) > 0:
             start.check_posterior(config.vae)
         statistics = start.statistics
     normalised = config.vae.measure_images > 0 if start is None and state is None else statistics is not None
@@ -111,7 +111,9 @@ def make_parts(
     torch.manual_seed(config.train.seed)
     captions: Any = ()
     if config.text.kind == "small":
-        captions = (train.caption(i) for i in vocabulary_places(train, config.text.vocab_captions))
+        spread = state is None or state.get("vocabulary") == SPREAD
+        places = vocabulary_places if spread else first_places
+        captions = (train.caption(i) for i in places(train, config.text.vocab_captions))
     null_cond = cache.null_cond if cache is not None and config.text.kind == "pretrained" else None
     text_encoder = tokenizer = None
     if null_cond is None:
@@ -137,6 +139,15 @@ def make_parts(
         text = partial(load_text, config.text, ())
     held_out = validation if len(validation) else None
     return Parts(train, held_out, codec, loaded, text, text_encoder, tokenizer, null_cond, flow, arguments)
+
+
+#: How a run's checkpoints say that its tokenizer is of `vocabulary_places`; those that do not are of `first_places`.
+SPREAD = "spread"
+
+
+def first_places(train: Data, count: int) -> Sequence[int]:
+    """Numbers of the first captions, of which tokenizers were made at first."""
+    return range(min(count, len(train)))
 
 
 def vocabulary_places(train: Data, count: int) -> Sequence[int]:

@@ -31,7 +31,7 @@ from tarflow.training.flow.report import (
     write_held_out,
 )
 from tarflow.training.flow.resume import check_state, data_invariants
-from tarflow.training.flow.setup import Parts, frozen_autoencoder, make_parts, meaning
+from tarflow.training.flow.setup import SPREAD, Parts, frozen_autoencoder, make_parts, meaning
 from tarflow.training.flow.start import Start
 from tarflow.training.flow.text import check_text, cut_captions_of, text_invariants, unknown_report
 from tarflow.training.loop.agreement import main_alone
@@ -81,6 +81,7 @@ class FlowTask(Task):
         config = self.config
         if state is None:
             check_start(config, self.folder)
+        self.vocabulary = SPREAD if state is None else state.get("vocabulary")
         self.parts = make_parts(config, state, self.accelerator.device, self.start)
         self.autoencoder = frozen_autoencoder(config, self.parts)
         self.train, self.validation = self.parts.train, self.parts.validation
@@ -296,4 +297,5 @@ class FlowTask(Task):
 
     def state(self) -> State:
         mean, std = self.parts.codec.latents_mean, self.parts.codec.latents_std
-        return {"statistics": None if mean is None else [mean, std], **self.resume_invariants()}
+        statistics = None if mean is None else [mean, std]
+        return {"statistics": statistics, "vocabulary": self.vocabulary, **self.resume_invariants()}

@@ -1,4 +1,4 @@
 """What every training shares: trainer, checkpoints, averages, batches, random draws, schedules, processes, stopping.
 
-May import: common, data.*, flows.*, pipeline.*.
+May import: common, data.*, flows.*, pipeline.*, vae.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,19 @@ class ComponentFolders:
         print(f"the {name.replace('_', ' ')} is in {self.target}")
 
 
+def samples_posterior(config: ComponentConfig, pipe: TARFlowPipeline) -> bool:
+    """Whether noise is put on draws from the autoencoder's posterior. An autoencoder that decodes noisy latents as they are
+    (``denoise`` is false) was trained along, unless the user says otherwise."""
+    return bool(pipe.config.denoise) if config.sample_posterior is None else config.sample_posterior
+
+
 def check_posterior(config: ComponentConfig, pipe: TARFlowPipeline) -> None:
     """An error if pictures would get the noise of an autoencoder that was trained along twice: from its posterior, and as the
     training noise."""
     check(
         pipe.config.denoise or not config.sample_posterior,
-        f"the autoencoder of {config.pipeline!r} was trained along, and the noise of its posterior is the training noise: leave "
-        "sample_posterior out",
+        f"the autoencoder of {config.pipeline!r} was trained along, and the noise of its posterior is the training noise: set "
+        "--sample_posterior null",
     )
 
 
@@ -93,7 +100,7 @@ def open_cached_splits(config: ComponentConfig, pipe: TARFlowPipeline) -> tuple[
     check(
         train.manifest["autoencoder"]["hash"] == autoencoder_hash(pipe.vae),
         f"the latents were encoded by another autoencoder than that of {config.pipeline!r}: cache them with --vae.name "
-        f"and the folder vae of this pipeline",
+        f"{shlex.quote(config.pipeline)} --vae.subfolder vae",
     )
     sides, size = train.shapes, pipe.flow.config.sample_size
     check(
@@ -145,8 +152,7 @@ def noisy_latents(
     """
     drawn, std = posterior
     shape, device = tuple(drawn.shape[1:]), drawn.device
-    samples = pipe.config.denoise if config.sample_posterior is None else config.sample_posterior
-    if samples and std is not None:
+    if samples_posterior(config, pipe) and std is not None:
         drawn = drawn + std * draw_noise(config.seed, step, sample_ids, shape, device, "posterior")
     noise = draw_noise(config.seed, step, sample_ids, shape, device, "noise")
     return pipe.codec.normalise(drawn).float() + pipe.config.noise_std * noise

@@ -120,7 +120,7 @@ class Trainer:
         """Write the settings, and start the trackers."""
         self.task.begin(fresh)
         # Of a new run from this file nobody means that it goes on from where this one did.
-        write_text(self.folder / "config.yaml", re.sub(r"(?m)^resume: .*$", "resume: null", resolved))
+        write_text(self.folder / "config.yaml", re.sub(r"(?m)^resume: (?!auto).*$", "resume: null", resolved))
         processes, model = self.accelerator.num_processes, self.task.learner.model
         parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         batch = self.settings.images_per_step(processes)

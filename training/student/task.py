@@ -30,6 +30,7 @@ from tarflow.training.loop.component import (
     example_line,
     open_cached_splits,
     open_splits,
+    samples_posterior,
     write_rows,
 )
 from tarflow.training.loop.network_task import NetworkTask
@@ -142,9 +143,10 @@ class StudentTask(NetworkTask):
         hashes = settings.pop("flow_hashes")
         reuse, size = self.config.reuse, self.config.reuse_from
         facts = {"the flow's SHA-256": hashes[0], "reuse": reuse, "reuse_from": size if reuse > 1 else None}
-        facts |= {name: getattr(self.config, name) for name in ("guidance", "sample_posterior", "unguided_share")}
-        if isinstance(self.train, CachedLatents) and self.train.order is not None:
-            facts["order of cached latents"] = self.train.order
+        facts |= {name: getattr(self.config, name) for name in ("guidance", "unguided_share")}
+        facts["sample_posterior"] = samples_posterior(self.config, self.pipe)
+        if isinstance(self.train, CachedLatents):
+            facts["cached latents"] = self.train.order or self.train.fingerprints
         return facts | {f"student.{key}": value for key, value in settings.items()}
 
     def check_resume(self, checkpoint: Path, state: State) -> None:
