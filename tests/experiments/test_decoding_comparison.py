@@ -42,7 +42,21 @@ def test_table_and_pictures(folder, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(TARFlowPipeline, "__call__", counting)
     options = ["--num", "6", "--batch_size", "4", "--pictures", "5", "--columns", "3", "--repeats", "1"]
     out = tmp_path / "out"
-    command(["--pipeline", str(folder), "--out", str(out), "--data.image_size", "16", "--extractor", "means", *options])
+    command(
+        [
+            "--pipeline",
+            str(folder),
+            "--out",
+            str(out),
+            "--data.source",
+            "drawings",
+            "--data.image_size",
+            "16",
+            "--extractor",
+            "means",
+            *options,
+        ]
+    )
     assert drawn == [4, 2]  # each sample once
     report = json.loads((out / "comparison.json").read_text())
     rows = {row["method"]: row for row in report["rows"]}
