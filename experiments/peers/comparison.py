@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from tarflow.common.charts import markdown_table
-from tarflow.common.files import check_writable, keep_settings, read_json_lines, write_json, write_picture, write_text
+from tarflow.common.files import (
+    check_writable,
+    keep_settings,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_picture,
+    write_text,
+)
 from tarflow.common.machine import machine
 from tarflow.data.drawing_checker import class_shares, match_shares
 from tarflow.data.drawings import CLASS_NAMES, all_captions
@@ -61,6 +69,23 @@ COLUMNS = {
 
 
 @torch.no_grad()
+def check_student(config: PeersComparison) -> None:
+    """An error if the student that is there already was trained for weaker guidance, before other rows are measured.
+
+    Raises:
+        ValueError: that says up to which.
+    """
+    path = Path(config.output).expanduser() / "student/pipeline/student/config.json"
+    if "student" not in config.train or not path.is_file():
+        return
+    largest = read_json(path)["max_guidance_scale"]
+    if config.guidance_scale > largest:
+        raise ValueError(
+            f"guidance_scale is {config.guidance_scale:g}, but the student in {config.output!r} was trained with scales up to "
+            f"{largest:g}: give one of these, another output, or --train without the student"
+        )
+
+
 def compare_peers(config: PeersComparison) -> list[dict[str, Any]]:
     """Train what is not trained yet, measure what is not measured, and write ``peers.md``, ``peers.json`` and grids.
 
@@ -74,6 +99,7 @@ def compare_peers(config: PeersComparison) -> list[dict[str, Any]]:
     check_writable(folder, folder=True)
     values = conditions(config)
     check_scores(config, values)
+    check_student(config)
     trainings, settings = Trainings(config), dataclasses.asdict(config)
     keep_settings(folder / "settings.json", {name: settings[name] for name in DECIDE}, "a comparison")
     trainings.make_cache()

@@ -20,7 +20,7 @@ from tarflow.configs import resolve
 from tarflow.data.config import DataConfig
 from tarflow.data.latents import CachedLatents
 from tarflow.experiments.peers import comparison, timing
-from tarflow.experiments.peers.comparison import compare_peers, conditions, scores
+from tarflow.experiments.peers.comparison import check_student, compare_peers, conditions, scores
 from tarflow.experiments.peers.diffusion import DiffusionModel, matched_layers, parameters_of, sample, to_noise
 from tarflow.experiments.peers.diffusion_task import make_model
 from tarflow.experiments.peers.runs import Trainings
@@ -234,6 +234,16 @@ def test_all_take_turns() -> None:
 def test_bad_settings_are_one_sentence(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare_peers(small(tmp_path, **changes))
+
+
+def test_a_student_of_weaker_guidance_is_told_of_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "student/pipeline/student/config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"max_guidance_scale": 4.0}))
+    check_student(PeersComparison(output=str(tmp_path), guidance_scale=4.0))
+    check_student(PeersComparison(output=str(tmp_path), guidance_scale=6.0, train=["flow_muon"]))
+    with pytest.raises(ValueError, match=r"guidance_scale is 6, but the student in .* was trained with scales up to 4"):
+        check_student(PeersComparison(output=str(tmp_path), guidance_scale=6.0))
 
 
 def test_the_command_refuses_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
