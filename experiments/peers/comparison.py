@@ -68,7 +68,6 @@ COLUMNS = {
 }
 
 
-@torch.no_grad()
 def check_student(config: PeersComparison) -> None:
     """An error if the student that is there already was trained for weaker guidance, before other rows are measured.
 
@@ -86,6 +85,7 @@ def check_student(config: PeersComparison) -> None:
         )
 
 
+@torch.no_grad()
 def compare_peers(config: PeersComparison) -> list[dict[str, Any]]:
     """Train what is not trained yet, measure what is not measured, and write ``peers.md``, ``peers.json`` and grids.
 

@@ -246,6 +246,15 @@ def test_a_student_of_weaker_guidance_is_told_of_at_once(tmp_path: Path) -> None
         check_student(PeersComparison(output=str(tmp_path), guidance_scale=6.0))
 
 
+def test_rows_are_measured_without_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def conditions_without_gradients(config: PeersComparison) -> list[Any]:
+        raise RuntimeError(f"gradients: {torch.is_grad_enabled()}")
+
+    monkeypatch.setattr(comparison, "conditions", conditions_without_gradients)
+    with pytest.raises(RuntimeError, match="gradients: False"):
+        compare_peers(PeersComparison(output=str(tmp_path)))
+
+
 def test_the_command_refuses_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["compare-peers", "--train", "[gan]"])
