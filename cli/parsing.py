@@ -116,7 +116,7 @@ def check_pictures_named(kind: type, argv: Sequence[str]) -> None:
         and field.default is field.default_factory is dataclasses.MISSING
         for field in dataclasses.fields(kind)
     )
-    named = (re.split("[= ]", argument)[0] in ("--data", "--data.source", "--data.path") for argument in argv)
+    named = (argument.partition("=")[0] in ("--data", "--data.source", "--data.path") for argument in argv)
     if needs and not any(named) and not any(names_pictures(found.get("data")) for found in sections_of_files(argv)):
         raise ValueError(
             "of which pictures? give --data.source folder --data.path PATH, or --data.source drawings for the project's own"

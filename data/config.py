@@ -60,6 +60,8 @@ SOURCES_OF = {
     "name": ("datasets", "latents"),
     "data_files": ("datasets", "latents"),
     "train_split": ("datasets", "latents"),
+    "validation_split": ("drawings", "datasets", "latents"),
+    "validation_path": ("webdataset",),
     "split_folders": ("folder", "latents"),
     "image_column": ("datasets", "webdataset", "latents"),
     "label_column": ("datasets", "webdataset", "latents"),
@@ -202,6 +204,7 @@ class DataConfig:
             raise ValueError(f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}")
         check_ranges(self, "data")
         self._check_stream()
+        self._check_own_settings()
 
     def check_count(self, count: int | None, option: str) -> None:
         """An error if all pictures are asked for where there is no end of them.
@@ -228,9 +231,8 @@ class DataConfig:
             given = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "weight"}
             given = {key: value for key, value in given.items() if value is not None} | {"streaming": True}
             source = given.get("source", self.source)
-            others = {"validation_split": ("datasets",), "validation_path": ("webdataset",), **SOURCES_OF}
             for own in fields(DataConfig):  # what is for the other parts
-                if own.name not in given and source not in others.get(own.name, (source,)):
+                if own.name not in given and source not in SOURCES_OF.get(own.name, (source,)):
                     given[own.name] = default_of(own)
             found[name] = part.weight, replace(self, mix=None, **given)
         return found
@@ -262,10 +264,13 @@ class DataConfig:
                 f"data.validation_path is {self.validation_path!r}, but a data set's splits have names: give "
                 "--data.validation_split, or --data.validation_path null"
             )
-        for own in fields(DataConfig):
+
+    def _check_own_settings(self) -> None:
+        """Settings that have no effect with this source, of which nothing more is known than that."""
+        for own in () if self.mix else fields(DataConfig):
             usual = default_of(own)
             value, sources = getattr(self, own.name), SOURCES_OF.get(own.name)
-            if sources is not None and value != usual and self.source not in sources and not self.mix:
+            if sources is not None and value != usual and self.source not in sources:
                 raise ValueError(
                     f"data.{own.name} is {value!r}, but it is for data.source {' or '.join(map(repr, sources))}, and has no effect "
                     f"with {self.source!r}: leave it out, or give --data.{own.name} {in_yaml(usual)}"

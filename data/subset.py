@@ -31,8 +31,13 @@ class Subset:
 def spread(images: Pictures, count: int) -> Subset:
     """At most ``count`` pictures that lie evenly in a split, as folders are sorted by class; of endless drawings, which
     are not, the first ones."""
-    count = min(count, len(images))
-    return Subset(images, range(count) if len(images) >= ENDLESS else evenly(len(images), count))
+    return Subset(images, spread_places(len(images), count))
+
+
+def spread_places(length: int, count: int) -> Sequence[int]:
+    """At most ``count`` numbers below ``length`` at equal distances; of what is endless the first ones."""
+    count = min(count, length)
+    return range(count) if length >= ENDLESS else evenly(length, count)
 
 
 def check_not_empty(count: int, split: str) -> None:

@@ -179,13 +179,9 @@ class RowReader:
         """A row's picture on its background, uint8 (3, H, W) of the nearest size."""
         index = zlib.crc32(repr((row.source, row.shard, row.number)).encode())
         image = flattened(picture, background_colour(self.config.background, self.config.seed, index))
-        image = fit(image, *self.size_for(image.height, image.width))
+        image = fit(image, *nearest_size(self.sizes, image.height, image.width))
         found = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return found.flip(-1) if self.mirrored and mirrors(row, self.seed) else found
-
-    def size_for(self, height: int, width: int) -> tuple[int, int]:
-        """The size whose ratio is nearest to a picture's, on a logarithmic scale."""
-        return nearest_size(self.sizes, height, width)
 
     def caption(self, row: Row) -> str:
         """The caption that a row has in its pass; of held-out rows always the first."""

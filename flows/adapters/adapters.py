@@ -20,6 +20,7 @@ from tarflow.flows.adapters.changes import (
     adapter_layers,
     changing_adapters,
     follow_mode,
+    names_and_weights,
     names_of,
     refuse_offloading_to_files,
 )
@@ -84,10 +85,7 @@ class FlowAdapters(PeftAdapterMixin):
         Raises:
             ValueError: for an adapter or a part that there is not, or another count of weights.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
-        if len(weights) != len(names):
-            raise ValueError(f"set_adapters got {len(names)} adapters and {len(weights)} weights: give one for each")
+        names, weights = names_and_weights(adapter_names, weights)
         layers, known = adapter_layers(self), sorted(getattr(self, "peft_config", {}))
         if unknown := sorted(set(names) - set(known)):
             raise ValueError(f"the flow has no adapter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")

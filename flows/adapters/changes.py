@@ -22,6 +22,19 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
     return {name: part for name, part in model.named_modules() if isinstance(part, peft.BaseTunerLayer)}
 
 
+def names_and_weights(names: str | list[str], weights: Any) -> tuple[list[str], list[Any]]:
+    """Adapters that are to be active, and a weight for each, as ``set_adapters`` gets them.
+
+    Raises:
+        ValueError: for another number of weights.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    weights = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
+    if len(weights) != len(names):
+        raise ValueError(f"set_adapters got {len(names)} adapters and {len(weights)} weights: give one for each")
+    return names, weights
+
+
 def names_of(layer: Any) -> set[str]:
     """Adapters of a layer, active or not."""
     return {adapter for name in layer.adapter_layer_names for adapter in getattr(layer, name)}

@@ -66,6 +66,12 @@ def check_negative(
             )
 
 
+def check_texts(name: str, texts: str | list[str] | tuple[str, ...] | None) -> None:
+    """Whether texts are one, or a list of some."""
+    if isinstance(texts, tuple) or texts == []:
+        raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
+
+
 def names_text(texts: str | list[str] | None) -> bool:
     """Whether a text, or one of several, is not empty."""
     return any(texts) if isinstance(texts, list) else bool(texts)

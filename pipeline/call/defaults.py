@@ -17,6 +17,7 @@ from tarflow.pipeline.call.checks import check_guidance_scale
 from tarflow.pipeline.call.choices import DECODERS
 from tarflow.pipeline.call.trajectory_sampling import check_trained
 from tarflow.pipeline.call.walk import resolve_steps
+from tarflow.vae.codec import LatentCodec
 
 
 def checked_settings(
@@ -41,7 +42,7 @@ def checked_settings(
         ValueError: that names the first one that cannot be.
     """
     mean, std = (numbers(name, of) for name, of in (("latents_mean", latents_mean), ("latents_std", latents_std)))
-    check(std is None or min(std) > 0, f"latents_std must be positive, got {std}")
+    LatentCodec(None, mean, std)  # an error for statistics that cannot be
     check(0 <= noise_std < math.inf, f"noise_std must be 0 or positive, got {noise_std}")
     check(max_sequence_length >= 1, f"max_sequence_length must be at least 1, got {max_sequence_length}")
     check_guidance_scale(guidance_scale)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tarflow.pipeline.call.checks import check_guidance_scale, check_kind
+from tarflow.pipeline.call.checks import check_guidance_scale, check_kind, check_texts
 from tarflow.pipeline.call.choices import DECODERS, DENOISE
 from tarflow.pipeline.call.labels import label_of, unknown_class
 
@@ -35,9 +35,8 @@ def check_inputs(
     check_kind(kind, captions, {"class_labels": class_labels})
     if kind.startswith("class") and class_labels is None:
         raise ValueError(f"this model draws classes: give class_labels, 0 to {config.num_classes - 1}")
-    for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if isinstance(texts, tuple) or texts == []:
-            raise ValueError(f"{name} must be a text or a list of texts, got {texts!r}")
+    check_texts("prompt", prompt)
+    check_texts("negative_prompt", negative_prompt)
     check_guidance_scale(guidance_scale)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tarflow.pipeline.call.arguments import check_types
 from tarflow.pipeline.call.aspect import check_aspect_ratio, fill_template
-from tarflow.pipeline.call.checks import check_caption_options, check_counts
+from tarflow.pipeline.call.checks import check_caption_options, check_counts, check_texts
 from tarflow.pipeline.call.parts import PipelineParts
 from tarflow.pipeline.text.encoding import encode_captions, warn_of_cuts
 from tarflow.pipeline.text.options import TextOptions
@@ -54,8 +54,7 @@ class PromptEncoding(PipelineParts):
         check_counts("prefix", None, num_images_per_prompt)
         check_caption_options("prefix", max_sequence_length)
         check_aspect_ratio(aspect_ratio)
-        if isinstance(prompt, tuple) or prompt == []:
-            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
+        check_texts("prompt", prompt)
         length = self.config.max_sequence_length if max_sequence_length is None else max_sequence_length
         if prompt_embeds is None:
             if prompt is None:

@@ -15,7 +15,12 @@ from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from torch import Tensor, nn
 
 from tarflow.flows.adapters.adapters import refuse_adapters
-from tarflow.flows.adapters.changes import adapter_layers, changing_adapters, refuse_offloading_to_files
+from tarflow.flows.adapters.changes import (
+    adapter_layers,
+    changing_adapters,
+    names_and_weights,
+    refuse_offloading_to_files,
+)
 from tarflow.flows.adapters.files import adapter_of, write_adapters
 from tarflow.flows.trajectory.kinds import check_flow_kind
 from tarflow.flows.trajectory.model import TrajectoryFlowModel
@@ -207,10 +212,7 @@ class LoraLoading(LoraBaseMixin):
             ValueError: for an adapter that there is not, or another count of weights.
         """
         check_flow_kind(self.flow, "adapters are")
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
-        if len(weights) != len(names):
-            raise ValueError(f"set_adapters got {len(names)} adapters and {len(weights)} weights: give one for each")
+        names, weights = names_and_weights(adapter_names, adapter_weights)
         for key in {key for weight in weights if isinstance(weight, dict) for key in weight}:
             if key not in PARTS:
                 raise ValueError(f"weights of adapters are for {' and '.join(PARTS)}, got {key!r}")

@@ -19,7 +19,7 @@ from tarflow.flows.model import TARFlowModel
 from tarflow.training.flow.arguments import parse_config
 from tarflow.training.flow.objective import score_target
 from tarflow.training.flow.setup import first_places
-from tarflow.training.flow.text import unknown_report
+from tarflow.training.flow.text import looked_at, unknown_report
 from tarflow.training.loop.batches import StepSampler, fixed_batches
 from tarflow.training.loop.config import OptimConfig
 from tarflow.training.loop.reading import check_scaler
@@ -171,11 +171,11 @@ def test_a_tokenizer_knows_the_end_of_sorted_captions(tmp_path):
     trainer, _ = train(out, *source, "--train.steps", "1", "--text.vocab_captions", "15", flow=TEXT_FLOW)
     parts = trainer.task.parts
     assert {f"{chr(97 + i)}word" for i in range(15)} <= set(parts.tokenizer.get_vocab())
-    assert unknown_report(parts.tokenizer, parts.train) is None
+    assert unknown_report(parts.tokenizer, looked_at(parts.train)) is None
     trainer, _ = train(
         tmp_path.with_name("few"), *source, "--train.steps", "1", "--text.vocab_captions", "3", flow=TEXT_FLOW
     )
-    report = unknown_report(trainer.task.parts.tokenizer, parts.train)
+    report = unknown_report(trainer.task.parts.tokenizer, looked_at(parts.train))
     # A run of an earlier version, which took the first captions, goes on with its tokens.
     assert list(first_places(parts.train, 15)) == list(range(15))
     assert trainer.task.state()["vocabulary"] == "spread"

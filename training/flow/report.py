@@ -13,8 +13,7 @@ from transformers import T5EncoderModel
 
 from tarflow.common.files import write_json, write_picture
 from tarflow.common.grids import make_grid
-from tarflow.data.drawings import ENDLESS
-from tarflow.data.subset import evenly
+from tarflow.data.subset import spread_places
 from tarflow.flows.likelihood import bits_per_dim
 from tarflow.flows.trajectory.kinds import KINDS, kind_of
 from tarflow.pipeline.loading.folder import HELD_OUT
@@ -152,9 +151,7 @@ def drawing_line_of(parts: Parts, config: RunConfig, pipeline: str | Path, optio
 def own_captions(data: Data, count: int) -> list[str]:
     """At most ``count`` captions that lie evenly in a data set, as neighbours are often alike; of endless drawings, which
     are not, the first ones."""
-    count = min(count, len(data))
-    indices = range(count) if len(data) >= ENDLESS else evenly(len(data), count)
-    return [data.caption(i) or "" for i in indices]
+    return [data.caption(i) or "" for i in spread_places(len(data), count)]
 
 
 def write_grids(pipe: TARFlowPipeline, parts: Parts, config: RunConfig, folder: Path, step: int) -> Path:

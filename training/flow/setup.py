@@ -14,14 +14,13 @@ import yaml
 from diffusers import AutoencoderKL
 
 from tarflow.data.config import DataConfig
-from tarflow.data.drawings import ENDLESS
 from tarflow.data.images import Images, to_model
 from tarflow.data.latents import CachedLatents, open_latents
 from tarflow.data.place import paths_of
 from tarflow.data.shards import read_manifest
 from tarflow.data.stream.first import FirstPictures
 from tarflow.data.stream.stream import Stream
-from tarflow.data.subset import evenly
+from tarflow.data.subset import spread_places
 from tarflow.flows.trajectory.kinds import KINDS, FlowModel, kind_of
 from tarflow.pipeline.call.aspect import bucket_size, ratio_of
 from tarflow.pipeline.text.encoding import embedding_width
@@ -153,9 +152,8 @@ def first_places(train: Data, count: int) -> Sequence[int]:
 def vocabulary_places(train: Data, count: int) -> Sequence[int]:
     """Numbers of the captions that a tokenizer is made of. They lie evenly, as what is sorted begins with few words; of what has
     no end, or comes over a network, they are the first."""
-    count = min(count, len(train))
     far = isinstance(train, Stream) or (isinstance(train, CachedLatents) and train.remote)
-    return range(count) if far or len(train) >= ENDLESS else evenly(len(train), count)
+    return first_places(train, count) if far else spread_places(len(train), count)
 
 
 def frozen_autoencoder(config: RunConfig, parts: Parts) -> str | None:

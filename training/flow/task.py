@@ -33,7 +33,7 @@ from tarflow.training.flow.report import (
 from tarflow.training.flow.resume import check_state, data_invariants
 from tarflow.training.flow.setup import SPREAD, Parts, frozen_autoencoder, make_parts, meaning
 from tarflow.training.flow.start import Start
-from tarflow.training.flow.text import check_text, cut_captions_of, text_invariants, unknown_report
+from tarflow.training.flow.text import caption_reports, check_text, text_invariants
 from tarflow.training.loop.agreement import main_alone
 from tarflow.training.loop.draws import sample_seed
 from tarflow.training.loop.launcher import launcher_compilation
@@ -158,9 +158,7 @@ class FlowTask(Task):
             write_line(f"what an earlier run saved in {self.folder} is in {aside.name} there")
         train = self.parts.train
         cache = train.about() if isinstance(train, CachedLatents) else ()
-        small = fresh and self.config.text.kind == "small" and self.parts.tokenizer is not None
-        unknown = unknown_report(self.parts.tokenizer, train) if small else None
-        for sentence in (*self.notes, *cache, cut_captions_of(self.parts, self.config.text), unknown):
+        for sentence in (*self.notes, *cache, *caption_reports(self.parts, self.config.text, fresh)):
             if sentence:
                 write_line(sentence)
 

@@ -152,26 +152,32 @@ def check_text(path: Path, there: dict[str, Any] | None, here: dict[str, Any] | 
             )
 
 
-def cut_captions_of(parts: Parts, config: TextConfig) -> str | None:
-    """A sentence on a run's training captions that are too long; None if all fit, or there are none.
+def caption_reports(parts: Parts, config: TextConfig, fresh: bool) -> list[str | None]:
+    """Sentences on a run's training captions that are too long and, as it begins, on words that a small tokenizer does not
+    know; None where there are none.
 
     Args:
         parts: `Parts` of the run. Of captions that were encoded when they were cached the cache knows.
         config: the text section.
+        fresh: the run begins.
     """
     if parts.null_cond is not None and isinstance(parts.train, CachedLatents):
         found = parts.train.manifest["text"].get("cut")
-        return found and cut_sentence(found["count"], found["of"], config.max_length, found["example"])
-    return None if parts.tokenizer is None else cut_report(parts.tokenizer, parts.train, config)
+        return [found and cut_sentence(found["count"], found["of"], config.max_length, found["example"])]
+    if parts.tokenizer is None:
+        return []
+    texts = looked_at(parts.train)
+    cut = cut_report(parts.tokenizer, texts, len(parts.train), config)
+    return [cut, unknown_report(parts.tokenizer, texts) if fresh and config.kind == "small" else None]
 
 
-def unknown_report(tokenizer: Any, captions: Any) -> str | None:
+def unknown_report(tokenizer: Any, texts: list[str]) -> str | None:
     """A sentence on captions with words that a small tokenizer does not know; None if there are none.
 
     Args:
-        captions: see `looked_at`.
+        texts: see `looked_at`.
     """
-    unknown, texts = tokenizer.unk_token_id, looked_at(captions)
+    unknown = tokenizer.unk_token_id
     lacking = [text for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True) if unknown in ids]
     if not lacking:
         return None
@@ -189,15 +195,15 @@ def looked_at(captions: Any) -> list[str]:
     return [captions.caption(index) for index in indices]
 
 
-def cut_report(tokenizer: Any, captions: Any, config: TextConfig) -> str | None:
+def cut_report(tokenizer: Any, texts: list[str], total: int, config: TextConfig) -> str | None:
     """A sentence on captions that are longer than ``text.max_length`` tokens; None if all fit.
 
     Args:
-        captions: see `looked_at`.
+        texts: see `looked_at`.
+        total: how many captions there are.
     """
-    texts = looked_at(captions)
     cut = cut_captions(tokenizer, texts, config.max_length, config.options)
-    share = f"{len(texts)} captions" + (" that were looked at" if len(texts) < len(captions) else "")
+    share = f"{len(texts)} captions" + (" that were looked at" if len(texts) < total else "")
     return cut_sentence(len(cut), share, config.max_length, cut[0]) if cut else None
 
 

@@ -11,11 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tarflow.common.checks import check
-from tarflow.data.drawings import ENDLESS
 from tarflow.data.images import to_uint8
 from tarflow.data.latents import CachedLatents
 from tarflow.data.stream.first import AnyPictures
-from tarflow.data.subset import evenly
+from tarflow.data.subset import spread_places
 from tarflow.evaluation.reconstruction.noisy import NoisyPictures, noisy_cached, noisy_pictures
 from tarflow.evaluation.samples.student_error import exact_samples
 from tarflow.flows.student import StudentModel
@@ -119,8 +118,7 @@ class StudentTask(NetworkTask):
     def prepare_samples(self, images: AnyPictures | CachedLatents) -> None:
         """The flow's own samples from fixed noise and their pictures, which the student's are held against."""
         pipe, count = self.pipe, min(self.config.grid_images, len(images))
-        endless = len(images) >= ENDLESS
-        places = range(count) if endless else evenly(len(images), count)  # as folders are sorted by class
+        places = spread_places(len(images), count)  # as folders are sorted by class
         kind, items = pipe.flow.config.conditioning, [images[place] for place in places]
         arguments = {}
         if kind == "prefix":
