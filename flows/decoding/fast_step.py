@@ -16,6 +16,7 @@ from torch import Tensor
 from tarflow.common.clock import clock
 from tarflow.flows.decoding.fused import FusedLayers, suits, ways_on
 from tarflow.flows.decoding.method import InversionState, combine
+from tarflow.flows.decoding.resident import RESIDENT_WAYS, ResidentLayers, can_stay
 from tarflow.flows.decoding.step import DecodeStep, ModuleStep, StaticStep, decode_step
 from tarflow.flows.layers.affine import affine_inverse
 from tarflow.flows.layers.order import held_places
@@ -64,7 +65,7 @@ class FastStep:
         dtype: torch.dtype,
         backend: str | None = "inductor",
         pool: Any = None,
-        fused: FusedLayers | None = None,
+        fused: FusedLayers | ResidentLayers | None = None,
     ):
         self.step, self.pool, self.fused = step, pool, fused
         self.trials: dict[str, float] = {}
@@ -276,7 +277,10 @@ class FastSteps:
         if not suits(run.block, step):
             return self.with_attention(step, run, dtype)
         plain = FastStep(step, run, dtype, self.backend, self.pool)
-        ways = [FusedLayers(run.block, step, way) for way in ways_on(step.cache.keys_values.device)]
+        ways: list[FusedLayers | ResidentLayers] = []
+        ways += [FusedLayers(run.block, step, way) for way in ways_on(step.cache.keys_values.device)]
+        if can_stay(run.block, step):
+            ways += [ResidentLayers(run.block, step, way) for way in RESIDENT_WAYS]
         return fastest([plain, *(FastStep(step, run, dtype, self.backend, self.pool, way) for way in ways)], run)
 
     def with_attention(self, step: StaticStep, run: InversionState, dtype: torch.dtype) -> FastStep:

@@ -34,6 +34,7 @@ class Way(NamedTuple):
         part: slots of the cache that one program looks at.
         early: whether kernels start, and load weights, before the one before is complete; compute capability 9.0 and on.
         hints: whether the second-level cache is told to keep activations rather than weights.
+        resident: programs of each multiprocessor that compute all layers of a token; 0 for six kernels a layer.
     """
 
     name: str
@@ -42,15 +43,14 @@ class Way(NamedTuple):
     part: int = 128
     early: bool = False
     hints: bool = False
+    resident: int = 0
 
 
 #: To choose from; each takes one or two seconds to compile.
 WAYS = (
     Way("fused, 16384 elements", 16384),
     Way("fused, 8192 elements, parts of 64", 8192, warps=4, part=64, hints=True),
-    Way("fused, 16384 elements, parts of 64, early", 16384, part=64, early=True),
     Way("fused, 16384 elements, 4 warps, parts of 64, early", 16384, warps=4, part=64, early=True, hints=True),
-    Way("fused, 8192 elements, parts of 64, early", 8192, warps=4, part=64, early=True, hints=True),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import types
@@ -29,6 +30,7 @@ from tarflow.flows.decoding.attention import (
 from tarflow.flows.decoding.fast_step import FastStep, FastSteps, fastest
 from tarflow.flows.decoding.fused import WAYS, Way, can_be_fused, suits
 from tarflow.flows.decoding.method import InversionState
+from tarflow.flows.decoding.resident import RESIDENT_WAYS, can_stay
 from tarflow.flows.decoding.sampling import generate
 from tarflow.flows.decoding.sequential import decode_sequential
 from tarflow.flows.decoding.step import StaticStep
@@ -70,7 +72,7 @@ def test_the_kernels_in_tritons_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     worker = ROOT / "tests" / "triton_worker.py"
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "32 cases\n18 layers\n", done.stderr[-3000:]
+    assert done.stdout == "32 cases\n46 layers\n8 programs\n", done.stderr[-3000:]
 
 
 @pytest.mark.skipif(not TRITON, reason="without Triton")
@@ -128,6 +130,47 @@ def test_keys_stay_where_they_were_loaded(tmp_path: Path, monkeypatch: pytest.Mo
     loads = 2 * way.elements // (8 * 32 * way.warps)
     assert made.asm["ptx"].split("shfl")[0].split("bar.sync")[0].count("ld.global.v4") >= loads
     assert made.metadata.shared <= 4 * 64 * way.warps  # a float32 of each lane and warp
+
+
+@pytest.mark.skipif(not TRITON, reason="without Triton")
+@pytest.mark.parametrize("way", RESIDENT_WAYS, ids=lambda way: way.name)
+def test_programs_that_stay_ask_for_weights_before_they_wait(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 bytes a load, of each of the four weights of a layer and of the next layer's first. What other programs write is
+    read past the first-level cache, which does not see it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tarflow.flows.decoding.triton_resident import all_layers, launch_options
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names, places = all_layers.arg_names, 16384
+    block, inner_block = way.elements // 1024, way.elements // 4096
+    constants = {"temperature_at": None, "eps": 1e-5, "head_eps": 1e-6, "scale": 0.125, "programs": 132, "rows": 2}
+    constants |= {"width": 1024, "padded_width": 1024, "block": block, "inner": 4096, "padded_inner": 4096}
+    constants |= {"inner_block": inner_block, "heads": 16, "size": 64, "splits": 4, "padded_splits": 4, "turn": 64}
+    constants |= {"norm": "layer", "rotated": True, "qk_normed": True, "tempered": False}
+    kinds = {name: "*bf16" if name.endswith("_at") else "i32" for name in names}
+    kinds |= dict.fromkeys(("table_at", "position_at"), "*i64") | dict.fromkeys(
+        ("sums_at", "most_at", "total_at"), "*fp32"
+    )
+    kinds |= dict.fromkeys(("arrivals_at", "finished_at"), "*i32") | dict.fromkeys(constants, "constexpr")
+    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name not in (*constants, "layers")}
+    source = ASTSource(all_layers, kinds, {(names.index(name),): each for name, each in constants.items()}, aligned)
+    options = {"num_warps": way.warps, **launch_options(way)}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    parts = re.split(r"ld\.global\.gpu\.acquire\S+", made.asm["ptx"])  # twice in each wait
+    assert len(parts) == 1 + 2 * 5 and places % way.elements == 0
+    loads = way.elements // (8 * 32 * way.warps)
+    weights = [len(re.findall(r"ld\.global\.L1::evict_first\.\S*v4", part)) for part in parts]
+    # Before each wait the first ones of what follows, after it the next ones; but attention, which follows the second, has
+    # none. The next layer's first ones stand at the end or, as a loop may begin with them, at the beginning.
+    assert weights[1:-1] == [0, loads + loads, 0, 0, 0, loads + loads, 0, loads + loads, 0]
+    assert weights[0] + weights[-1] == 3 * loads
+    assert "ld.global.cg" not in parts[0] and all("ld.global.cg" in part for part in parts[2::2])
+    assert sum("red" in part or "atom" in part for part in parts) >= 5
 
 
 class Replayed:
@@ -327,6 +370,8 @@ def test_kernels_of_layers_are_one_call_within_a_compiled_step(monkeypatch: pyte
     torch.compiler.reset()
     made: list[OneByOne] = []
 
+    ways = [*WAYS, *RESIDENT_WAYS]
+
     def fake(block: Any, step: StaticStep, way: Way) -> OneByOne:
         made.append(OneByOne(step, way))
         return made[-1]
@@ -334,6 +379,7 @@ def test_kernels_of_layers_are_one_call_within_a_compiled_step(monkeypatch: pyte
     monkeypatch.setattr(fast_step, "suits", lambda block, step: True)
     monkeypatch.setattr(fast_step, "ways_on", lambda device: list(WAYS))
     monkeypatch.setattr(fast_step, "FusedLayers", fake)
+    monkeypatch.setattr(fast_step, "ResidentLayers", fake)
     monkeypatch.setattr(fast_step, "fastest", lambda steps, run: steps[-1])
     model = small_model(conditioning="class_prefix", condition_blocks="deep", sample_size=8)
     cond, null = model.condition(torch.tensor([0, 1]), None, 2), model.condition(None, None, 2)
@@ -342,8 +388,8 @@ def test_kernels_of_layers_are_one_call_within_a_compiled_step(monkeypatch: pyte
     found = generate(model, noise, cond, null, Guidance(1.0), fast=steps)
     for ours, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
-    assert [one.way for one in made] == list(WAYS) * len(model.blocks)
-    assert [one.calls for one in made[len(WAYS) - 1 :: len(WAYS)]] == [16] * len(model.blocks)
+    assert [one.way for one in made] == ways * len(model.blocks)
+    assert [one.calls for one in made[len(ways) - 1 :: len(ways)]] == [16] * len(model.blocks)
 
 
 def test_the_fastest_attention_is_taken_and_only_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,6 +445,18 @@ def test_kernels_of_layers_are_for_what_they_can(options: dict[str, Any], batch:
     fits = not options and batch == 1
     assert can_be_fused(list(run.block.layers), 2 * batch, step) == fits
     assert not suits(run.block, step)
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp": "geglu"}, {"num_kv_heads": 1}, {"norm": "rms_norm"}])
+def test_one_kernel_is_for_what_it_can(options: dict[str, Any]) -> None:
+    """GELU, a head of keys for each of queries, and weights that begin where 16 bytes do."""
+    with torch.no_grad():
+        run = deep_run(1, **options)
+        step = StaticStep(run.block, run.context, run.cache, run.temperature)
+        assert can_stay(run.block, step) == (not options.keys() & {"mlp", "num_kv_heads"})
+        up = run.block.layers[0].mlp.up
+        up.weight.data = torch.cat([torch.zeros(1), up.weight.flatten()])[1:].view_as(up.weight)
+        assert not can_stay(run.block, StaticStep(run.block, run.context, run.cache, run.temperature))
 
 
 def test_any_number_of_batch_sizes_is_compiled() -> None:
