@@ -188,7 +188,8 @@ class ShardStore:
                 raise ValueError(f"it has {size} bytes instead of {shard['bytes']}")
             if self.verify and not is_intact(temporary, shard):
                 raise ValueError("its checksum is not the manifest's")
-            os.replace(temporary, path)
+            with lock(self.root / ".lock"):  # who counts copies would find it under neither name
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -172,7 +172,14 @@ class RowReader:
         content = row.values[PICTURE]
         if content is None:
             columns = ", ".join(sorted(name for name in row.values if not name.startswith("__")))
-            raise ValueError(f"{row.place} has no picture in the column {self.config.image_column!r}; it has {columns}")
+            apart = (
+                "; files of one name must follow one another, as tar --sort=name packs them"
+                if KEY in row.values
+                else ""
+            )
+            raise ValueError(
+                f"{row.place} has no picture in the column {self.config.image_column!r}; it has {columns}{apart}"
+            )
         return read_image(lambda: content, row.place)
 
     def pixels(self, row: Row, picture: Image.Image) -> Tensor:

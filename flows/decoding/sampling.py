@@ -76,6 +76,9 @@ def decode(
     if decoding.segment is not None and decoding.segment > z.shape[1]:
         raise ValueError(f"the decoding segment has {decoding.segment} tokens, but the sequence only {z.shape[1]}")
     check_method(decoding, block.one_pass)
+    if not len(z):
+        x = at_least_float32(z)
+        return x, x.sum((1, 2))
     with torch.autocast(z.device.type, enabled=False), at_hand(block):
         if block.one_pass:
             x, log_det = block.inverse(at_least_float32(z), grid, cond, null_cond, guidance)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from tarflow.flows.layers.actnorm import ActNorm
+from tarflow.flows.layers.hooks import globally_hooked, is_hooked
 from tarflow.flows.layers.mixing import ChannelMixing
 from tarflow.flows.layers.transformer import MLP, Attention, LayerNorm, OutputLinear, RMSNorm, TransformerLayer
 
@@ -29,17 +29,6 @@ KNOWN: dict[type, Any] = {
     kind: kind.forward
     for kind in (nn.Linear, OutputLinear, LayerNorm, RMSNorm, Attention, MLP, TransformerLayer, ActNorm, ChannelMixing)
 }
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: hooks, or a `forward` of its own."""
-    return any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
-
-
-def globally_hooked() -> bool:
-    """Whether there are hooks on all modules of the process."""
-    return any(getattr(torch_module, f"_global{name}") for name in HOOKS[:2])
 
 
 def is_lora(module: nn.Module) -> bool:

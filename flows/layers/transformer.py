@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.attention import AttentionProcessor
 from tarflow.flows.layers.config import TransformerConfig
+from tarflow.flows.layers.heads import Heads, rms_normed, split_heads, turned_heads
+from tarflow.flows.layers.hooks import globally_hooked, is_hooked
 from tarflow.flows.layers.kv_cache import Cache
 from tarflow.flows.layers.positions import Rotation, rotate
 
@@ -39,9 +41,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = at_least_float32(x)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.to(y.dtype))).to(x.dtype)
+        return rms_normed(x, self.weight, self.eps)
 
 
 class OutputLinear(nn.Linear):
@@ -111,14 +111,8 @@ class Attention(nn.Module, AttentionModuleMixin):
         """
         batch, slots, _ = x.shape
         heads = self.heads + 2 * self.kv_heads
-        qkv = self.qkv(self.norm(x)).view(batch, slots, heads, self.head_dim).transpose(1, 2)  # (B, H + 2K, S, d)
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = qk.split([self.heads, self.kv_heads], dim=1)
-            qk = torch.cat([self.query_norm(q), self.key_norm(k)], dim=1)
-        if rotation is not None:
-            qk = rotate(qk, rotation)
-        q, k = qk.split([self.heads, self.kv_heads], dim=1)
+        qkv = self.qkv(self.norm(x)).view(batch, slots, heads, self.head_dim)
+        q, k, v = self.turned(qkv, rotation)
         if temperature is not None:
             q = q / temperature.to(q.dtype)
         earlier = 0
@@ -128,6 +122,23 @@ class Attention(nn.Module, AttentionModuleMixin):
         y = self.processor(q, k, v, earlier if self.causal else None)
         y = self.proj(y.transpose(1, 2).flatten(2))
         return y if self.post_norm is None else self.post_norm(y)
+
+    def turned(self, qkv: Tensor, rotation: Rotation | None) -> Heads:
+        """Queries, keys and values of their product (B, S, H + 2K, d), normed and rotated."""
+        query_norm, key_norm = self.query_norm, self.key_norm
+        if query_norm is None or key_norm is None:
+            return turned_heads(qkv, self.heads, self.kv_heads, None, rotation)
+        if is_plain(query_norm) and is_plain(key_norm) and not globally_hooked():
+            norms = query_norm.weight, key_norm.weight, query_norm.eps
+            return turned_heads(qkv, self.heads, self.kv_heads, norms, rotation)
+        q, k, v = split_heads(qkv, self.heads, self.kv_heads)
+        q, k = query_norm(q), key_norm(k)
+        return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+
+
+def is_plain(norm: nn.Module) -> bool:
+    """Whether a norm may be computed by its weight, and need not be called."""
+    return type(norm) is RMSNorm and not is_hooked(norm)
 
 
 class MLP(nn.Module):

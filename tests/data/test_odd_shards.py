@@ -100,6 +100,14 @@ def test_rows_that_run_together_are_refused() -> None:
     assert [number_of(item) for item in items_of(Stream(replace(settings, on_error="skip")))] == [1]
 
 
+def test_a_shard_that_was_packed_by_endings() -> None:
+    """All pictures first, then all captions: of each name there are two rows."""
+    files = {f"{number}.png": png(number) for number in range(3)} | {f"{number}.txt": b"one" for number in range(3)}
+    write("memory://odd/apart.tar", tar_of(files))
+    found = first_error(config("memory://odd/apart.tar", caption_column=None))
+    assert found.endswith("it has txt; files of one name must follow one another, as tar --sort=name packs them")
+
+
 def test_half_a_character_in_a_caption_is_named() -> None:
     write("memory://odd/half.tar", tar_of({"1.png": png(1), "1.json": b'{"text": "cut \\ud83d"}'}))
     found = first_error(config("memory://odd/half.tar", caption_column="text"))

@@ -124,6 +124,30 @@ def test_copies_stay_within_their_room(url: str, workers: int) -> None:
         CachedLatents(url, shuffle_shards=3, cache_gb=ROOM)
 
 
+def test_what_has_arrived_is_counted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy gets its name while nobody counts copies, who would miss it otherwise and let one too many in."""
+    cache = CachedLatents(url, shuffle_shards=2, cache_gb=ROOM).caches[0]
+    store, shard, arrived, counting = cache.store, cache.shards[0], threading.Event(), threading.Event()
+    assert store is not None
+    fetch = store.folder.fetch
+
+    def slow(*given: Any) -> None:
+        fetch(*given)
+        arrived.set()
+        assert counting.wait(10)
+
+    monkeypatch.setattr(store.folder, "fetch", slow)
+    thread = threading.Thread(target=store.fetched, args=(shard,))
+    thread.start()
+    assert arrived.wait(10)
+    with shard_store.lock(store.root / ".lock"):
+        counting.set()
+        thread.join(0.3)
+        assert thread.is_alive() and not (store.path / shard["file"]).exists()
+    thread.join()
+    assert (store.path / shard["file"]).is_file()
+
+
 def test_files_of_others_are_never_removed(url: str) -> None:
     """Not those of a folder "shards" that was there before, however much room is wanted."""
     mine = cache_folder() / "shards" / "mine" / "train-00000.safetensors"

@@ -10,6 +10,7 @@ from accelerate.utils import (
     set_seed,
 )
 
+from tarflow.common.checks import check
 from tarflow.training.loop.config import LoopSettings
 from tarflow.training.loop.launcher import accumulating, check_launcher, is_on, uncompiled
 from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus, sharding
@@ -33,7 +34,7 @@ def make_accelerator(
         leaves_out_parts: whether some passes leave out a part of the model, for which DDP must look.
 
     Raises:
-        ValueError: if the launcher wants what this training does not know, or a tracker is not there.
+        ValueError: if the launcher wants what this training does not know, a tracker is not there, or fp16 is for a CPU.
     """
     train, trackers = settings.train, settings.log.trackers
     if is_on("ACCELERATE_USE_FSDP") and not shards:
@@ -59,6 +60,10 @@ def make_accelerator(
         project_dir=str(settings.folder),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=leaves_out_parts), waiting],
         fsdp_plugin=plugin,
+    )
+    check(
+        train.mixed_precision != "fp16" or accelerator.device.type != "cpu",
+        f"{settings.name('train', 'mixed_precision')} fp16 is for GPUs, and training on a CPU would be in float32: take bf16 or no",
     )
     set_seed(train.seed)
     return accelerator

@@ -12,6 +12,7 @@ from helpers import block_parameters, random_images, small_model
 from torch import Tensor
 
 from tarflow.flows.blocks.autoregressive import FlowBlock
+from tarflow.flows.decoding.method import Decoding
 from tarflow.flows.decoding.sampling import decode, generate
 from tarflow.flows.layers.guidance import Guidance, guide_gaussian, guide_linear
 from tarflow.flows.layers.kv_cache import KVCache
@@ -318,3 +319,15 @@ def test_one_token_alone() -> None:
     assert torch.equal(z, x)
     assert torch.equal(shifted.inverse(z, labels)[0], x)
     assert torch.equal(log_det, torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["sequential", "jacobi"])
+def test_no_pictures_at_all(method: str) -> None:
+    model = small_model(conditioning="class_prefix", condition_blocks="deep")
+    noise = random_images(model, 1)[:0]
+    z, log_det = model(noise, torch.zeros(0, dtype=torch.long))
+    assert (z.shape, log_det.shape) == (noise.shape, (0,))
+    x, log_det = generate(
+        model, noise, model.condition(torch.zeros(0, dtype=torch.long), None, 0), decoding=Decoding(method)
+    )
+    assert (x.shape, log_det.shape, x.dtype) == (noise.shape, (0,), torch.float32)

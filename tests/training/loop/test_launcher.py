@@ -52,6 +52,16 @@ def set_all(monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
+def test_half_precision_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate leaves it out there without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config, _ = parse_config([*ARGUMENTS, "--output", str(tmp_path / "run"), "--train.mixed_precision", "fp16"])
+    with pytest.raises(ValueError, match=r"^train\.mixed_precision fp16 is for GPUs.* take bf16 or no"):
+        flow_accelerator(config)
+    with pytest.raises(ValueError, match=r"^mixed_precision fp16 is for GPUs"):
+        make_accelerator(NetworkConfig(mixed_precision="fp16", trackers=[]).loop(tmp_path))
+
+
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
 def test_what_no_training_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], message: str
