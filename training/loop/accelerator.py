@@ -11,6 +11,7 @@ from accelerate.utils import (
 )
 
 from tarflow.common.checks import check
+from tarflow.common.memory import keep_freed_memory
 from tarflow.training.loop.config import LoopSettings
 from tarflow.training.loop.launcher import accumulating, check_launcher, is_on, uncompiled
 from tarflow.training.loop.parallel import TIMEOUT, processes_on_cpus, sharding
@@ -24,7 +25,7 @@ def make_accelerator(
     checkpoints_activations: bool = False,
     leaves_out_parts: bool = False,
 ) -> Accelerator:
-    """The accelerator; it seeds everything.
+    """The accelerator; it seeds everything, and on a CPU has freed memory kept.
 
     Args:
         settings: of the run.
@@ -65,5 +66,7 @@ def make_accelerator(
         train.mixed_precision != "fp16" or accelerator.device.type != "cpu",
         f"{settings.name('train', 'mixed_precision')} fp16 is for GPUs, and training on a CPU would be in float32: take bf16 or no",
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     set_seed(train.seed)
     return accelerator
