@@ -29,11 +29,11 @@ TESTS = (Path(__file__).resolve().parents[1] / "tests", Path("tests").resolve())
 EMOJI_TARGET = 15_000
 #: Steps of each way.
 EMOJI_STEPS = 200
-#: Ways to train it, with their settings.
+#: Ways to train it, with their settings; what is to be fastest comes first.
 EMOJI_WAYS: dict[str, dict[str, str]] = {
-    "as usual": {},
-    "as graphs": {"--train.cuda_graphs": "true"},
     "compiled, as graphs": {"--train.cuda_graphs": "true", "--train.compile": "true"},
+    "as graphs": {"--train.cuda_graphs": "true"},
+    "as usual": {},
 }
 
 
