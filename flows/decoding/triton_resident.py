@@ -129,25 +129,49 @@ def normed(xs, weight, bias, eps: tl.constexpr, rows: tl.constexpr, width: tl.co
 
 
 @triton.jit
-def products(
+def norm_of(base_at, words, number: tl.constexpr, width: tl.constexpr, padded_width: tl.constexpr, norm: tl.constexpr):
+    """A norm's weight and, of layer norms, bias, (padded D) in float32, zeros behind the width."""
+    lanes = tl.arange(0, padded_width)
+    weight = tl.load(part_at(base_at, words, number) + lanes, mask=lanes < width, other=0.0).to(tl.float32)
+    bias = weight
+    if norm == "layer":
+        bias = tl.load(part_at(base_at, words, number + 1) + lanes, mask=lanes < width, other=0.0).to(tl.float32)
+    return weight, bias
+
+
+@triton.jit
+def product(
     weights,
-    xs,
-    weight_at,
-    bias_at,
+    number: tl.constexpr,
+    x_at,
     residual_at,
     out_at,
+    base_at,
+    words,
+    arrivals_at,
+    expected,
     program,
     programs,
+    eps: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
     width: tl.constexpr,
     padded_width: tl.constexpr,
     block: tl.constexpr,
+    norm: tl.constexpr,
     gelu: tl.constexpr,
-    residual: tl.constexpr,
 ):
-    """A program's columns of act(x·Wᵀ + b) + residual, (R, N); ``weights`` are the first ones, which are there."""
+    """Wait for x (R, D), compute a program's columns of act(norm(x)·Wᵀ + b) + residual, (R, N), and tell. ``weights`` are the
+    first ones of the part ``number``, which are there or on their way; its bias is the part after it, and its norm's weight and
+    bias the two after that."""
     kind = out_at.dtype.element_ty
+    weight_at, bias_at = part_at(base_at, words, number), part_at(base_at, words, number + 1)
+    if norm != "none":
+        norm_weight, norm_bias = norm_of(base_at, words, number + 2, width, padded_width, norm)
+    wait(arrivals_at, expected)
+    xs = rows_of(x_at, rows, width, padded_width)
+    if norm != "none":
+        xs = normed(xs, norm_weight, norm_bias, eps, rows, width, norm)
     for first in range(program * block, columns, programs * block):
         current = weights
         weights = weights_from(weight_at, first + programs * block, columns, width, padded_width, block)
@@ -157,15 +181,16 @@ def products(
         bias = tl.load(bias_at + numbers, mask=exists, other=0.0).to(tl.float32)
         for row in tl.static_range(rows):
             place = row * columns + numbers
-            if residual:
+            if residual_at is not None:
                 added = tl.load(residual_at + place, mask=exists, other=0.0, cache_modifier=".cg").to(tl.float32)
             y = tl.sum(current.to(tl.float32) * xs[row].to(tl.float32)[None, :], axis=1) + bias
             if gelu:
                 y = y.to(kind).to(tl.float32)
                 y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
-            if residual:
+            if residual_at is not None:
                 y += added
             tl.store(out_at + place, y.to(kind), mask=exists)
+    arrive(arrivals_at)
 
 
 @triton.jit
@@ -349,8 +374,6 @@ def all_layers(
     ``base`` each weight begins."""
     program = tl.program_id(0)
     position = tl.load(position_at).to(tl.int32)
-    lanes = tl.arange(0, padded_width)
-    inside = lanes < width
     cos, sin = cos_at, sin_at
     if rotated:
         cos, sin = cos_at + position * table_stride, sin_at + position * table_stride
@@ -365,35 +388,30 @@ def all_layers(
     words, cache = table_at, cache_at
     qkv_weights = weights_from(part_at(base_at, words, 0), program * block, 3 * width, width, padded_width, block)
     for layer in range(layers):
-        norm_weight = tl.load(part_at(base_at, words, 2) + lanes, mask=inside, other=0.0).to(tl.float32)
-        norm_bias = norm_weight
-        if norm == "layer":
-            norm_bias = tl.load(part_at(base_at, words, 3) + lanes, mask=inside, other=0.0).to(tl.float32)
-        wait(arrivals_at, expected)
-        xs = rows_of(hidden_at, rows, width, padded_width)
-        xs = normed(xs, norm_weight, norm_bias, eps, rows, width, norm)
-        products(
+        product(
             qkv_weights,
-            xs,
-            part_at(base_at, words, 0),
-            part_at(base_at, words, 1),
+            0,
             hidden_at,
+            None,
             qkv_at,
+            base_at,
+            words,
+            arrivals_at,
+            expected,
             program,
             programs,
+            eps,
             rows,
             3 * width,
             width,
             padded_width,
             block,
-            False,
+            norm,
             False,
         )
-        arrive(arrivals_at)
         expected += programs
         keys, values = keys_and_values_from(cache + first_head, value_stride, begin, end, turn, size)
-        proj_at = part_at(base_at, words, 6)
-        proj_weights = weights_from(proj_at, program * block, width, width, padded_width, block)
+        proj_weights = weights_from(part_at(base_at, words, 6), program * block, width, width, padded_width, block)
         wait(arrivals_at, expected)
         attention(
             keys,
@@ -431,77 +449,74 @@ def all_layers(
         )
         arrive(arrivals_at)
         expected += programs
-        norm_weight = tl.load(part_at(base_at, words, 10) + lanes, mask=inside, other=0.0).to(tl.float32)
-        norm_bias = norm_weight
-        if norm == "layer":
-            norm_bias = tl.load(part_at(base_at, words, 11) + lanes, mask=inside, other=0.0).to(tl.float32)
-        wait(arrivals_at, expected)
-        xs = rows_of(attended_at, rows, width, padded_width)
-        products(
+        product(
             proj_weights,
-            xs,
-            proj_at,
-            part_at(base_at, words, 7),
+            6,
+            attended_at,
             hidden_at,
             middle_at,
+            base_at,
+            words,
+            arrivals_at,
+            expected,
             program,
             programs,
+            eps,
             rows,
             width,
             width,
             padded_width,
             block,
+            "none",
             False,
-            True,
         )
-        arrive(arrivals_at)
         expected += programs
-        up_weight_at = part_at(base_at, words, 8)
-        up_weights = weights_from(up_weight_at, program * block, inner, width, padded_width, block)
-        wait(arrivals_at, expected)
-        xs = rows_of(middle_at, rows, width, padded_width)
-        xs = normed(xs, norm_weight, norm_bias, eps, rows, width, norm)
-        products(
+        up_weights = weights_from(part_at(base_at, words, 8), program * block, inner, width, padded_width, block)
+        product(
             up_weights,
-            xs,
-            up_weight_at,
-            part_at(base_at, words, 9),
-            hidden_at,
+            8,
+            middle_at,
+            None,
             up_at,
+            base_at,
+            words,
+            arrivals_at,
+            expected,
             program,
             programs,
+            eps,
             rows,
             inner,
             width,
             padded_width,
             block,
+            norm,
             True,
-            False,
         )
-        arrive(arrivals_at)
         expected += programs
         down_at = part_at(base_at, words, 12)
         down_weights = weights_from(down_at, program * inner_block, width, inner, padded_inner, inner_block)
-        wait(arrivals_at, expected)
-        xs = rows_of(up_at, rows, inner, padded_inner)
-        products(
+        product(
             down_weights,
-            xs,
-            down_at,
-            part_at(base_at, words, 13),
+            12,
+            up_at,
             middle_at,
             hidden_at,
+            base_at,
+            words,
+            arrivals_at,
+            expected,
             program,
             programs,
+            eps,
             rows,
             width,
             inner,
             padded_inner,
             inner_block,
+            "none",
             False,
-            True,
         )
-        arrive(arrivals_at)
         expected += programs
         columns = tl.where(layer + 1 < layers, 3 * width, 0)  # behind the last layer there is nothing to load
         words += tl.where(layer + 1 < layers, WORDS, 0)
