@@ -24,6 +24,7 @@ from tarflow.flows.layers.affine import at_least_float32, log_scale_of
 from tarflow.flows.layers.block import Block
 from tarflow.flows.layers.kv_cache import KVCache
 from tarflow.flows.layers.network import BlockContext
+from tarflow.flows.layers.positions import turns_of
 from tarflow.flows.layers.prepared import may_prepare, plain_linear
 from tarflow.flows.layers.transformer import LayerNorm, RMSNorm
 
@@ -104,7 +105,7 @@ class DecodeStep:
             repeats = self.heads + self.kv_heads
             cos, sin = (table.repeat(1, repeats).to(dtype) for table in context.rotation)
             if self.complex_rotation and dtype in (torch.float32, torch.float64):
-                turns = torch.complex(cos[:, 0::2].contiguous(), sin[:, 1::2].contiguous())
+                turns = turns_of(cos, sin)
                 values = turns.new_ones(len(turns), self.kv_heads * self.head_dim // 2)  # which are not turned
                 self.turns = torch.cat([turns, values], dim=1).unbind(0)
             else:

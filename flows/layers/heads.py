@@ -9,22 +9,23 @@ Shapes: B batch, S slots, H query heads, K key/value heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tarflow.flows.layers.affine import at_least_float32
-from tarflow.flows.layers.positions import Rotation, rotate
+from tarflow.flows.layers.positions import Rotation, rotate, turns_of
 
 #: Numbers of a piece on a CPU: some megabytes with all that is computed of them.
 PIECE = 2**20
-
 #: Where there are complex numbers for sure, as which pairs are rotated.
 COMPLEX_DEVICES = ("cpu", "cuda")
 
 Heads = tuple[Tensor, Tensor, Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 
 def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,10 +46,10 @@ def turned_heads(
         rotation: tables of the S slots, see `rotation_tables`; None for none.
     """
     if norms is None and rotation is None:
-        return split_heads(qkv, heads, kv_heads)
-    if qkv.device.type not in COMPLEX_DEVICES or is_transformed(qkv):
-        return by_operations(qkv, heads, kv_heads, norms, rotation)
+        return by_operations(qkv, heads, kv_heads, None, None)
     query_weight, key_weight, eps = norms or (None, None, 0.0)
+    if qkv.device.type not in COMPLEX_DEVICES or is_transformed(qkv):
+        return by_operations(qkv, heads, kv_heads, norm_functions(query_weight, key_weight, eps), rotation)
     cos, sin = rotation or (None, None)
     found: Heads = TurnedHeads.apply(qkv, query_weight, key_weight, cos, sin, heads, kv_heads, eps)
     return found
@@ -61,19 +62,21 @@ def is_transformed(x: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
-def split_heads(qkv: Tensor, heads: int, kv_heads: int) -> Heads:
-    q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
-    return q, k, v
+def norm_functions(query_weight: Tensor | None, key_weight: Tensor | None, eps: float) -> tuple[Norm, Norm] | None:
+    """The norms of queries and of keys, None without weights."""
+    if query_weight is None or key_weight is None:
+        return None
+    return partial(rms_normed, weight=query_weight, eps=eps), partial(rms_normed, weight=key_weight, eps=eps)
 
 
 def by_operations(
-    qkv: Tensor, heads: int, kv_heads: int, norms: tuple[Tensor, Tensor, float] | None, rotation: Rotation | None
+    qkv: Tensor, heads: int, kv_heads: int, norms: tuple[Norm, Norm] | None, rotation: Rotation | None
 ) -> Heads:
-    """As `turned_heads`, one operation after the other."""
-    q, k, v = split_heads(qkv, heads, kv_heads)
+    """As `turned_heads`, one operation after the other; norms are functions of queries and of keys."""
+    q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
     if norms is not None:
-        query_weight, key_weight, eps = norms
-        q, k = rms_normed(q, query_weight, eps), rms_normed(k, key_weight, eps)
+        query_norm, key_norm = norms
+        q, k = query_norm(q), key_norm(k)
     if rotation is not None:
         q, k = rotate(q, rotation), rotate(k, rotation)
     return q, k, v
@@ -102,7 +105,7 @@ class TurnedHeads(torch.autograd.Function):
         weights = None
         if query_weight is not None and key_weight is not None:
             weights = norm_weights(query_weight, key_weight, heads, kv_heads, dtype)
-        turns = None if cos is None or sin is None else turns_of(cos, sin, dtype)
+        turns = None if cos is None or sin is None else turns_of(cos.to(dtype), sin.to(dtype)).unsqueeze(-2)
         for piece, (y,) in pieces(qkv, both, dtype, 1):
             y.copy_(qkv[piece, :, :both])
             if weights is not None:
@@ -126,7 +129,7 @@ class TurnedHeads(torch.autograd.Function):
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_q):
             # Gradients of gradients, or of many functions at once, as `torch.autograd.functional.jacobian` takes them.
             rotation = None if cos is None else (cos, sin)
-            norms = None if query_weight is None else (query_weight, key_weight, ctx.eps)
+            norms = norm_functions(query_weight, key_weight, ctx.eps)
             if qkv is None:  # a rotation's gradient is the same everywhere
                 batch, _, slots, size = grad_q.shape
                 qkv = cos.new_zeros(batch, slots, ctx.heads + 2 * ctx.kv_heads, size, requires_grad=True)
@@ -147,7 +150,7 @@ class TurnedHeads(torch.autograd.Function):
         if query_weight is not None:
             weights = norm_weights(query_weight, key_weight, heads, ctx.kv_heads, dtype)
             grad_weights = torch.zeros_like(weights)
-        back = None if cos is None else turns_of(cos, -sin, dtype)
+        back = None if cos is None else turns_of(cos.to(dtype), -sin.to(dtype)).unsqueeze(-2)
         for piece, (y, *further) in pieces(grad, both, dtype, 1 if weights is None else 3):
             y[:, :, :heads].copy_(grad_q[piece].transpose(1, 2))
             y[:, :, heads:].copy_(grad_k[piece].transpose(1, 2))
@@ -181,9 +184,3 @@ def norm_weights(query_weight: Tensor, key_weight: Tensor, heads: int, kv_heads:
     """What each head's numbers are multiplied by, (H + K, d)."""
     query, key = (1 + weight.detach().to(dtype) for weight in (query_weight, key_weight))
     return torch.cat([query.expand(heads, -1), key.expand(kv_heads, -1)])
-
-
-def turns_of(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    """cos + i·sin of each pair, (S, 1, d/2): the pair (x₀, x₁) is rotated as x₀ + i·x₁."""
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    return torch.complex(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()).unsqueeze(-2)

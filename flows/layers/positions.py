@@ -77,6 +77,11 @@ def slots_of(rotation: Rotation, start: int, end: int) -> Rotation:
     return cos[start:end], sin[start:end]
 
 
+def turns_of(cos: Tensor, sin: Tensor) -> Tensor:
+    """cos + i·sin of each pair, (S, d/2), of the tables of `rotation_tables`: a pair (x₀, x₁) is rotated as x₀ + i·x₁."""
+    return torch.complex(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous())
+
+
 def rotate(x: Tensor, tables: Rotation) -> Tensor:
     """Rotate the pairs (2i, 2i + 1) of the last axis: (x₀, x₁) → (x₀·cos − x₁·sin, x₁·cos + x₀·sin).
 
@@ -87,7 +92,7 @@ def rotate(x: Tensor, tables: Rotation) -> Tensor:
     cos, sin = tables
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # One product of complex numbers x₀ + i·x₁ takes a third of the time there; compilers do not take them.
-        turns = torch.complex(cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous())
+        turns = turns_of(cos, sin)
         pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

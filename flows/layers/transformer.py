@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tarflow.flows.layers.affine import at_least_float32
 from tarflow.flows.layers.attention import AttentionProcessor
 from tarflow.flows.layers.config import TransformerConfig
-from tarflow.flows.layers.heads import Heads, rms_normed, split_heads, turned_heads
+from tarflow.flows.layers.heads import Heads, by_operations, rms_normed, turned_heads
 from tarflow.flows.layers.hooks import globally_hooked, is_hooked
 from tarflow.flows.layers.kv_cache import Cache
-from tarflow.flows.layers.positions import Rotation, rotate
+from tarflow.flows.layers.positions import Rotation
 
 
 class LayerNorm(nn.Module):
@@ -128,15 +128,13 @@ class Attention(nn.Module, AttentionModuleMixin):
         query_norm, key_norm = self.query_norm, self.key_norm
         if query_norm is None or key_norm is None:
             return turned_heads(qkv, self.heads, self.kv_heads, None, rotation)
-        if is_plain(query_norm) and is_plain(key_norm) and not globally_hooked():
+        if may_be_read(query_norm) and may_be_read(key_norm) and not globally_hooked():
             norms = query_norm.weight, key_norm.weight, query_norm.eps
             return turned_heads(qkv, self.heads, self.kv_heads, norms, rotation)
-        q, k, v = split_heads(qkv, self.heads, self.kv_heads)
-        q, k = query_norm(q), key_norm(k)
-        return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+        return by_operations(qkv, self.heads, self.kv_heads, (query_norm, key_norm), rotation)
 
 
-def is_plain(norm: nn.Module) -> bool:
+def may_be_read(norm: nn.Module) -> bool:
     """Whether a norm may be computed by its weight, and need not be called."""
     return type(norm) is RMSNorm and not is_hooked(norm)
 

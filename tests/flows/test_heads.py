@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tarflow.flows.layers import heads as module
 from tarflow.flows.layers.config import TransformerConfig
-from tarflow.flows.layers.heads import by_operations, turned_heads
+from tarflow.flows.layers.heads import by_operations, norm_functions, turned_heads
 from tarflow.flows.layers.positions import rotation_tables
 from tarflow.flows.layers.transformer import Attention
 
@@ -41,7 +41,8 @@ def test_numbers_and_gradients(
     monkeypatch.setattr(module, "PIECE", piece)
     qkv, weights, tables = inputs(dtype, norms, rotation)
     wanted = [qkv, *(weights or ())[:2]]
-    expected, found = (make(qkv, H, K, weights, tables) for make in (by_operations, turned_heads))
+    functions = norm_functions(*weights) if weights else None
+    expected, found = by_operations(qkv, H, K, functions, tables), turned_heads(qkv, H, K, weights, tables)
     assert [each.shape for each in found] == [(B, H, S, D), (B, K, S, D), (B, K, S, D)]
     rounding = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.02}[dtype]
     for ours, exact in zip((*found, *gradients(found, wanted)), (*expected, *gradients(expected, wanted)), strict=True):
